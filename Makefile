@@ -1,0 +1,34 @@
+# Two commands to know: `make train` and `make test`. Each makes the virtual environment if there is none.
+PYTHON ?= python3
+RUN_DIR ?= runs/digits-$(shell date +%Y%m%d-%H%M%S)
+BIN := .venv/bin
+STAMP := .venv/.installed
+
+# One thread per process: tests start several workers on few cores.
+TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 RAY_USAGE_STATS_ENABLED=0 MLFLOW_DISABLE_TELEMETRY=true
+
+.PHONY: install train test test-full check
+
+install: $(STAMP)
+
+# The stamp is written last: an installation that was cut short is done again.
+$(STAMP): pyproject.toml constraints.txt
+	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	@echo "installing into .venv: 2 GB, a few minutes"
+	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@touch $@
+
+train: $(STAMP)
+	$(BIN)/ml2o meta-train --run-dir $(RUN_DIR)
+
+test: $(STAMP)
+	$(TEST_ENV) $(BIN)/python -m pytest -m "not long"
+
+test-full: $(STAMP)
+	$(TEST_ENV) $(BIN)/python -m pytest
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/deptry .

@@ -1,0 +1,1 @@
+"""Learned multi-objective optimizers, meta-trained on Ray and versioned in MLflow."""

@@ -1,0 +1,256 @@
+"""A learned optimizer on disk: `weights.safetensors` beside `weights.json`, its card. Nothing here is pickled.
+
+The card says which rule the weights belong to, where they come from, and three digests: of the tensors, of the
+tensors' file and of the card itself. `load_artifact` refuses, by name, whatever does not agree with them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from ml2o_dist.config import RuleSettings
+from ml2o_dist.errors import UserError
+
+FORMAT = 1
+"""Version of the layout. A reader refuses a newer one and reads every older one."""
+
+WEIGHTS_FILE = "weights.safetensors"
+
+_OWN_KEYS = (
+    "format",
+    "package_version",
+    "created",
+    "rule",
+    "parameters",
+    "weights_sha256",
+    "file_sha256",
+    "provenance",
+    "card_sha256",
+)
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A learned optimizer as it was read or written.
+
+    Attributes:
+        weights: the tensors by name, on the CPU.
+        rule: the settings of the rule that the weights belong to.
+        card: everything in the JSON file; `card["provenance"]` is what the writer said about their origin.
+        path: absolute path of the .safetensors file.
+    """
+
+    weights: dict[str, Tensor]
+    rule: RuleSettings
+    card: dict[str, Any]
+    path: Path
+
+    @property
+    def weights_sha256(self) -> str:
+        """The digest of the weights, as `weights_sha256` computes it."""
+        return str(self.card["weights_sha256"])
+
+
+def weights_sha256(weights: Mapping[str, Tensor]) -> str:
+    """Return the sha256 over the tensors' names, shapes and bytes in name order.
+
+    Every part is preceded by its length, so that no two different sets of tensors feed the digest the same bytes.
+    Device, strides and the order of the mapping do not matter.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(weights):
+        tensor = weights[name].detach().cpu().contiguous()
+        content = tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+        for part in (name.encode(), repr(tuple(tensor.shape)).encode(), content):
+            digest.update(len(part).to_bytes(8, "big"))
+            digest.update(part)
+    return digest.hexdigest()
+
+
+def package_version() -> str:
+    """Return the installed version of ml2o-dist; "" where it runs from a bare copy, as a cluster job may."""
+    try:
+        return version("ml2o-dist")
+    except PackageNotFoundError:
+        return ""
+
+
+def save_artifact(path: Path, weights: Mapping[str, Tensor], rule: RuleSettings, card: Mapping[str, Any]) -> Artifact:
+    """Write `weights` and their card, each atomically, the card last: without it a reader refuses the weights.
+
+    Args:
+        path: a folder (made if there is none), or a file that ends in .safetensors.
+        weights: the state dict of `rule`'s network.
+        rule: the settings that rebuild the network.
+        card: what is known of the weights' origin (config hash, seed, meta-steps, problems ...), as JSON values;
+            kept under `provenance`. JSON has no NaN and no infinity: such figures become null.
+
+    Raises:
+        UserError: the weights do not fit the rule, `card` is not JSON, or the files cannot be written.
+    """
+    file = _weights_file(path)
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in weights.items()}
+    _check_fit(tensors, rule, file)
+    # A copy of each tensor: safetensors refuses tensors that share memory, as tied weights do.
+    content = save_tensors({name: tensor.clone() for name, tensor in tensors.items()})
+    full: dict[str, Any] = {
+        "format": FORMAT,
+        "package_version": package_version(),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+        "rule": rule.model_dump(mode="json"),
+        "parameters": sum(tensor.numel() for tensor in tensors.values()),
+        "weights_sha256": weights_sha256(tensors),
+        "file_sha256": hashlib.sha256(content).hexdigest(),
+        "provenance": _finite(card),
+    }
+    try:
+        full["card_sha256"] = _card_sha256(full)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"the card of {str(file)!r} is not JSON: {error}") from error
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        _write_atomically(file, content)
+        _write_atomically(_card_file(file), (json.dumps(full, indent=2, allow_nan=False) + "\n").encode())
+    except OSError as error:
+        raise UserError(f"{str(file)!r} cannot be written: {error.strerror or error}") from error
+    return Artifact(tensors, rule, json.loads(json.dumps(full)), file)
+
+
+def load_artifact(path: Path) -> Artifact:
+    """Read and verify a learned optimizer.
+
+    Args:
+        path: the .safetensors file, or the folder that holds `weights.safetensors`.
+
+    Raises:
+        UserError: a file is missing or altered, the format is newer, or the tensors do not fit the card's rule;
+            the line names the file and what differs.
+    """
+    file = _weights_file(path)
+    content = _read(file, "weights")
+    card_file = _card_file(file)
+    card = _parse_card(card_file, _read(card_file, "card"))
+    found = hashlib.sha256(content).hexdigest()
+    if found != card["file_sha256"]:
+        raise UserError(
+            f"{str(file)!r} was altered: its sha256 is {found[:12]}..., the card says {card['file_sha256'][:12]}..."
+        )
+    try:
+        weights = load_tensors(content)
+    except SafetensorError as error:
+        raise UserError(f"{str(file)!r} is not a safetensors file: {error}") from error
+    found = weights_sha256(weights)
+    if found != card["weights_sha256"]:
+        said = card["weights_sha256"][:12]
+        raise UserError(f"the tensors in {str(file)!r} have sha256 {found[:12]}..., the card says {said}...")
+    try:
+        rule = RuleSettings.model_validate(card["rule"])
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(str(part) for part in ("rule", *first["loc"]))
+        raise UserError(f"{str(card_file)!r}: {place}: {first['msg']}") from error
+    _check_fit(weights, rule, file)
+    return Artifact(weights, rule, card, file)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _weights_file(path: Path) -> Path:
+    path = path.expanduser().absolute()
+    return path if path.suffix == ".safetensors" else path / WEIGHTS_FILE
+
+
+def _card_file(file: Path) -> Path:
+    return file.with_suffix(".json")
+
+
+def _read(file: Path, what: str) -> bytes:
+    try:
+        return file.read_bytes()
+    except FileNotFoundError as error:
+        raise UserError(f"{what} file {str(file)!r} is missing") from error
+    except OSError as error:
+        raise UserError(f"{what} file {str(file)!r} cannot be read: {error.strerror or error}") from error
+
+
+def _parse_card(file: Path, content: bytes) -> dict[str, Any]:
+    try:
+        card = json.loads(content)
+    except ValueError as error:
+        raise UserError(f"card file {str(file)!r} is not JSON: {error}") from error
+    if not isinstance(card, dict) or not isinstance(card.get("format"), int):
+        raise UserError(f"card file {str(file)!r} is no card of ml2o_dist: it names no format")
+    if card["format"] > FORMAT:
+        raise UserError(
+            f"{str(file)!r} has format {card['format']}, this ml2o_dist reads up to {FORMAT}: install a newer ml2o_dist"
+        )
+    missing = [key for key in _OWN_KEYS if key not in card]
+    if missing:
+        raise UserError(f"card file {str(file)!r} lacks {', '.join(missing)}")
+    if card["card_sha256"] != _card_sha256(card):
+        raise UserError(f"card file {str(file)!r} was altered: its content does not agree with its card_sha256")
+    return card
+
+
+def _card_sha256(card: Mapping[str, Any]) -> str:
+    rest = {key: value for key, value in card.items() if key != "card_sha256"}
+    return hashlib.sha256(json.dumps(rest, sort_keys=True, allow_nan=False).encode()).hexdigest()
+
+
+def _check_fit(weights: Mapping[str, Tensor], rule: RuleSettings, file: Path) -> None:
+    from ml2o_dist.rules.ml2o import ML2ONetwork  # late: a rule may itself be built from an artifact
+
+    expected = {name: tuple(tensor.shape) for name, tensor in ML2ONetwork(rule).state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+    missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    if missing or extra:
+        parts = [f"without {', '.join(missing)}"] * bool(missing) + [f"with {', '.join(extra)}"] * bool(extra)
+        raise UserError(f"the tensors of {str(file)!r} do not fit its rule settings: they come {' and '.join(parts)}")
+    for name, shape in expected.items():
+        if found[name] != shape:
+            raise UserError(
+                f"the tensors of {str(file)!r} do not fit its rule settings: "
+                f"{name} has shape {list(found[name])}, not {list(shape)}"
+            )
+
+
+def _write_atomically(file: Path, content: bytes) -> None:
+    descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+    try:
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide an artifact on a shared disk from other users
+        os.replace(temporary, file)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    folder = os.open(file.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)  # the rename itself must survive a power cut
+    finally:
+        os.close(folder)

@@ -1,0 +1,208 @@
+"""The command line: thin, every command is one call into the package."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import sys
+from collections.abc import Callable
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+from ml2o_dist.errors import UserError
+
+USAGE, ABORTED = 2, 4
+
+
+def command(body: Callable[..., Any]) -> Callable[..., None]:
+    """Add --json and --quiet, print the answer, and turn what went wrong into one line and its exit code."""
+
+    @click.option("--json", "as_json", is_flag=True, help="One JSON value on stdout, everything else on stderr.")
+    @click.option("--quiet", is_flag=True, help="No progress, no tables; errors only.")
+    @functools.wraps(body)
+    def run(*args: Any, as_json: bool, quiet: bool, **kwargs: Any) -> None:
+        console = Console(stderr=as_json, quiet=quiet, width=None if sys.stdout.isatty() else 120)
+        try:
+            answer = body(*args, console=console, **kwargs)
+        except UserError as error:
+            _fail(str(error), USAGE)
+        except Exception as error:
+            from ml2o_dist.runs import Aborted, Interrupted
+
+            if isinstance(error, Interrupted):
+                _fail(str(error), 128 + error.signal_number)
+            if isinstance(error, Aborted):
+                _fail(str(error), ABORTED)
+            raise
+        if as_json:
+            click.echo(json.dumps(answer))
+
+    return run
+
+
+def _fail(message: str, code: int) -> None:
+    click.echo(f"ml2o: {' '.join(message.split())}", err=True)
+    sys.stderr.flush()
+    sys.exit(code)
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(package_name="ml2o-dist")
+def main() -> None:
+    """Learned multi-objective optimizers: meta-train them on Ray, version them in MLflow."""
+
+
+@main.command("meta-train")
+@click.option("--config", type=click.Path(path_type=Path), help="YAML settings [default: the embedded digits].")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a dotted key; repeatable.")
+@click.option("--run-dir", type=click.Path(path_type=Path), help="Where the run lives [default: runs/<time>].")
+@click.option("--seed", type=int, help="Short for --set seed=N.")
+@click.option("--address", default="auto", show_default=True, help="Ray: auto, local, or HOST:PORT.")
+@click.option("--tracking-uri", help="Short for --set tracking.uri=URI.")
+@click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in --run-dir.")
+@command
+def meta_train(
+    console: Console,
+    config: Path | None,
+    overrides: tuple[str, ...],
+    run_dir: Path | None,
+    seed: int | None,
+    address: str,
+    tracking_uri: str | None,
+    resume: bool,
+) -> dict[str, Any]:
+    """Meta-train an optimizer, compare it with baselines, register it in MLflow.
+
+    Every setting is a key of the config file; `--set workers=4 --set rule.output=scaled` overrides it. Image problems
+    need data: --set data.root=FOLDER or ML2O_DATA (`ml2o data fetch` downloads it); the default needs none.
+
+    Exit codes: 0 done, 2 wrong words or settings, 4 aborted and 130 / 143 stopped (checkpoint written: --resume).
+    """
+    from ml2o_dist import runs
+    from ml2o_dist.config import load_settings
+
+    if seed is not None:
+        overrides += (f"seed={seed}",)
+    if tracking_uri is not None:
+        overrides += (f"tracking.uri={tracking_uri}",)
+    if resume and run_dir is None:
+        raise UserError("--resume needs --run-dir, the directory of the run to go on with")
+    if resume and run_dir is not None and config is None:
+        settings = runs.resumed_settings(run_dir, overrides)
+    else:
+        settings = load_settings(config, overrides)
+    target = run_dir or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
+    return runs.meta_train(settings, target, resume=resume, address=address, console=console)
+
+
+@main.group()
+def models() -> None:
+    """The registry of learned optimizers."""
+
+
+@models.command("list")
+@click.option("--tracking-uri", default="", help="MLflow [default: MLFLOW_TRACKING_URI, else sqlite in ML2O_HOME].")
+@click.option("--name", default="", help="Only the versions of this model.")
+@command
+def models_list(console: Console, tracking_uri: str, name: str) -> list[dict[str, Any]]:
+    """List every registered version."""
+    from ml2o_dist.tracking.registry import list_versions
+    from ml2o_dist.tracking.store import redacted, resolve_tracking_uri
+
+    uri = resolve_tracking_uri(tracking_uri)
+    versions = [dict(version) for version in list_versions(uri, name)]
+    table = Table("name", "version", "aliases", "meta-steps", "weights", title=f"models in {redacted(uri)}")
+    for version in versions:
+        tags = version["tags"]
+        aliases, digest = ", ".join(version["aliases"]), tags.get("weights_sha256", "")[:12]
+        table.add_row(version["name"], str(version["version"]), aliases, tags.get("meta_steps", ""), digest)
+    console.print(table if versions else f"no registered models in {redacted(uri)}")
+    return versions
+
+
+@main.group()
+def problems() -> None:
+    """What can be optimized."""
+
+
+@problems.command("list")
+@command
+def problems_list(console: Console) -> list[dict[str, Any]]:
+    """List every problem with its settings and their defaults."""
+    from ml2o_dist.problems import problem_description, problem_names, problem_settings
+
+    table = Table("problem", "settings (defaults)", "what", title="problems", show_lines=False)
+    answer = []
+    for name in problem_names():
+        settings, what = problem_settings(name), problem_description(name).splitlines()[0]
+        table.add_row(name, ", ".join(f"{key}={value}" for key, value in settings.items()), what)
+        answer.append({"name": name, "settings": settings, "description": what})
+    console.print(table)
+    return answer
+
+
+@problems.command("show")
+@click.argument("name")
+@click.option("--data-root", default="", help="Folder of the image data [default: ML2O_DATA].")
+@command
+def problems_show(console: Console, name: str, data_root: str) -> dict[str, Any]:
+    """Show one problem: `fonseca`, `quadratic[m=3]`, `multimnist[net=lenet5]`."""
+    from ml2o_dist.problems import ProblemContext, ProblemSpec, problem_description, problem_settings
+
+    spec = ProblemSpec.parse(name)
+    problem = spec.build(ProblemContext(data_root=data_root))
+    settings = {**problem_settings(spec.name), **dict(spec.settings)}
+    answer = {
+        "name": spec.name,
+        "settings": settings,
+        "objectives": problem.objectives,
+        "parameters": problem.dimension,
+        "bounded": problem.bounds is not None,
+        "reference_point": None if problem.reference_point is None else problem.reference_point.tolist(),
+        "description": problem_description(spec.name),
+    }
+    console.print(f"[bold]{spec}[/]: {problem.objectives} objectives, {problem.dimension:,} parameters", highlight=False)
+    console.print(", ".join(f"{key}={value}" for key, value in settings.items()), markup=False, highlight=False)
+    console.print(problem_description(spec.name), markup=False, highlight=False)
+    return answer
+
+
+@main.group()
+def data() -> None:
+    """The image data behind the MultiMNIST kinds of problems."""
+
+
+@data.command("status")
+@click.option("--data-root", default="", help="Folder to look in [default: ML2O_DATA].")
+@command
+def data_status(console: Console, data_root: str) -> list[dict[str, Any]]:
+    """Say which files of MNIST and Fashion-MNIST are there and whether their content is the published one."""
+    from dataclasses import asdict
+
+    from ml2o_dist.problems.data_sets import data_status as status
+
+    records = [asdict(record) for record in status(data_root)]
+    table = Table("file", "bytes", "state", title=f"image data in {data_root or os.environ.get('ML2O_DATA', '')}")
+    for record in records:
+        table.add_row(record["path"], f"{record['bytes']:,}" if record["bytes"] else "", record["state"])
+    console.print(table)
+    return records
+
+
+@data.command("fetch")
+@click.option("--data-root", default="", help="Folder to download into [default: ML2O_DATA].")
+@command
+def data_fetch(console: Console, data_root: str) -> list[dict[str, Any]]:
+    """Download MNIST and Fashion-MNIST (40 MB) from their official mirrors, checked."""
+    from dataclasses import asdict
+
+    from ml2o_dist.problems.data_sets import fetch
+
+    records = fetch(data_root, lambda name, done, total: console.print(f"{name}  {done:,} of {total:,} bytes"))
+    return [asdict(record) for record in records]

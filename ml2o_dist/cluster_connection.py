@@ -1,0 +1,48 @@
+"""Joining or starting the Ray cluster a command runs on."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+
+from ml2o_dist.errors import UserError
+
+
+@contextmanager
+def connected(address: str = "auto") -> Iterator[str]:
+    """Connect to Ray for the time of a `with` block; yields a line that says to what.
+
+    auto: the cluster of RAY_ADDRESS (a submitted job has it) or one running on this machine, else one is started
+    here and ended with the block; local: always started here; anything else: that cluster.
+
+    Raises:
+        UserError: nothing answers at `address`.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if ray.is_initialized():
+        yield "the Ray cluster of this process"
+        return
+    if address == "auto" and not os.environ.get("RAY_ADDRESS"):
+        try:
+            ray.init(address="auto", logging_level=logging.ERROR)
+        except ConnectionError:
+            address = "local"
+    if not ray.is_initialized():
+        try:
+            target = None if address == "auto" else address
+            ray.init(address=target, logging_level=logging.ERROR, **({"include_dashboard": False} if address == "local" else {}))
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise UserError(f"--address {address!r}: no Ray cluster answers there ({_first_line(error)})") from error
+    try:
+        where = "a local Ray started for this command" if address == "local" else "a running Ray cluster"
+        yield f"{where}: {ray.cluster_resources().get('CPU', 0):g} CPU, {ray.cluster_resources().get('GPU', 0):g} GPU"
+    finally:
+        ray.shutdown()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

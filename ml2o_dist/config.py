@@ -1,0 +1,326 @@
+"""Every setting, typed and checked: YAML file, then `--set dotted.key=value`, then one resolved, hashed value."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from ml2o_dist.errors import UserError, unknown
+from ml2o_dist.problems import FamilyMember, ProblemFamily, ProblemSpec
+
+DEFAULT_CONFIG = Path(__file__).parent / "configs" / "digits.yaml"
+"""The embedded default: needs no download."""
+
+Scalar = bool | int | float | str
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class RuleSettings(_Settings):
+    """The ML2O network and how its output becomes a step (DESIGN section 5 has the formulas)."""
+
+    features: Literal["adam", "log_sign"] = "adam"
+    output: Literal["residual", "scaled"] = "residual"
+    objectives: Literal["tied", "per_objective"] = "tied"
+    count: int = Field(2, ge=1, description="m of a per_objective network; a tied one takes any m")
+    hidden: int = Field(16, ge=1, le=1024, description="H, width of every LSTM")
+    lr: float = Field(0.01, gt=0, description="scale of a residual step: what Adam's learning rate would be")
+    scale: float = Field(0.01, gt=0, description="scale of a `scaled` step, u = scale * out")
+
+
+class EstimatorSettings(_Settings):
+    """How an episode becomes a meta-gradient."""
+
+    kind: Literal["replay", "exact"] = "replay"
+    gamma: float = Field(0.95, ge=0, le=1, description="a soft window of 1 / (1 - gamma) steps")
+    step_weights: Literal["linear", "uniform", "quadratic"] = "linear"
+    coordinates: float = Field(1.0, gt=0, le=1, description="share of the coordinates that is replayed")
+    truncated: bool = Field(False, description="a step answers only for the losses of its own chunk of `unroll` steps")
+    meta_loss: Literal["auto", "log_sum", "normalised", "log_gap"] = "auto"
+    clip: float = Field(1.0, gt=0, description="largest norm of one slot's meta-gradient")
+
+
+class LearnerSettings(_Settings):
+    """The meta-optimizer: Adam with a cosine schedule, and an exponential moving average of its weights."""
+
+    lr: float = Field(3e-3, gt=0)
+    final_lr: float = Field(3e-4, ge=0, description="learning rate at the last meta-step")
+    clip: float = Field(1.0, gt=0, description="largest norm of the reduced meta-gradient")
+    ema: float = Field(0.9, ge=0, lt=1, description="decay of the average that is validated and shipped; 0: none")
+
+
+class MemberSettings(_Settings):
+    """One member of a training family: a problem and the values its settings are drawn from."""
+
+    problem: str
+    weight: float = Field(1.0, gt=0)
+    choices: dict[str, tuple[Scalar, ...]] = Field(default_factory=dict)
+
+    def member(self) -> FamilyMember:
+        """Return the checked member; raises UserError for an unknown problem or setting."""
+        base = ProblemSpec.parse(self.problem)
+        choices: dict[str, tuple[Scalar, ...]] = {key: (value,) for key, value in base.settings}
+        choices.update(self.choices)
+        for key, values in choices.items():
+            if not values:
+                raise UserError(f"family.train: {self.problem}: choices.{key} is empty; give at least one value")
+        ProblemSpec.of(base.name, {key: values[0] for key, values in choices.items()})
+        return FamilyMember(base.name, self.weight, tuple(sorted(choices.items())))
+
+
+class FamilySettings(_Settings):
+    """Which problems are trained on, validated on (choosing the weights) and compared on (seen by neither)."""
+
+    train: tuple[MemberSettings, ...] = Field(min_length=1)
+    validation: tuple[str, ...] = Field(min_length=1)
+    test: tuple[str, ...] = Field(min_length=1)
+
+    def training(self) -> ProblemFamily:
+        """Return the training distribution; raises UserError for an unknown problem or setting."""
+        return ProblemFamily(tuple(member.member() for member in self.train))
+
+    @field_validator("validation", "test")
+    @classmethod
+    def _known(cls, texts: tuple[str, ...]) -> tuple[str, ...]:
+        for text in texts:
+            ProblemSpec.parse(text)
+        return texts
+
+    @field_validator("train")
+    @classmethod
+    def _members(cls, members: tuple[MemberSettings, ...]) -> tuple[MemberSettings, ...]:
+        for member in members:
+            member.member()
+        return members
+
+
+class ValidationSettings(_Settings):
+    """When and how candidates are scored on `family.validation`."""
+
+    every: int = Field(10, ge=1, description="meta-steps between two validations")
+    horizon: int = Field(200, ge=1)
+    instances: int = Field(2, ge=1, description="paired instances of each validation problem")
+
+
+class ComparisonSettings(_Settings):
+    """The comparison at the end of a run: paired report seeds, tuning seeds apart from them."""
+
+    steps: int = Field(200, ge=10)
+    seeds: int = Field(5, ge=2)
+    tuning_seeds: int = Field(1, ge=1)
+    learning_rates: tuple[float, ...] = Field((0.001, 0.003, 0.01, 0.03, 0.1), min_length=1)
+    baselines: tuple[str, ...] = ("mean+adam", "mgda+adam", "pcgrad+adam")
+
+
+class ResourceSettings(_Settings):
+    """What each rollout worker asks of Ray."""
+
+    num_cpus: float = Field(1.0, ge=0)
+    num_gpus: float = Field(0.0, ge=0, description="a fraction shares one GPU between workers")
+    start_timeout_s: float = Field(60.0, gt=0, description="how long to wait for the workers to be placed")
+    max_restarts: int = Field(8, ge=0, description="how many workers may be replaced in all")
+
+
+class DataSettings(_Settings):
+    """Where the image data is."""
+
+    root: str = Field("", description='folder laid out as torchvision lays it out; "": ML2O_DATA')
+
+
+class TrackingSettings(_Settings):
+    """Where MLflow keeps runs and versions."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+    uri: str = Field("", description='MLflow tracking URI; "": MLFLOW_TRACKING_URI, else sqlite in ML2O_HOME')
+    experiment: str = "ml2o/meta-train"
+    model: str = Field("ml2o", description="name of the registered model")
+    register_version: bool = Field(True, alias="register", description="register the result as a version")
+
+
+class MetaTrainSettings(_Settings):
+    """All of one meta-training run."""
+
+    seed: int = Field(0, ge=0)
+    meta_steps: int = Field(100, ge=1)
+    workers: int = Field(2, ge=1)
+    slots: int = Field(8, ge=1, description="episodes per meta-step")
+    instances: int = Field(1, ge=1, description="P, problem instances advanced together in one slot")
+    horizon: tuple[int, ...] = Field((50, 100, 200), min_length=1, description="K; one is drawn for each meta-step")
+    unroll: int = Field(0, ge=0, description="LSTM back-propagation in chunks of so many steps; 0: the whole episode")
+    staleness: Literal[0] = Field(0, description="0: synchronous")
+    backward: Literal["worker"] = "worker"
+    checkpoint_every: int = Field(0, ge=0, description="meta-steps; 0: as many as take about half a minute")
+    keep_checkpoints: int = Field(3, ge=1)
+    compare: bool = True
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:N")
+    family: FamilySettings
+    rule: RuleSettings = RuleSettings()
+    estimator: EstimatorSettings = EstimatorSettings()
+    learner: LearnerSettings = LearnerSettings()
+    validation: ValidationSettings = ValidationSettings()
+    comparison: ComparisonSettings = ComparisonSettings()
+    resources: ResourceSettings = ResourceSettings()
+    data: DataSettings = DataSettings()
+    tracking: TrackingSettings = TrackingSettings()
+
+    @field_validator("horizon", mode="before")
+    @classmethod
+    def _one_or_many(cls, value: Any) -> Any:
+        return (value,) if isinstance(value, int) else value
+
+    @field_validator("horizon")
+    @classmethod
+    def _positive(cls, value: tuple[int, ...]) -> tuple[int, ...]:
+        if min(value) < 1:
+            raise ValueError("every horizon must be at least 1")
+        return value
+
+    @model_validator(mode="after")
+    def _fits(self) -> MetaTrainSettings:
+        if self.estimator.truncated and not self.unroll:
+            raise ValueError("estimator.truncated needs unroll >= 1")
+        return self
+
+
+_OPERATIONAL = (
+    "workers",
+    "resources",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "compare",
+    "comparison",
+    "data",
+    "tracking",
+)
+"""Keys that change how a run is carried out but not the weights it ends with; a resumed run may change them."""
+
+
+def load_settings(file: Path | None = None, overrides: Iterable[str] = ()) -> MetaTrainSettings:
+    """Read settings from a YAML `file` (None: the embedded default), then apply `key=value` overrides in order.
+
+    Raises:
+        UserError: an unreadable file, a misspelt key or a wrong value, in one line that says what is allowed.
+    """
+    source = file or DEFAULT_CONFIG
+    try:
+        tree = yaml.safe_load(source.read_text())
+    except OSError as error:
+        raise UserError(f"config file {str(source)!r} cannot be read: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"config file {str(source)!r} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"config file {str(source)!r} must hold `key: value` lines, not {type(tree).__name__}")
+    for override in overrides:
+        _override(tree, override)
+    return parse_settings(tree)
+
+
+def parse_settings(tree: Mapping[str, Any]) -> MetaTrainSettings:
+    """Check a nested mapping of settings; raises UserError as `load_settings` does."""
+    try:
+        return MetaTrainSettings.model_validate(tree)
+    except ValidationError as error:
+        raise _one_line(error) from None
+
+
+def dump_settings(settings: MetaTrainSettings) -> str:
+    """Return the resolved settings as YAML that `load_settings` reads back to an equal value."""
+    return yaml.safe_dump(settings.model_dump(mode="json", by_alias=True), sort_keys=False)
+
+
+def settings_hash(settings: MetaTrainSettings, identity: bool = False) -> str:
+    """Return the sha256 of the resolved settings; with `identity` only of those that determine the weights."""
+    tree = settings.model_dump(mode="json", by_alias=True)
+    if identity:
+        tree = {key: value for key, value in tree.items() if key not in _OPERATIONAL}
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+
+def first_difference(ours: MetaTrainSettings, theirs: MetaTrainSettings) -> str:
+    """Name the first key that determines the weights and differs, with both values; "" where there is none."""
+    left, right = (_flat(s.model_dump(mode="json", by_alias=True)) for s in (ours, theirs))
+    for key in sorted(left.keys() | right.keys()):
+        if key.split(".")[0] not in _OPERATIONAL and left.get(key) != right.get(key):
+            return f"{key} is {left.get(key)!r} here and {right.get(key)!r} there"
+    return ""
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise UserError(f"--set {override!r} is not of the form dotted.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {override!r}: the value is not YAML: {' '.join(str(error).split())}") from error
+    if text == "":
+        value = ""
+    *path, last = key.strip().split(".")
+    node: Any = tree
+    for part in path:
+        node = node.setdefault(part, {})
+        if not isinstance(node, dict):
+            raise UserError(f"--set {override!r}: {part!r} is a value, it has no keys below it")
+    node[last] = value
+
+
+def _one_line(error: ValidationError) -> UserError:
+    first = error.errors(include_url=False)[0]
+    place = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        model = _model_at(first["loc"][:-1])
+        return unknown("setting", place, [_join(first["loc"][:-1], key) for key in _keys(model)])
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, UserError):
+        return UserError(f"{place}: {cause}")
+    message = first["msg"].removeprefix("Value error, ")
+    where = f"setting {place!r}" if place else "settings"
+    given = "" if first["type"] in ("missing", "value_error") else f", not {first['input']!r}"
+    return UserError(f"{where}: {message[0].lower()}{message[1:]}{given}")
+
+
+def _model_at(path: tuple[int | str, ...]) -> type[BaseModel]:
+    model: type[BaseModel] = MetaTrainSettings
+    for part in path:
+        if isinstance(part, str):
+            found = _annotation(model, part)
+            if found is not None:
+                model = found
+    return model
+
+
+def _annotation(model: type[BaseModel], key: str) -> type[BaseModel] | None:
+    info = model.model_fields.get(key)
+    if info is None:
+        return None
+    for kind in (info.annotation, *get_args(info.annotation)):
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            return kind
+    return None
+
+
+def _keys(model: type[BaseModel]) -> list[str]:
+    return [info.alias or name for name, info in model.model_fields.items()]
+
+
+def _join(path: tuple[int | str, ...], key: str) -> str:
+    return ".".join([*(str(part) for part in path), key])
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

@@ -1,0 +1,293 @@
+"""The comparison at the end of a run: tune each baseline, run everything on paired seeds, judge the learned rule.
+
+Pure but for `run_cells`, which is handed in: a plain loop, Ray tasks, or anything else that runs cells.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ml2o_dist.config import MetaTrainSettings
+from ml2o_dist.evaluation.cells import (
+    Cell,
+    CellResult,
+    Contestant,
+    HandDesigned,
+    Learned,
+    run_cell,
+    run_cells_in_process,
+    run_cells_on_ray,
+)
+from ml2o_dist.evaluation.statistics import PairedDifference, mean_and_standard_error, paired_difference
+from ml2o_dist.problems import ProblemSpec
+from ml2o_dist.rules.aggregated import parse_optimizer_name
+from ml2o_dist.seeding import derive_seed
+
+__all__ = [
+    "INITIAL",
+    "LEARNED",
+    "Cell",
+    "CellResult",
+    "Comparison",
+    "Contestant",
+    "HandDesigned",
+    "Learned",
+    "ProblemComparison",
+    "Row",
+    "Versus",
+    "compare",
+    "run_cell",
+    "run_cells_in_process",
+    "run_cells_on_ray",
+]
+
+LEARNED = "learned"
+INITIAL = "initial"
+"""Labels of the contestants that the verdicts are about: the trained network, and the same before training."""
+
+RunCells = Callable[[Sequence[Cell]], list[CellResult]]
+"""Runs cells, in any order and place; results in the order of the cells."""
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """A baseline with its learning rate: `tuning` has the criterion at every rate tried, {} where it was given."""
+
+    optimizer: str
+    contestant: HandDesigned
+    tuning: Mapping[float, float]
+    note: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """One optimizer on one problem. Losses are means over the last tenth of the steps.
+
+    Attributes:
+        optimizer: as written in the settings, or the contestant's label.
+        label: with the learning rate that it was run at.
+        baseline: whether it is a hand-designed baseline of the settings.
+        loss, standard_error: of the summed loss, over the seeds; inf where a seed's is no finite number.
+        seed_losses: the summed loss of each seed.  objectives: the mean loss of each objective.
+        test: means over the seeds of what the problem measures on unseen data, a value per objective.
+        ms_per_step: as in `CellResult`.  forwards, backwards: evaluations charged to each seed.
+        diverged: how many seeds did.
+        curve, curve_error: mean and standard error of the summed loss at each step.
+        tuning: learning rate -> criterion on the tuning seeds.  note: what a reader must know about the tuning.
+    """
+
+    optimizer: str
+    label: str
+    baseline: bool
+    loss: float
+    standard_error: float
+    seed_losses: tuple[float, ...]
+    objectives: tuple[float, ...]
+    test: Mapping[str, tuple[float, ...]]
+    ms_per_step: float
+    forwards: int
+    backwards: int
+    diverged: int
+    curve: tuple[float, ...]
+    curve_error: tuple[float, ...]
+    tuning: Mapping[float, float]
+    note: str
+
+
+@dataclass(frozen=True)
+class Versus:
+    """The learned rule against a reference, on the same seeds.
+
+    `ratio` is the mean loss over the reference's: below 1 = better; NaN where a mean is not positive and finite.
+    """
+
+    reference: str
+    difference: PairedDifference
+    ratio: float
+    within_one_se: bool
+    verdict: str
+
+
+@dataclass(frozen=True)
+class ProblemComparison:
+    """All rows of one problem, best first; `best_baseline` is the label of the best baseline on the report seeds."""
+
+    problem: str
+    rows: tuple[Row, ...]
+    best_baseline: str | None
+    versus_baseline: Versus | None
+    versus_initial: Versus | None
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """The result of `compare`: a table per problem, and how it was made."""
+
+    steps: int
+    seeds: int
+    tuning_seeds: int
+    learning_rates: tuple[float, ...]
+    problems: tuple[ProblemComparison, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as plain dicts, lists, strings and finite numbers; what is not finite becomes None."""
+        plain: dict[str, Any] = _plain(asdict(self))
+        return plain
+
+
+def compare(settings: MetaTrainSettings, contestants: Sequence[Contestant], run_cells: RunCells) -> Comparison:
+    """Compare `contestants` with the baselines of `settings.comparison` on the problems of `settings.family.test`.
+
+    Each baseline without @LR is tuned per problem over `learning_rates`, all with the same budget, on seeds that are
+    used for nothing else: the criterion is the mean summed loss over the last tenth, infinite where a run diverged.
+    Contestants are not tuned. Then all run on the report seeds, paired: same starting points, same batches. The best
+    baseline is chosen on the report seeds, in favour of the baselines. Verdicts are about the contestants labelled
+    `learned` and `initial`, where there are any.
+
+    Raises:
+        UserError: a wrong baseline; or what a cell raises.
+        ValueError: two contestants have one label.
+    """
+    labels = [contestant.label for contestant in contestants]
+    if len(set(labels)) < len(labels):
+        raise ValueError(f"the labels of the contestants must differ: {labels}")
+    problems = [ProblemSpec.parse(text) for text in settings.family.test]
+    tuned = _tune(settings, problems, run_cells)
+    report: list[Cell] = []
+    for problem in problems:
+        seeds = _seeds(settings, "report", problem, settings.comparison.seeds)
+        entrants: list[Contestant] = [*(baseline.contestant for baseline in tuned[problem]), *contestants]
+        report += [_cell(settings, entrant, problem, seeds, "report") for entrant in entrants]
+    results = iter(run_cells(report))
+    tables = []
+    for problem in problems:
+        rows = [_row(next(results), baseline) for baseline in tuned[problem]]
+        rows += [_row(next(results), None) for _ in contestants]
+        tables.append(_judge(str(problem), rows))
+    options = settings.comparison
+    return Comparison(options.steps, options.seeds, options.tuning_seeds, options.learning_rates, tuple(tables))
+
+
+def _tune(
+    settings: MetaTrainSettings, problems: Sequence[ProblemSpec], run_cells: RunCells
+) -> dict[ProblemSpec, list[Tuned]]:
+    """Give every baseline its learning rate on every problem; all trials are handed to `run_cells` at once."""
+    options = settings.comparison
+    trials: list[Cell] = []
+    for problem in problems:
+        seeds = _seeds(settings, "tuning", problem, options.tuning_seeds)
+        for text in options.baselines:
+            if parse_optimizer_name(text)[2] is None:
+                for lr in options.learning_rates:
+                    trials.append(_cell(settings, HandDesigned.parse(text, lr), problem, seeds, "tuning"))
+    results = iter(run_cells(trials)) if trials else iter(())
+    tuned: dict[ProblemSpec, list[Tuned]] = {}
+    for problem in problems:
+        tuned[problem] = []
+        for text in options.baselines:
+            given = parse_optimizer_name(text)[2]
+            scores = {} if given is not None else {lr: _criterion(next(results)) for lr in options.learning_rates}
+            lr = given if given is not None else min(scores, key=lambda rate: (scores[rate], rate))
+            tuned[problem].append(Tuned(text, HandDesigned.parse(text, lr), scores, _note(lr, scores)))
+    return tuned
+
+
+def _criterion(result: CellResult) -> float:
+    return math.inf if bool(result.diverged.any()) else float(result.final_sum.mean())
+
+
+def _note(lr: float, scores: Mapping[float, float]) -> str:
+    if scores and not math.isfinite(scores[lr]):
+        return "diverged at every learning rate of the grid"
+    if len(scores) > 1 and lr in (min(scores), max(scores)):
+        return f"best learning rate {lr:g} is at the edge of the grid"
+    return ""
+
+
+def _seeds(settings: MetaTrainSettings, purpose: str, problem: ProblemSpec, count: int) -> tuple[int, ...]:
+    return tuple(derive_seed(settings.seed, purpose, str(problem), i) for i in range(count))
+
+
+def _cell(
+    settings: MetaTrainSettings, contestant: Contestant, problem: ProblemSpec, seeds: tuple[int, ...], stream: str
+) -> Cell:
+    return Cell(
+        contestant=contestant,
+        problem=problem,
+        seeds=seeds,
+        stream=stream,
+        steps=settings.comparison.steps,
+        device=settings.device,
+        data_root=settings.data.root,
+    )
+
+
+def _row(result: CellResult, baseline: Tuned | None) -> Row:
+    seed_losses = tuple(result.final_sum.tolist())
+    loss, error = mean_and_standard_error(seed_losses)
+    curves: Tensor = result.losses.sum(dim=2)  # [steps, P]
+    count = curves.shape[1]
+    spread = curves.std(dim=1) / math.sqrt(count) if count > 1 else torch.full_like(curves[:, 0], math.nan)
+    return Row(
+        optimizer=result.optimizer if baseline is None else baseline.optimizer,
+        label=result.optimizer,
+        baseline=baseline is not None,
+        loss=loss,
+        standard_error=error,
+        seed_losses=seed_losses,
+        objectives=tuple(result.final.mean(dim=0).tolist()),
+        test={name: tuple(value.mean(dim=0).tolist()) for name, value in result.test_metrics.items()},
+        ms_per_step=result.ms_per_step,
+        forwards=result.forwards,
+        backwards=result.backwards,
+        diverged=int(result.diverged.sum()),
+        curve=tuple(curves.mean(dim=1).tolist()),
+        curve_error=tuple(spread.tolist()),
+        tuning={} if baseline is None else baseline.tuning,
+        note="" if baseline is None else baseline.note,
+    )
+
+
+def _judge(problem: str, rows: Sequence[Row]) -> ProblemComparison:
+    ranked = tuple(sorted(rows, key=lambda row: row.loss))
+    best = next((row for row in ranked if row.baseline), None)
+    learned, initial = (
+        next((row for row in rows if row.label == name and not row.baseline), None) for name in (LEARNED, INITIAL)
+    )
+    return ProblemComparison(
+        problem=problem,
+        rows=ranked,
+        best_baseline=best.label if best is not None else None,
+        versus_baseline=_versus(learned, best),
+        versus_initial=_versus(learned, initial),
+    )
+
+
+def _versus(learned: Row | None, reference: Row | None) -> Versus | None:
+    if learned is None or reference is None:
+        return None
+    difference = paired_difference(learned.seed_losses, reference.seed_losses)
+    comparable = 0 < learned.loss < math.inf and 0 < reference.loss < math.inf
+    return Versus(
+        reference=reference.label,
+        difference=difference,
+        ratio=learned.loss / reference.loss if comparable else math.nan,
+        within_one_se=difference.no_worse_within_one_se,
+        verdict=difference.verdict,
+    )
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {f"{key:g}" if isinstance(key, float) else str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

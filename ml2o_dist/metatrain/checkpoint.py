@@ -1,0 +1,146 @@
+"""Checkpoints: whole or absent. Tensors in safetensors, the rest JSON, a manifest with every file's sha256.
+
+A checkpoint is written into a temporary folder, flushed to the disk, and renamed to `step_NNNNNN`; a reader takes the
+newest one whose manifest holds. Nothing is ever unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+FORMAT = 1
+_NAME = re.compile(r"step_(\d{6,})")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """What was saved after `meta_step` updates."""
+
+    meta_step: int
+    tensors: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+class CheckpointError(Exception):
+    """A checkpoint that must not be used; the message names the file and what is wrong with it."""
+
+
+def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
+    """Write `folder/step_NNNNNN` atomically and remove all but the newest `keep`; return its path.
+
+    Raises:
+        OSError: the disk is full or read-only; nothing named step_* is left behind.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / f"step_{checkpoint.meta_step:06d}"
+    temporary = folder / f"tmp_{checkpoint.meta_step:06d}_{os.getpid()}"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    try:
+        files = {
+            "tensors.safetensors": save({name: t.contiguous() for name, t in checkpoint.tensors.items()}),
+            "state.json": _json({"meta_step": checkpoint.meta_step, **checkpoint.state}),
+        }
+        hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
+        files["manifest.json"] = _json({"format": FORMAT, "sha256": hashes})
+        for name, content in files.items():
+            _write(temporary / name, content)
+        _flush(temporary)
+        if target.exists():
+            shutil.rmtree(target)
+        temporary.rename(target)
+        _flush(folder)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    for old in _folders(folder)[keep:]:
+        shutil.rmtree(old, ignore_errors=True)
+    return target
+
+
+def load_checkpoint(path: Path) -> Checkpoint:
+    """Read one checkpoint folder; raises CheckpointError, naming the file, unless every hash in it holds."""
+    manifest = _parsed(path / "manifest.json", _read(path / "manifest.json"))
+    if manifest.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{path / 'manifest.json'}: format {manifest.get('format')!r}, this version reads {FORMAT}"
+        )
+    contents = {}
+    for name, expected in manifest.get("sha256", {}).items():
+        contents[name] = _read(path / name)
+        if hashlib.sha256(contents[name]).hexdigest() != expected:
+            raise CheckpointError(f"{path / name}: its sha256 differs from the manifest's; the file was cut or altered")
+    missing = {"tensors.safetensors", "state.json"} - contents.keys()
+    if missing:
+        raise CheckpointError(f"{path / 'manifest.json'}: names no {sorted(missing)[0]}")
+    try:
+        tensors = load(contents["tensors.safetensors"])
+    except SafetensorError as error:
+        raise CheckpointError(f"{path / 'tensors.safetensors'}: {error}") from error
+    state = _parsed(path / "state.json", contents["state.json"])
+    return Checkpoint(state.pop("meta_step"), tensors, state)
+
+
+def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
+    """Return the newest valid checkpoint (None: there is none) and why each newer one was refused."""
+    refused: list[str] = []
+    for path in _folders(folder):
+        try:
+            return load_checkpoint(path), refused
+        except CheckpointError as error:
+            refused.append(str(error))
+    return None, refused
+
+
+def _folders(folder: Path) -> list[Path]:
+    """Return the checkpoint folders, newest first."""
+    found = [path for path in folder.glob("step_*") if _NAME.fullmatch(path.name) and path.is_dir()]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")), reverse=True)
+
+
+def _json(value: Mapping[str, Any]) -> bytes:
+    return json.dumps(value, indent=1).encode()
+
+
+def _parsed(path: Path, content: bytes) -> dict[str, Any]:
+    try:
+        value = json.loads(content)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: not a JSON object")
+    return value
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror}") from error
+
+
+def _write(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _flush(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,146 @@
+"""The unit of work: one optimization trajectory of a rule, and what meta-training learns from it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from ml2o_dist.config import EstimatorSettings, RuleSettings
+from ml2o_dist.metatrain import metagradient
+from ml2o_dist.metatrain.metagradient import Rollout
+from ml2o_dist.problems import Problem, ProblemContext, ProblemSpec
+from ml2o_dist.rules.base import Oracle
+from ml2o_dist.rules.ml2o import ML2ORule
+from ml2o_dist.seeding import derive_seed, generator
+
+Weights = Mapping[str, Tensor]
+"""A network's state dict; its floats are float32 on the CPU while they travel."""
+
+
+@dataclass(frozen=True)
+class EpisodeSpec:
+    """Everything an episode depends on besides the weights.
+
+    `seed` names all its randomness: the problem's coefficients, the starting points of the P `instances`, the batches
+    and the chosen coordinates. `estimator` None: no meta-gradient is wanted (validation).
+    """
+
+    problem: ProblemSpec
+    seed: int
+    horizon: int
+    instances: int
+    rule: RuleSettings
+    estimator: EstimatorSettings | None
+    unroll: int = 0
+    device: str = "cpu"
+    data_root: str = ""
+
+
+@dataclass(frozen=True)
+class EpisodeResult:
+    """What comes back from an episode.
+
+    Attributes:
+        meta_loss: L of metagradient, or nan where there was no estimator.
+        score: mean over the last tenth of the steps and the instances of l_t (log of the summed objectives where
+            they are positive); what validation compares.
+        gradient: the clipped meta-gradient, flat float32 in the order of the network's parameters; None where none
+            was wanted or the episode was not finite.
+        losses: mean over the instances, [K+1, m].
+        finite: losses, and the gradient where one was wanted, are all finite.
+        inner_steps: K * P.  seconds: wall time of the worker.
+    """
+
+    meta_loss: float
+    score: float
+    gradient: NDArray[np.float32] | None
+    losses: NDArray[np.float32]
+    finite: bool
+    inner_steps: int
+    seconds: float
+
+
+def run_episode(weights: Weights, spec: EpisodeSpec) -> EpisodeResult:
+    """Run K inner steps from fresh starting points; a pure function of its arguments (on one kind of device)."""
+    began = time.perf_counter()
+    device = torch.device(spec.device)
+    rule = ML2ORule.from_weights(spec.rule, weights, device)
+    context = ProblemContext(spec.instances, derive_seed("problem", spec.seed), device, data_root=spec.data_root)
+    problem = spec.problem.build(context)
+    start = problem.initial_parameters([derive_seed("start", spec.seed, i) for i in range(spec.instances)])
+    oracle = Oracle(problem, generator("batches", spec.seed))
+    gradient: list[Tensor] | None = None
+    loss = torch.tensor(float("nan"))
+    estimator = spec.estimator
+    scored = metagradient.meta_loss_kind(estimator or EstimatorSettings(), problem)
+    if estimator is not None and estimator.kind == "exact":
+        batches = [oracle.draw() for _ in range(spec.horizon + 1)]
+        loss, gradient, losses = metagradient.exact(rule.network, problem, start, batches, estimator)
+    else:
+        chosen = None if estimator is None else _choose(problem, estimator.coordinates, spec.seed)
+        rollout = roll_out(rule, oracle, start, spec.horizon, chosen)
+        losses = rollout.losses
+        if estimator is not None and bool(losses.isfinite().all()):
+            loss, gradient = metagradient.replay(rule.network, rollout, estimator, scored, spec.unroll, problem.minima)
+    flat = None if gradient is None or estimator is None else _clipped(gradient, estimator.clip)
+    finite = bool(losses.isfinite().all()) and (estimator is None or (flat is not None and bool(loss.isfinite())))
+    tail = losses[-max(1, spec.horizon // 10) :]
+    score = metagradient.step_losses(scored, tail, losses[0], problem.minima).mean().item()
+    return EpisodeResult(
+        meta_loss=loss.item(),
+        score=score,
+        gradient=flat.cpu().numpy() if finite and flat is not None else None,
+        losses=losses.mean(dim=1).float().cpu().numpy(),
+        finite=finite,
+        inner_steps=spec.horizon * spec.instances,
+        seconds=time.perf_counter() - began,
+    )
+
+
+@torch.no_grad()
+def roll_out(rule: ML2ORule, oracle: Oracle, start: Tensor, horizon: int, chosen: Tensor | None) -> Rollout:
+    """Take `horizon` steps from `start` [P, n] without an autograd graph, storing what replay needs.
+
+    Args:
+        chosen: indices [P, S] of the coordinates whose gradients are kept, drawn before the rollout; None: keep none.
+    """
+    instances, dimension = start.shape
+    objectives = oracle.problem.objectives
+    index = start.new_zeros((instances, 0), dtype=torch.long) if chosen is None else chosen
+    losses = start.new_empty((horizon + 1, instances, objectives))
+    gradients = start.new_empty((horizon + 1, instances, objectives, index.shape[1]))
+    everywhere = index[:, None].expand(-1, objectives, -1)
+    parameters, state = start, rule.initial_state(instances, objectives, dimension)
+    for step in range(horizon):
+        parameters, state, info = rule.step(oracle, parameters, state)
+        losses[step] = info.losses
+        torch.gather(info.jacobian, 2, everywhere, out=gradients[step])
+    if chosen is None:
+        losses[horizon] = oracle.losses(parameters, oracle.draw())
+    else:
+        jacobian, losses[horizon] = oracle.jacobian(parameters, oracle.draw())
+        torch.gather(jacobian, 2, everywhere, out=gradients[horizon])
+    return Rollout(losses, gradients, dimension / max(1, index.shape[1]))
+
+
+def _choose(problem: Problem, share: float, seed: int) -> Tensor:
+    """Draw the indices [P, S] of S = ceil(share * n) coordinates of each instance, without replacement."""
+    count = max(1, min(problem.dimension, int(np.ceil(share * problem.dimension))))
+    source = generator("coordinates", seed)
+    rows = [torch.randperm(problem.dimension, generator=source)[:count] for _ in range(problem.instances)]
+    return torch.stack(rows).sort(dim=1).values.to(problem.device)
+
+
+def _clipped(gradient: list[Tensor], largest: float) -> Tensor | None:
+    """Flatten to float32 with norm at most `largest`; None where an entry is not finite."""
+    flat = torch.cat([part.flatten() for part in gradient]).float()
+    norm = flat.double().norm()
+    if not bool(norm.isfinite()):
+        return None
+    return flat.mul(min(1.0, largest / max(norm.item(), 1e-30)))

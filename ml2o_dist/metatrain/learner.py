@@ -1,0 +1,104 @@
+"""The learner: the shared weights, the meta-optimizer, and what a resumed run needs of both."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ml2o_dist.config import MetaTrainSettings
+from ml2o_dist.metatrain.episode import EpisodeResult
+from ml2o_dist.rules.ml2o import ML2ONetwork
+
+
+@dataclass(frozen=True)
+class UpdateInfo:
+    """What one update did: norm of the reduced meta-gradient before clipping, learning rate, slots left out."""
+
+    gradient_norm: float
+    learning_rate: float
+    skipped: int
+
+
+class Learner:
+    """Holds theta (flat, float32, CPU), Adam's moments, and the exponential moving average of theta.
+
+    `version` counts updates. The reduction runs over results in slot order in float64, so that the weights do not
+    depend on who computed what when.
+    """
+
+    def __init__(self, settings: MetaTrainSettings) -> None:
+        self.settings = settings
+        self.version = 0
+        self._shapes = {name: t.shape for name, t in ML2ONetwork(settings.rule).state_dict().items()}
+        start = torch.cat([t.flatten() for t in ML2ONetwork(settings.rule).state_dict().values()])
+        self._theta = start.clone().requires_grad_(True)
+        self._average = start.clone()
+        self._adam = torch.optim.Adam([self._theta], lr=settings.learner.lr)
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """The network's state dict at `version`."""
+        return self._named(self._theta.detach())
+
+    @property
+    def averaged_weights(self) -> dict[str, Tensor]:
+        """The state dict of the moving average: what is validated and shipped."""
+        return self._named(self._average)
+
+    def update(self, results: Sequence[EpisodeResult]) -> UpdateInfo:
+        """Reduce the meta-gradients of one meta-step, given in slot order, and take one Adam step.
+
+        Slots that were not finite are left out and counted; where none is left the weights stay as they are.
+        """
+        gradients = [torch.from_numpy(r.gradient.copy()).double() for r in results if r.gradient is not None]
+        learner, rate = self.settings.learner, self._rate()
+        norm = math.nan
+        if gradients:
+            mean = torch.stack(gradients).sum(dim=0) / len(gradients)
+            norm = mean.norm().item()
+            self._theta.grad = (mean * min(1.0, learner.clip / max(norm, 1e-30))).float()
+            for group in self._adam.param_groups:
+                group["lr"] = rate
+            self._adam.step()
+            decay = min(learner.ema, (1 + self.version) / (10 + self.version))
+            self._average.lerp_(self._theta.detach(), 1 - decay)
+        self.version += 1
+        return UpdateInfo(norm, rate, len(results) - len(gradients))
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return everything that `restore` needs besides the version, by name."""
+        state = self._adam.state.get(self._theta, {})
+        zero = torch.zeros_like(self._theta)
+        return {
+            "theta": self._theta.detach().clone(),
+            "average": self._average.clone(),
+            "exp_avg": state.get("exp_avg", zero).detach().clone(),
+            "exp_avg_sq": state.get("exp_avg_sq", zero).detach().clone(),
+            "adam_step": torch.as_tensor(state.get("step", 0.0)).float().reshape(1).clone(),
+        }
+
+    def restore(self, tensors: Mapping[str, Tensor], version: int) -> None:
+        """Take over the state that `tensors()` returned at `version`."""
+        with torch.no_grad():
+            self._theta.copy_(tensors["theta"])
+        self._average.copy_(tensors["average"])
+        self.version = version
+        if tensors["adam_step"].item() > 0:
+            self._adam.state[self._theta] = {
+                "step": tensors["adam_step"].reshape(()).clone(),
+                "exp_avg": tensors["exp_avg"].clone(),
+                "exp_avg_sq": tensors["exp_avg_sq"].clone(),
+            }
+
+    def _rate(self) -> float:
+        learner = self.settings.learner
+        cosine = 0.5 * (1 + math.cos(math.pi * self.version / self.settings.meta_steps))
+        return learner.final_lr + (learner.lr - learner.final_lr) * cosine
+
+    def _named(self, flat: Tensor) -> dict[str, Tensor]:
+        parts = torch.split(flat, [shape.numel() for shape in self._shapes.values()])
+        return {name: part.view(shape).clone() for (name, shape), part in zip(self._shapes.items(), parts, strict=True)}

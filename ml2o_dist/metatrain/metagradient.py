@@ -1,0 +1,177 @@
+"""From what a rollout saw to the gradient of the meta-loss in the network's weights.
+
+The meta-loss of an episode is L = (1/P) sum_p sum_{t=1..K} w_t l_t(z_t) / sum_t w_t, taken on the batch of step t,
+whose gradient the rollout has computed anyway. Shapes: K steps, P instances, m objectives, S chosen coordinates of
+the n of each instance.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ml2o_dist.config import EstimatorSettings
+from ml2o_dist.errors import UserError
+from ml2o_dist.problems.base import Problem, autograd_jacobian
+from ml2o_dist.rules import features
+from ml2o_dist.rules.ml2o import Cell, ML2ONetwork
+
+FLOOR = 1e-8
+"""Added inside logarithms, so that an objective that reaches its minimum exactly gives a finite meta-loss."""
+
+
+REPLAY_BLOCK = 1024
+"""Coordinates replayed at a time: bounds the memory of the backward pass, K * m * 1,024 rows of LSTM activations."""
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """What replay needs: losses [K+1, P, m] and the chosen coordinates' gradients [K+1, P, m, S] at z_0 .. z_K.
+
+    `scale` = n / S makes the sum over a random subset an unbiased estimate of the sum over all coordinates.
+    """
+
+    losses: Tensor
+    gradients: Tensor
+    scale: float
+
+
+def step_weights(kind: str, horizon: int, like: Tensor) -> Tensor:
+    """Return w_1 .. w_K / sum w, [K]: uniform, linear (w_t = t) or quadratic (w_t = t^2)."""
+    steps = torch.arange(1, horizon + 1, dtype=like.dtype, device=like.device)
+    powers = {"uniform": 0, "linear": 1, "quadratic": 2}
+    weights = steps ** powers[kind]
+    return weights / weights.sum()
+
+
+def meta_loss_kind(settings: EstimatorSettings, problem: Problem) -> str:
+    """Resolve `auto`: log_sum for losses that are positive by construction, else log_gap, else normalised."""
+    kind = settings.meta_loss
+    if kind == "auto":
+        return "log_sum" if problem.positive else "normalised" if problem.minima is None else "log_gap"
+    if kind == "log_gap" and problem.minima is None:
+        raise UserError(f"estimator.meta_loss=log_gap needs known minima, {type(problem).__name__} has none")
+    return kind
+
+
+def step_losses(kind: str, losses: Tensor, first: Tensor, minima: Tensor | None) -> Tensor:
+    """Map the objectives' losses [..., P, m] to l [..., P]; `first` [P, m] are the losses at z_0.
+
+    log_sum: log(sum_i f_i); log_gap: mean_i log(f_i - min f_i); normalised: mean_i f_i / |f_i(z_0)|.
+    """
+    if kind == "log_sum":
+        return (losses.sum(dim=-1) + FLOOR).log()
+    if kind == "log_gap":
+        assert minima is not None
+        return ((losses - minima).clamp_min(0) + FLOOR).log().mean(dim=-1)
+    return (losses / (first.abs() + FLOOR)).mean(dim=-1)
+
+
+def episode_loss(kind: str, weights: Tensor, losses: Tensor, minima: Tensor | None) -> Tensor:
+    """Return L for losses [K+1, P, m] and normalised step weights [K]."""
+    each = step_losses(kind, losses[1:], losses[0].detach(), minima)
+    return (weights[:, None] * each).sum(dim=0).mean()
+
+
+def replay(
+    network: ML2ONetwork, rollout: Rollout, settings: EstimatorSettings, kind: str, unroll: int, minima: Tensor | None
+) -> tuple[Tensor, list[Tensor]]:
+    """First-order meta-gradient by replay (ours): dL/dtheta = sum_s <a_s, du_s/dtheta>.
+
+    With its inputs detached, the only way from theta to the loss is through the updates u_s, and z_t = z_0 + sum_{s<t}
+    u_s; hence a_s = sum_{t > s} gamma^(t-s-1) w_t grad l_t, a reverse cumulative sum of gradients that the rollout has
+    seen. One differentiable pass of the LSTMs over the sequence and one backward pass give all of it; the task is
+    never differentiated twice. gamma = 1 is first-order back-propagation through time over the whole episode.
+
+    Args:
+        unroll: LSTM back-propagation is cut every so many steps, states carried (0: never).
+
+    Returns:
+        L as a scalar, and its gradient in the order of `network.parameters()`.
+    """
+    horizon = rollout.losses.shape[0] - 1
+    weights = step_weights(settings.step_weights, horizon, rollout.losses)
+    chunk = unroll or horizon
+    loss = episode_loss(kind, weights, rollout.losses, minima)
+    answers = _answers(rollout, weights, kind, minima, settings.gamma, chunk if settings.truncated else horizon)
+    rows = rollout.gradients[:-1].transpose(1, 2).flatten(start_dim=2)
+    parameters = list(network.parameters())
+    total = [torch.zeros_like(p) for p in parameters]
+    for first in range(0, rows.shape[2], REPLAY_BLOCK):
+        block = slice(first, first + REPLAY_BLOCK)
+        inputs, directions = _sequence(network, rows[:, :, block])
+        cells: list[Cell] | None = None
+        for start in range(0, horizon, chunk):
+            part = slice(start, start + chunk)
+            with torch.enable_grad():
+                outputs, cells = network.unroll(inputs[part], cells)
+                update = network.step_update(outputs, directions[part])
+                value = (update * answers[part, block]).sum() * rollout.scale
+            for sum_, gradient in zip(total, torch.autograd.grad(value, parameters), strict=True):
+                sum_ += gradient
+            cells = [(hidden.detach(), memory.detach()) for hidden, memory in cells]
+    return loss, total
+
+
+def exact(
+    network: ML2ONetwork, problem: Problem, start: Tensor, batches: Sequence[object], settings: EstimatorSettings
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """Second-order meta-gradient: autograd through the whole episode, the task's own gradients included.
+
+    For tests and small problems: memory grows with K times the task's graph. Takes `start` [P, n] and the K + 1
+    batches of the episode; gamma, unroll and coordinate subsampling, which are biases or variances of replay, do not
+    apply. The weighting of steps does.
+
+    Returns:
+        L, its gradient in the order of `network.parameters()`, and the losses [K+1, P, m].
+    """
+    kind = meta_loss_kind(settings, problem)
+    instances, dimension = start.shape
+    point, cells = start.detach().requires_grad_(True), None
+    memory = features.initial_memory(start.new_zeros(problem.objectives, instances * dimension))
+    seen: list[Tensor] = []
+    parameters = list(network.parameters())
+    with torch.enable_grad():
+        for step, batch in enumerate(batches[:-1]):
+            jacobian, losses = autograd_jacobian(problem.losses, point, batch, create_graph=True)
+            seen.append(losses)
+            gradients = jacobian.transpose(0, 1).reshape(problem.objectives, -1)
+            inputs, direction, memory = features.advance(network.settings, gradients, memory, step)
+            outputs, cells = network.unroll(inputs[None], cells)
+            point = problem.project(point + network.step_update(outputs[0], direction).view(instances, dimension))
+        seen.append(problem.losses(point, batches[-1]))
+        stacked = torch.stack(seen)
+        weights = step_weights(settings.step_weights, len(batches) - 1, stacked)
+        loss = episode_loss(kind, weights, stacked, problem.minima)
+    return loss.detach(), list(torch.autograd.grad(loss, parameters)), stacked.detach()
+
+
+def _answers(rollout: Rollout, weights: Tensor, kind: str, minima: Tensor | None, gamma: float, chunk: int) -> Tensor:
+    """Return a_s for s = 0 .. K-1, [K, P * S]: the discounted sum of later loss gradients within each chunk."""
+    with torch.enable_grad():
+        losses = rollout.losses.detach().requires_grad_(True)
+        (per_loss,) = torch.autograd.grad(episode_loss(kind, weights, losses, minima), losses)
+    horizon = len(weights)
+    gradients = torch.einsum("tpm,tpms->tps", per_loss[1:], rollout.gradients[1:])
+    answers = torch.empty_like(gradients)
+    running = torch.zeros_like(gradients[0])
+    for s in range(horizon - 1, -1, -1):
+        if (s + 1) % chunk == 0:
+            running = torch.zeros_like(running)
+        running = gamma * running + gradients[s]
+        answers[s] = running
+    return answers.flatten(start_dim=1)
+
+
+def _sequence(network: ML2ONetwork, gradients: Tensor) -> tuple[Tensor, Tensor]:
+    """Recompute the features [K, c, m, R] and directions [K, R] from a sequence of gradients [K, m, R]."""
+    memory = features.initial_memory(gradients[0])
+    inputs, directions = [], []
+    for step, row in enumerate(gradients):
+        seen, direction, memory = features.advance(network.settings, row, memory, step)
+        inputs.append(seen)
+        directions.append(direction)
+    return torch.stack(inputs), torch.stack(directions)

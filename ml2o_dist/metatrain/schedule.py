@@ -1,0 +1,85 @@
+"""Which (meta_step, slot) does what: pure functions of the settings and the key, no Ray, no clock."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ml2o_dist.config import MetaTrainSettings
+from ml2o_dist.metatrain.episode import EpisodeSpec
+from ml2o_dist.problems import ProblemSpec
+from ml2o_dist.seeding import derive_seed
+
+
+@dataclass(frozen=True, order=True)
+class Key:
+    """Names a work item. `purpose` is `train` or `validate`; the episode behind it is the same wherever it runs."""
+
+    meta_step: int
+    slot: int
+    purpose: str = "train"
+
+    def __str__(self) -> str:
+        return f"{self.purpose} step {self.meta_step} slot {self.slot}"
+
+
+@dataclass(frozen=True)
+class WorkItem:
+    """A key and the episode it stands for."""
+
+    key: Key
+    spec: EpisodeSpec
+
+
+def weights_version(settings: MetaTrainSettings, meta_step: int) -> int:
+    """Return the version of the weights that `meta_step` runs under: max(0, t - staleness)."""
+    return max(0, meta_step - settings.staleness)
+
+
+def horizon(settings: MetaTrainSettings, meta_step: int) -> int:
+    """Return K of `meta_step`, the same for all its slots: drawn uniformly from `horizon`."""
+    choices = settings.horizon
+    return choices[derive_seed("horizon", settings.seed, meta_step) % len(choices)]
+
+
+def training_items(settings: MetaTrainSettings, meta_step: int, device: str) -> list[WorkItem]:
+    """Return the episodes of `meta_step`, in slot order."""
+    family = settings.family.training()
+    items = []
+    for slot in range(settings.slots):
+        seed = derive_seed("train", settings.seed, meta_step, slot)
+        spec = EpisodeSpec(
+            problem=family.sample(seed),
+            seed=seed,
+            horizon=horizon(settings, meta_step),
+            instances=settings.instances,
+            rule=settings.rule,
+            estimator=settings.estimator,
+            unroll=settings.unroll,
+            device=device,
+            data_root=settings.data.root,
+        )
+        items.append(WorkItem(Key(meta_step, slot), spec))
+    return items
+
+
+def validation_items(settings: MetaTrainSettings, meta_step: int, device: str) -> list[WorkItem]:
+    """Return the validation episodes after `meta_step` updates; their seeds are the same every time."""
+    items = []
+    for slot, text in enumerate(settings.family.validation):
+        spec = EpisodeSpec(
+            problem=ProblemSpec.parse(text),
+            seed=derive_seed("validate", settings.seed, slot),
+            horizon=settings.validation.horizon,
+            instances=settings.validation.instances,
+            rule=settings.rule,
+            estimator=None,
+            device=device,
+            data_root=settings.data.root,
+        )
+        items.append(WorkItem(Key(meta_step, slot, "validate"), spec))
+    return items
+
+
+def validates(settings: MetaTrainSettings, meta_step: int) -> bool:
+    """Tell whether the weights after `meta_step` updates are validated: at 0, every `validation.every`, at the end."""
+    return meta_step % settings.validation.every == 0 or meta_step == settings.meta_steps

@@ -1,0 +1,170 @@
+"""The loop that joins schedule, workers, learner and checkpoints. It knows no MLflow and no terminal."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from torch import Tensor
+
+from ml2o_dist.config import MetaTrainSettings, first_difference, parse_settings
+from ml2o_dist.errors import UserError
+from ml2o_dist.metatrain.checkpoint import Checkpoint, newest_checkpoint, save_checkpoint
+from ml2o_dist.metatrain.episode import EpisodeResult, Weights
+from ml2o_dist.metatrain.learner import Learner
+from ml2o_dist.metatrain.schedule import WorkItem, training_items, validates, validation_items
+
+CHECKPOINT_SECONDS = 30.0
+"""With `checkpoint_every: 0` a checkpoint is written when this much work would be lost."""
+
+log = logging.getLogger(__name__)
+
+Execute = Callable[[Sequence[WorkItem], Weights], list[EpisodeResult]]
+"""Runs work items under weights and returns their results in the order given: `WorkerPool.run`, or a plain loop."""
+
+Row = dict[str, float]
+"""One meta-step's figures by name; `validation` is only there where it was measured."""
+
+
+@dataclass
+class Progress:
+    """What a run has done so far; plain numbers, saved with every checkpoint."""
+
+    inner_steps: int = 0
+    rollout_seconds: float = 0.0
+    skipped_episodes: int = 0
+    best_score: float = math.inf
+    best_step: int = -1
+    validated_step: int = -1
+    tracking_run: str = ""
+    history: list[Row] = field(default_factory=list)
+
+    @property
+    def inner_steps_per_s(self) -> float:
+        """Inner steps of training per second of rollouts, over all workers."""
+        return self.inner_steps / self.rollout_seconds if self.rollout_seconds else 0.0
+
+
+class Trainer:
+    """One meta-training: `run` continues from wherever the state is, `save` writes that state down."""
+
+    def __init__(self, settings: MetaTrainSettings, run_dir: Path, device: str = "cpu") -> None:
+        self.settings = settings
+        self.run_dir = run_dir
+        self.learner = Learner(settings)
+        self.progress = Progress()
+        self.best_weights: dict[str, Tensor] = self.learner.weights
+        self._device = device
+        self._saved = (-1, -1)
+        self._saved_at = time.monotonic()
+
+    def resume(self) -> list[str]:
+        """Take over the newest valid checkpoint of the run directory; return why newer ones were refused.
+
+        Raises:
+            UserError: there is none, or it belongs to another configuration.
+        """
+        checkpoint, refused = newest_checkpoint(self.run_dir / "checkpoints")
+        if checkpoint is None:
+            why = f"; refused: {'; '.join(refused)}" if refused else ""
+            raise UserError(f"nothing to resume: {self.run_dir / 'checkpoints'} holds no valid checkpoint{why}")
+        difference = first_difference(self.settings, parse_settings(checkpoint.state["config"]))
+        if difference:
+            raise UserError(f"cannot resume {self.run_dir} with another configuration: {difference}")
+        tensors = checkpoint.tensors
+        self.learner.restore(tensors, checkpoint.meta_step)
+        self.best_weights = {n.removeprefix("best/"): t for n, t in tensors.items() if n.startswith("best/")}
+        self.progress = Progress(**checkpoint.state["progress"])
+        self._saved = (checkpoint.meta_step, self.progress.validated_step)
+        return refused
+
+    def run(self, execute: Execute, on_row: Callable[[int, Row], None] = lambda step, row: None) -> None:
+        """Meta-train up to `meta_steps`, calling `on_row(meta_step, figures)` after each one.
+
+        Validation figures of a step come in a call of their own. Any exception leaves the state at the last whole
+        meta-step, ready for `save`.
+        """
+        self._saved_at = time.monotonic()
+        while True:
+            step = self.learner.version
+            if validates(self.settings, step) and self.progress.validated_step < step:
+                self._record(step, {"validation": self._validate(step, execute)}, on_row)
+            if self._checkpoint_due():
+                self.save()
+            if step >= self.settings.meta_steps:
+                return
+            self._record(step + 1, self._train(step, execute), on_row)
+
+    def save(self) -> None:
+        """Write checkpoint and metrics for the current state, unless they are there already."""
+        state = (self.learner.version, self.progress.validated_step)
+        if state == self._saved:
+            return
+        self._write_metrics()
+        tensors = self.learner.tensors() | {f"best/{name}": t for name, t in self.best_weights.items()}
+        config = self.settings.model_dump(mode="json", by_alias=True)
+        saved: dict[str, Any] = {"config": config, "progress": asdict(self.progress)}
+        checkpoint = Checkpoint(self.learner.version, tensors, saved)
+        save_checkpoint(self.run_dir / "checkpoints", checkpoint, self.settings.keep_checkpoints)
+        self._saved, self._saved_at = state, time.monotonic()
+
+    def _train(self, step: int, execute: Execute) -> Row:
+        began = time.monotonic()
+        results = execute(training_items(self.settings, step, self._device), self.learner.weights)
+        seconds = time.monotonic() - began
+        update = self.learner.update(results)
+        inner_steps = sum(r.inner_steps for r in results)
+        self.progress.inner_steps += inner_steps
+        self.progress.rollout_seconds += seconds
+        self.progress.skipped_episodes += update.skipped
+        if update.skipped:
+            log.warning("meta-step %d: %d of %d episodes were not finite, skipped", step, update.skipped, len(results))
+        finite = [r.meta_loss for r in results if r.finite]
+        return {
+            "meta_loss": sum(finite) / len(finite) if finite else math.nan,
+            "gradient_norm": update.gradient_norm,
+            "learning_rate": update.learning_rate,
+            "skipped_episodes": float(update.skipped),
+            "horizon": float(inner_steps // (len(results) * self.settings.instances)),
+            "inner_steps_per_s": inner_steps / seconds,
+        }
+
+    def _record(self, step: int, row: Row, on_row: Callable[[int, Row], None]) -> None:
+        history = self.progress.history
+        if history and history[-1]["meta_step"] == step:
+            history[-1].update(row)
+        else:
+            history.append({"meta_step": float(step), **row})
+        on_row(step, row)
+
+    def _validate(self, step: int, execute: Execute) -> float:
+        weights = self.learner.averaged_weights
+        results = execute(validation_items(self.settings, step, self._device), weights)
+        score = sum(r.score for r in results) / len(results) if all(r.finite for r in results) else math.inf
+        if score < self.progress.best_score:
+            self.progress.best_score, self.progress.best_step, self.best_weights = score, step, weights
+        self.progress.validated_step = step
+        return score
+
+    def _checkpoint_due(self) -> bool:
+        step = self.learner.version
+        if step >= self.settings.meta_steps:
+            return True
+        if self.settings.checkpoint_every:
+            return step > 0 and step % self.settings.checkpoint_every == 0
+        return time.monotonic() - self._saved_at > CHECKPOINT_SECONDS
+
+    def _write_metrics(self) -> None:
+        names = sorted({name for row in self.progress.history for name in row})
+        table = pa.table({name: [row.get(name) for row in self.progress.history] for name in names})
+        self.run_dir.mkdir(parents=True, exist_ok=True)
+        temporary = self.run_dir / "metrics.parquet.tmp"
+        pq.write_table(table, temporary)
+        temporary.replace(self.run_dir / "metrics.parquet")

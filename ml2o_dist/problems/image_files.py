@@ -1,0 +1,164 @@
+"""The raw image files: where they lie, what they are called, and how an IDX file is read.
+
+Layout under a data root, as torchvision lays it out: `MNIST/raw/*.gz`, `FashionMNIST/raw/*.gz`.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import os
+import zlib
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ml2o_dist.errors import UserError
+
+
+@dataclass(frozen=True)
+class RawFile:
+    """One raw file: its path under the data root, the MD5 of its decompressed content, and its array's shape."""
+
+    path: str
+    md5: str
+    shape: tuple[int, ...]
+
+
+def _raw_files(folder: str, md5: tuple[str, str, str, str]) -> dict[str, tuple[RawFile, RawFile]]:
+    raw = f"{folder}/raw"
+    return {
+        "train": (
+            RawFile(f"{raw}/train-images-idx3-ubyte.gz", md5[0], (60_000, 28, 28)),
+            RawFile(f"{raw}/train-labels-idx1-ubyte.gz", md5[1], (60_000,)),
+        ),
+        "test": (
+            RawFile(f"{raw}/t10k-images-idx3-ubyte.gz", md5[2], (10_000, 28, 28)),
+            RawFile(f"{raw}/t10k-labels-idx1-ubyte.gz", md5[3], (10_000,)),
+        ),
+    }
+
+
+# The MD5 sums are those published for the original data. They are of the decompressed content, because the same
+# content is in circulation packed in more than one way.
+RAW_FILES: dict[str, dict[str, tuple[RawFile, RawFile]]] = {
+    "MNIST": _raw_files(
+        "MNIST",
+        (
+            "6bbc9ace898e44ae57da46a324031adb",
+            "a25bea736e30d166cdddb491f175f624",
+            "2646ac647ad5339dbf082846283269ea",
+            "27ae3e4e09519cfbb04c329615203637",
+        ),
+    ),
+    "FashionMNIST": _raw_files(
+        "FashionMNIST",
+        (
+            "f4a8712d7a061bf5bd6d2ca38dc4d50a",
+            "9018921c3c673c538a1fc5bad174d6f9",
+            "8181f5470baa50b63fa0f6fddb340f0a",
+            "15d484375f8d13e6eb1aabb0c3f46965",
+        ),
+    ),
+}
+"""Source -> official split -> (images, labels)."""
+
+
+def cache_folder() -> Path:
+    """Return the folder of everything that can be built again: ML2O_CACHE, else `~/.cache/ml2o_dist`."""
+    given = os.environ.get("ML2O_CACHE", "")
+    return (Path(given) if given else Path.home() / ".cache" / "ml2o_dist").expanduser().absolute()
+
+
+def data_folder(data_root: str = "") -> Path:
+    """Return the folder of the raw image data: `data_root`, else ML2O_DATA, else where `ml2o data fetch` puts it.
+
+    The last is `data/` in the cache folder, and it is used only when no root was given at all.
+    """
+    given = data_root or os.environ.get("ML2O_DATA", "")
+    return Path(given).expanduser().absolute() if given else cache_folder() / "data"
+
+
+def require_files(sources: tuple[str, ...], data_root: str) -> Path:
+    """Return the data folder after a check that it holds every file of `sources`, train and test.
+
+    Raises:
+        UserError: a file is missing; the first one is named, with the ways to get it.
+    """
+    root = data_folder(data_root)
+    for source in sources:
+        for pair in RAW_FILES[source].values():
+            for file in pair:
+                if not (root / file.path).is_file():
+                    raise UserError(
+                        f"image data file {root / file.path} is missing: download it with `ml2o data fetch`, "
+                        "or name the folder that holds it with data.root or ML2O_DATA"
+                    )
+    return root
+
+
+def file_sha256(path: Path) -> str:
+    """Return the sha256 of the file at `path`, remembered for as long as its size and time of change stay.
+
+    Raises:
+        UserError: the file cannot be read.
+    """
+    try:
+        stat = path.stat()
+        return _sha256(str(path), stat.st_size, stat.st_mtime_ns)
+    except OSError as error:
+        raise UserError(f"image data file {path} cannot be read: {error}") from error
+
+
+@lru_cache(maxsize=64)
+def _sha256(path: str, size: int, mtime_ns: int) -> str:
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def read_idx(path: Path, shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    """Read the gzipped IDX file of unsigned bytes at `path`, which must hold an array of `shape`.
+
+    Raises:
+        UserError: the file cannot be read or unpacked, or is not such an array; it is named.
+    """
+    try:
+        with gzip.open(path, "rb") as stream:
+            content = stream.read()
+    except (OSError, EOFError, zlib.error) as error:
+        raise UserError(f"image data file {path} cannot be unpacked: {error}") from error
+    return parse_idx(content, shape, str(path))
+
+
+def parse_idx(content: bytes, shape: tuple[int, ...], name: str) -> NDArray[np.uint8]:
+    """Read an IDX array of unsigned bytes from its unpacked `content`; `name` is what an error calls it.
+
+    Format: bytes 0, 0, type (8 = unsigned byte), number of dimensions; each dimension as a big-endian 32-bit
+    integer; then the values, last index fastest.
+    """
+    header = 4 + 4 * len(shape)
+    if len(content) < header or content[:4] != bytes((0, 0, 8, len(shape))):
+        raise UserError(f"image data file {name} does not begin like an IDX file of {len(shape)}-d unsigned bytes")
+    found = tuple(int(size) for size in np.frombuffer(content[4:header], dtype=">u4"))
+    if found != shape:
+        raise UserError(f"image data file {name} holds an array of shape {found}, not {shape}")
+    expected = int(np.prod(shape))
+    if len(content) - header != expected:
+        raise UserError(f"image data file {name} holds {len(content) - header} values, not {expected}")
+    return np.frombuffer(content, dtype=np.uint8, offset=header).reshape(shape)
+
+
+def read_source(source: str, split: str, root: Path) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Return (images [N, 28, 28], labels [N]) of `source` in its official `split`, "train" or "test".
+
+    Raises:
+        UserError: a file is missing, damaged, or has a label above 9.
+    """
+    images, labels = RAW_FILES[source][split]
+    read = read_idx(root / images.path, images.shape), read_idx(root / labels.path, labels.shape)
+    if read[1].max() > 9:
+        raise UserError(f"image data file {root / labels.path} has the label {read[1].max()}, above 9")
+    return read

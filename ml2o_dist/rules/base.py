@@ -1,0 +1,67 @@
+"""How a step is taken: the `UpdateRule` contract and the `Oracle`, the only way to a gradient or a loss."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ml2o_dist.problems.base import Batch, Problem
+
+State = Any
+"""A rule's state for P instances; a value, never changed in place by `step`."""
+
+
+class Oracle:
+    """Draws batches of one problem and counts every evaluation, so that each method is charged what it uses.
+
+    Attributes:
+        problem: what is optimized.
+        batches, forwards, backwards: how many were drawn or computed so far, for each instance. A Jacobian of m
+            objectives is one forward and m backwards.
+    """
+
+    def __init__(self, problem: Problem, generator: torch.Generator) -> None:
+        self.problem = problem
+        self.batches = self.forwards = self.backwards = 0
+        self._generator = generator
+
+    def draw(self) -> Batch:
+        """Draw the next batch (one per instance)."""
+        self.batches += 1
+        return self.problem.sample_batch(self._generator)
+
+    def jacobian(self, parameters: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return (J [P, m, n], losses [P, m]) at `parameters` [P, n] on `batch`, detached."""
+        self.forwards += 1
+        self.backwards += self.problem.objectives
+        return self.problem.jacobian(parameters, batch)
+
+    def losses(self, parameters: Tensor, batch: Batch) -> Tensor:
+        """Return the losses [P, m] at `parameters` [P, n] on `batch`, detached."""
+        self.forwards += 1
+        with torch.no_grad():
+            return self.problem.losses(parameters, batch)
+
+
+@dataclass(frozen=True)
+class StepInfo:
+    """What a step saw at the point it left: losses [P, m] and Jacobian [P, m, n] on the step's first batch."""
+
+    losses: Tensor
+    jacobian: Tensor
+
+
+class UpdateRule(ABC):
+    """A rule z_{k+1} = step(z_k): no hidden state, no globals; everything it remembers is in the state value."""
+
+    @abstractmethod
+    def initial_state(self, instances: int, objectives: int, dimension: int) -> State:
+        """Return the state before the first step for P instances, m objectives, n parameters."""
+
+    @abstractmethod
+    def step(self, oracle: Oracle, parameters: Tensor, state: State) -> tuple[Tensor, State, StepInfo]:
+        """Take one step from `parameters` [P, n]; the result is projected onto the problem's box, if it has one."""

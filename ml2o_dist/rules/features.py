@@ -1,0 +1,98 @@
+"""Gradient preprocessing: what the network sees of each coordinate's gradients.
+
+Everything here is elementwise in the coordinates, so that the same code serves a rollout over all coordinates and
+the replay of a chosen few. R counts coordinates (P * n of them); gradients are [m, R], features [c, m, R].
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ml2o_dist.config import RuleSettings
+from ml2o_dist.errors import unknown
+
+SLOW, FAST, SECOND = 0.9, 0.5, 0.999
+"""Decay rates of the two momenta (Adam's beta_1, ours) and of the squared gradient (Adam's beta_2)."""
+
+EPS = 1e-8
+"""Adam's epsilon, so that the untrained residual form equals torch's Adam."""
+
+TINY = 1e-12
+"""Keeps 0 / 0 features at 0; far below Adam's epsilon, so that features stay free of the gradients' scale."""
+
+LOG_SIGN_P = 10.0
+"""p of Andrychowicz et al. 2016, appendix A."""
+
+CHANNELS = {"adam": 3, "log_sign": 2}
+
+
+class Memory(NamedTuple):
+    """Running averages: of each objective's gradient [m, R] at two time scales, of its square, and for the sum [R]."""
+
+    slow: Tensor
+    fast: Tensor
+    second: Tensor
+    total: Tensor
+    total_second: Tensor
+
+
+def initial_memory(like: Tensor) -> Memory:
+    """Return zero averages for gradients shaped `like` [m, R]."""
+    zero, total = torch.zeros_like(like), torch.zeros_like(like[0])
+    return Memory(zero, zero, zero, total, total)
+
+
+def advance(settings: RuleSettings, gradients: Tensor, memory: Memory, step: int) -> tuple[Tensor, Tensor, Memory]:
+    """Take in the gradients [m, R] of step number `step` (from 0).
+
+    Returns:
+        features [c, m, R]; Adam's direction for the summed gradient [R] (zeros for the `scaled` output, which has no
+        use for it); the memory after this step. Differentiable in the gradients.
+
+    `adam`: g / sqrt(v), and m / sqrt(v) for momenta with decay 0.9 and 0.5, all bias-corrected (after RNNprop,
+    Lv et al. 2017; the second time scale is ours). `log_sign`: (log|g| / p, sign g) where |g| >= e^-p, else
+    (-1, e^p g) (Andrychowicz et al. 2016).
+    """
+    count = step + 1
+    if settings.features == "adam":
+        second = SECOND * memory.second + (1 - SECOND) * gradients.square()
+        slow = SLOW * memory.slow + (1 - SLOW) * gradients
+        fast = FAST * memory.fast + (1 - FAST) * gradients
+        inverse = 1 / (_root(second / (1 - SECOND**count)) + TINY)
+        features = torch.stack(
+            (gradients * inverse, slow * (inverse / (1 - SLOW**count)), fast * (inverse / (1 - FAST**count)))
+        )
+        memory = memory._replace(slow=slow, fast=fast, second=second)
+    elif settings.features == "log_sign":
+        features = _log_sign(gradients)
+    else:
+        raise unknown("rule.features", settings.features, CHANNELS)
+    if settings.output == "scaled":
+        return features, memory.total, memory
+    summed = gradients.sum(dim=0)
+    total = SLOW * memory.total + (1 - SLOW) * summed
+    total_second = SECOND * memory.total_second + (1 - SECOND) * summed.square()
+    direction = (total / (1 - SLOW**count)) / (_root(total_second / (1 - SECOND**count)) + EPS)
+    return features, direction, memory._replace(total=total, total_second=total_second)
+
+
+def _root(value: Tensor) -> Tensor:
+    """Square root whose derivative at 0 is 0, not infinite (a coordinate that never had a gradient)."""
+    return value.clamp_min(torch.finfo(value.dtype).tiny).sqrt()
+
+
+def _log_sign(gradients: Tensor) -> Tensor:
+    size = gradients.abs()
+    large = size >= math.exp(-LOG_SIGN_P)
+    logarithm = size.clamp_min(math.exp(-LOG_SIGN_P)).log() / LOG_SIGN_P
+    minus_one = torch.full_like(logarithm, -1.0)
+    return torch.stack(
+        (
+            torch.where(large, logarithm, minus_one),
+            torch.where(large, gradients.sign(), gradients * math.exp(LOG_SIGN_P)),
+        )
+    )

@@ -1,0 +1,202 @@
+"""Where MLflow keeps its runs and versions: one URI, checked before MLflow is asked, so that nothing hangs.
+
+MLflow is imported only when a store is opened: saying where it is costs nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+from ml2o_dist.errors import UserError
+
+_SQLITE = "sqlite:///"
+_SERVERS = ("http", "https")
+_DATABASE_PORTS = {"postgresql": 5432, "mysql": 3306, "mssql": 1433}
+_ALLOWED = "sqlite:///FILE, http(s)://HOST:PORT, postgresql://..., mysql://..., mssql://... or databricks"
+
+_PROBE_S = 5.0
+_DEFAULTS = {
+    # MLflow's own (120 s, 7 retries) block for minutes where nobody answers; callers here ask again themselves.
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
+    # standard output belongs to `--json`
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+}
+"""What MLflow reads from the environment, where the user has not said otherwise."""
+
+_TEMPORARY = frozenset(
+    ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "DEADLINE_EXCEEDED", "REQUEST_LIMIT_EXCEEDED", "ABORTED")
+)
+
+
+def home_folder() -> Path:
+    """Return the folder that a job's relative paths are resolved against: ML2O_HOME, else the current one."""
+    return Path(os.environ.get("ML2O_HOME") or ".").expanduser().absolute()
+
+
+def resolve_tracking_uri(setting: str = "", home: Path | None = None) -> str:
+    """Return the absolute tracking URI: `setting`, else MLFLOW_TRACKING_URI, else sqlite in `home`.
+
+    A relative sqlite path is resolved against `home` (None: `home_folder()`), never against a job's temporary
+    working directory.
+
+    Raises:
+        UserError: a kind of URI that MLflow no longer serves (`file:`, a plain path) or does not know.
+    """
+    home = home or home_folder()
+    source = "tracking.uri" if setting else "MLFLOW_TRACKING_URI"
+    uri = setting or os.environ.get("MLFLOW_TRACKING_URI", "") or f"{_SQLITE}mlflow.db"
+    if uri.startswith(_SQLITE):
+        path = uri.removeprefix(_SQLITE)
+        if not path or path == ":memory:":
+            raise UserError(f"{source} is {uri!r}: name a file, sqlite:///mlflow.db")
+        return _SQLITE + str(home / path)
+    kind = _kind(uri)
+    if uri == "databricks" or kind == "databricks" or ("://" in uri and (kind in _SERVERS or kind in _DATABASE_PORTS)):
+        return uri
+    what = "MLflow keeps nothing in plain folders any more" if kind in ("file", "") else f"unknown kind {kind!r}"
+    raise UserError(f"{source} is {uri!r}: {what}; give {_ALLOWED}")
+
+
+def store_exists(uri: str) -> bool:
+    """Tell whether there is a store to read: False only for an sqlite file that is not there (it is not created)."""
+    file = _sqlite_file(uri)
+    return file is None or file.exists()
+
+
+def connect(uri: str) -> Any:
+    """Return an MlflowClient for runs and versions at `uri`; creates an sqlite file that is not there (2-3 s).
+
+    Raises:
+        UserError: an sqlite file that cannot be written or is none, or a database host that does not answer.
+    """
+    file = _sqlite_file(uri)
+    if file is not None:
+        _check_sqlite(file)
+    else:
+        _probe_database(uri)
+    for name, value in _DEFAULTS.items():
+        os.environ.setdefault(name, value)
+    from mlflow import MlflowClient  # late: takes 2 s
+
+    # Schema migrations and waiting for a version announce themselves at INFO; they say nothing to a user of ours.
+    for name in ("mlflow.store.db.utils", "mlflow.store.model_registry.abstract_store", "alembic"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def ensure_experiment(client: Any, uri: str, name: str) -> str:
+    """Return the id of experiment `name`, creating it if there is none.
+
+    Artifacts of a store without a server go to an absolute folder: `mlartifacts` beside an sqlite file, in
+    `home_folder()` for other databases. A server decides for itself.
+
+    Raises:
+        UserError: the experiment was deleted.
+    """
+    from mlflow.exceptions import MlflowException
+
+    experiment = client.get_experiment_by_name(name)
+    if experiment is None:
+        try:
+            return str(client.create_experiment(name, artifact_location=_artifact_location(uri, name)))
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":  # else another run was quicker
+                raise
+            experiment = client.get_experiment_by_name(name)
+    if experiment.lifecycle_stage != "active":
+        raise UserError(
+            f"experiment {name!r} was deleted at {redacted(uri)}: `mlflow experiments restore -x "
+            f"{experiment.experiment_id}` brings it back, tracking.experiment=NAME takes another one"
+        )
+    return str(experiment.experiment_id)
+
+
+def is_temporary(error: Exception) -> bool:
+    """Tell whether asking again later may help: nobody answered, or the server failed, rather than refused."""
+    from mlflow.exceptions import MlflowException
+
+    if isinstance(error, MlflowException):
+        return error.error_code in _TEMPORARY
+    return not isinstance(error, UserError | FileNotFoundError)
+
+
+def one_line(error: Exception) -> str:
+    """Return what `error` says as one line; of a long one the beginning and the end, where the cause is."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 240 else f"{text[:120]} ... {text[-115:]}"
+
+
+def refused(uri: str, error: Exception) -> UserError:
+    """Build the one-line error for a store at `uri` that could not do what it was asked."""
+    what = "does not answer" if is_temporary(error) else "refused"
+    return UserError(f"MLflow at {redacted(uri)} {what}: {one_line(error)}")
+
+
+def redacted(uri: str) -> str:
+    """Return `uri` without the password it may carry, for messages and logs."""
+    try:
+        parts = urlsplit(uri)
+    except ValueError:
+        return uri
+    if not parts.password:
+        return uri
+    return parts._replace(netloc=f"{parts.username}:***@{parts.netloc.rpartition('@')[2]}").geturl()
+
+
+def _kind(uri: str) -> str:
+    """Return the scheme without a driver: postgresql+psycopg2 -> postgresql; "" for a plain path."""
+    scheme, colon, _ = uri.partition(":")
+    return scheme.partition("+")[0].lower() if colon else ""
+
+
+def _sqlite_file(uri: str) -> Path | None:
+    return Path(uri.removeprefix(_SQLITE).partition("?")[0]) if uri.startswith(_SQLITE) else None
+
+
+def _check_sqlite(file: Path) -> None:
+    """Say at once what MLflow would retry for minutes."""
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        with file.open("rb") as stream:
+            head = stream.read(16)
+    except FileNotFoundError:
+        head = b""
+    except OSError as error:
+        raise UserError(f"MLflow's database {str(file)!r} cannot be opened: {error.strerror or error}") from error
+    if head and head != b"SQLite format 3\0":
+        raise UserError(f"MLflow's database {str(file)!r} is not an sqlite file")
+    if not os.access(file if file.exists() else file.parent, os.W_OK):
+        raise UserError(f"MLflow's database {str(file)!r} cannot be written")
+
+
+def _probe_database(uri: str) -> None:
+    """Raise unless the host of a database URI takes connections: MLflow retries a refused one for minutes."""
+    port = _DATABASE_PORTS.get(_kind(uri))
+    if port is None:
+        return
+    try:
+        parts = urlsplit(uri)
+        address = (parts.hostname, parts.port or port)
+    except ValueError as error:
+        raise UserError(f"tracking.uri {redacted(uri)!r}: {error}") from error
+    if address[0] is None:
+        return  # a Unix socket, named in the query
+    try:
+        socket.create_connection((address[0], address[1]), timeout=_PROBE_S).close()
+    except OSError as error:
+        raise ConnectionError(f"{address[0]}:{address[1]}: {error.strerror or error}") from error
+
+
+def _artifact_location(uri: str, experiment: str) -> str | None:
+    file = _sqlite_file(uri)
+    if file is None and _kind(uri) not in _DATABASE_PORTS:
+        return None
+    root = home_folder() if file is None else file.parent
+    return (root / "mlartifacts" / experiment.replace("/", "-")).as_uri()

@@ -1,0 +1,71 @@
+"""What every test stands on: one thread, folders of the session's own, and real image data where there is some."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import shutil
+import tempfile
+from pathlib import Path
+
+# Set before anything imports torch, Ray or MLflow, all of which read the environment once.
+_SESSION = Path(tempfile.mkdtemp(prefix="ml2o-tests-"))
+atexit.register(shutil.rmtree, _SESSION, ignore_errors=True)
+(_SESSION / "home").mkdir()
+os.environ.update(
+    HOME=str(_SESSION / "home"),  # no test writes into the user's home
+    ML2O_CACHE=str(_SESSION / "cache"),  # built once for the session; subprocesses share it
+    OMP_NUM_THREADS="1",
+    RAY_USAGE_STATS_ENABLED="0",
+    RAY_AUTH_MODE="disabled",
+    MLFLOW_DISABLE_TELEMETRY="true",
+)
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from ml2o_dist.problems.image_files import RAW_FILES  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+def _find_real_data() -> Path | None:
+    """Return the first folder that holds every raw file: ML2O_DATA, else `../shared/data` beside the repository."""
+    shared = Path(__file__).resolve().parents[2] / "shared" / "data"
+    files = [file.path for splits in RAW_FILES.values() for pair in splits.values() for file in pair]
+    for root in filter(None, (os.environ.get("ML2O_DATA"), str(shared))):
+        if all((Path(root) / file).is_file() for file in files):
+            return Path(root).absolute()
+    return None
+
+
+_REAL_DATA = _find_real_data()
+
+
+@pytest.fixture(scope="session")
+def real_data_root() -> str:
+    """The folder of the real MNIST and Fashion-MNIST; the test is skipped where there is none."""
+    if _REAL_DATA is None:
+        pytest.skip("no real image data in ML2O_DATA or ../shared/data")
+    return str(_REAL_DATA)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests that use `real_data_root`; skip those marked `real_data` where there is no real data."""
+    for item in items:
+        if "real_data_root" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.real_data)
+        if _REAL_DATA is None and item.get_closest_marker("real_data") is not None:
+            item.add_marker(pytest.mark.skip(reason="no real image data in ML2O_DATA or ../shared/data"))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print how many tests ran on real data."""
+
+    def count(*outcomes: str) -> int:
+        reports = (report for outcome in outcomes for report in terminalreporter.stats.get(outcome, []))
+        return sum("real_data" in getattr(report, "keywords", ()) for report in reports)
+
+    ran, skipped = count("passed", "failed"), count("skipped")
+    where = f" (in {_REAL_DATA})" if _REAL_DATA is not None else ""
+    terminalreporter.write_line(f"real image data{where}: {ran} tests ran on it, {skipped} were skipped")

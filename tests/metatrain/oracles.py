@@ -1,0 +1,124 @@
+"""Independent ways to the numbers that the meta-training tests check: plain loops with autograd, no replay."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ml2o_dist.config import RuleSettings
+from ml2o_dist.problems import Problem, ProblemContext, ProblemSpec
+from ml2o_dist.rules.ml2o import ML2ONetwork, ML2ORule
+
+DOUBLE = torch.float64
+
+
+def problem_for(objectives: int, instances: int, dimension: int = 5, seed: int = 3) -> Problem:
+    """Noisy quadratics: smooth, any number of objectives, losses of every sign."""
+    spec = ProblemSpec.of("quadratic", {"m": objectives, "n": dimension, "noise": 0.3, "batch": 4})
+    return spec.build(ProblemContext(instances, seed, dtype=DOUBLE))
+
+
+def random_rule(settings: RuleSettings, seed: int = 0) -> ML2ORule:
+    """A float64 rule with random weights everywhere, the last layer included."""
+    rule = ML2ORule.from_weights(settings, None, dtype=DOUBLE)
+    draws = torch.Generator().manual_seed(seed)
+    weights = {
+        name: 0.3 * torch.randn(t.shape, dtype=DOUBLE, generator=draws) for name, t in rule.network.state_dict().items()
+    }
+    return ML2ORule.from_weights(settings, weights, dtype=DOUBLE)
+
+
+class WrittenOut:
+    """ML2O one coordinate-step at a time with `nn.LSTMCell` and formulas written out: no blocks, no fused sequence."""
+
+    def __init__(self, network: ML2ONetwork) -> None:
+        self.network, self.settings = network, network.settings
+        self.cells = [_cell(lstm) for lstm in [*network.specific, network.shared]]
+        self.states: list[tuple[Tensor, Tensor] | None] = [None] * (len(self.cells))
+        self.tied_states: list[tuple[Tensor, Tensor] | None] = []
+        self.averages: dict[str, Tensor] = {}
+        self.count = 0
+
+    def detach(self) -> None:
+        self.states = [None if s is None else (s[0].detach(), s[1].detach()) for s in self.states]
+        self.tied_states = [None if s is None else (s[0].detach(), s[1].detach()) for s in self.tied_states]
+
+    def update(self, jacobian: Tensor) -> Tensor:
+        """Map J [P, m, n] to u [P, n], attached to the network's weights."""
+        instances, objectives, dimension = jacobian.shape
+        self.count += 1
+        rows = [jacobian[:, i].reshape(-1) for i in range(objectives)]
+        outputs = []
+        if self.settings.objectives == "tied":
+            self.tied_states = self.tied_states or [None] * objectives
+            for i, row in enumerate(rows):
+                self.tied_states[i] = self.cells[0](self._features(i, row), self.tied_states[i])
+                outputs.append(self.tied_states[i][0])
+            pooled = sum(outputs) / objectives
+        else:
+            for i, row in enumerate(rows):
+                self.states[i] = self.cells[i](self._features(i, row), self.states[i])
+                outputs.append(self.states[i][0])
+            pooled = torch.cat(outputs, dim=1)
+        self.states[-1] = self.cells[-1](pooled, self.states[-1])
+        out = self.network.head(self.states[-1][0])
+        if self.settings.output == "scaled":
+            update = self.settings.scale * out[:, 0]
+        else:
+            total = sum(rows)
+            first = self._average("m", total, 0.9)
+            second = self._average("v", total * total, 0.999)
+            update = -self.settings.lr * torch.exp(out[:, 0]) * (first / (second.sqrt() + 1e-8) + out[:, 1])
+        return update.view(instances, dimension)
+
+    def _features(self, i: int, row: Tensor) -> Tensor:
+        if self.settings.features == "log_sign":
+            large = row.abs() >= torch.e**-10
+            safe = torch.where(large, row, torch.ones_like(row))
+            size = torch.where(large, safe.abs().log() / 10, torch.full_like(row, -1.0))
+            return torch.stack([size, torch.where(large, row.sign(), row * torch.e**10)], dim=1)
+        root = self._average(f"v{i}", row * row, 0.999).sqrt() + 1e-12
+        slow, fast = self._average(f"slow{i}", row, 0.9), self._average(f"fast{i}", row, 0.5)
+        return torch.stack([row / root, slow / root, fast / root], dim=1)
+
+    def _average(self, name: str, value: Tensor, decay: float) -> Tensor:
+        self.averages[name] = decay * self.averages.get(name, torch.zeros_like(value)) + (1 - decay) * value
+        return self.averages[name] / (1 - decay**self.count)
+
+
+def _cell(lstm: nn.Module):
+    """An LSTM cell that shares the module's weights, so that gradients arrive there."""
+    w_ih, w_hh, b_ih, b_hh = (getattr(lstm, f"{name}_l0") for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))
+    size = w_hh.shape[1]
+
+    def run(inputs: Tensor, state: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor]:
+        hidden, memory = state or (inputs.new_zeros(len(inputs), size),) * 2
+        i, f, g, o = (inputs @ w_ih.T + b_ih + hidden @ w_hh.T + b_hh).chunk(4, dim=1)
+        memory = f.sigmoid() * memory + i.sigmoid() * g.tanh()
+        return o.sigmoid() * memory.tanh(), memory
+
+    return run
+
+
+def first_order(network: ML2ONetwork, problem: Problem, start: Tensor, batches: Sequence[object], weights: Tensor):
+    """Step-by-step first-order back-propagation through time: L built by autograd, every Jacobian detached.
+
+    Returns (L, gradients in the order of `network.parameters()`), L = mean_p sum_t w_t log(sum_i f_i + 1e-8), or the
+    normalised meta-loss where the problem is not positive.
+    """
+    rule, point, loss = WrittenOut(network), start, 0.0
+    initial = problem.losses(start, batches[0]).detach()
+    for step, weight in enumerate(weights):
+        jacobian, _ = problem.jacobian(point.detach(), batches[step])
+        point = point + rule.update(jacobian)
+        losses = problem.losses(point, batches[step + 1])
+        if problem.positive:
+            each = (losses.sum(dim=1) + 1e-8).log()
+        elif problem.minima is not None:
+            each = ((losses - problem.minima).clamp_min(0) + 1e-8).log().mean(dim=1)
+        else:
+            each = (losses / (initial.abs() + 1e-8)).mean(dim=1)
+        loss = loss + weight * each.mean()
+    return loss.detach(), torch.autograd.grad(loss, list(network.parameters()))

@@ -1,0 +1,185 @@
+"""The meta-gradient against autograd, the written-out sum, finite differences and its own mean."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from ml2o_dist.config import EstimatorSettings, RuleSettings
+from ml2o_dist.errors import UserError
+from ml2o_dist.metatrain.episode import roll_out
+from ml2o_dist.metatrain.metagradient import Rollout, exact, meta_loss_kind, replay, step_weights
+from ml2o_dist.problems import ProblemContext, ProblemSpec
+from ml2o_dist.rules.base import Oracle
+from tests.metatrain.oracles import DOUBLE, WrittenOut, first_order, problem_for, random_rule
+
+HORIZON = 7
+
+
+def rolled(rule, problem, horizon=HORIZON, chosen="all", seed=11):
+    """A rollout with every coordinate kept, its starting point and its batches."""
+    start = problem.initial_parameters(list(range(problem.instances)))
+    source = torch.Generator().manual_seed(seed)
+    batches = [problem.sample_batch(source) for _ in range(horizon + 1)]
+    if isinstance(chosen, str):
+        chosen = torch.arange(problem.dimension).expand(problem.instances, -1)
+    rollout = roll_out(rule, Oracle(problem, torch.Generator().manual_seed(seed)), start, horizon, chosen)
+    return rollout, start, batches
+
+
+def assert_close(ours, theirs, tolerance=1e-10):
+    scale = max(t.abs().max().item() for t in theirs)
+    assert scale > 0
+    for left, right in zip(ours, theirs, strict=True):
+        assert (left - right).abs().max().item() <= tolerance * scale
+
+
+@pytest.mark.parametrize("objectives", [1, 2, 3])
+@pytest.mark.parametrize("instances", [1, 4])
+@pytest.mark.parametrize("form", list(itertools.product(["tied", "per_objective"], ["residual", "scaled"], ["adam", "log_sign"])))
+def test_replay_is_first_order_backpropagation(objectives, instances, form):
+    tied, output, features = form
+    settings = RuleSettings(objectives=tied, output=output, features=features, count=objectives, hidden=4, lr=0.1, scale=0.1)
+    rule, problem = random_rule(settings), problem_for(objectives, instances)
+    rollout, start, batches = rolled(rule, problem)
+    estimator = EstimatorSettings(gamma=1.0)
+    kind = meta_loss_kind(estimator, problem)
+    loss, gradient = replay(rule.network, rollout, estimator, kind, HORIZON, problem.minima)
+    weights = step_weights("linear", HORIZON, start)
+    expected_loss, expected = first_order(rule.network, problem, start, batches, weights)
+    assert abs(loss.item() - expected_loss.item()) < 1e-10
+    assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize("gamma", [0.0, 0.5, 0.95])
+@pytest.mark.parametrize("kind", ["uniform", "linear", "quadratic"])
+def test_discounted_replay_is_the_written_out_sum(gamma, kind):
+    rule, problem = random_rule(RuleSettings(hidden=4, lr=0.1)), problem_for(2, 3)
+    rollout, start, _ = rolled(rule, problem)
+    estimator = EstimatorSettings(gamma=gamma, step_weights=kind, meta_loss="normalised")
+    _, gradient = replay(rule.network, rollout, estimator, "normalised", 0, None)
+    raw = torch.arange(1, HORIZON + 1, dtype=DOUBLE) ** {"uniform": 0, "linear": 1, "quadratic": 2}[kind]
+    weights = raw / raw.sum()
+    written, total = WrittenOut(rule.network), 0.0
+    for s in range(HORIZON):
+        update = written.update(rollout.gradients[s])
+        answer = torch.zeros_like(update)
+        for t in range(s + 1, HORIZON + 1):
+            slope = 1 / (2 * (rollout.losses[0].abs() + 1e-8))
+            loss_gradient = (rollout.gradients[t] * slope[:, :, None]).sum(dim=1) / problem.instances
+            answer = answer + gamma ** (t - s - 1) * weights[t - 1] * loss_gradient
+        total = total + (answer * update).sum()
+    assert_close(gradient, torch.autograd.grad(total, list(rule.network.parameters())))
+
+
+@pytest.mark.parametrize("truncated", [False, True])
+@pytest.mark.parametrize("unroll", [2, 3, 7, 20])
+def test_chunks_cut_the_lstm_and_truncation_cuts_the_answers(unroll, truncated):
+    rule, problem = random_rule(RuleSettings(hidden=4, lr=0.1)), problem_for(2, 2)
+    rollout, _, _ = rolled(rule, problem)
+    estimator = EstimatorSettings(gamma=0.9, truncated=truncated, meta_loss="normalised")
+    _, gradient = replay(rule.network, rollout, estimator, "normalised", unroll, None)
+    weights = torch.arange(1, HORIZON + 1, dtype=DOUBLE) / 28
+    written, total = WrittenOut(rule.network), 0.0
+    for s in range(HORIZON):
+        if s % unroll == 0:
+            written.detach()
+        update = written.update(rollout.gradients[s])
+        last = min(HORIZON, (s // unroll + 1) * unroll) if truncated else HORIZON
+        for t in range(s + 1, last + 1):
+            slope = 1 / (2 * (rollout.losses[0].abs() + 1e-8))
+            answer = (rollout.gradients[t] * slope[:, :, None]).sum(dim=1) / problem.instances
+            total = total + 0.9 ** (t - s - 1) * weights[t - 1] * (answer * update).sum()
+    assert_close(gradient, torch.autograd.grad(total, list(rule.network.parameters())))
+
+
+def test_replay_does_not_depend_on_its_block_size(monkeypatch):
+    rule, problem = random_rule(RuleSettings(hidden=4, lr=0.1)), problem_for(3, 4)
+    rollout, _, _ = rolled(rule, problem)
+    estimator = EstimatorSettings()
+    _, whole = replay(rule.network, rollout, estimator, "log_sum", 0, None) if problem.positive else replay(
+        rule.network, rollout, estimator, "normalised", 0, None
+    )
+    monkeypatch.setattr("ml2o_dist.metatrain.metagradient.REPLAY_BLOCK", 3)
+    kind = "log_sum" if problem.positive else "normalised"
+    _, blocked = replay(rule.network, rollout, estimator, kind, 0, None)
+    assert_close(blocked, whole, 1e-12)
+
+
+def test_subsampled_replay_is_unbiased():
+    """|mean over N draws - full|^2 has expectation tr(Cov) / N; at most twice that, before any clipping."""
+    rule, problem = random_rule(RuleSettings(hidden=4, lr=0.1)), problem_for(2, 2, dimension=10)
+    rollout, _, _ = rolled(rule, problem)
+    estimator = EstimatorSettings(gamma=0.95, meta_loss="normalised")
+
+    def flat(part):
+        return torch.cat([g.flatten() for g in replay(rule.network, part, estimator, "normalised", 0, None)[1]])
+
+    full, draws, count = flat(rollout), [], 400
+    source = torch.Generator().manual_seed(5)
+    for _ in range(count):
+        index = torch.stack([torch.randperm(10, generator=source)[:3] for _ in range(2)])
+        kept = rollout.gradients.gather(3, index[None, :, None].expand(HORIZON + 1, -1, 2, -1))
+        draws.append(flat(Rollout(rollout.losses, kept, 10 / 3)))
+    stacked = torch.stack(draws)
+    variance = stacked.var(dim=0).sum()
+    assert variance > 0
+    assert (stacked.mean(dim=0) - full).square().sum() <= 2 * variance / count
+
+
+def test_roll_out_keeps_the_chosen_coordinates_in_their_order():
+    rule, problem = random_rule(RuleSettings(hidden=4)), problem_for(2, 2)
+    everything, _, _ = rolled(rule, problem)
+    chosen = torch.tensor([[0, 3], [1, 4]])
+    some, _, _ = rolled(rule, problem, chosen=chosen)
+    assert torch.equal(some.losses, everything.losses)
+    for p in range(2):
+        assert torch.equal(some.gradients[:, p], everything.gradients[:, p][:, :, chosen[p]])
+    assert some.scale == 2.5
+
+
+@pytest.mark.parametrize("output", ["residual", "scaled"])
+@pytest.mark.parametrize("problem", ["quadratic[m=2,n=4,noise=0.3,batch=3]", "fonseca[n=3]"])
+def test_exact_agrees_with_finite_differences(output, problem):
+    built = ProblemSpec.parse(problem).build(ProblemContext(2, 1, dtype=DOUBLE))
+    settings = RuleSettings(output=output, hidden=3, lr=0.05, scale=0.05)
+    rule = random_rule(settings)
+    _, start, batches = rolled(rule, built)
+    estimator = EstimatorSettings(kind="exact")
+    loss, gradient, losses = exact(rule.network, built, start, batches, estimator)
+    assert losses.shape == (HORIZON + 1, 2, 2)
+    parameters, step = list(rule.network.parameters()), 1e-5
+    for index in range(len(parameters)):
+        flat = parameters[index].detach().view(-1)
+        for entry in {0, flat.numel() // 2, flat.numel() - 1}:
+            before = flat[entry].item()
+            ends = []
+            for sign in (1, -1):
+                flat[entry] = before + sign * step
+                ends.append(exact(rule.network, built, start, batches, estimator)[0].item())
+            flat[entry] = before
+            slope = (ends[0] - ends[1]) / (2 * step)
+            assert gradient[index].view(-1)[entry].item() == pytest.approx(slope, rel=1e-4, abs=1e-8)
+    assert loss.item() == pytest.approx(exact(rule.network, built, start, batches, estimator)[0].item(), abs=1e-14)
+
+
+def test_exact_differs_from_first_order_where_curvature_counts():
+    rule, problem = random_rule(RuleSettings(hidden=3, lr=0.1)), problem_for(2, 1)
+    rollout, start, batches = rolled(rule, problem)
+    estimator = EstimatorSettings(gamma=1.0)
+    _, second, losses = exact(rule.network, problem, start, batches, estimator)
+    kind = meta_loss_kind(estimator, problem)
+    _, first = replay(rule.network, rollout, estimator, kind, 0, problem.minima)
+    assert torch.allclose(losses, rollout.losses, rtol=1e-12, atol=1e-12)
+    gap = max((a - b).abs().max().item() for a, b in zip(second, first, strict=True))
+    assert gap > 1e-4 * max(a.abs().max().item() for a in second)
+
+
+def test_log_gap_needs_minima():
+    problem = ProblemSpec.parse("zdt3").build(ProblemContext())
+    if problem.minima is not None:
+        problem.minima = None
+    with pytest.raises(UserError, match="log_gap needs known minima"):
+        meta_loss_kind(EstimatorSettings(meta_loss="log_gap"), problem)

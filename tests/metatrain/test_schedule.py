@@ -1,0 +1,60 @@
+"""The schedule is a pure function of the settings and the key."""
+
+from __future__ import annotations
+
+import pickle
+
+from ml2o_dist.metatrain.schedule import horizon, training_items, validates, validation_items, weights_version
+from tests.metatrain.settings import small
+
+
+def test_equal_settings_and_keys_give_equal_items_and_other_seeds_other_ones():
+    one, two = training_items(small(), 3, "cpu"), training_items(small(workers=3), 3, "cpu")
+    assert one == two
+    assert training_items(small(seed=1), 3, "cpu") != one
+    assert training_items(small(), 4, "cpu") != one
+    assert len({item.spec.seed for item in one}) == len(one) == 4
+    assert [item.key.slot for item in one] == [0, 1, 2, 3]
+
+
+def test_items_survive_pickling_since_ray_sends_them():
+    items = training_items(small(), 3, "cpu")
+    assert pickle.loads(pickle.dumps(items)) == items
+
+
+def test_the_horizon_depends_on_the_meta_step_alone():
+    settings = small()
+    for step in range(20):
+        assert {item.spec.horizon for item in training_items(settings, step, "cpu")} == {horizon(settings, step)}
+    assert {horizon(settings, step) for step in range(50)} == {5, 8}
+
+
+def test_every_family_member_and_choice_is_drawn():
+    texts = {str(item.spec.problem) for step in range(40) for item in training_items(small(), step, "cpu")}
+    assert texts == {"fonseca"} | {f"quadratic[batch=4,m={m},n={n},noise=0.1]" for m in (2, 3) for n in (4, 6)}
+
+
+def test_weights_drive_how_often_a_member_is_drawn():
+    family = {
+        "train": [{"problem": "fonseca", "weight": 9.0}, {"problem": "zdt1", "weight": 1.0}],
+        "validation": ["fonseca"],
+        "test": ["fonseca"],
+    }
+    names = [i.spec.problem.name for step in range(250) for i in training_items(small(family=family), step, "cpu")]
+    assert 0.86 < names.count("fonseca") / len(names) < 0.94
+
+
+def test_validation_uses_the_same_seeds_every_time_and_no_estimator():
+    one, two = validation_items(small(), 0, "cpu"), validation_items(small(), 8, "cpu")
+    assert [item.spec for item in one] == [item.spec for item in two]
+    assert all(item.spec.estimator is None for item in one)
+    assert not {i.spec.seed for i in one} & {i.spec.seed for i in training_items(small(), 0, "cpu")}
+
+
+def test_when_weights_are_validated():
+    settings = small(meta_steps=10)
+    assert [step for step in range(11) if validates(settings, step)] == [0, 4, 8, 10]
+
+
+def test_synchronous_weights_version():
+    assert [weights_version(small(), step) for step in (0, 1, 7)] == [0, 1, 7]

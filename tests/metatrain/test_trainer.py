@@ -1,0 +1,140 @@
+"""The loop without Ray: learning happens, and stopping anywhere changes nothing."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from ml2o_dist.artifact import weights_sha256
+from ml2o_dist.errors import UserError
+from ml2o_dist.metatrain.episode import run_episode
+from ml2o_dist.metatrain.trainer import Trainer
+from ml2o_dist.rules.ml2o import ML2ONetwork
+from tests.metatrain.settings import small
+
+
+class Cut(Exception):
+    """Stands for whatever ends a run from outside."""
+
+
+def in_process(items, weights):
+    return [run_episode(weights, item.spec) for item in items]
+
+
+def cut_after(calls):
+    """An executor that works `calls` times and is then cut off."""
+    left = [calls]
+
+    def execute(items, weights):
+        if not left[0]:
+            raise Cut
+        left[0] -= 1
+        return in_process(items, weights)
+
+    return execute
+
+
+def digests(trainer):
+    return weights_sha256(trainer.learner.weights), weights_sha256(trainer.best_weights)
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory):
+    trainer = Trainer(small(), tmp_path_factory.mktemp("calm"))
+    trainer.run(in_process)
+    return trainer
+
+
+def test_training_changes_every_tensor_of_the_network(calm):
+    start = ML2ONetwork(calm.settings.rule).state_dict()
+    for name, tensor in calm.learner.weights.items():
+        assert not torch.equal(tensor, start[name]), name
+        assert bool(tensor.isfinite().all())
+
+
+def test_the_meta_loss_falls(tmp_path):
+    """On the same episodes, before against after: an LSTM that was never registered would change nothing."""
+    settings = small(meta_steps=30, validation={"every": 30}, learner={"lr": 0.02})
+    trainer = Trainer(settings, tmp_path)
+    from ml2o_dist.metatrain.schedule import training_items
+
+    fresh = [item for step in range(100, 106) for item in training_items(settings, step, "cpu")]
+    before = [r.meta_loss for r in in_process(fresh, trainer.learner.weights)]
+    trainer.run(in_process)
+    after = [r.meta_loss for r in in_process(fresh, trainer.learner.weights)]
+    assert sum(after) / len(after) < sum(before) / len(before) - 0.05
+    assert sum(a < b for a, b in zip(after, before, strict=True)) > 0.8 * len(after)
+
+
+def test_the_best_validated_weights_are_kept(calm):
+    rows = [row for row in calm.progress.history if "validation" in row]
+    assert [row["meta_step"] for row in rows] == [0, 4, 8, 12]
+    best = min(rows, key=lambda row: row["validation"])
+    assert (calm.progress.best_score, calm.progress.best_step) == (best["validation"], best["meta_step"])
+    assert calm.progress.best_score < rows[0]["validation"]
+
+
+@pytest.mark.parametrize("calls", [0, 3, 6, 9, 12, 14])
+def test_cut_anywhere_and_resumed_ends_at_the_same_weights(calm, tmp_path, calls):
+    """16 calls in all: 12 meta-steps and 4 validations."""
+    first = Trainer(small(), tmp_path)
+    with pytest.raises(Cut):
+        first.run(cut_after(calls))
+    first.save()
+    second = Trainer(small(), tmp_path)
+    assert second.resume() == []
+    with pytest.raises(Cut):
+        second.run(cut_after(1))
+    second.save()
+    third = Trainer(small(workers=2), tmp_path)
+    third.resume()
+    third.run(in_process)
+    assert digests(third) == digests(calm)
+    names = ("meta_step", "meta_loss", "validation")
+    assert [[r.get(n) for n in names] for r in third.progress.history] == [
+        [r.get(n) for n in names] for r in calm.progress.history
+    ]
+
+
+def test_metrics_are_written_with_one_row_for_each_meta_step(calm):
+    table = pq.read_table(calm.run_dir / "metrics.parquet").to_pydict()
+    assert table["meta_step"] == [float(step) for step in range(13)]
+    assert all(math.isfinite(value) for value in table["meta_loss"][1:])
+    assert table["inner_steps_per_s"][0] is None
+
+
+def test_resume_refuses_another_configuration_and_an_empty_folder(calm, tmp_path):
+    with pytest.raises(UserError, match="nothing to resume"):
+        Trainer(small(), tmp_path).resume()
+    with pytest.raises(UserError, match=r"another configuration: learner\.lr is 0\.5 here and 0\.01 there"):
+        Trainer(small(learner={"lr": 0.5}), calm.run_dir).resume()
+
+
+def test_episodes_that_are_not_finite_are_skipped_counted_and_survived(tmp_path):
+    def spoiled(items, weights):
+        results = in_process(items, weights)
+        training = items[0].key.purpose == "train"
+        return [replace(r, gradient=None, finite=False, meta_loss=math.nan) if training and i == 1 else r
+                for i, r in enumerate(results)]  # fmt: skip
+
+    trainer = Trainer(small(meta_steps=3), tmp_path)
+    trainer.run(spoiled)
+    assert trainer.progress.skipped_episodes == 3
+    assert all(bool(t.isfinite().all()) for t in trainer.learner.weights.values())
+
+
+def test_a_validation_that_diverges_is_never_the_best(tmp_path):
+    def diverging(items, weights):
+        results = in_process(items, weights)
+        if items[0].key.purpose == "validate" and items[0].key.meta_step > 0:
+            return [replace(r, finite=False, score=-100.0) for r in results]
+        return results
+
+    trainer = Trainer(small(), tmp_path)
+    trainer.run(diverging)
+    assert trainer.progress.best_step == 0
+    assert trainer.progress.history[-1]["validation"] == math.inf

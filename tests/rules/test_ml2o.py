@@ -1,0 +1,148 @@
+"""The ML2O rule against torch's Adam and a written-out network; shapes, scales, purity."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from ml2o_dist.config import RuleSettings
+from ml2o_dist.errors import UserError
+from ml2o_dist.problems import ProblemContext, ProblemSpec
+from ml2o_dist.rules.base import Oracle
+from ml2o_dist.rules.ml2o import ML2ONetwork, ML2ORule
+from tests.metatrain.oracles import DOUBLE, WrittenOut, problem_for, random_rule
+
+FORMS = list(itertools.product(["tied", "per_objective"], ["residual", "scaled"], ["adam", "log_sign"]))
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("instances", "objectives", "dimension"), [(1, 1, 1), (1, 2, 7), (4, 3, 5), (2, 5, 1)])
+def test_the_blockwise_rule_equals_the_written_out_network(form, instances, objectives, dimension, monkeypatch):
+    monkeypatch.setattr("ml2o_dist.rules.ml2o.BLOCK", 3)
+    tied, output, features = form
+    rule = random_rule(RuleSettings(objectives=tied, output=output, features=features, count=objectives, hidden=4))
+    written, state = WrittenOut(rule.network), rule.initial_state(instances, objectives, dimension)
+    draws = torch.Generator().manual_seed(1)
+    for step in range(5):
+        scale = 10.0 ** (-6 * step)
+        jacobian = scale * torch.randn(instances, objectives, dimension, dtype=DOUBLE, generator=draws)
+        update, state = rule.update(jacobian, state)
+        expected = written.update(jacobian).detach()
+        assert update.shape == (instances, dimension)
+        assert torch.allclose(update, expected, rtol=1e-9, atol=1e-13)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_unrolling_at_once_equals_stepping(form):
+    tied, output, features = form
+    rule = random_rule(RuleSettings(objectives=tied, output=output, features=features, count=3, hidden=4))
+    channels = {"adam": 3, "log_sign": 2}[features]
+    inputs = torch.randn(6, channels, 3, 10, dtype=DOUBLE, generator=torch.Generator().manual_seed(2))
+    whole, _ = rule.network.unroll(inputs, None)
+    first, cells = rule.network.unroll(inputs[:2], None)
+    rest, _ = rule.network.unroll(inputs[2:], cells)
+    assert torch.allclose(torch.cat([first, rest]), whole, rtol=1e-12, atol=1e-14)
+    blocks = rule.initial_state(2, 3, 5).blocks
+    outputs, _ = rule._block(inputs[0], blocks[0])
+    assert torch.allclose(outputs, whole[0], rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("objectives", [1, 2, 5])
+def test_untrained_residual_form_is_adam_on_the_sum(objectives):
+    problem = problem_for(objectives, 2)
+    rule = ML2ORule.from_weights(RuleSettings(lr=0.03), None, dtype=DOUBLE)
+    point = problem.initial_parameters([1, 2])
+    theirs = point.clone().requires_grad_(True)
+    adam = torch.optim.Adam([theirs], lr=0.03)
+    oracle, source = Oracle(problem, torch.Generator().manual_seed(3)), torch.Generator().manual_seed(3)
+    state = rule.initial_state(2, objectives, problem.dimension)
+    for _ in range(20):
+        point, state, _ = rule.step(oracle, point, state)
+        adam.zero_grad()
+        problem.losses(theirs, problem.sample_batch(source)).sum().backward()
+        adam.step()
+    assert torch.allclose(point, theirs.detach(), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("scale", [1e-5, 1e5])
+def test_adam_features_do_not_see_the_scale_of_the_gradients(scale):
+    rule = random_rule(RuleSettings(hidden=4))
+    jacobian = torch.randn(1, 2, 6, dtype=DOUBLE, generator=torch.Generator().manual_seed(4))
+    plain, _ = rule.update(jacobian, rule.initial_state(1, 2, 6))
+    scaled, _ = rule.update(scale * jacobian, rule.initial_state(1, 2, 6))
+    assert torch.allclose(plain, scaled, rtol=1e-2)
+
+
+def test_a_tied_network_ignores_the_order_of_the_objectives_and_a_per_objective_one_does_not():
+    jacobian = torch.randn(2, 3, 6, dtype=DOUBLE, generator=torch.Generator().manual_seed(5))
+    for kind, same in (("tied", True), ("per_objective", False)):
+        rule = random_rule(RuleSettings(objectives=kind, count=3, hidden=4))
+        one, _ = rule.update(jacobian, rule.initial_state(2, 3, 6))
+        other, _ = rule.update(jacobian.flip(1), rule.initial_state(2, 3, 6))
+        assert torch.allclose(one, other, rtol=1e-9) is same
+
+
+def test_a_step_changes_no_argument_and_repeats_exactly():
+    problem, rule = problem_for(2, 2), random_rule(RuleSettings(hidden=4))
+    start = problem.initial_parameters([1, 2])
+    kept, state = start.clone(), rule.initial_state(2, 2, problem.dimension)
+    one, after, _ = rule.step(Oracle(problem, torch.Generator().manual_seed(0)), start, state)
+    again, _, _ = rule.step(Oracle(problem, torch.Generator().manual_seed(0)), start, state)
+    assert torch.equal(one, again)
+    assert torch.equal(start, kept)
+    assert state.step == 0
+    assert all(float(h.abs().sum() + c.abs().sum()) == 0 for block in state.blocks for h, c in block)
+    assert after.step == 1
+
+
+def test_the_oracle_charges_a_step_one_forward_and_m_backwards():
+    problem, rule = problem_for(3, 2), random_rule(RuleSettings(hidden=4))
+    oracle = Oracle(problem, torch.Generator().manual_seed(0))
+    rule.step(oracle, problem.initial_parameters([1, 2]), rule.initial_state(2, 3, problem.dimension))
+    assert (oracle.batches, oracle.forwards, oracle.backwards) == (1, 1, 3)
+
+
+def test_steps_stay_in_the_box_of_a_bounded_problem():
+    problem = ProblemSpec.parse("zdt1[n=5]").build(ProblemContext(3, dtype=DOUBLE))
+    rule = random_rule(RuleSettings(hidden=4, lr=5.0))
+    oracle, point = Oracle(problem, torch.Generator()), problem.initial_parameters([1, 2, 3])
+    state = rule.initial_state(3, 2, 5)
+    for _ in range(5):
+        point, state, _ = rule.step(oracle, point, state)
+        assert bool(((point >= 0) & (point <= 1)).all())
+    assert bool(((point == 0) | (point == 1)).any())
+
+
+def test_a_coordinate_without_gradient_gets_a_finite_update():
+    for features in ("adam", "log_sign"):
+        rule = random_rule(RuleSettings(features=features, hidden=4))
+        update, _ = rule.update(torch.zeros(1, 2, 3, dtype=DOUBLE), rule.initial_state(1, 2, 3))
+        assert bool(update.isfinite().all())
+
+
+def test_initial_weights_are_a_function_of_the_shape_and_leave_the_global_stream_alone():
+    before = torch.get_rng_state()
+    one, two = ML2ONetwork(RuleSettings()).state_dict(), ML2ONetwork(RuleSettings()).state_dict()
+    assert torch.equal(before, torch.get_rng_state())
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    other = ML2ONetwork(RuleSettings(lr=0.02)).state_dict()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert one["specific.0.weight_ih_l0"].abs().sum() > 0
+
+
+def test_per_objective_refuses_another_number_of_objectives():
+    rule = random_rule(RuleSettings(objectives="per_objective", count=2, hidden=4))
+    with pytest.raises(UserError, match=r"rule\.count=2 objectives, the problem has 3"):
+        rule.initial_state(1, 3, 4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_cuda_agrees_with_the_cpu():
+    rule = random_rule(RuleSettings(hidden=4))
+    jacobian = torch.randn(2, 3, 6, dtype=DOUBLE, generator=torch.Generator().manual_seed(5))
+    there = ML2ORule.from_weights(rule.network.settings, rule.network.state_dict(), "cuda", DOUBLE)
+    here, _ = rule.update(jacobian, rule.initial_state(2, 3, 6))
+    far, _ = there.update(jacobian.to("cuda"), there.initial_state(2, 3, 6))
+    assert torch.allclose(here, far.cpu(), rtol=1e-9, atol=1e-12)

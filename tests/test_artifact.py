@@ -1,0 +1,214 @@
+"""A learned optimizer on disk: what was written comes back, and whatever was altered is refused by name."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ml2o_dist.artifact import FORMAT, load_artifact, save_artifact, weights_sha256
+from ml2o_dist.config import RuleSettings
+from ml2o_dist.errors import UserError
+from ml2o_dist.rules.ml2o import ML2ONetwork
+
+RULE = RuleSettings(hidden=4, objectives="per_objective", count=3)
+PROVENANCE = {"config_hash": "c0ffee", "seed": 7, "meta_steps": 12, "family": ["a", "b"]}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    save_artifact(tmp_path, ML2ONetwork(RULE).state_dict(), RULE, PROVENANCE)
+    return tmp_path
+
+
+def edit_card(folder: Path, change: Callable[[dict[str, Any]], object], consistent: bool = True) -> None:
+    """Change the card; with `consistent` its own digest is made to agree, as a careful forger would."""
+    file = folder / "weights.json"
+    card = json.loads(file.read_text())
+    change(card)
+    if consistent:
+        card.pop("card_sha256", None)
+        card["card_sha256"] = hashlib.sha256(json.dumps(card, sort_keys=True).encode()).hexdigest()
+    file.write_text(json.dumps(card))
+
+
+def replace_tensors(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
+    """Write other tensors with every digest made to agree."""
+    save_file(tensors, folder / "weights.safetensors")
+    digest = hashlib.sha256((folder / "weights.safetensors").read_bytes()).hexdigest()
+    edit_card(folder, lambda card: card.update(file_sha256=digest, weights_sha256=weights_sha256(tensors)))
+
+
+def test_round_trip_keeps_every_bit_and_the_provenance(folder: Path) -> None:
+    state = ML2ONetwork(RULE).state_dict()
+    for place in (folder, folder / "weights.safetensors"):
+        artifact = load_artifact(place)
+        assert artifact.weights.keys() == state.keys()
+        assert all(torch.equal(artifact.weights[name], tensor) for name, tensor in state.items())
+        assert artifact.rule == RULE
+        assert artifact.card["provenance"] == PROVENANCE
+        assert artifact.card["parameters"] == sum(tensor.numel() for tensor in state.values())
+        assert artifact.weights_sha256 == weights_sha256(state)
+        assert artifact.path == folder / "weights.safetensors"
+
+
+def test_a_named_file_has_its_card_beside_it(tmp_path: Path) -> None:
+    written = save_artifact(tmp_path / "new" / "best.safetensors", ML2ONetwork(RULE).state_dict(), RULE, {})
+    assert sorted(os.listdir(tmp_path / "new")) == ["best.json", "best.safetensors"]
+    assert load_artifact(tmp_path / "new" / "best.safetensors").card == written.card
+
+
+def test_saving_again_replaces_both_files_and_leaves_nothing_else(folder: Path) -> None:
+    state = {name: tensor + 1 for name, tensor in ML2ONetwork(RULE).state_dict().items()}
+    save_artifact(folder, state, RULE, {})
+    assert load_artifact(folder).weights_sha256 == weights_sha256(state)
+    assert sorted(os.listdir(folder)) == ["weights.json", "weights.safetensors"]
+
+
+def test_a_failed_write_leaves_the_old_artifact_whole(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = load_artifact(folder).weights_sha256
+
+    def full_disk(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    state = {name: tensor + 1 for name, tensor in ML2ONetwork(RULE).state_dict().items()}
+    with pytest.raises(UserError, match="No space left on device"):
+        save_artifact(folder, state, RULE, {})
+    assert load_artifact(folder).weights_sha256 == before
+    assert sorted(os.listdir(folder)) == ["weights.json", "weights.safetensors"]
+
+
+def test_the_digest_sees_names_shapes_and_values_and_nothing_else() -> None:
+    weights = {"a": torch.arange(6.0).reshape(2, 3), "b": torch.ones(2)}
+    digest = weights_sha256(weights)
+    assert weights_sha256(dict(reversed(weights.items()))) == digest
+    assert weights_sha256({**weights, "a": weights["a"].T.contiguous().T}) == digest
+    assert weights_sha256({**weights, "a": weights["a"].clone().requires_grad_()}) == digest
+    flipped = weights["a"].clone()
+    flipped.view(torch.int32)[1, 2] ^= 1
+    others = [
+        {**weights, "a": flipped},
+        {**weights, "a": weights["a"].reshape(3, 2)},
+        {"c": weights["a"], "b": weights["b"]},
+        {"b": weights["a"], "a": weights["b"]},
+        {"a": weights["a"]},
+    ]
+    assert len({digest, *map(weights_sha256, others)}) == 1 + len(others)
+
+
+def test_scalars_and_empty_tensors_have_a_digest() -> None:
+    assert weights_sha256({"a": torch.tensor(1.0)}) != weights_sha256({"a": torch.tensor([1.0])})
+    assert weights_sha256({"a": torch.empty(0, 2)}) != weights_sha256({"a": torch.empty(2, 0)})
+
+
+@pytest.mark.parametrize("name", ["weights.safetensors", "weights.json"])
+def test_a_missing_file_is_named(folder: Path, name: str) -> None:
+    (folder / name).unlink()
+    with pytest.raises(UserError, match=rf"{name}' is missing"):
+        load_artifact(folder)
+
+
+@pytest.mark.parametrize("position", [0, 9, -1])
+def test_one_flipped_bit_in_the_weights_is_refused(folder: Path, position: int) -> None:
+    file = folder / "weights.safetensors"
+    content = bytearray(file.read_bytes())
+    content[position] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"weights\.safetensors' was altered: its sha256 is"):
+        load_artifact(folder)
+
+
+def test_truncated_weights_are_refused(folder: Path) -> None:
+    file = folder / "weights.safetensors"
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(UserError, match=r"weights\.safetensors' was altered"):
+        load_artifact(folder)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"format": "1"}', b"\xff\xfe\x00"])
+def test_a_card_that_is_none_is_refused(folder: Path, content: bytes) -> None:
+    (folder / "weights.json").write_bytes(content)
+    with pytest.raises(UserError, match=r"weights\.json'"):
+        load_artifact(folder)
+
+
+def test_an_edited_card_is_refused(folder: Path) -> None:
+    edit_card(folder, lambda card: card["rule"].update(lr=0.5), consistent=False)
+    with pytest.raises(UserError, match=r"weights\.json' was altered"):
+        load_artifact(folder)
+
+
+def test_a_card_without_a_key_is_refused_by_its_name(folder: Path) -> None:
+    edit_card(folder, lambda card: card.pop("rule"))
+    with pytest.raises(UserError, match=r"weights\.json' lacks rule"):
+        load_artifact(folder)
+
+
+def test_a_newer_format_is_refused_as_such(folder: Path) -> None:
+    edit_card(folder, lambda card: card.update(format=FORMAT + 1, surprise=1))
+    with pytest.raises(UserError, match=rf"has format {FORMAT + 1}, .* up to {FORMAT}"):
+        load_artifact(folder)
+
+
+def test_an_unknown_rule_setting_is_named(folder: Path) -> None:
+    edit_card(folder, lambda card: card["rule"].update(depth=3))
+    with pytest.raises(UserError, match=r"rule\.depth"):
+        load_artifact(folder)
+
+
+def test_other_weights_under_the_same_file_digest_are_refused(folder: Path) -> None:
+    edit_card(folder, lambda card: card.update(weights_sha256="0" * 64))
+    with pytest.raises(UserError, match=r"the tensors in .* have sha256 .* the card says 000000000000"):
+        load_artifact(folder)
+
+
+def test_something_else_than_safetensors_is_refused(folder: Path) -> None:
+    content = b"not tensors at all"
+    (folder / "weights.safetensors").write_bytes(content)
+    edit_card(folder, lambda card: card.update(file_sha256=hashlib.sha256(content).hexdigest()))
+    with pytest.raises(UserError, match="is not a safetensors file"):
+        load_artifact(folder)
+
+
+def test_a_renamed_tensor_is_refused_by_both_names(folder: Path) -> None:
+    tensors = load_file(folder / "weights.safetensors")
+    tensors["head.wait"] = tensors.pop("head.weight")
+    replace_tensors(folder, tensors)
+    with pytest.raises(UserError, match=r"without head\.weight and with head\.wait"):
+        load_artifact(folder)
+
+
+def test_a_tensor_of_another_shape_is_refused(folder: Path) -> None:
+    tensors = load_file(folder / "weights.safetensors")
+    tensors["head.weight"] = torch.zeros(2, 5)
+    replace_tensors(folder, tensors)
+    with pytest.raises(UserError, match=r"head\.weight has shape \[2, 5\], not \[2, 4\]"):
+        load_artifact(folder)
+
+
+def test_weights_of_another_rule_are_not_written(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="do not fit its rule settings"):
+        save_artifact(tmp_path, ML2ONetwork(RULE).state_dict(), RuleSettings(hidden=8), {})
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_card_that_json_cannot_hold_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is not JSON"):
+        save_artifact(tmp_path, ML2ONetwork(RULE).state_dict(), RULE, {"figure": object()})
+    assert os.listdir(tmp_path) == []
+
+
+def test_figures_that_are_not_finite_become_null(tmp_path: Path) -> None:
+    """A run whose score is NaN keeps its weights."""
+    card = {"score": float("nan"), "range": (1.0, float("inf")), "nested": {"low": -float("inf")}}
+    save_artifact(tmp_path, ML2ONetwork(RULE).state_dict(), RULE, card)
+    expected = {"score": None, "range": [1.0, None], "nested": {"low": None}}
+    assert load_artifact(tmp_path).card["provenance"] == expected

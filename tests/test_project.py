@@ -1,0 +1,107 @@
+"""The project around the package: what the wheel holds, what is pinned, what an import costs."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(scope="module")
+def project() -> dict[str, Any]:
+    tree: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    return tree
+
+
+def requirements(project: dict[str, Any]) -> list[Requirement]:
+    table = project["project"]
+    texts = [*table["dependencies"], *(text for extra in table["optional-dependencies"].values() for text in extra)]
+    return [Requirement(text) for text in texts]
+
+
+def pins() -> dict[str, str]:
+    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#")]
+    pairs = [re.fullmatch(r"([A-Za-z0-9._-]+)==([^\s;]+)", line) for line in lines]
+    assert None not in pairs, f"only exact pins: {lines[pairs.index(None)]}"
+    return {canonicalize_name(pair[1]): pair[2] for pair in pairs if pair is not None}
+
+
+def test_every_direct_dependency_is_pinned_inside_its_range(project: dict[str, Any]) -> None:
+    pinned = pins()
+    for requirement in requirements(project):
+        name = canonicalize_name(requirement.name)
+        assert name in pinned, f"{name} is not in constraints.txt"
+        assert pinned[name] in requirement.specifier, f"{name}=={pinned[name]} is outside {requirement.specifier}"
+
+
+def test_the_tests_run_with_the_pinned_versions(project: dict[str, Any]) -> None:
+    """What was tested is what is pinned (a local build label such as +cpu apart)."""
+    pinned = pins()
+    for requirement in requirements(project):
+        assert version(requirement.name).partition("+")[0] == pinned[canonicalize_name(requirement.name)]
+
+
+def test_torch_is_pinned_for_everybody() -> None:
+    assert pins()["torch"] == "2.13.0"  # a label such as +cpu exists on one index only
+
+
+def test_the_project_itself_is_not_pinned() -> None:
+    assert "ml2o-dist" not in pins()
+
+
+@pytest.mark.long
+def test_the_wheel_holds_what_runs_without_a_checkout(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "-w", str(tmp_path), str(ROOT)]
+    subprocess.run(command, check=True, timeout=240)
+    (wheel,) = tmp_path.glob("*.whl")
+    names = subprocess.run(
+        [sys.executable, "-m", "zipfile", "-l", str(wheel)], check=True, capture_output=True, text=True, timeout=60
+    ).stdout
+    wanted = ["configs/digits.yaml", "tracking/pyfunc_model.py", "cli.py"]
+    assert [name for name in wanted if f"ml2o_dist/{name}" not in names] == []
+    assert "tests/" not in names
+
+
+def test_the_wheel_leaves_out_no_file_of_the_package(project: dict[str, Any]) -> None:
+    """hatchling takes every file of a package that git does not ignore: nothing in ours may be ignored."""
+    assert project["tool"]["hatch"]["build"]["targets"]["wheel"] == {"packages": ["ml2o_dist"]}
+    files = [
+        path for path in (ROOT / "ml2o_dist").rglob("*") if path.suffix in {".py", ".yaml", ".safetensors", ".json"}
+    ]
+    assert ROOT / "ml2o_dist" / "configs" / "digits.yaml" in files
+    asked = subprocess.run(
+        ["git", "check-ignore", "--no-index", "--stdin"],
+        input="\n".join(map(str, files)),
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    if asked.returncode not in (0, 1):
+        pytest.skip(f"not a git checkout: {asked.stderr.strip()}")
+    assert asked.stdout == ""
+
+
+@pytest.mark.parametrize("module", ["ml2o_dist", "ml2o_dist.artifact", "ml2o_dist.metatrain.worker"])
+def test_the_hot_path_imports_neither_mlflow_nor_matplotlib_nor_tune(module: str) -> None:
+    script = f"import sys, {module}; print(*sorted({{'mlflow', 'matplotlib', 'ray.tune'}} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == []
+
+
+def test_what_ci_calls_is_there() -> None:
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    assert {"train", "test", "test-full", "check"} <= targets
+    assert set(re.findall(r"^make ([a-z-]+)$", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)) == {"check", "test"}
+    assert (ROOT / ".ci" / "run").stat().st_mode & 0o111

@@ -1,0 +1,312 @@
+"""The sink: every metric arrives exactly once, and whoever logs never waits."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow.exceptions import MlflowException
+
+from ml2o_dist.errors import UserError
+from ml2o_dist.tracking.run import METRICS_PER_CALL, Params, Point, Status, Tags, Upload, Words
+from ml2o_dist.tracking.sink import MlflowSink
+from ml2o_dist.tracking.store import connect
+
+EXPERIMENT = "ml2o/meta-train"
+NEVER_S = 3600.0
+"""A flush interval that does not come: what is sent in the test is sent because it asked."""
+
+
+class FakeRun:
+    """A run in memory whose server can be away, slow or picky."""
+
+    def __init__(self) -> None:
+        self.points: list[Point] = []
+        self.words: list[Words] = []
+        self.calls: list[int] = []
+        self.ended: Status | None = None
+        self.started = 0
+        self.away = False
+        self.bad_key = ""
+        self.gate = threading.Event()
+        self.gate.set()
+
+    @property
+    def run_id(self) -> str | None:
+        return "run" if self.started else None
+
+    def _answer(self) -> None:
+        self.gate.wait()
+        if self.away:
+            raise ConnectionError("nobody there")
+
+    def start(self) -> None:
+        self._answer()
+        self.started += 1
+
+    def send_points(self, points: Sequence[Point]) -> None:
+        self._answer()
+        self.calls.append(len(points))
+        if any(point.key == self.bad_key for point in points):
+            raise MlflowException("bad key", 1000)  # INVALID_PARAMETER_VALUE
+        self.points += points
+
+    def send(self, words: Words) -> None:
+        self._answer()
+        self.words.append(words)
+
+    def end(self, status: Status) -> None:
+        self._answer()
+        self.ended = status
+
+
+@pytest.fixture
+def run() -> FakeRun:
+    return FakeRun()
+
+
+def sink_of(run: FakeRun, **settings: Any) -> MlflowSink:
+    return MlflowSink(run, "nowhere", **{"flush_s": NEVER_S, **settings})
+
+
+def values(run: FakeRun, key: str) -> list[tuple[int, float]]:
+    return [(point.step, point.value) for point in run.points if point.key == key]
+
+
+def test_everything_arrives_once_in_order_in_few_calls(run: FakeRun) -> None:
+    run.gate.clear()
+    sink = sink_of(run)
+    for step in range(1500):
+        sink.log({"a": step, "b": -step}, step)
+    run.gate.set()
+    assert sink.close() == 0
+    assert values(run, "a") == [(step, float(step)) for step in range(1500)]
+    assert values(run, "b") == [(step, -float(step)) for step in range(1500)]
+    assert run.calls == [METRICS_PER_CALL] * 3
+    assert run.ended == "FINISHED"
+
+
+def test_params_tags_and_files_keep_their_place(run: FakeRun, tmp_path: Path) -> None:
+    run.gate.clear()
+    sink = sink_of(run)
+    sink.log_params({"seed": 1})
+    sink.log({"a": 1}, 0)
+    sink.set_tags({"git": None, "config_hash": "abc"})
+    sink.log_artifact(tmp_path / "x.png", "plots")
+    run.gate.set()
+    assert sink.close("KILLED") == 0
+    assert run.words == [Params({"seed": "1"}), Tags({"config_hash": "abc"}), Upload(tmp_path / "x.png", "plots")]
+    assert run.ended == "KILLED"
+
+
+def test_logging_does_not_wait_for_a_server_that_hangs(run: FakeRun) -> None:
+    run.gate.clear()  # every call hangs
+    sink = sink_of(run)
+    start = time.monotonic()
+    for step in range(10_000):
+        sink.log({"a": step}, step)
+    assert time.monotonic() - start < 5
+    assert sink.close(limit_s=0.2) == 10_000
+    assert time.monotonic() - start < 8
+    run.gate.set()
+
+
+def test_an_outage_is_said_once_and_nothing_is_lost(run: FakeRun, caplog: pytest.LogCaptureFixture) -> None:
+    sink = sink_of(run)
+    sink.log({"a": 0}, 0)
+    assert sink.flush()
+    run.away = True
+    for step in (1, 2, 3):
+        sink.log({"a": step}, step)
+        assert not sink.flush(limit_s=0.1)
+    assert sink.unsent == 3
+    run.away = False
+    assert sink.flush()
+    assert sink.close() == 0
+    assert values(run, "a") == [(step, float(step)) for step in range(4)]
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == [
+        "MLflow at nowhere does not answer; training goes on, its figures are kept and sent later: nobody there"
+    ]
+
+
+def test_a_server_that_comes_late_gets_it_all(run: FakeRun) -> None:
+    run.away = True
+    sink = sink_of(run)
+    sink.log({"a": 1}, 0)
+    assert not sink.flush(limit_s=0.1)
+    assert sink.run_id is None
+    run.away = False
+    assert sink.flush()
+    assert sink.run_id == "run"
+    assert values(run, "a") == [(0, 1.0)]
+    sink.close()
+    assert run.started == 1
+
+
+def test_a_server_that_never_comes_costs_a_count_and_no_time(run: FakeRun, caplog: pytest.LogCaptureFixture) -> None:
+    run.away = True
+    sink = sink_of(run)
+    sink.log({"a": 1, "b": 2}, 0)
+    start = time.monotonic()
+    assert sink.close() == 2
+    assert time.monotonic() - start < 5
+    assert "2 metric values were not sent to MLflow at nowhere" in caplog.text
+    assert run.ended is None
+
+
+def test_what_is_refused_for_good_does_not_hold_up_the_rest(run: FakeRun, caplog: pytest.LogCaptureFixture) -> None:
+    run.bad_key = "b@d"
+    run.gate.clear()
+    sink = sink_of(run)
+    for step in range(20):
+        sink.log({"a": step, "b@d" if step in (4, 11) else "b": step}, step)
+    run.gate.set()
+    assert sink.close() == 0
+    assert [step for step, _ in values(run, "a")] == list(range(20))
+    assert [step for step, _ in values(run, "b")] == [step for step in range(20) if step not in (4, 11)]
+    assert sink.refused == 2
+    assert caplog.text.count("does not take") == 1
+
+
+def test_the_queue_is_bounded_and_drops_the_oldest(run: FakeRun) -> None:
+    run.gate.clear()
+    sink = sink_of(run, capacity=10)
+    for step in range(25):
+        sink.log({"a": step}, step)
+    assert (sink.unsent, sink.overflowed) == (10, 15)
+    run.gate.set()
+    assert sink.flush()
+    assert [step for step, _ in values(run, "a")] == list(range(15, 25))
+    sink.close()
+
+
+def test_the_thread_sends_without_being_asked(run: FakeRun) -> None:
+    arrived = threading.Event()
+    send: Callable[[Sequence[Point]], None] = run.send_points
+
+    def send_and_tell(points: Sequence[Point]) -> None:
+        send(points)
+        arrived.set()
+
+    run.send_points = send_and_tell  # type: ignore[method-assign]
+    sink = sink_of(run, flush_s=0.01)
+    sink.log({"a": 1}, 0)
+    assert arrived.wait(10)
+    sink.close()
+
+
+def test_a_closed_sink_takes_no_more_and_may_be_closed_again(run: FakeRun) -> None:
+    sink = sink_of(run)
+    assert sink.close() == 0
+    assert sink.close("FAILED") == 0
+    assert run.ended == "FINISHED"
+    with pytest.raises(RuntimeError, match="closed"):
+        sink.log({"a": 1}, 0)
+
+
+def test_an_unreachable_server_does_not_keep_training(caplog: pytest.LogCaptureFixture) -> None:
+    start = time.monotonic()
+    sink = MlflowSink.open("http://127.0.0.1:9", EXPERIMENT, params={"seed": 1})
+    for step in range(1000):
+        sink.log({"meta_loss": step}, step)
+    assert sink.run_id is None
+    assert sink.close() == 1000
+    assert time.monotonic() - start < 15
+    messages = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert len(messages) == 2
+    assert messages[0].startswith("MLflow at http://127.0.0.1:9 does not answer; training goes on")
+    assert "Connection refused" in messages[0]
+    assert messages[1].startswith("1000 metric values were not sent")
+    assert "\n" not in messages[0]
+
+
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A real sqlite store, created before any test that measures time."""
+    address = f"sqlite:///{tmp_path_factory.mktemp('sink')}/mlflow.db"
+    connect(address).search_experiments()
+    return address
+
+
+def history(uri: str, run_id: str | None, key: str) -> list[tuple[int, float]]:
+    return sorted((point.step, point.value) for point in connect(uri).get_metric_history(run_id, key))
+
+
+def test_a_run_in_a_real_store(uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+    picture = tmp_path / "curve.png"
+    picture.write_bytes(b"png")
+    many = {f"key{i}": "v" * 10 for i in range(130)}  # more than one call takes
+    sink = MlflowSink.open(uri, EXPERIMENT, None, "first", {"seed": 3, **many}, {"config_hash": "abc"})
+    assert sink.run_id is not None
+    for step in range(300):
+        sink.log({"meta_loss": 1 / (step + 1), "lr": float("nan") if step == 7 else 0.1}, step)
+    sink.log_artifact(picture, "plots")
+    assert sink.close() == 0
+    client = connect(uri)
+    run = client.get_run(sink.run_id)
+    assert (run.info.status, run.info.run_name) == ("FINISHED", "first")
+    assert run.data.params == {"seed": "3", **many}
+    assert run.data.tags["config_hash"] == "abc"
+    assert history(uri, sink.run_id, "meta_loss") == [(step, 1 / (step + 1)) for step in range(300)]
+    assert len(history(uri, sink.run_id, "lr")) == 300
+    stored = Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts" / "ml2o-meta-train" / str(sink.run_id)
+    assert (stored / "artifacts" / "plots" / "curve.png").read_bytes() == b"png"
+    assert list((tmp_path / "cwd").iterdir()) == []
+
+
+def test_a_resumed_run_goes_on_without_a_step_twice(uri: str) -> None:
+    first = MlflowSink.open(uri, EXPERIMENT, None, "resumed", {"workers": 2})
+    for step in range(10):
+        first.log({"meta_loss": step, "sparse": step} if step % 5 == 0 else {"meta_loss": step}, step)
+    first.close("KILLED")
+
+    second = MlflowSink.open(uri, EXPERIMENT, first.run_id, "ignored", {"workers": 3, "new": 1})
+    assert second.run_id == first.run_id
+    assert connect(uri).get_run(first.run_id).info.status == "RUNNING"
+    for step in range(6, 15):  # the checkpoint was at step 6
+        second.log({"meta_loss": step, "sparse": step, "fresh": step}, step)
+    assert second.close() == 0
+    assert history(uri, first.run_id, "meta_loss") == [(step, float(step)) for step in range(15)]
+    assert history(uri, first.run_id, "sparse") == [(step, float(step)) for step in (0, 5, *range(6, 15))]
+    assert history(uri, first.run_id, "fresh") == [(step, float(step)) for step in range(6, 15)]
+    run = connect(uri).get_run(first.run_id)
+    assert run.data.params == {"workers": "2", "new": "1"}
+    assert (run.info.status, run.info.run_name) == ("FINISHED", "resumed")
+
+
+def test_a_run_that_is_gone_is_replaced_with_a_warning(uri: str, caplog: pytest.LogCaptureFixture) -> None:
+    sink = MlflowSink.open(uri, EXPERIMENT, "0" * 32)
+    assert sink.run_id not in (None, "0" * 32)
+    assert f"MLflow run {'0' * 32} is not at {uri} (any more): a new one begins" in caplog.text
+    sink.close()
+
+
+def test_a_metric_that_mlflow_refuses_is_dropped_alone(uri: str) -> None:
+    sink = MlflowSink.open(uri, EXPERIMENT)
+    sink.log({"good": 1.0, "b@d!": 2.0}, 0)
+    sink.log_artifact(Path("/nowhere/gone.png"))
+    sink.log({"good": 2.0}, 1)
+    assert sink.close() == 0
+    assert sink.refused == 2
+    assert history(uri, sink.run_id, "good") == [(0, 1.0), (1, 2.0)]
+
+
+def test_a_deleted_experiment_is_refused_in_one_line(uri: str) -> None:
+    client = connect(uri)
+    client.delete_experiment(client.create_experiment("deleted"))
+    with pytest.raises(UserError, match=r"experiment 'deleted' was deleted .* experiments restore") as refusal:
+        MlflowSink.open(uri, "deleted")
+    assert "\n" not in str(refusal.value)
+
+
+def test_a_store_that_is_none_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "mlflow.db").write_text("this is a text file, not a database")
+    with pytest.raises(UserError, match="is not an sqlite file"):
+        MlflowSink.open(f"sqlite:///{tmp_path}/mlflow.db", EXPERIMENT)
