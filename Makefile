@@ -11,11 +11,12 @@ TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 RAY_USAGE_STATS_ENABLED=0 MLFLOW
 
 install: $(STAMP)
 
-# The stamp is written last: an installation that was cut short is done again.
+# The stamp is written last: an installation that was cut short is done again. --no-compile: Python compiles what is
+# imported when it is imported, a small part of the 2 GB.
 $(STAMP): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	@echo "installing into .venv: 2 GB, a few minutes"
-	@$(BIN)/python -m pip install -qq --disable-pip-version-check -c constraints.txt -e '.[test]'
+	@$(BIN)/python -m pip install -qq --no-compile --disable-pip-version-check -c constraints.txt -e '.[test]'
 	@touch $@
 
 train: $(STAMP)

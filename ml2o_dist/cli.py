@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import functools
 import json
-import os
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -116,14 +116,14 @@ def models_list(console: Console, tracking_uri: str, name: str) -> list[dict[str
     from ml2o_dist.tracking.store import redacted, resolve_tracking_uri
 
     uri = resolve_tracking_uri(tracking_uri)
-    versions = [dict(version) for version in list_versions(uri, name)]
+    versions = list_versions(uri, name)
     table = Table("name", "version", "aliases", "meta-steps", "weights", title=f"models in {redacted(uri)}")
     for version in versions:
         tags = version["tags"]
         aliases, digest = ", ".join(version["aliases"]), tags.get("weights_sha256", "")[:12]
         table.add_row(version["name"], str(version["version"]), aliases, tags.get("meta_steps", ""), digest)
     console.print(table if versions else f"no registered models in {redacted(uri)}")
-    return versions
+    return [dict(version) for version in versions]
 
 
 @main.group()
@@ -167,7 +167,9 @@ def problems_show(console: Console, name: str, data_root: str) -> dict[str, Any]
         "reference_point": None if problem.reference_point is None else problem.reference_point.tolist(),
         "description": problem_description(spec.name),
     }
-    console.print(f"[bold]{spec}[/]: {problem.objectives} objectives, {problem.dimension:,} parameters", highlight=False)
+    console.print(
+        f"[bold]{spec}[/]: {problem.objectives} objectives, {problem.dimension:,} parameters", highlight=False
+    )
     console.print(", ".join(f"{key}={value}" for key, value in settings.items()), markup=False, highlight=False)
     console.print(problem_description(spec.name), markup=False, highlight=False)
     return answer
@@ -179,30 +181,38 @@ def data() -> None:
 
 
 @data.command("status")
-@click.option("--data-root", default="", help="Folder to look in [default: ML2O_DATA].")
+@click.option("--data-root", default="", help="Folder to look in [default: ML2O_DATA, else the cache].")
 @command
 def data_status(console: Console, data_root: str) -> list[dict[str, Any]]:
     """Say which files of MNIST and Fashion-MNIST are there and whether their content is the published one."""
-    from dataclasses import asdict
+    from ml2o_dist.problems.download import data_status as status
+    from ml2o_dist.problems.image_files import data_folder
 
-    from ml2o_dist.problems.data_sets import data_status as status
-
-    records = [asdict(record) for record in status(data_root)]
-    table = Table("file", "bytes", "state", title=f"image data in {data_root or os.environ.get('ML2O_DATA', '')}")
+    records = status(data_root)
+    table = Table("data", "file", "bytes", "content", title=f"image data in {data_folder(data_root)}")
     for record in records:
-        table.add_row(record["path"], f"{record['bytes']:,}" if record["bytes"] else "", record["state"])
+        table.add_row(record.source, record.path, f"{record.bytes:,}" if record.present else "", record.content)
     console.print(table)
-    return records
+    if not all(record.present for record in records):
+        console.print("Missing files: `ml2o data fetch` downloads them (40 MB).", highlight=False)
+    return [asdict(record) for record in records]
 
 
 @data.command("fetch")
-@click.option("--data-root", default="", help="Folder to download into [default: ML2O_DATA].")
+@click.option("--data-root", default="", help="Folder to download into [default: ML2O_DATA, else the cache].")
 @command
 def data_fetch(console: Console, data_root: str) -> list[dict[str, Any]]:
     """Download MNIST and Fashion-MNIST (40 MB) from their official mirrors, checked."""
-    from dataclasses import asdict
+    from ml2o_dist.problems.download import fetch
+    from ml2o_dist.problems.image_files import data_folder
 
-    from ml2o_dist.problems.data_sets import fetch
+    shown: dict[str, int] = {}
 
-    records = fetch(data_root, lambda name, done, total: console.print(f"{name}  {done:,} of {total:,} bytes"))
+    def progress(name: str, done: int, total: int | None) -> None:
+        if done - shown.get(name, -(2**30)) >= 4 * 2**20 or done == total:
+            shown[name] = done
+            console.print(f"{name}  {done / 2**20:.1f} of {(total or 0) / 2**20:.1f} MB", highlight=False)
+
+    records = fetch(data_root, progress)
+    console.print(f"all {len(records)} files are in {data_folder(data_root)}", highlight=False, soft_wrap=True)
     return [asdict(record) for record in records]

@@ -34,7 +34,11 @@ def connected(address: str = "auto") -> Iterator[str]:
     if not ray.is_initialized():
         try:
             target = None if address == "auto" else address
-            ray.init(address=target, logging_level=logging.ERROR, **({"include_dashboard": False} if address == "local" else {}))
+            ray.init(
+                address=target,
+                logging_level=logging.ERROR,
+                **({"include_dashboard": False} if address == "local" else {}),
+            )
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise UserError(f"--address {address!r}: no Ray cluster answers there ({_first_line(error)})") from error
     try:

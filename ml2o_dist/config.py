@@ -82,6 +82,9 @@ class FamilySettings(_Settings):
     train: tuple[MemberSettings, ...] = Field(min_length=1)
     validation: tuple[str, ...] = Field(min_length=1)
     test: tuple[str, ...] = Field(min_length=1)
+    rescale: float = Field(
+        1.0, ge=1, description="parameters of training problems are scaled by up to this, or 1 / this"
+    )
 
     def training(self) -> ProblemFamily:
         """Return the training distribution; raises UserError for an unknown problem or setting."""
@@ -207,18 +210,12 @@ _OPERATIONAL = (
 def load_settings(file: Path | None = None, overrides: Iterable[str] = ()) -> MetaTrainSettings:
     """Read settings from a YAML `file` (None: the embedded default), then apply `key=value` overrides in order.
 
+    A file may begin with `extends: other.yaml` (a path beside it): its mappings are laid over that file's.
+
     Raises:
         UserError: an unreadable file, a misspelt key or a wrong value, in one line that says what is allowed.
     """
-    source = file or DEFAULT_CONFIG
-    try:
-        tree = yaml.safe_load(source.read_text())
-    except OSError as error:
-        raise UserError(f"config file {str(source)!r} cannot be read: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"config file {str(source)!r} is not YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(tree, dict):
-        raise UserError(f"config file {str(source)!r} must hold `key: value` lines, not {type(tree).__name__}")
+    tree = _read_tree(file or DEFAULT_CONFIG)
     for override in overrides:
         _override(tree, override)
     return parse_settings(tree)
@@ -252,6 +249,31 @@ def first_difference(ours: MetaTrainSettings, theirs: MetaTrainSettings) -> str:
         if key.split(".")[0] not in _OPERATIONAL and left.get(key) != right.get(key):
             return f"{key} is {left.get(key)!r} here and {right.get(key)!r} there"
     return ""
+
+
+def _read_tree(source: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(source.read_text())
+    except OSError as error:
+        raise UserError(f"config file {str(source)!r} cannot be read: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"config file {str(source)!r} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"config file {str(source)!r} must hold `key: value` lines, not {type(tree).__name__}")
+    base = tree.pop("extends", None)
+    if base is None:
+        return tree
+    if source.parent / str(base) == source:
+        raise UserError(f"config file {str(source)!r} extends itself")
+    return _laid_over(_read_tree(source.parent / str(base)), tree)
+
+
+def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    both = dict(below)
+    for key, value in above.items():
+        under = both.get(key)
+        both[key] = _laid_over(under, value) if isinstance(under, dict) and isinstance(value, dict) else value
+    return both
 
 
 def _override(tree: dict[str, Any], override: str) -> None:

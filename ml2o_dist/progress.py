@@ -38,7 +38,9 @@ class StepDisplay:
             self._live.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._live:
             self._live.stop()
 
@@ -48,7 +50,9 @@ class StepDisplay:
             self._live.update(self._task, completed=done, figures=figures)
         elif not self._console.quiet and (done >= self._total or time.monotonic() - self._last_line > PLAIN_EVERY_S):
             self._last_line = time.monotonic()
-            self._console.print(f"{self._title} {done}/{self._total}  {figures}  left {self._left(done)}", highlight=False)
+            self._console.print(
+                f"{self._title} {done}/{self._total}  {figures}  left {self._left(done)}", highlight=False
+            )
 
     def _left(self, done: int) -> str:
         if done <= self._first:

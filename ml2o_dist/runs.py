@@ -7,8 +7,8 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -21,13 +21,15 @@ from ml2o_dist.cluster_connection import connected
 from ml2o_dist.config import MetaTrainSettings, dump_settings, first_difference, load_settings, settings_hash
 from ml2o_dist.errors import UserError
 from ml2o_dist.evaluation.benchmark import Comparison, compare
-from ml2o_dist.evaluation.cells import Learned, run_cells_on_ray
+from ml2o_dist.evaluation.cells import Cell, CellResult, Learned, run_cells_on_ray
 from ml2o_dist.evaluation.report import comparison_markdown, comparison_table, plot_comparison, plot_meta_loss
+from ml2o_dist.metatrain.checkpoint import newest_checkpoint
 from ml2o_dist.metatrain.pool import PoolError, Stopped, WorkerPool
 from ml2o_dist.metatrain.trainer import Row, Trainer
 from ml2o_dist.problems import ProblemContext, ProblemSpec
 from ml2o_dist.progress import StepDisplay
 from ml2o_dist.tracking.registry import register_version
+from ml2o_dist.tracking.run import Status
 from ml2o_dist.tracking.sink import MlflowSink
 from ml2o_dist.tracking.store import home_folder, redacted, resolve_tracking_uri
 
@@ -100,40 +102,49 @@ def meta_train(
     else:
         _check_fresh(run_dir, settings)
     check_problems(settings)
-    _write_config(run_dir, settings)
     console.print(f"run directory  {run_dir}", highlight=False, soft_wrap=True)
     console.print(f"tracking URI   {redacted(uri)}", highlight=False, soft_wrap=True)
-    with _log_file(run_dir), connected(address) as where:
+    _write_config(run_dir, settings)
+    with _log_file(run_dir), connected(address) as where, stop_on_signals() as stop:
         console.print(f"Ray            {where}", highlight=False, soft_wrap=True)
-        with stop_on_signals() as stop:
-            pool = WorkerPool(settings.workers, settings.resources, stop)
-            sink = MlflowSink.open(
-                uri,
-                settings.tracking.experiment,
-                trainer.progress.tracking_run or None,
-                run_dir.name,
-                params=_parameters(settings),
-                tags={"config_hash": settings_hash(settings), "git": _git_commit(), "run_dir": str(run_dir)},
-            )
-            trainer.progress.tracking_run = sink.run_id or trainer.progress.tracking_run
-            status = "FAILED"
-            try:
+        try:
+            with (
+                closing(WorkerPool(settings.workers, settings.resources, stop)) as pool,
+                _tracked(trainer, uri) as sink,
+            ):
                 _train(trainer, pool, sink, console)
                 pool.close()
-                result = _finish(trainer, sink, uri, console)
-                status = "FINISHED"
-                return result
-            except Stopped:
-                status = "KILLED"
-                trainer.save()
-                name = signal.Signals(stop.signal_number).name
-                raise Interrupted(stop.signal_number, f"stopped by {name}; {_how_to_resume(trainer)}") from None
-            except PoolError as error:
-                trainer.save()
-                raise Aborted(f"{error}; {_how_to_resume(trainer)}") from error
-            finally:
-                pool.close()
-                sink.close(status)
+                return _finish(trainer, sink, uri, console, stop)
+        except Stopped:
+            trainer.save()
+            name = signal.Signals(stop.signal_number).name
+            raise Interrupted(stop.signal_number, f"stopped by {name}; {_how_to_resume(trainer)}") from None
+        except PoolError as error:
+            trainer.save()
+            raise Aborted(f"{error}; {_how_to_resume(trainer)}") from error
+
+
+@contextmanager
+def _tracked(trainer: Trainer, uri: str) -> Iterator[MlflowSink]:
+    """Open the trainer's MLflow run, or go on with it, and end it as the `with` block ended."""
+    settings = trainer.settings
+    sink = MlflowSink.open(
+        uri,
+        settings.tracking.experiment,
+        trainer.progress.tracking_run or None,
+        trainer.run_dir.name,
+        params=_parameters(settings),
+        tags={"config_hash": settings_hash(settings), "git": _git_commit(), "run_dir": str(trainer.run_dir)},
+    )
+    trainer.progress.tracking_run = sink.run_id or trainer.progress.tracking_run
+    status: Status = "FINISHED"
+    try:
+        yield sink
+    except BaseException as error:
+        status = "KILLED" if isinstance(error, Stopped) else "FAILED"
+        raise
+    finally:
+        sink.close(status)
 
 
 def resumed_settings(run_dir: Path, overrides: tuple[str, ...]) -> MetaTrainSettings:
@@ -186,7 +197,7 @@ def _train(trainer: Trainer, pool: WorkerPool, sink: MlflowSink, console: Consol
         trainer.run(pool.run, on_row)
 
 
-def _finish(trainer: Trainer, sink: MlflowSink, uri: str, console: Console) -> dict[str, Any]:
+def _finish(trainer: Trainer, sink: MlflowSink, uri: str, console: Console, stop: StopRequest) -> dict[str, Any]:
     settings, progress, run_dir = trainer.settings, trainer.progress, trainer.run_dir
     provenance = {
         "config_hash": settings_hash(settings),
@@ -206,7 +217,7 @@ def _finish(trainer: Trainer, sink: MlflowSink, uri: str, console: Console) -> d
     plot_meta_loss(progress.history, plots / "meta_loss.png")
     comparison: Comparison | None = None
     if settings.compare:
-        comparison = _compare(trainer, console)
+        comparison = _compare(trainer, console, stop)
         (run_dir / "comparison.md").write_text(comparison_markdown(comparison))
         plot_comparison(comparison, plots / "comparison.png")
         sink.log_artifact(run_dir / "comparison.md")
@@ -226,17 +237,20 @@ def _finish(trainer: Trainer, sink: MlflowSink, uri: str, console: Console) -> d
     }
 
 
-def _compare(trainer: Trainer, console: Console) -> Comparison:
-    settings = trainer.settings
+def _compare(trainer: Trainer, console: Console, stop: StopRequest) -> Comparison:
+    settings, resources = trainer.settings, trainer.settings.resources
     contestants = [Learned("initial", settings.rule, None), Learned("learned", settings.rule, trainer.best_weights)]
     began = time.monotonic()
 
-    def run_cells(cells: Any) -> Any:
-        resources = settings.resources
+    def run_cells(cells: Sequence[Cell]) -> list[CellResult]:
         with StepDisplay(console, "compare", len(cells)) as display:
-            return run_cells_on_ray(
-                cells, num_cpus=resources.num_cpus, num_gpus=resources.num_gpus, on_done=lambda n, _: display.update(n)
-            )
+
+            def on_done(done: int, total: int) -> None:
+                if stop():
+                    raise Stopped
+                display.update(done)
+
+            return run_cells_on_ray(cells, num_cpus=resources.num_cpus, num_gpus=resources.num_gpus, on_done=on_done)
 
     comparison = compare(settings, contestants, run_cells)
     console.print(f"compared in {time.monotonic() - began:.0f} s", highlight=False)
@@ -269,7 +283,7 @@ def _register(
 
 def _check_fresh(run_dir: Path, settings: MetaTrainSettings) -> None:
     config = run_dir / "config.yaml"
-    if not config.exists():
+    if not config.exists() or newest_checkpoint(run_dir / "checkpoints")[0] is None:
         return
     difference = first_difference(settings, load_settings(config))
     if difference:

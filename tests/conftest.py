@@ -6,6 +6,7 @@ import atexit
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 # Set before anything imports torch, Ray or MLflow, all of which read the environment once.
@@ -48,6 +49,16 @@ def real_data_root() -> str:
     if _REAL_DATA is None:
         pytest.skip("no real image data in ML2O_DATA or ../shared/data")
     return str(_REAL_DATA)
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[None]:
+    """A local Ray with 4 CPUs, one for the whole session."""
+    import ray
+
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
+    yield
+    ray.shutdown()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -22,7 +22,10 @@ DIVERGED = 1e6
 """A summed loss so many times the one at the start counts as diverged, though it may still be finite."""
 
 Progress = Callable[[int, int], None]
-"""Called with (cells done, cells in all) after every cell."""
+"""Called with (cells done, cells in all) after every cell, and now and then in between."""
+
+POLL_S = 0.5
+"""How long to wait for a cell before `on_done` is called again."""
 
 
 class Contestant(Protocol):
@@ -187,6 +190,7 @@ def run_cells_on_ray(
     """Run each cell as a Ray task with one torch thread; results are in the order of `cells`.
 
     Ray must be initialised. A task whose worker died is run once more; a task that raises is not, for it would again.
+    `on_done` is called at least every half second; whatever it raises ends the work and cancels what is left.
 
     Raises:
         UserError: no node of the cluster is large enough for one task; or what a cell raised.
@@ -199,17 +203,18 @@ def run_cells_on_ray(
     waiting = list(refs)
     try:
         while waiting:
-            ready, waiting = ray.wait(waiting)
+            ready, waiting = ray.wait(waiting, timeout=POLL_S)
             ray.get(ready)
             if on_done is not None:
                 on_done(len(refs) - len(waiting), len(refs))
         results: list[CellResult] = ray.get(refs)
     except ray.exceptions.RayTaskError as error:
-        for ref in waiting:
-            ray.cancel(ref)
         if isinstance(error.cause, UserError):
             raise error.cause from None
         raise
+    finally:
+        for ref in waiting:
+            ray.cancel(ref)
     return results
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from ml2o_dist.config import EstimatorSettings, RuleSettings
 from ml2o_dist.metatrain import metagradient
 from ml2o_dist.metatrain.metagradient import Rollout
-from ml2o_dist.problems import Problem, ProblemContext, ProblemSpec
+from ml2o_dist.problems import Problem, ProblemContext, ProblemSpec, Rescaled
 from ml2o_dist.rules.base import Oracle
 from ml2o_dist.rules.ml2o import ML2ORule
 from ml2o_dist.seeding import derive_seed, generator
@@ -28,7 +28,8 @@ class EpisodeSpec:
     """Everything an episode depends on besides the weights.
 
     `seed` names all its randomness: the problem's coefficients, the starting points of the P `instances`, the batches
-    and the chosen coordinates. `estimator` None: no meta-gradient is wanted (validation).
+    and the chosen coordinates. `parameter_scale` is c of `Rescaled`. `estimator` None: no meta-gradient is wanted
+    (validation).
     """
 
     problem: ProblemSpec
@@ -38,6 +39,7 @@ class EpisodeSpec:
     rule: RuleSettings
     estimator: EstimatorSettings | None
     unroll: int = 0
+    parameter_scale: float = 1.0
     device: str = "cpu"
     data_root: str = ""
 
@@ -73,6 +75,8 @@ def run_episode(weights: Weights, spec: EpisodeSpec) -> EpisodeResult:
     rule = ML2ORule.from_weights(spec.rule, weights, device)
     context = ProblemContext(spec.instances, derive_seed("problem", spec.seed), device, data_root=spec.data_root)
     problem = spec.problem.build(context)
+    if spec.parameter_scale != 1:
+        problem = Rescaled(problem, spec.parameter_scale)
     start = problem.initial_parameters([derive_seed("start", spec.seed, i) for i in range(spec.instances)])
     oracle = Oracle(problem, generator("batches", spec.seed))
     gradient: list[Tensor] | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from ml2o_dist.config import MetaTrainSettings
@@ -55,6 +56,7 @@ def training_items(settings: MetaTrainSettings, meta_step: int, device: str) -> 
             rule=settings.rule,
             estimator=settings.estimator,
             unroll=settings.unroll,
+            parameter_scale=_scale(settings.family.rescale, seed),
             device=device,
             data_root=settings.data.root,
         )
@@ -83,3 +85,9 @@ def validation_items(settings: MetaTrainSettings, meta_step: int, device: str) -
 def validates(settings: MetaTrainSettings, meta_step: int) -> bool:
     """Tell whether the weights after `meta_step` updates are validated: at 0, every `validation.every`, at the end."""
     return meta_step % settings.validation.every == 0 or meta_step == settings.meta_steps
+
+
+def _scale(largest: float, seed: int) -> float:
+    """Draw c log-uniformly from [1 / largest, largest]."""
+    place = derive_seed("parameter scale", seed) / 2**63
+    return math.exp((2 * place - 1) * math.log(largest))

@@ -14,6 +14,7 @@ from ml2o_dist.problems.base import (
     problem_names,
     problem_settings,
 )
+from ml2o_dist.problems.rescaled import Rescaled
 
 __all__ = [
     "Batch",
@@ -22,6 +23,7 @@ __all__ = [
     "ProblemContext",
     "ProblemFamily",
     "ProblemSpec",
+    "Rescaled",
     "problem_description",
     "problem_names",
     "problem_settings",

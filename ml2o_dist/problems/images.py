@@ -66,7 +66,7 @@ DATA_SETS = {
 }
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Pairs:
     """N pairs of one split, mapped from the cache file: they must not be written to.
 

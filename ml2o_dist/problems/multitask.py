@@ -22,7 +22,7 @@ TEST_SAMPLES = 2000
 _TEST_CHUNK = 500  # images made float at a time: memory stays small, and longer chunks are no faster
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class ImageBatch:
     """One batch for each instance: images [P, B, 1, H, W] in 0..1, labels int64 [P, B, m]."""
 

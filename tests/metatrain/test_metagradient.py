@@ -38,10 +38,14 @@ def assert_close(ours, theirs, tolerance=1e-10):
 
 @pytest.mark.parametrize("objectives", [1, 2, 3])
 @pytest.mark.parametrize("instances", [1, 4])
-@pytest.mark.parametrize("form", list(itertools.product(["tied", "per_objective"], ["residual", "scaled"], ["adam", "log_sign"])))
+@pytest.mark.parametrize(
+    "form", list(itertools.product(["tied", "per_objective"], ["residual", "scaled"], ["adam", "log_sign"]))
+)
 def test_replay_is_first_order_backpropagation(objectives, instances, form):
     tied, output, features = form
-    settings = RuleSettings(objectives=tied, output=output, features=features, count=objectives, hidden=4, lr=0.1, scale=0.1)
+    settings = RuleSettings(
+        objectives=tied, output=output, features=features, count=objectives, hidden=4, lr=0.1, scale=0.1
+    )
     rule, problem = random_rule(settings), problem_for(objectives, instances)
     rollout, start, batches = rolled(rule, problem)
     estimator = EstimatorSettings(gamma=1.0)
@@ -57,7 +61,7 @@ def test_replay_is_first_order_backpropagation(objectives, instances, form):
 @pytest.mark.parametrize("kind", ["uniform", "linear", "quadratic"])
 def test_discounted_replay_is_the_written_out_sum(gamma, kind):
     rule, problem = random_rule(RuleSettings(hidden=4, lr=0.1)), problem_for(2, 3)
-    rollout, start, _ = rolled(rule, problem)
+    rollout, _, _ = rolled(rule, problem)
     estimator = EstimatorSettings(gamma=gamma, step_weights=kind, meta_loss="normalised")
     _, gradient = replay(rule.network, rollout, estimator, "normalised", 0, None)
     raw = torch.arange(1, HORIZON + 1, dtype=DOUBLE) ** {"uniform": 0, "linear": 1, "quadratic": 2}[kind]
@@ -98,13 +102,9 @@ def test_chunks_cut_the_lstm_and_truncation_cuts_the_answers(unroll, truncated):
 def test_replay_does_not_depend_on_its_block_size(monkeypatch):
     rule, problem = random_rule(RuleSettings(hidden=4, lr=0.1)), problem_for(3, 4)
     rollout, _, _ = rolled(rule, problem)
-    estimator = EstimatorSettings()
-    _, whole = replay(rule.network, rollout, estimator, "log_sum", 0, None) if problem.positive else replay(
-        rule.network, rollout, estimator, "normalised", 0, None
-    )
+    _, whole = replay(rule.network, rollout, EstimatorSettings(), "normalised", 0, None)
     monkeypatch.setattr("ml2o_dist.metatrain.metagradient.REPLAY_BLOCK", 3)
-    kind = "log_sum" if problem.positive else "normalised"
-    _, blocked = replay(rule.network, rollout, estimator, kind, 0, None)
+    _, blocked = replay(rule.network, rollout, EstimatorSettings(), "normalised", 0, None)
     assert_close(blocked, whole, 1e-12)
 
 

@@ -157,7 +157,7 @@ def test_training_learns_what_carries_over_to_unseen_pairs() -> None:
     point = problem.initial_parameters([0, 1]).requires_grad_(True)
     optimizer, stream = torch.optim.Adam([point], lr=0.01), generator("training")
     before = problem.test_metrics(point)
-    for _ in range(400):
+    for _ in range(250):
         jacobian, _ = problem.jacobian(point, problem.sample_batch(stream))
         point.grad = jacobian.sum(dim=1)
         optimizer.step()

@@ -1,0 +1,105 @@
+"""Settings: what is wrong is said in one line that names key, value, what is allowed and the nearest name."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ml2o_dist.config import dump_settings, first_difference, load_settings, parse_settings, settings_hash
+from ml2o_dist.errors import UserError
+
+CONFIGS = sorted((Path(__file__).parents[1] / "jobs" / "configs").glob("*.yaml"))
+
+
+def refused(*overrides: str) -> str:
+    with pytest.raises(UserError) as caught:
+        load_settings(None, overrides)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize(
+    ("override", "parts"),
+    [
+        ("meta_stps=5", ["'meta_stps'", "did you mean 'meta_steps'?", "allowed:", "horizon"]),
+        ("rule.ouput=scaled", ["'rule.ouput'", "did you mean 'rule.output'?", "rule.hidden"]),
+        ("rule.output=cubic", ["'rule.output'", "'cubic'", "'residual'", "'scaled'"]),
+        ("workers=0", ["'workers'", "greater than or equal to 1", "0"]),
+        ("workers=many", ["'workers'", "valid integer", "'many'"]),
+        ("estimator.gamma=1.5", ["'estimator.gamma'", "less than or equal to 1", "1.5"]),
+        ("staleness=2", ["'staleness'", "0", "2"]),
+        ("backward=learner", ["'backward'", "'worker'", "'learner'"]),
+        ("horizon=0", ["'horizon'", "at least 1"]),
+        ("family.test=[multidigitz]", ["family.test", "'multidigitz'", "did you mean 'multidigits'?"]),
+        ("family.test=['multidigits[nett=mlp]']", ["'nett'", "did you mean 'net'?"]),
+        ("family.train=[{problem: quadratik}]", ["family.train", "'quadratik'", "did you mean 'quadratic'?"]),
+        ("family.train=[{problem: quadratic, choices: {mm: [2]}}]", ["'mm'", "allowed: batch, condition, m, n, noise"]),
+        ("family.train=[{problem: quadratic, choices: {m: []}}]", ["choices.m is empty"]),
+        ("family.train=[]", ["'family.train'", "at least 1 item"]),
+        ("estimator.truncated=true", ["estimator.truncated needs unroll >= 1"]),
+        ("rule", ["not of the form dotted.key=value"]),
+        ("seed.x=1", ["'seed' is a value"]),
+        ("rule={", ["not YAML"]),
+    ],
+)
+def test_a_wrong_setting_is_named(override, parts):
+    message = refused(override)
+    for part in parts:
+        assert part in message
+
+
+def test_a_missing_file_a_broken_file_and_a_list_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"nowhere\.yaml' cannot be read: No such file"):
+        load_settings(tmp_path / "nowhere.yaml")
+    for content, why in (("a: [", "is not YAML"), ("- a", "must hold `key: value` lines, not list")):
+        (tmp_path / "bad.yaml").write_text(content)
+        with pytest.raises(UserError, match=why):
+            load_settings(tmp_path / "bad.yaml")
+
+
+def test_a_file_can_extend_another(tmp_path):
+    (tmp_path / "base.yaml").write_text("workers: 3\nrule: {hidden: 7, lr: 0.5}\nfamily: {train: [{problem: fonseca}], "
+                                        "validation: [fonseca], test: [zdt1]}\n")  # fmt: skip
+    (tmp_path / "top.yaml").write_text("extends: base.yaml\nrule: {lr: 0.1}\nfamily: {test: [zdt2]}\n")
+    settings = load_settings(tmp_path / "top.yaml")
+    assert (settings.workers, settings.rule.hidden, settings.rule.lr) == (3, 7, 0.1)
+    assert (settings.family.validation, settings.family.test) == (("fonseca",), ("zdt2",))
+    (tmp_path / "self.yaml").write_text("extends: self.yaml\n")
+    with pytest.raises(UserError, match="extends itself"):
+        load_settings(tmp_path / "self.yaml")
+
+
+def test_overrides_apply_in_order_and_reach_nested_keys():
+    settings = load_settings(None, ["workers=3", "workers=4", "rule.output=scaled", "data.root=/x=y", "horizon=7"])
+    assert (settings.workers, settings.rule.output, settings.data.root) == (4, "scaled", "/x=y")
+    assert settings.horizon == (7,)
+    assert load_settings(None, ["tracking.register=false"]).tracking.register_version is False
+
+
+@pytest.mark.parametrize("file", [None, *CONFIGS], ids=lambda f: f.name if f else "default")
+def test_every_shipped_config_is_valid_and_survives_a_round_trip(file):
+    settings = load_settings(file)
+    again = parse_settings(yaml.safe_load(dump_settings(settings)))
+    assert again == settings
+    assert settings_hash(again) == settings_hash(settings)
+
+
+def test_the_identity_hash_ignores_how_and_sees_what():
+    base = load_settings(None)
+    how = load_settings(
+        None, ["workers=7", "data.root=/d", "compare=false", "tracking.uri=http://h", "checkpoint_every=3"]
+    )
+    what = load_settings(None, ["learner.lr=0.5"])
+    assert settings_hash(how, identity=True) == settings_hash(base, identity=True)
+    assert settings_hash(how) != settings_hash(base)
+    assert settings_hash(what, identity=True) != settings_hash(base, identity=True)
+    assert first_difference(how, base) == ""
+    assert first_difference(what, base) == "learner.lr is 0.5 here and 0.003 there"
+
+
+def test_settings_cannot_be_changed_afterwards():
+    with pytest.raises(ValueError, match="frozen"):
+        load_settings(None).workers = 5

@@ -1,0 +1,86 @@
+"""`ray job submit` of the real script on a real head of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from ml2o_dist.artifact import load_artifact
+from ml2o_dist.tracking.registry import list_versions
+
+REPOSITORY = Path(__file__).parents[1]
+RAY = Path(sys.executable).parent / "ray"
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+@pytest.fixture
+def head():
+    """A Ray head with 2 CPUs; yields the address of its dashboard. Ended by pid, since others may be running."""
+    folder, dashboard = tempfile.mkdtemp(prefix="ray"), free_port()
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"PATH": path}
+    command = [RAY, "start", "--head", "--block", f"--port={free_port()}", f"--dashboard-port={dashboard}",
+               f"--ray-client-server-port={free_port()}", "--num-cpus=2", f"--temp-dir={folder}"]  # fmt: skip
+    with open(Path(folder) / "head.log", "w") as log:
+        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+    address = f"http://127.0.0.1:{dashboard}"
+    try:
+        limit = time.monotonic() + 90
+        while True:
+            try:
+                urllib.request.urlopen(f"{address}/api/version", timeout=2).close()
+                break
+            except OSError:
+                assert process.poll() is None, (Path(folder) / "head.log").read_text()
+                assert time.monotonic() < limit, (Path(folder) / "head.log").read_text()
+        yield address
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(timeout=60)
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def submit(address: str, home: Path, *words: str) -> subprocess.CompletedProcess[str]:
+    runtime = {"env_vars": {"ML2O_HOME": str(home), "ML2O_CACHE": os.environ["ML2O_CACHE"], "OMP_NUM_THREADS": "1"}}
+    command = [RAY, "job", "submit", "--address", address, "--runtime-env-json", json.dumps(runtime),
+               "--working-dir", str(REPOSITORY), "--", "python", "jobs/meta_train.py", *words]  # fmt: skip
+    environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
+    return subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment, check=False)
+
+
+def test_a_submitted_job_leaves_run_and_version_outside_its_working_directory(head, tmp_path):
+    words = [
+        "--config",
+        str(REPOSITORY / "tests" / "small_run.yaml"),
+        "--set",
+        "compare=false",
+        "--run-dir",
+        "runs/job",
+    ]
+    done = submit(head, tmp_path, *words)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"run directory  {tmp_path}/runs/job" in done.stdout
+    assert "a running Ray cluster: 2 CPU" in done.stdout
+    versions = list_versions(f"sqlite:///{tmp_path}/mlflow.db")
+    assert [(v["name"], v["version"], v["aliases"]) for v in versions] == [("ml2o", 1, ["candidate"])]
+    assert versions[0]["tags"]["weights_sha256"] == load_artifact(tmp_path / "runs" / "job").weights_sha256
+
+    failed = submit(head, tmp_path, "--config", str(REPOSITORY / "tests" / "small_run.yaml"), "--set", "workers=9")
+    assert failed.returncode != 0
+    assert "workers=9 needs 9 CPU (1 each), the cluster has 2: 7 missing" in failed.stdout + failed.stderr

@@ -1,0 +1,207 @@
+"""The whole path: `ml2o meta-train` from settings to a registered version, stopped and resumed, and what it refuses."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from mlflow.tracking import MlflowClient
+
+from ml2o_dist.artifact import load_artifact
+from ml2o_dist.cli import main
+from ml2o_dist.metatrain.checkpoint import newest_checkpoint
+
+CONFIG = Path(__file__).parent / "small_run.yaml"
+QUICK = ["--config", str(CONFIG), "--set", "compare=false", "--set", "tracking.register=false", "--quiet"]
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("ML2O_HOME", str(tmp_path))
+    monkeypatch.delenv("ML2O_DATA", raising=False)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return tmp_path
+
+
+def ml2o(*words: str):
+    return CliRunner().invoke(main, ["meta-train", *words])
+
+
+@pytest.fixture(scope="module")
+def finished(cluster, tmp_path_factory):
+    """One whole run in a home of its own: (home, its --json answer, what it printed beside it)."""
+    home = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ML2O_HOME", str(home))
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        result = ml2o("--config", str(CONFIG), "--run-dir", "runs/a", "--json")
+    assert result.exit_code == 0, result.output
+    return home, json.loads(result.stdout), result.stderr
+
+
+def metric_steps(home, run_id, key):
+    return [metric.step for metric in MlflowClient(f"sqlite:///{home}/mlflow.db").get_metric_history(run_id, key)]
+
+
+def test_a_run_answers_in_json_and_leaves_what_the_design_promises(finished):
+    home, answer, printed = finished
+    run_dir = home / "runs" / "a"
+    assert answer["run_dir"] == str(run_dir)
+    assert answer["meta_steps"] == 6
+    assert answer["inner_steps_per_s"] > 0
+    assert answer["weights_sha256"] == load_artifact(run_dir).weights_sha256
+    for name in ("config.yaml", "weights.safetensors", "weights.json", "metrics.parquet", "run.log", "comparison.md",
+                 "plots/meta_loss.png", "plots/comparison.png", "checkpoints/step_000006/manifest.json"):  # fmt: skip
+        assert (run_dir / name).stat().st_size > 0 or name == "run.log"
+    assert printed.splitlines()[0] == f"run directory  {run_dir}"
+    assert printed.splitlines()[1] == f"tracking URI   sqlite:///{home}/mlflow.db"
+    assert "6/6" in printed
+
+
+def test_the_comparison_has_every_contestant_on_every_problem(finished):
+    (problem,) = finished[1]["comparison"]["problems"]
+    assert problem["problem"] == "multidigits[batch=16,hidden=10,net=mlp]"
+    labels = [row["label"] for row in problem["rows"]]
+    assert {"initial", "learned", "mgda+adam@0.03"} < set(labels)
+    assert any(label.startswith("mean+adam@") for label in labels)
+    assert all(len(row["seed_losses"]) == 2 and row["diverged"] == 0 for row in problem["rows"])
+
+
+def test_mlflow_has_one_run_with_every_step_once_its_pictures_and_a_candidate(finished):
+    home, answer, _ = finished
+    client = MlflowClient(f"sqlite:///{home}/mlflow.db")
+    (run,) = client.search_runs([client.get_experiment_by_name("ml2o/meta-train").experiment_id])
+    assert run.info.status == "FINISHED"
+    assert metric_steps(home, run.info.run_id, "meta_loss") == [1, 2, 3, 4, 5, 6]
+    assert metric_steps(home, run.info.run_id, "validation") == [0, 3, 6]
+    assert run.data.params["rule.hidden"] == "4"
+    assert {f.path for f in client.list_artifacts(run.info.run_id, "plots")} == {
+        "plots/meta_loss.png",
+        "plots/comparison.png",
+    }
+    version = client.get_model_version_by_alias("ml2o", "candidate")
+    assert int(version.version) == answer["registered_version"] == 1
+    assert version.tags["weights_sha256"] == answer["weights_sha256"]
+    assert "learned" in version.description
+
+
+def test_models_list_shows_the_version(finished, monkeypatch):
+    home, answer, _ = finished
+    monkeypatch.setenv("ML2O_HOME", str(home))
+    listed = json.loads(CliRunner().invoke(main, ["models", "list", "--json"]).stdout)
+    assert [(v["name"], v["version"], v["aliases"]) for v in listed] == [("ml2o", 1, ["candidate"])]
+    assert listed[0]["tags"]["weights_sha256"] == answer["weights_sha256"]
+    table = CliRunner().invoke(main, ["models", "list"]).stdout
+    assert answer["weights_sha256"][:12] in table
+
+
+def test_resuming_a_finished_run_registers_no_second_version(finished, monkeypatch):
+    home, answer, _ = finished
+    monkeypatch.setenv("ML2O_HOME", str(home))
+    again = ml2o("--run-dir", "runs/a", "--resume", "--set", "compare=false", "--json")
+    assert again.exit_code == 0, again.output
+    assert json.loads(again.stdout)["registered_version"] == answer["registered_version"]
+    assert json.loads(again.stdout)["weights_sha256"] == answer["weights_sha256"]
+
+
+@pytest.mark.parametrize(("signal_number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_stopped_by_a_signal_and_resumed_in_the_same_mlflow_run(finished, home, signal_number, code):
+    command = [sys.executable, "-m", "ml2o_dist", "meta-train", "--run-dir", "runs/b", "--address", "local"]
+    words = [*QUICK[:-1], "--set", "slots=4", "--set", "checkpoint_every=100"]
+    child = subprocess.Popen(
+        [*command, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
+    )
+    for line in child.stdout:
+        if line.startswith("meta-train"):
+            child.send_signal(signal_number)
+            break
+    rest, error = child.communicate(timeout=120)
+    assert child.returncode == code, rest + error
+    assert "checkpoint at meta-step" in error
+    assert f"ml2o meta-train --run-dir {home}/runs/b --resume" in error
+    checkpoint, _ = newest_checkpoint(home / "runs/b/checkpoints")
+    assert checkpoint.meta_step < 6
+    result = ml2o("--run-dir", "runs/b", "--resume", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["weights_sha256"] == finished[1]["weights_sha256"]
+    client = MlflowClient(f"sqlite:///{home}/mlflow.db")
+    (run,) = client.search_runs([client.get_experiment_by_name("ml2o/meta-train").experiment_id])
+    assert metric_steps(home, run.info.run_id, "meta_loss") == [1, 2, 3, 4, 5, 6]
+    assert run.info.status == "FINISHED"
+
+
+def test_a_tracking_server_that_is_down_costs_the_version_not_the_run(cluster, home):
+    words = ["--config", str(CONFIG), "--set", "compare=false", "--set", "meta_steps=2"]
+    result = ml2o(*words, "--run-dir", "runs/c", "--tracking-uri", "http://127.0.0.1:9", "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout)["registered_version"] is None
+    assert "not registered" in result.stderr
+    assert load_artifact(home / "runs/c").weights_sha256 == json.loads(result.stdout)["weights_sha256"]
+
+
+def refusal(*words: str) -> str:
+    result = ml2o(*words)
+    assert result.exit_code == 2, result.output
+    lines = [line for line in result.stderr.splitlines() if line.startswith("ml2o: ")]
+    assert len(lines) == 1
+    assert "Traceback" not in result.output
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "parts"),
+    [
+        (["--set", "meta_stps=5"], ["'meta_stps'", "did you mean 'meta_steps'?"]),
+        (["--set", "family.test=[fonsecca]"], ["'fonsecca'", "did you mean 'fonseca'?"]),
+        (["--set", "rule.output=cubic"], ["'rule.output'", "'residual' or 'scaled'", "'cubic'"]),
+        (["--set", "comparison.baselines=[mgdaa+adam]"], ["'mgdaa'", "did you mean 'mgda'?"]),
+        (["--set", "workers=99"], ["workers=99 needs 99 CPU (1 each), the cluster has 4: 95 missing"]),
+        (["--set", "rule.objectives=per_objective", "--set", "rule.count=3"], ["rule.count=3", "has 2 objectives"]),
+        (["--resume"], ["--resume needs --run-dir"]),
+        (["--resume", "--run-dir", "runs/none"], ["nothing to resume", "runs/none holds no config.yaml"]),
+        (["--config", "nowhere.yaml"], ["'nowhere.yaml' cannot be read"]),
+        (["--tracking-uri", "file:///tmp/x"], ["file:///tmp/x"]),
+        (["--address", "127.0.0.1:1"], ["--address"]),
+    ],
+)
+def test_what_is_wrong_is_said_in_one_line_and_exits_with_2(cluster, home, words, parts):
+    line = refusal(*QUICK, *words) if "--config" not in words and "--resume" not in words else refusal(*words)
+    for part in parts:
+        assert part in line
+    assert not (home / "runs").exists() or "workers=99" in line
+
+
+def test_a_data_root_without_the_files_says_which_and_how_to_get_it(cluster, home):
+    line = refusal(*QUICK, "--set", "family.test=[multimnist]", "--set", f"data.root={home}")
+    for part in (str(home), "MNIST/raw/train-images-idx3-ubyte.gz", "ml2o data fetch"):
+        assert part in line
+
+
+def test_a_corrupt_gzip_is_named(cluster, home, real_data_root):
+    broken = home / "MNIST" / "raw" / "train-images-idx3-ubyte.gz"
+    broken.parent.mkdir(parents=True)
+    for file in (Path(real_data_root) / "MNIST" / "raw").iterdir():
+        if file.name != broken.name:
+            (broken.parent / file.name).symlink_to(file)
+    broken.write_bytes(gzip.compress(b"\0" * 1000)[:40])
+    line = refusal(*QUICK, "--set", "family.test=[multimnist]", "--set", f"data.root={home}")
+    assert "train-images-idx3-ubyte.gz" in line
+
+
+def test_a_run_directory_of_another_or_the_same_configuration_is_not_written_over(finished, monkeypatch):
+    home, _, _ = finished
+    monkeypatch.setenv("ML2O_HOME", str(home))
+    other = refusal("--config", str(CONFIG), "--run-dir", "runs/a", "--set", "learner.lr=0.5")
+    assert "another configuration (learner.lr is 0.5 here and 0.003 there)" in other
+    same = refusal("--config", str(CONFIG), "--run-dir", "runs/a")
+    assert "add --resume" in same
+    resumed = refusal("--config", str(CONFIG), "--run-dir", "runs/a", "--resume", "--set", "learner.lr=0.5")
+    assert "cannot resume" in resumed
+    assert "learner.lr is 0.5 here and 0.003 there" in resumed
