@@ -74,6 +74,7 @@ class Pairs:
         images: uint8 [N, H, W].  labels: int64 [N, 2], top left first.
         sources: int32 [N, 2], row of each image in its raw file.  offsets: uint8 [N, 4], (y, x) of each image.
         sha256: of all four.
+        mean, deviation: of all pixels, grey levels 0..255.
     """
 
     images: Tensor
@@ -81,6 +82,8 @@ class Pairs:
     sources: Tensor
     offsets: Tensor
     sha256: str
+    mean: float
+    deviation: float
 
 
 def image_side(name: str, size: int = 0) -> int:
@@ -226,4 +229,14 @@ def _read(path: Path, side: int) -> Pairs | None:
         return None
     # Through DLPack, because torch's from_numpy warns about every array it may not write to.
     images, labels, sources, offsets = (from_dlpack(column.flatten()) for column in columns)
-    return Pairs(images.view(-1, side, side), labels.view(-1, 2), sources.view(-1, 2), offsets.view(-1, 4), sha256)
+    views = (images.view(-1, side, side), labels.view(-1, 2), sources.view(-1, 2), offsets.view(-1, 4))
+    return Pairs(*views, sha256, *_mean_and_deviation(arrays[0]))
+
+
+def _mean_and_deviation(images: NDArray[np.uint8]) -> tuple[float, float]:
+    """Return both over all pixels, from integer counts: the same on every machine."""
+    counts = np.bincount(images.reshape(-1), minlength=256)
+    levels = np.arange(256)
+    total, first, second = int(counts.sum()), int(counts @ levels), int(counts @ levels**2)
+    mean = first / total
+    return mean, float(np.sqrt(second / total - mean**2))

@@ -24,7 +24,7 @@ _TEST_CHUNK = 500  # images made float at a time: memory stays small, and longer
 
 @dataclass(frozen=True, eq=False)
 class ImageBatch:
-    """One batch for each instance: images [P, B, 1, H, W] in 0..1, labels int64 [P, B, m]."""
+    """One batch for each instance: images [P, B, 1, H, W] standardised, labels int64 [P, B, m]."""
 
     images: Tensor
     labels: Tensor
@@ -33,9 +33,8 @@ class ImageBatch:
 class MultiTaskImages(Problem):
     """A network with one head for each task, trained on the two-image data set `data`.
 
-    Pixels are divided by 255 and nothing more: mean and deviation differ between the data sets, and a learned
-    optimizer should meet their difference in scale as a user's network would. The losses' reference point is the
-    (2, 2) of the published hypervolumes on these data.
+    Pixels are standardised with the mean and deviation of the training pairs, as is usual on these data. The losses'
+    reference point is the (2, 2) of the published hypervolumes on these data.
 
     Attributes:
         network: shapes and forward function.  data, size, data_root: what `load_pairs` is called with.
@@ -68,6 +67,7 @@ class MultiTaskImages(Problem):
         pairs = load_pairs(data, "train", size, context.data_root)
         self.data_sha256 = pairs.sha256
         self._images, self._labels = pairs.images.to(self.device), pairs.labels.to(self.device)
+        self._mean, self._deviation = pairs.mean, pairs.deviation
         self._batch, self._init = batch, init
         together = self.device.type != "cpu" or not network.convolutional
         self._vectorized = together if vectorized is None else vectorized
@@ -127,8 +127,8 @@ class MultiTaskImages(Problem):
         return {"test_loss": (loss / count).to(self.dtype), "test_accuracy": (correct / count).to(self.dtype)}
 
     def _floats(self, images: Tensor) -> Tensor:
-        """Return uint8 `images` [..., H, W] as [..., 1, H, W] in 0..1."""
-        return images.to(self.dtype).div_(255).unsqueeze(-3)
+        """Return uint8 `images` [..., H, W] as [..., 1, H, W], standardised as the training pairs are."""
+        return images.to(self.dtype).sub_(self._mean).div_(self._deviation).unsqueeze(-3)
 
     def _groups(self, instances: int) -> list[slice]:
         """Return the instances that go through the network together: all of them, or each on its own."""

@@ -114,14 +114,15 @@ def test_losses_can_be_differentiated_twice(net: str, vectorized: bool) -> None:
     assert float((product * direction).sum()) == pytest.approx(difference, rel=1e-5, abs=1e-9)
 
 
-def test_batches_are_training_pairs_as_fractions() -> None:
+def test_batches_are_training_pairs_standardised() -> None:
     problem = build("multidigits[batch=16]", instances=3)
     _, batch = start_and_batch(problem)
     assert batch.images.shape == (3, 16, 1, 12, 12)
     assert batch.labels.shape == (3, 16, 2)
     pairs = load_pairs("multidigits", "train")
     known = {bytes(image.numpy().tobytes()): tuple(label.tolist()) for image, label in zip(*_rows(pairs), strict=True)}
-    pixels = (batch.images * 255).round().to(torch.uint8).squeeze(2)
+    grey = pairs.images.double()
+    pixels = (batch.images * grey.std(correction=0) + grey.mean()).round().to(torch.uint8).squeeze(2)
     for p in range(3):
         for image, label in zip(pixels[p], batch.labels[p], strict=True):
             assert known[image.numpy().tobytes()] == tuple(label.tolist())
@@ -137,7 +138,8 @@ def test_metrics_are_the_mean_over_unseen_pairs() -> None:
     start = problem.initial_parameters([1, 2])
     pairs = load_pairs("multidigits", "test")
     metrics = problem.test_metrics(start, samples=None)
-    images = pairs.images.float().unsqueeze(1) / 255
+    grey = load_pairs("multidigits", "train").images.double()
+    images = ((pairs.images.double() - grey.mean()) / grey.std(correction=0)).float().unsqueeze(1)
     for p in range(2):
         tensors = problem.network.split(start[p])
         logits = problem.network.logits(tensors, problem.network.features(tensors.trunk, images))
