@@ -92,7 +92,9 @@ def package_version() -> str:
         return ""
 
 
-def save_artifact(path: Path, weights: Mapping[str, Tensor], rule: RuleSettings, card: Mapping[str, Any]) -> Artifact:
+def save_artifact(
+    path: Path | str, weights: Mapping[str, Tensor], rule: RuleSettings, card: Mapping[str, Any]
+) -> Artifact:
     """Write `weights` and their card, each atomically, the card last: without it a reader refuses the weights.
 
     Args:
@@ -133,7 +135,7 @@ def save_artifact(path: Path, weights: Mapping[str, Tensor], rule: RuleSettings,
     return Artifact(tensors, rule, json.loads(json.dumps(full)), file)
 
 
-def load_artifact(path: Path) -> Artifact:
+def load_artifact(path: Path | str) -> Artifact:
     """Read and verify a learned optimizer.
 
     Args:
@@ -178,8 +180,8 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _weights_file(path: Path) -> Path:
-    path = path.expanduser().absolute()
+def _weights_file(path: Path | str) -> Path:
+    path = Path(path).expanduser().absolute()
     return path if path.suffix == ".safetensors" else path / WEIGHTS_FILE
 
 

@@ -17,7 +17,7 @@ from ml2o_dist.config import EstimatorSettings
 from ml2o_dist.errors import UserError
 from ml2o_dist.problems.base import Problem, autograd_jacobian
 from ml2o_dist.rules import features
-from ml2o_dist.rules.ml2o import Cell, ML2ONetwork
+from ml2o_dist.rules.ml2o import ML2ONetwork
 
 FLOOR = 1e-8
 """Added inside logarithms, so that an objective that reaches its minimum exactly gives a finite meta-loss."""
@@ -103,7 +103,7 @@ def replay(
     for first in range(0, rows.shape[2], REPLAY_BLOCK):
         block = slice(first, first + REPLAY_BLOCK)
         inputs, directions = _sequence(network, rows[:, :, block])
-        cells: list[Cell] | None = None
+        cells: list[tuple[Tensor, Tensor]] | None = None
         for start in range(0, horizon, chunk):
             part = slice(start, start + chunk)
             with torch.enable_grad():
@@ -130,22 +130,23 @@ def exact(
     """
     kind = meta_loss_kind(settings, problem)
     instances, dimension = start.shape
-    point, cells = start.detach().requires_grad_(True), None
-    memory = features.initial_memory(start.new_zeros(problem.objectives, instances * dimension))
+    point, rows = start.detach().requires_grad_(True), instances * dimension
+    memory = features.initial_memory(start.new_zeros(problem.objectives, rows))
     seen: list[Tensor] = []
     parameters = list(network.parameters())
     with torch.enable_grad():
+        weights, blocks = network.cell_weights(), network.initial_cells(problem.objectives, rows)
         for step, batch in enumerate(batches[:-1]):
             jacobian, losses = autograd_jacobian(problem.losses, point, batch, create_graph=True)
             seen.append(losses)
             gradients = jacobian.transpose(0, 1).reshape(problem.objectives, -1)
             inputs, direction, memory = features.advance(network.settings, gradients, memory, step)
-            outputs, cells = network.unroll(inputs[None], cells)
-            point = problem.project(point + network.step_update(outputs[0], direction).view(instances, dimension))
+            update, blocks = network.step(inputs, direction, blocks, weights)
+            point = problem.project(point + update.view(instances, dimension))
         seen.append(problem.losses(point, batches[-1]))
         stacked = torch.stack(seen)
-        weights = step_weights(settings.step_weights, len(batches) - 1, stacked)
-        loss = episode_loss(kind, weights, stacked, problem.minima)
+        by_step = step_weights(settings.step_weights, len(batches) - 1, stacked)
+        loss = episode_loss(kind, by_step, stacked, problem.minima)
     return loss.detach(), list(torch.autograd.grad(loss, parameters)), stacked.detach()
 
 

@@ -5,7 +5,7 @@ Shapes: P instances, m objectives, n parameters, R = P * n coordinates, H hidden
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -16,13 +16,11 @@ from ml2o_dist.config import RuleSettings
 from ml2o_dist.errors import UserError
 from ml2o_dist.rules import features
 from ml2o_dist.rules.base import Oracle, StepInfo, UpdateRule
+from ml2o_dist.rules.lstm_cell import Cell, CellWeights, cell_weights, lstm_cell
 from ml2o_dist.seeding import derive_seed
 
 BLOCK = 4096
 """Coordinates walked at a time, so that an LSTM's gates stay in the cache (measured: 1,024 to 8,192 are alike)."""
-
-Cell = tuple[Tensor, Tensor]
-"""An LSTM's (h, c); [H, rows] in a rollout, [1, rows, H] in `unroll`."""
 
 
 class ML2ONetwork(nn.Module):
@@ -53,7 +51,8 @@ class ML2ONetwork(nn.Module):
 
         Args:
             inputs: features [T, c, m, R].
-            cells: the LSTMs' states after the steps before (specific ones, then shared), None at the start.
+            cells: the LSTMs' (h, c), here [1, rows, H], after the steps before (specific ones, then shared); None at
+                the start.
 
         Returns:
             outputs [T, o, R] and the states after the last step.
@@ -74,6 +73,53 @@ class ML2ONetwork(nn.Module):
             pooled = torch.cat(parts, dim=2)
         out = self.head(run(len(self.specific), self.shared, pooled))
         return out.transpose(1, 2), after
+
+    def cell_weights(self) -> list[CellWeights]:
+        """Return the LSTMs' weights as `step` takes them, specific ones first, attached to the parameters."""
+        return [cell_weights(lstm) for lstm in [*self.specific, self.shared]]
+
+    def initial_cells(self, objectives: int, rows: int) -> list[tuple[Cell, ...]]:
+        """Return zero LSTM states for R = `rows` coordinates, a tuple for each block of them."""
+        like, hidden = self.head.weight, self.settings.hidden
+        wide = objectives if self.settings.objectives == "tied" else 1
+        blocks = []
+        for start, stop in _blocks(rows):
+            widths = [(stop - start) * wide] * len(self.specific) + [stop - start]
+            blocks.append(tuple((like.new_zeros(hidden, width), like.new_zeros(hidden, width)) for width in widths))
+        return blocks
+
+    def step(
+        self, inputs: Tensor, direction: Tensor, blocks: Sequence[tuple[Cell, ...]], weights: list[CellWeights]
+    ) -> tuple[Tensor, list[tuple[Cell, ...]]]:
+        """Run one step, block by block, differentiably.
+
+        Args:
+            inputs: features [c, m, R].  direction: Adam's, [R].
+            blocks: the states after the step before; `initial_cells` at the start.
+            weights: `cell_weights()`.
+
+        Returns:
+            the update [R] and the states after this step.
+        """
+        updates, after = [], []
+        for (start, stop), cells in zip(_blocks(direction.numel()), blocks, strict=True):
+            outputs, cells = self._block(inputs[:, :, start:stop], cells, weights)
+            updates.append(self.step_update(outputs, direction[start:stop]))
+            after.append(cells)
+        return torch.cat(updates), after
+
+    def _block(
+        self, inputs: Tensor, cells: tuple[Cell, ...], weights: list[CellWeights]
+    ) -> tuple[Tensor, tuple[Cell, ...]]:
+        channels, objectives, rows = inputs.shape
+        if self.settings.objectives == "tied":
+            parts = [lstm_cell(inputs.reshape(channels, objectives * rows), cells[0], weights[0])]
+            pooled = parts[0][0].view(-1, objectives, rows).mean(dim=1)
+        else:
+            parts = [lstm_cell(inputs[:, i], cells[i], weights[i]) for i in range(objectives)]
+            pooled = torch.cat([hidden for hidden, _ in parts])
+        shared = lstm_cell(pooled, cells[-1], weights[-1])
+        return torch.addmm(self.head.bias[:, None], self.head.weight, shared[0]), (*parts, shared)
 
     def step_update(self, outputs: Tensor, direction: Tensor) -> Tensor:
         """Turn outputs [..., o, R] and Adam's direction [..., R] into the update [..., R].
@@ -112,8 +158,8 @@ class ML2ORule(UpdateRule):
 
     def __init__(self, network: ML2ONetwork) -> None:
         self.network = network
-        self._weights = [_cell_weights(lstm) for lstm in [*network.specific, network.shared]]
-        self._head = (network.head.weight.detach(), network.head.bias.detach()[:, None])
+        with torch.no_grad():
+            self._weights = network.cell_weights()
 
     @classmethod
     def from_weights(
@@ -132,14 +178,9 @@ class ML2ORule(UpdateRule):
     def initial_state(self, instances: int, objectives: int, dimension: int) -> ML2OState:
         """Return zero memory and LSTM states for R = P * n coordinates."""
         self.network.check_objectives(objectives)
-        weight, rows = self._head[0], instances * dimension
-        memory = features.initial_memory(weight.new_zeros(objectives, rows))
-        hidden, tied = self.network.settings.hidden, self.network.settings.objectives == "tied"
-        blocks = []
-        for start, stop in _blocks(rows):
-            widths = [(stop - start) * (objectives if tied else 1)] * len(self.network.specific) + [stop - start]
-            blocks.append(tuple((weight.new_zeros(hidden, w), weight.new_zeros(hidden, w)) for w in widths))
-        return ML2OState(0, memory, tuple(blocks))
+        rows = instances * dimension
+        memory = features.initial_memory(self.network.head.weight.new_zeros(objectives, rows))
+        return ML2OState(0, memory, tuple(self.network.initial_cells(objectives, rows)))
 
     @torch.no_grad()
     def step(self, oracle: Oracle, parameters: Tensor, state: ML2OState) -> tuple[Tensor, ML2OState, StepInfo]:
@@ -154,56 +195,9 @@ class ML2ORule(UpdateRule):
         instances, objectives, dimension = jacobian.shape
         gradients = jacobian.transpose(0, 1).reshape(objectives, instances * dimension)
         inputs, direction, memory = features.advance(self.network.settings, gradients, state.memory, state.step)
-        update = torch.empty_like(direction)
-        blocks = []
-        for (start, stop), cells in zip(_blocks(update.numel()), state.blocks, strict=True):
-            outputs, cells = self._block(inputs[:, :, start:stop], cells)
-            update[start:stop] = self.network.step_update(outputs, direction[start:stop])
-            blocks.append(cells)
+        update, blocks = self.network.step(inputs, direction, state.blocks, self._weights)
         return update.view(instances, dimension), ML2OState(state.step + 1, memory, tuple(blocks))
-
-    def _block(self, inputs: Tensor, cells: tuple[Cell, ...]) -> tuple[Tensor, tuple[Cell, ...]]:
-        """One step of the LSTMs for one block: inputs [c, m, rows] -> outputs [o, rows]."""
-        channels, objectives, rows = inputs.shape
-        if self.network.settings.objectives == "tied":
-            parts = [_lstm_cell(inputs.reshape(channels, objectives * rows), cells[0], self._weights[0])]
-            pooled = parts[0][0].view(-1, objectives, rows).mean(dim=1)
-        else:
-            parts = [_lstm_cell(inputs[:, i], cells[i], self._weights[i]) for i in range(objectives)]
-            pooled = torch.cat([hidden for hidden, _ in parts])
-        shared = _lstm_cell(pooled, cells[-1], self._weights[-1])
-        weight, bias = self._head
-        return torch.addmm(bias, weight, shared[0]), (*parts, shared)
 
 
 def _blocks(rows: int) -> list[tuple[int, int]]:
     return list(pairwise([*range(0, rows, BLOCK), rows]))
-
-
-def _cell_weights(lstm: nn.Module) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (W_ih, W_hh, b_ih + b_hh as a column) of a one-layer nn.LSTM, gates in its order i, f, g, o.
-
-    The rows of the cell gate g are doubled, since tanh(x) = 2 sigmoid(2x) - 1 lets one sigmoid serve all four gates.
-    """
-    weights = {name: tensor.detach() for name, tensor in lstm.named_parameters()}
-    size = weights["weight_hh_l0"].shape[1]
-    double = torch.ones_like(weights["bias_ih_l0"])
-    double[2 * size : 3 * size] = 2
-    bias = (weights["bias_ih_l0"] + weights["bias_hh_l0"]) * double
-    return weights["weight_ih_l0"] * double[:, None], weights["weight_hh_l0"] * double[:, None], bias[:, None]
-
-
-def _lstm_cell(inputs: Tensor, cell: Cell, weights: tuple[Tensor, Tensor, Tensor]) -> Cell:
-    """One LSTM step with coordinates along the last axis, so that every gate is one contiguous slab.
-
-    inputs [c, rows], cell ([H, rows], [H, rows]). Every tanh is a sigmoid here: torch's is six times as fast on CPU
-    (measured at 16 x 8,192 float32: 0.07 against 0.44 ms), and the error of 2 sigmoid(2x) - 1 is one rounding of 1.
-    """
-    from_input, from_hidden, bias = weights
-    hidden, memory = cell
-    gates = torch.addmm(bias, from_input, inputs).addmm_(from_hidden, hidden).sigmoid_()
-    enter, keep, candidate, leave = gates.chunk(4)
-    after = keep * memory
-    after.addcmul_(enter, candidate.mul_(2).sub_(1))
-    out = (2 * after).sigmoid_().mul_(2).sub_(1).mul_(leave)
-    return out, after

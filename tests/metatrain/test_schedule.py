@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import pickle
 
 from ml2o_dist.metatrain.schedule import horizon, training_items, validates, validation_items, weights_version
-from tests.metatrain.settings import small
+from tests.metatrain.settings import TREE, small
 
 
 def test_equal_settings_and_keys_give_equal_items_and_other_seeds_other_ones():
@@ -58,3 +59,14 @@ def test_when_weights_are_validated():
 
 def test_synchronous_weights_version():
     assert [weights_version(small(), step) for step in (0, 1, 7)] == [0, 1, 7]
+
+
+def test_parameter_scales_are_log_uniform_and_absent_by_default():
+    family = {**TREE["family"], "rescale": 4.0}
+    drawn = [i.spec.parameter_scale for step in range(200) for i in training_items(small(family=family), step, "cpu")]
+    logs = [math.log(scale) / math.log(4) for scale in drawn]
+    assert -1 <= min(logs) < -0.95
+    assert 0.95 < max(logs) <= 1
+    assert abs(sum(logs) / len(logs)) < 0.08
+    assert {item.spec.parameter_scale for item in training_items(small(), 0, "cpu")} == {1.0}
+    assert {item.spec.parameter_scale for item in validation_items(small(family=family), 0, "cpu")} == {1.0}

@@ -44,9 +44,11 @@ def test_unrolling_at_once_equals_stepping(form):
     first, cells = rule.network.unroll(inputs[:2], None)
     rest, _ = rule.network.unroll(inputs[2:], cells)
     assert torch.allclose(torch.cat([first, rest]), whole, rtol=1e-12, atol=1e-14)
-    blocks = rule.initial_state(2, 3, 5).blocks
-    outputs, _ = rule._block(inputs[0], blocks[0])
-    assert torch.allclose(outputs, whole[0], rtol=1e-12, atol=1e-14)
+    network, directions = rule.network, torch.linspace(-1, 1, 10, dtype=DOUBLE)
+    blocks, weights = network.initial_cells(3, 10), network.cell_weights()
+    for step in range(6):
+        update, blocks = network.step(inputs[step], directions, blocks, weights)
+        assert torch.allclose(update, network.step_update(whole[step], directions), rtol=1e-11, atol=1e-14)
 
 
 @pytest.mark.parametrize("objectives", [1, 2, 5])

@@ -1,0 +1,48 @@
+"""A rescaled problem is the same problem in other units."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ml2o_dist.config import RuleSettings
+from ml2o_dist.problems import ProblemContext, ProblemSpec, Rescaled
+from ml2o_dist.rules.base import Oracle
+from ml2o_dist.rules.ml2o import ML2ORule
+from tests.problems.contract import check_problem
+
+DOUBLE = torch.float64
+
+
+def built(text, instances=2):
+    return ProblemSpec.parse(text).build(ProblemContext(instances, dtype=DOUBLE))
+
+
+@pytest.mark.parametrize("scale", [0.3, 4.0])
+@pytest.mark.parametrize("text", ["quadratic[m=3,n=4,noise=0.2]", "zdt1[n=5]", "fonseca"])
+def test_it_keeps_the_contract(text, scale):
+    check_problem(Rescaled(built(text), scale))
+
+
+def test_losses_agree_and_gradients_are_scaled():
+    plain, other = built("quadratic[noise=0.2]"), Rescaled(built("quadratic[noise=0.2]"), 4.0)
+    start = other.initial_parameters([1, 2])
+    batch = other.sample_batch(torch.Generator().manual_seed(0))
+    ours, losses = other.jacobian(start, batch)
+    theirs, expected = plain.jacobian(4 * start, batch)
+    assert torch.equal(4 * start, plain.initial_parameters([1, 2]))
+    assert torch.equal(losses, expected)
+    assert torch.allclose(ours, 4 * theirs)
+
+
+def test_for_a_rule_that_ignores_the_gradients_scale_it_multiplies_the_step():
+    """Adam-like steps with lr on F(cz) are steps with c lr on F."""
+    ends = []
+    for problem, lr, back in ((built("quadratic"), 0.04, 1.0), (Rescaled(built("quadratic"), 4.0), 0.01, 4.0)):
+        rule = ML2ORule.from_weights(RuleSettings(lr=lr), None, dtype=DOUBLE)
+        oracle, point = Oracle(problem, torch.Generator()), problem.initial_parameters([1, 2])
+        state = rule.initial_state(2, 2, problem.dimension)
+        for _ in range(10):
+            point, state, _ = rule.step(oracle, point, state)
+        ends.append(back * point)
+    assert torch.allclose(ends[0], ends[1], rtol=1e-6)

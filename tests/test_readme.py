@@ -1,0 +1,47 @@
+"""What the README says works: its Python example runs, its commands, targets and files exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from ml2o_dist.artifact import save_artifact
+from ml2o_dist.cli import main
+from ml2o_dist.config import RuleSettings
+from ml2o_dist.rules.ml2o import ML2ONetwork
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+
+
+def test_the_python_example_runs_and_trains(tmp_path, monkeypatch, capsys):
+    rule = RuleSettings(hidden=4)
+    save_artifact(tmp_path / "runs/first", ML2ONetwork(rule).state_dict(), rule, {})
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    names: dict[str, object] = {}
+    exec(block.replace("range(200)", "range(40)"), names)
+    assert "tensor" in capsys.readouterr().out
+    assert float(names["info"].losses.mean()) < 2.3
+
+
+@pytest.mark.parametrize(
+    "words", sorted(set(re.findall(r"^    ml2o ((?:[a-z]+-?)+(?: (?:list|fetch|show))?)", README, re.M)))
+)
+def test_every_command_exists(words):
+    assert CliRunner().invoke(main, [*words.split(), "--help"]).exit_code == 0
+
+
+def test_every_make_target_and_file_exists():
+    makefile = (ROOT / "Makefile").read_text()
+    for target in set(re.findall(r"^    make ([a-z-]+)", README, re.M)):
+        assert re.search(rf"^{target}:", makefile, re.M), target
+    for path in set(re.findall(r"(?:jobs|docs|benchmarks|ml2o_dist)/[\w/]+\.(?:py|yaml|png)", README)):
+        assert (ROOT / path).exists(), path
+
+
+def test_no_placeholder_is_left():
+    assert "@@" not in README
