@@ -20,7 +20,8 @@ from typing import Any
 import click
 
 from ml2o_dist.cluster_connection import connected
-from ml2o_dist.config import MetaTrainSettings, ResourceSettings, load_settings
+from ml2o_dist.config import MetaTrainSettings, ResourceSettings
+from ml2o_dist.config_file import load_settings
 from ml2o_dist.metatrain.learner import Learner
 from ml2o_dist.metatrain.schedule import training_items
 

@@ -1,7 +1,8 @@
 """Learned multi-objective optimizers, meta-trained on Ray and versioned in MLflow."""
 
 from ml2o_dist.artifact import Artifact, load_artifact, save_artifact
-from ml2o_dist.config import MetaTrainSettings, RuleSettings, load_settings
+from ml2o_dist.config import MetaTrainSettings, RuleSettings
+from ml2o_dist.config_file import load_settings
 from ml2o_dist.errors import UserError
 from ml2o_dist.problems import Problem, ProblemContext, ProblemFamily, ProblemSpec
 from ml2o_dist.rules.base import Oracle, UpdateRule

@@ -85,7 +85,7 @@ def meta_train(
     Exit codes: 0 done, 2 wrong words or settings, 4 aborted and 130 / 143 stopped (checkpoint written: --resume).
     """
     from ml2o_dist import runs
-    from ml2o_dist.config import load_settings
+    from ml2o_dist.config_file import load_settings
 
     if seed is not None:
         overrides += (f"seed={seed}",)

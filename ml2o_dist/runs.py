@@ -9,16 +9,15 @@ import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 from rich.console import Console
 
 from ml2o_dist import artifact
 from ml2o_dist.cluster_connection import connected
-from ml2o_dist.config import MetaTrainSettings, dump_settings, first_difference, load_settings, settings_hash
+from ml2o_dist.config import MetaTrainSettings
+from ml2o_dist.config_file import dump_settings, first_difference, load_settings, settings_hash
 from ml2o_dist.errors import UserError
 from ml2o_dist.evaluation.benchmark import Comparison, compare
 from ml2o_dist.evaluation.cells import Cell, CellResult, Learned, run_cells_on_ray
@@ -28,6 +27,7 @@ from ml2o_dist.metatrain.pool import PoolError, Stopped, WorkerPool
 from ml2o_dist.metatrain.trainer import Row, Trainer
 from ml2o_dist.problems import ProblemContext, ProblemSpec
 from ml2o_dist.progress import StepDisplay
+from ml2o_dist.stopping import StopRequest, stop_on_signals
 from ml2o_dist.tracking.registry import register_version
 from ml2o_dist.tracking.run import Status
 from ml2o_dist.tracking.sink import MlflowSink
@@ -46,36 +46,6 @@ class Interrupted(Exception):
     def __init__(self, signal_number: int, message: str) -> None:
         super().__init__(message)
         self.signal_number = signal_number
-
-
-@dataclass
-class StopRequest:
-    """Set by Ctrl-C or SIGTERM; the run looks at it between results."""
-
-    signal_number: int = 0
-
-    def __call__(self) -> bool:
-        return self.signal_number != 0
-
-
-@contextmanager
-def stop_on_signals() -> Iterator[StopRequest]:
-    """Turn SIGINT and SIGTERM into a request for the time of a `with` block; a second signal acts at once."""
-    request = StopRequest()
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
-
-    def receive(number: int, frame: FrameType | None) -> None:
-        request.signal_number = number
-        for each in before:
-            signal.signal(each, signal.SIG_DFL)
-
-    for number in before:
-        signal.signal(number, receive)
-    try:
-        yield request
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def meta_train(

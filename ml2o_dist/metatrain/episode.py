@@ -119,18 +119,19 @@ def roll_out(rule: ML2ORule, oracle: Oracle, start: Tensor, horizon: int, chosen
     index = start.new_zeros((instances, 0), dtype=torch.long) if chosen is None else chosen
     losses = start.new_empty((horizon + 1, instances, objectives))
     gradients = start.new_empty((horizon + 1, instances, objectives, index.shape[1]))
+    agreement = start.new_empty((horizon, instances))
     everywhere = index[:, None].expand(-1, objectives, -1)
     parameters, state = start, rule.initial_state(instances, objectives, dimension)
     for step in range(horizon):
         parameters, state, info = rule.step(oracle, parameters, state)
-        losses[step] = info.losses
+        losses[step], agreement[step] = info.losses, state.agreement.value
         torch.gather(info.jacobian, 2, everywhere, out=gradients[step])
     if chosen is None:
         losses[horizon] = oracle.losses(parameters, oracle.draw())
     else:
         jacobian, losses[horizon] = oracle.jacobian(parameters, oracle.draw())
         torch.gather(jacobian, 2, everywhere, out=gradients[horizon])
-    return Rollout(losses, gradients, dimension / max(1, index.shape[1]))
+    return Rollout(losses, gradients, agreement, dimension / max(1, index.shape[1]))
 
 
 def _choose(problem: Problem, share: float, seed: int) -> Tensor:

@@ -17,7 +17,7 @@ from ml2o_dist.config import EstimatorSettings
 from ml2o_dist.errors import UserError
 from ml2o_dist.problems.base import Problem, autograd_jacobian
 from ml2o_dist.rules import features
-from ml2o_dist.rules.ml2o import ML2ONetwork
+from ml2o_dist.rules.ml2o import ML2ONetwork, ML2ORule
 
 FLOOR = 1e-8
 """Added inside logarithms, so that an objective that reaches its minimum exactly gives a finite meta-loss."""
@@ -29,13 +29,15 @@ REPLAY_BLOCK = 1024
 
 @dataclass(frozen=True)
 class Rollout:
-    """What replay needs: losses [K+1, P, m] and the chosen coordinates' gradients [K+1, P, m, S] at z_0 .. z_K.
+    """What replay needs: losses [K+1, P, m] and the chosen coordinates' gradients [K+1, P, m, S] at z_0 .. z_K, and
+    each instance's agreement at z_0 .. z_{K-1}, [K, P].
 
     `scale` = n / S makes the sum over a random subset an unbiased estimate of the sum over all coordinates.
     """
 
     losses: Tensor
     gradients: Tensor
+    agreement: Tensor
     scale: float
 
 
@@ -98,11 +100,12 @@ def replay(
     loss = episode_loss(kind, weights, rollout.losses, minima)
     answers = _answers(rollout, weights, kind, minima, settings.gamma, chunk if settings.truncated else horizon)
     rows = rollout.gradients[:-1].transpose(1, 2).flatten(start_dim=2)
+    agreement = rollout.agreement.repeat_interleave(rollout.gradients.shape[3], dim=1)
     parameters = list(network.parameters())
     total = [torch.zeros_like(p) for p in parameters]
     for first in range(0, rows.shape[2], REPLAY_BLOCK):
         block = slice(first, first + REPLAY_BLOCK)
-        inputs, directions = _sequence(network, rows[:, :, block])
+        inputs, directions = _sequence(network, rows[:, :, block], agreement[:, block])
         cells: list[tuple[Tensor, Tensor]] | None = None
         for start in range(0, horizon, chunk):
             part = slice(start, start + chunk)
@@ -129,20 +132,17 @@ def exact(
         L, its gradient in the order of `network.parameters()`, and the losses [K+1, P, m].
     """
     kind = meta_loss_kind(settings, problem)
-    instances, dimension = start.shape
-    point, rows = start.detach().requires_grad_(True), instances * dimension
-    memory = features.initial_memory(start.new_zeros(problem.objectives, rows))
+    point = start.detach().requires_grad_(True)
+    state = ML2ORule(network).initial_state(start.shape[0], problem.objectives, start.shape[1])
     seen: list[Tensor] = []
     parameters = list(network.parameters())
     with torch.enable_grad():
-        weights, blocks = network.cell_weights(), network.initial_cells(problem.objectives, rows)
-        for step, batch in enumerate(batches[:-1]):
+        weights = network.cell_weights()
+        for batch in batches[:-1]:
             jacobian, losses = autograd_jacobian(problem.losses, point, batch, create_graph=True)
             seen.append(losses)
-            gradients = jacobian.transpose(0, 1).reshape(problem.objectives, -1)
-            inputs, direction, memory = features.advance(network.settings, gradients, memory, step)
-            update, blocks = network.step(inputs, direction, blocks, weights)
-            point = problem.project(point + update.view(instances, dimension))
+            update, state = network.advance(jacobian, state, weights)
+            point = problem.project(point + update)
         seen.append(problem.losses(point, batches[-1]))
         stacked = torch.stack(seen)
         by_step = step_weights(settings.step_weights, len(batches) - 1, stacked)
@@ -167,12 +167,12 @@ def _answers(rollout: Rollout, weights: Tensor, kind: str, minima: Tensor | None
     return answers.flatten(start_dim=1)
 
 
-def _sequence(network: ML2ONetwork, gradients: Tensor) -> tuple[Tensor, Tensor]:
-    """Recompute the features [K, c, m, R] and directions [K, R] from a sequence of gradients [K, m, R]."""
+def _sequence(network: ML2ONetwork, gradients: Tensor, agreement: Tensor) -> tuple[Tensor, Tensor]:
+    """Recompute the features [K, c, m, R] and directions [K, R] from gradients [K, m, R] and agreement [K, R]."""
     memory = features.initial_memory(gradients[0])
     inputs, directions = [], []
-    for step, row in enumerate(gradients):
-        seen, direction, memory = features.advance(network.settings, row, memory, step)
+    for step, (row, each) in enumerate(zip(gradients, agreement, strict=True)):
+        seen, direction, memory = features.advance(network.settings, row, memory, step, each)
         inputs.append(seen)
         directions.append(direction)
     return torch.stack(inputs), torch.stack(directions)

@@ -14,7 +14,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from torch import Tensor
 
-from ml2o_dist.config import MetaTrainSettings, first_difference, parse_settings
+from ml2o_dist.config import MetaTrainSettings
+from ml2o_dist.config_file import first_difference, parse_settings
 from ml2o_dist.errors import UserError
 from ml2o_dist.metatrain.checkpoint import Checkpoint, newest_checkpoint, save_checkpoint
 from ml2o_dist.metatrain.episode import EpisodeResult, Weights

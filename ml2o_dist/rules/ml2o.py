@@ -23,6 +23,16 @@ BLOCK = 4096
 """Coordinates walked at a time, so that an LSTM's gates stay in the cache (measured: 1,024 to 8,192 are alike)."""
 
 
+@dataclass(frozen=True)
+class ML2OState:
+    """After `step` steps: the features' memory, and per block of coordinates the LSTMs' (h, c), each [H, rows]."""
+
+    step: int
+    memory: features.Memory
+    agreement: features.Agreement
+    blocks: tuple[tuple[Cell, ...], ...]
+
+
 class ML2ONetwork(nn.Module):
     """Specific LSTM per objective -> shared LSTM -> linear layer, the same for every coordinate.
 
@@ -73,6 +83,22 @@ class ML2ONetwork(nn.Module):
             pooled = torch.cat(parts, dim=2)
         out = self.head(run(len(self.specific), self.shared, pooled))
         return out.transpose(1, 2), after
+
+    def advance(self, jacobian: Tensor, state: ML2OState, weights: list[CellWeights]) -> tuple[Tensor, ML2OState]:
+        """Map the Jacobian [P, m, n] to the update [P, n] and the next state, differentiably in everything.
+
+        `weights` are those of `cell_weights()`.
+        """
+        instances, objectives, dimension = jacobian.shape
+        total = jacobian.sum(dim=1)
+        agreement = features.judge(state.agreement, total)
+        gradients = jacobian.transpose(0, 1).reshape(objectives, instances * dimension)
+        each = agreement.value[:, None].expand(-1, dimension).reshape(-1)
+        inputs, direction, memory = features.advance(self.settings, gradients, state.memory, state.step, each)
+        flat, blocks = self.step(inputs, direction, state.blocks, weights)
+        update = flat.view(instances, dimension)
+        agreement = features.remember(agreement, total, update)
+        return update, ML2OState(state.step + 1, memory, agreement, tuple(blocks))
 
     def cell_weights(self) -> list[CellWeights]:
         """Return the LSTMs' weights as `step` takes them, specific ones first, attached to the parameters."""
@@ -144,15 +170,6 @@ class ML2ONetwork(nn.Module):
         return lstm
 
 
-@dataclass(frozen=True)
-class ML2OState:
-    """After `step` steps: the feature memory, and per block of coordinates the LSTMs' (h, c), each [H, rows]."""
-
-    step: int
-    memory: features.Memory
-    blocks: tuple[tuple[Cell, ...], ...]
-
-
 class ML2ORule(UpdateRule):
     """The network as an update rule: z_{k+1} = z_k + u_k, computed without autograd, block by block."""
 
@@ -179,8 +196,10 @@ class ML2ORule(UpdateRule):
         """Return zero memory and LSTM states for R = P * n coordinates."""
         self.network.check_objectives(objectives)
         rows = instances * dimension
-        memory = features.initial_memory(self.network.head.weight.new_zeros(objectives, rows))
-        return ML2OState(0, memory, tuple(self.network.initial_cells(objectives, rows)))
+        zero = self.network.head.weight.new_zeros(objectives, rows)
+        agreement = features.initial_agreement(zero[0].view(instances, dimension))
+        blocks = tuple(self.network.initial_cells(objectives, rows))
+        return ML2OState(0, features.initial_memory(zero), agreement, blocks)
 
     @torch.no_grad()
     def step(self, oracle: Oracle, parameters: Tensor, state: ML2OState) -> tuple[Tensor, ML2OState, StepInfo]:
@@ -192,11 +211,7 @@ class ML2ORule(UpdateRule):
     @torch.no_grad()
     def update(self, jacobian: Tensor, state: ML2OState) -> tuple[Tensor, ML2OState]:
         """Map the Jacobian [P, m, n] to the update [P, n] and the next state."""
-        instances, objectives, dimension = jacobian.shape
-        gradients = jacobian.transpose(0, 1).reshape(objectives, instances * dimension)
-        inputs, direction, memory = features.advance(self.network.settings, gradients, state.memory, state.step)
-        update, blocks = self.network.step(inputs, direction, state.blocks, self._weights)
-        return update.view(instances, dimension), ML2OState(state.step + 1, memory, tuple(blocks))
+        return self.network.advance(jacobian, state, self._weights)
 
 
 def _blocks(rows: int) -> list[tuple[int, int]]:

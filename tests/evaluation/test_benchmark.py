@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ml2o_dist.config import MetaTrainSettings, RuleSettings, parse_settings
+from ml2o_dist.config import MetaTrainSettings, RuleSettings
+from ml2o_dist.config_file import parse_settings
 from ml2o_dist.errors import UserError
 from ml2o_dist.evaluation.benchmark import (
     Cell,

@@ -40,6 +40,9 @@ class WrittenOut:
         self.tied_states: list[tuple[Tensor, Tensor] | None] = []
         self.averages: dict[str, Tensor] = {}
         self.count = 0
+        self.last: tuple[Tensor, Tensor] | None = None
+        self.kept = self.promised = 0.0
+        self.agreement = torch.zeros(1)
 
     def detach(self) -> None:
         self.states = [None if s is None else (s[0].detach(), s[1].detach()) for s in self.states]
@@ -50,6 +53,7 @@ class WrittenOut:
         instances, objectives, dimension = jacobian.shape
         self.count += 1
         rows = [jacobian[:, i].reshape(-1) for i in range(objectives)]
+        self._judge(jacobian.sum(dim=1))
         outputs = []
         if self.settings.objectives == "tied":
             self.tied_states = self.tied_states or [None] * objectives
@@ -71,7 +75,20 @@ class WrittenOut:
             first = self._average("m", total, 0.9)
             second = self._average("v", total * total, 0.999)
             update = -self.settings.lr * torch.exp(out[:, 0]) * (first / (second.sqrt() + 1e-8) + out[:, 1])
-        return update.view(instances, dimension)
+        update = update.view(instances, dimension)
+        self.last = (jacobian.sum(dim=1), update.detach())
+        return update
+
+    def _judge(self, total: Tensor) -> None:
+        """<g_t, u_{t-1}> over <g_{t-1}, u_{t-1}>, both averaged with decay 0.9; 0 where nothing was promised."""
+        if self.last is None:
+            self.agreement = torch.zeros(len(total), dtype=total.dtype)
+            return
+        gradient, update = self.last
+        self.kept = 0.9 * self.kept + 0.1 * torch.einsum("pn,pn->p", total, update)
+        self.promised = 0.9 * self.promised + 0.1 * torch.einsum("pn,pn->p", gradient, update)
+        values = [float(k / p) if p < 0 else 0.0 for k, p in zip(self.kept, self.promised, strict=True)]
+        self.agreement = torch.tensor([max(-1.0, min(1.0, value)) for value in values], dtype=total.dtype)
 
     def _features(self, i: int, row: Tensor) -> Tensor:
         if self.settings.features == "log_sign":
@@ -81,7 +98,10 @@ class WrittenOut:
             return torch.stack([size, torch.where(large, row.sign(), row * torch.e**10)], dim=1)
         root = self._average(f"v{i}", row * row, 0.999).sqrt() + 1e-12
         slow, fast = self._average(f"slow{i}", row, 0.9), self._average(f"fast{i}", row, 0.5)
-        return torch.stack([row / root, slow / root, fast / root], dim=1)
+        seen = [row / root, slow / root, fast / root]
+        if self.settings.features == "agreement":
+            seen.append(self.agreement.repeat_interleave(len(row) // len(self.agreement)))
+        return torch.stack(seen, dim=1)
 
     def _average(self, name: str, value: Tensor, decay: float) -> Tensor:
         self.averages[name] = decay * self.averages.get(name, torch.zeros_like(value)) + (1 - decay) * value

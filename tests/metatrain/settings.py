@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from ml2o_dist.config import MetaTrainSettings, parse_settings
+from ml2o_dist.config import MetaTrainSettings
+from ml2o_dist.config_file import parse_settings
 
 TREE: dict[str, Any] = {
     "meta_steps": 12,

@@ -39,7 +39,8 @@ def assert_close(ours, theirs, tolerance=1e-10):
 @pytest.mark.parametrize("objectives", [1, 2, 3])
 @pytest.mark.parametrize("instances", [1, 4])
 @pytest.mark.parametrize(
-    "form", list(itertools.product(["tied", "per_objective"], ["residual", "scaled"], ["adam", "log_sign"]))
+    "form",
+    list(itertools.product(["tied", "per_objective"], ["residual", "scaled"], ["adam", "agreement", "log_sign"])),
 )
 def test_replay_is_first_order_backpropagation(objectives, instances, form):
     tied, output, features = form
@@ -110,7 +111,8 @@ def test_replay_does_not_depend_on_its_block_size(monkeypatch):
 
 def test_subsampled_replay_is_unbiased():
     """|mean over N draws - full|^2 has expectation tr(Cov) / N; at most twice that, before any clipping."""
-    rule, problem = random_rule(RuleSettings(hidden=4, lr=0.1)), problem_for(2, 2, dimension=10)
+    rule = random_rule(RuleSettings(features="agreement", hidden=4, lr=0.1))
+    problem = problem_for(2, 2, dimension=10)
     rollout, _, _ = rolled(rule, problem)
     estimator = EstimatorSettings(gamma=0.95, meta_loss="normalised")
 
@@ -122,7 +124,7 @@ def test_subsampled_replay_is_unbiased():
     for _ in range(count):
         index = torch.stack([torch.randperm(10, generator=source)[:3] for _ in range(2)])
         kept = rollout.gradients.gather(3, index[None, :, None].expand(HORIZON + 1, -1, 2, -1))
-        draws.append(flat(Rollout(rollout.losses, kept, 10 / 3)))
+        draws.append(flat(Rollout(rollout.losses, kept, rollout.agreement, 10 / 3)))
     stacked = torch.stack(draws)
     variance = stacked.var(dim=0).sum()
     assert variance > 0
@@ -141,10 +143,11 @@ def test_roll_out_keeps_the_chosen_coordinates_in_their_order():
 
 
 @pytest.mark.parametrize("output", ["residual", "scaled"])
+@pytest.mark.parametrize("features", ["adam", "agreement"])
 @pytest.mark.parametrize("problem", ["quadratic[m=2,n=4,noise=0.3,batch=3]", "fonseca[n=3]"])
-def test_exact_agrees_with_finite_differences(output, problem):
+def test_exact_agrees_with_finite_differences(output, features, problem):
     built = ProblemSpec.parse(problem).build(ProblemContext(2, 1, dtype=DOUBLE))
-    settings = RuleSettings(output=output, hidden=3, lr=0.05, scale=0.05)
+    settings = RuleSettings(output=output, features=features, hidden=3, lr=0.05, scale=0.05)
     rule = random_rule(settings)
     _, start, batches = rolled(rule, built)
     estimator = EstimatorSettings(kind="exact")

@@ -14,7 +14,7 @@ from ml2o_dist.rules.base import Oracle
 from ml2o_dist.rules.ml2o import ML2ONetwork, ML2ORule
 from tests.metatrain.oracles import DOUBLE, WrittenOut, problem_for, random_rule
 
-FORMS = list(itertools.product(["tied", "per_objective"], ["residual", "scaled"], ["adam", "log_sign"]))
+FORMS = list(itertools.product(["tied", "per_objective"], ["residual", "scaled"], ["adam", "agreement", "log_sign"]))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -38,7 +38,7 @@ def test_the_blockwise_rule_equals_the_written_out_network(form, instances, obje
 def test_unrolling_at_once_equals_stepping(form):
     tied, output, features = form
     rule = random_rule(RuleSettings(objectives=tied, output=output, features=features, count=3, hidden=4))
-    channels = {"adam": 3, "log_sign": 2}[features]
+    channels = {"adam": 3, "agreement": 4, "log_sign": 2}[features]
     inputs = torch.randn(6, channels, 3, 10, dtype=DOUBLE, generator=torch.Generator().manual_seed(2))
     whole, _ = rule.network.unroll(inputs, None)
     first, cells = rule.network.unroll(inputs[:2], None)
@@ -69,8 +69,9 @@ def test_untrained_residual_form_is_adam_on_the_sum(objectives):
 
 
 @pytest.mark.parametrize("scale", [1e-5, 1e5])
-def test_adam_features_do_not_see_the_scale_of_the_gradients(scale):
-    rule = random_rule(RuleSettings(hidden=4))
+@pytest.mark.parametrize("features", ["adam", "agreement"])
+def test_these_features_do_not_see_the_scale_of_the_gradients(features, scale):
+    rule = random_rule(RuleSettings(features=features, hidden=4))
     jacobian = torch.randn(1, 2, 6, dtype=DOUBLE, generator=torch.Generator().manual_seed(4))
     plain, _ = rule.update(jacobian, rule.initial_state(1, 2, 6))
     scaled, _ = rule.update(scale * jacobian, rule.initial_state(1, 2, 6))
@@ -148,3 +149,19 @@ def test_cuda_agrees_with_the_cpu():
     here, _ = rule.update(jacobian, rule.initial_state(2, 3, 6))
     far, _ = there.update(jacobian.to("cuda"), there.initial_state(2, 3, 6))
     assert torch.allclose(here, far.cpu(), rtol=1e-9, atol=1e-12)
+
+
+def test_agreement_tells_short_steps_from_overshooting_ones():
+    """f = |z|^2 / 2: a step of length t along -z keeps 1 - t of the promise, whatever the scale."""
+    problem = ProblemSpec.parse("quadratic[m=1,n=1,condition=1]").build(ProblemContext(1, dtype=DOUBLE))
+    for length in (0.1, 0.5, 1.0, 1.5):
+        from ml2o_dist.rules.features import initial_agreement, judge, remember
+
+        point = problem.initial_parameters([3])
+        before, _ = problem.jacobian(point, None)
+        update = -length * before[:, 0] / problem.jacobian(point + 1, None)[0].sub(before)[:, 0]
+        after, _ = problem.jacobian(point + update, None)
+        agreement = judge(remember(initial_agreement(point), before[:, 0], update), after[:, 0])
+        assert agreement.value.item() == pytest.approx(1 - length, abs=1e-9)
+        upwards = judge(remember(initial_agreement(point), before[:, 0], -update), after[:, 0])
+        assert upwards.value.item() == 0.0

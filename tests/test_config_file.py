@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ml2o_dist.config import dump_settings, first_difference, load_settings, parse_settings, settings_hash
+from ml2o_dist.config_file import dump_settings, first_difference, load_settings, parse_settings, settings_hash
 from ml2o_dist.errors import UserError
 
 CONFIGS = sorted((Path(__file__).parents[1] / "jobs" / "configs").glob("*.yaml"))

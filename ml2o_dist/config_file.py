@@ -1,0 +1,171 @@
+"""Settings from a YAML file and `--set dotted.key=value`, checked into one resolved, hashed value."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from ml2o_dist.config import MetaTrainSettings
+from ml2o_dist.errors import UserError, unknown
+
+DEFAULT_CONFIG = Path(__file__).parent / "configs" / "digits.yaml"
+"""The embedded default: needs no download."""
+
+_OPERATIONAL = (
+    "workers",
+    "resources",
+    "checkpoint_every",
+    "keep_checkpoints",
+    "compare",
+    "comparison",
+    "data",
+    "tracking",
+)
+"""Keys that change how a run is carried out but not the weights it ends with; a resumed run may change them."""
+
+
+def load_settings(file: Path | None = None, overrides: Iterable[str] = ()) -> MetaTrainSettings:
+    """Read settings from a YAML `file` (None: the embedded default), then apply `key=value` overrides in order.
+
+    A file may begin with `extends: other.yaml` (a path beside it): its mappings are laid over that file's.
+
+    Raises:
+        UserError: an unreadable file, a misspelt key or a wrong value, in one line that says what is allowed.
+    """
+    tree = _read_tree(file or DEFAULT_CONFIG)
+    for override in overrides:
+        _override(tree, override)
+    return parse_settings(tree)
+
+
+def parse_settings(tree: Mapping[str, Any]) -> MetaTrainSettings:
+    """Check a nested mapping of settings; raises UserError as `load_settings` does."""
+    try:
+        return MetaTrainSettings.model_validate(tree)
+    except ValidationError as error:
+        raise _one_line(error) from None
+
+
+def dump_settings(settings: MetaTrainSettings) -> str:
+    """Return the resolved settings as YAML that `load_settings` reads back to an equal value."""
+    return yaml.safe_dump(settings.model_dump(mode="json", by_alias=True), sort_keys=False)
+
+
+def settings_hash(settings: MetaTrainSettings, identity: bool = False) -> str:
+    """Return the sha256 of the resolved settings; with `identity` only of those that determine the weights."""
+    tree = settings.model_dump(mode="json", by_alias=True)
+    if identity:
+        tree = {key: value for key, value in tree.items() if key not in _OPERATIONAL}
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
+
+
+def first_difference(ours: MetaTrainSettings, theirs: MetaTrainSettings) -> str:
+    """Name the first key that determines the weights and differs, with both values; "" where there is none."""
+    left, right = (_flat(s.model_dump(mode="json", by_alias=True)) for s in (ours, theirs))
+    for key in sorted(left.keys() | right.keys()):
+        if key.split(".")[0] not in _OPERATIONAL and left.get(key) != right.get(key):
+            return f"{key} is {left.get(key)!r} here and {right.get(key)!r} there"
+    return ""
+
+
+def _read_tree(source: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(source.read_text())
+    except OSError as error:
+        raise UserError(f"config file {str(source)!r} cannot be read: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise UserError(f"config file {str(source)!r} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"config file {str(source)!r} must hold `key: value` lines, not {type(tree).__name__}")
+    base = tree.pop("extends", None)
+    if base is None:
+        return tree
+    if source.parent / str(base) == source:
+        raise UserError(f"config file {str(source)!r} extends itself")
+    return _laid_over(_read_tree(source.parent / str(base)), tree)
+
+
+def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    both = dict(below)
+    for key, value in above.items():
+        under = both.get(key)
+        both[key] = _laid_over(under, value) if isinstance(under, dict) and isinstance(value, dict) else value
+    return both
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key.strip():
+        raise UserError(f"--set {override!r} is not of the form dotted.key=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise UserError(f"--set {override!r}: the value is not YAML: {' '.join(str(error).split())}") from error
+    if text == "":
+        value = ""
+    *path, last = key.strip().split(".")
+    node: Any = tree
+    for part in path:
+        node = node.setdefault(part, {})
+        if not isinstance(node, dict):
+            raise UserError(f"--set {override!r}: {part!r} is a value, it has no keys below it")
+    node[last] = value
+
+
+def _one_line(error: ValidationError) -> UserError:
+    first = error.errors(include_url=False)[0]
+    place = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        model = _model_at(first["loc"][:-1])
+        return unknown("setting", place, [_join(first["loc"][:-1], key) for key in _keys(model)])
+    cause = first.get("ctx", {}).get("error")
+    if isinstance(cause, UserError):
+        return UserError(f"{place}: {cause}")
+    message = first["msg"].removeprefix("Value error, ")
+    where = f"setting {place!r}" if place else "settings"
+    given = "" if first["type"] in ("missing", "value_error") else f", not {first['input']!r}"
+    return UserError(f"{where}: {message[0].lower()}{message[1:]}{given}")
+
+
+def _model_at(path: tuple[int | str, ...]) -> type[BaseModel]:
+    model: type[BaseModel] = MetaTrainSettings
+    for part in path:
+        if isinstance(part, str):
+            found = _annotation(model, part)
+            if found is not None:
+                model = found
+    return model
+
+
+def _annotation(model: type[BaseModel], key: str) -> type[BaseModel] | None:
+    info = model.model_fields.get(key)
+    if info is None:
+        return None
+    for kind in (info.annotation, *get_args(info.annotation)):
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            return kind
+    return None
+
+
+def _keys(model: type[BaseModel]) -> list[str]:
+    return [info.alias or name for name, info in model.model_fields.items()]
+
+
+def _join(path: tuple[int | str, ...], key: str) -> str:
+    return ".".join([*(str(part) for part in path), key])
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat
