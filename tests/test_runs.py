@@ -146,6 +146,18 @@ def test_a_tracking_server_that_is_down_costs_the_version_not_the_run(cluster, h
     assert load_artifact(home / "runs/c").weights_sha256 == json.loads(result.stdout)["weights_sha256"]
 
 
+@pytest.mark.parametrize("name", ["multimnist", "published"])
+def test_the_real_configurations_run_on_real_data(cluster, home, real_data_root, name):
+    config = Path(__file__).parents[1] / "jobs" / "configs" / f"{name}.yaml"
+    small = ["meta_steps=1", "slots=2", "horizon=4", "validation.horizon=4", "compare=false", "tracking.register=false"]
+    words = [word for setting in [*small, f"data.root={real_data_root}"] for word in ("--set", setting)]
+    result = ml2o("--config", str(config), *words, "--run-dir", "runs/real", "--json")
+    assert result.exit_code == 0, result.output
+    answer = json.loads(result.stdout)
+    assert answer["weights_sha256"] == load_artifact(home / "runs/real").weights_sha256
+    assert answer["meta_steps"] == 1
+
+
 def refusal(*words: str) -> str:
     result = ml2o(*words)
     assert result.exit_code == 2, result.output
