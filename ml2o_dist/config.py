@@ -20,11 +20,11 @@ class RuleSettings(_Settings):
     """The ML2O network and how its output becomes a step (DESIGN section 5 has the formulas)."""
 
     features: Literal["adam", "agreement", "log_sign"] = "adam"
-    output: Literal["residual", "scaled"] = "residual"
+    output: Literal["residual", "controlled", "scaled"] = "residual"
     objectives: Literal["tied", "per_objective"] = "tied"
     count: int = Field(2, ge=1, description="m of a per_objective network; a tied one takes any m")
     hidden: int = Field(16, ge=1, le=1024, description="H, width of every LSTM")
-    lr: float = Field(0.01, gt=0, description="scale of a residual step: what Adam's learning rate would be")
+    lr: float = Field(0.01, gt=0, description="scale of a residual or controlled step: Adam's learning rate")
     scale: float = Field(0.01, gt=0, description="scale of a `scaled` step, u = scale * out")
 
 

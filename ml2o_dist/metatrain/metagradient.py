@@ -101,6 +101,7 @@ def replay(
     answers = _answers(rollout, weights, kind, minima, settings.gamma, chunk if settings.truncated else horizon)
     rows = rollout.gradients[:-1].transpose(1, 2).flatten(start_dim=2)
     agreement = rollout.agreement.repeat_interleave(rollout.gradients.shape[3], dim=1)
+    totals, counts = agreement.cumsum(dim=0), torch.arange(1, horizon + 1, device=agreement.device)[:, None]
     parameters = list(network.parameters())
     total = [torch.zeros_like(p) for p in parameters]
     for first in range(0, rows.shape[2], REPLAY_BLOCK):
@@ -111,7 +112,8 @@ def replay(
             part = slice(start, start + chunk)
             with torch.enable_grad():
                 outputs, cells = network.unroll(inputs[part], cells)
-                update = network.step_update(outputs, directions[part])
+                shift = network.shift(totals[part, block], counts[part])
+                update = network.step_update(outputs, directions[part], shift)
                 value = (update * answers[part, block]).sum() * rollout.scale
             for sum_, gradient in zip(total, torch.autograd.grad(value, parameters), strict=True):
                 sum_ += gradient

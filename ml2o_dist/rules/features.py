@@ -53,11 +53,13 @@ class Agreement(NamedTuple):
     Attributes:
         value: r in [-1, 1], [P]: near 1 the steps are short beside the distance over which the gradient changes, about
             0 they end where the gradient along them vanishes, below 0 they overshoot (0 before the second step).
+        total: sum of all values so far, [P].
         kept, promised: running averages of <g_t, u_{t-1}> and <g_{t-1}, u_{t-1}>, [P]; value = kept / promised.
         update, promise: the last update u [P, n], and <g, u> on the gradient that made it [P].
     """
 
     value: Tensor
+    total: Tensor
     kept: Tensor
     promised: Tensor
     update: Tensor
@@ -67,7 +69,7 @@ class Agreement(NamedTuple):
 def initial_agreement(like: Tensor) -> Agreement:
     """Return the agreement before the first step, for updates shaped `like` [P, n]."""
     zero = torch.zeros_like(like[:, 0])
-    return Agreement(zero, zero, zero, torch.zeros_like(like), zero)
+    return Agreement(zero, zero, zero, zero, torch.zeros_like(like), zero)
 
 
 def judge(agreement: Agreement, gradient: Tensor) -> Agreement:
@@ -82,7 +84,7 @@ def judge(agreement: Agreement, gradient: Tensor) -> Agreement:
     descends = promised < 0
     ratio = kept / torch.where(descends, promised, torch.ones_like(promised))
     value = torch.where(descends, ratio.clamp(-1, 1), torch.zeros_like(ratio))
-    return agreement._replace(value=value, kept=kept, promised=promised)
+    return agreement._replace(value=value, total=agreement.total + value, kept=kept, promised=promised)
 
 
 def remember(agreement: Agreement, gradient: Tensor, update: Tensor) -> Agreement:

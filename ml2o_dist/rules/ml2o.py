@@ -38,8 +38,8 @@ class ML2ONetwork(nn.Module):
 
     `objectives: tied` (ours): one specific module serves every objective and its outputs are averaged, so that any
     m works and their order does not matter. `per_objective` (as the paper draws it): a module each, outputs
-    concatenated, m fixed by `rule.count`. `output: residual` (ours) starts with a zero linear layer: before
-    training the rule is Adam on the sum of the objectives. The weights are a pure function of the shape.
+    concatenated, m fixed by `rule.count`. `output: residual` and `controlled` (ours) start with a zero linear layer:
+    before training the rule is Adam on the sum of the objectives. The weights are a pure function of the shape.
     """
 
     def __init__(self, settings: RuleSettings) -> None:
@@ -51,8 +51,10 @@ class ML2ONetwork(nn.Module):
             torch.manual_seed(derive_seed("ml2o initial weights"))
             self.specific = nn.ModuleList(nn.LSTM(channels, hidden) for _ in range(1 if tied else settings.count))
             self.shared = nn.LSTM(hidden * len(self.specific), hidden)
-            self.head = nn.Linear(hidden, 2 if settings.output == "residual" else 1)
-        if settings.output == "residual":
+            self.head = nn.Linear(hidden, 1 if settings.output == "scaled" else 2)
+        if settings.output == "controlled":
+            self.control = nn.Parameter(torch.zeros(2))
+        if settings.output != "scaled":
             nn.init.zeros_(self.head.weight)
             nn.init.zeros_(self.head.bias)
 
@@ -93,9 +95,12 @@ class ML2ONetwork(nn.Module):
         total = jacobian.sum(dim=1)
         agreement = features.judge(state.agreement, total)
         gradients = jacobian.transpose(0, 1).reshape(objectives, instances * dimension)
-        each = agreement.value[:, None].expand(-1, dimension).reshape(-1)
-        inputs, direction, memory = features.advance(self.settings, gradients, state.memory, state.step, each)
-        flat, blocks = self.step(inputs, direction, state.blocks, weights)
+        value, shift = (
+            each[:, None].expand(-1, dimension).reshape(-1)
+            for each in (agreement.value, self.shift(agreement.total, state.step + 1))
+        )
+        inputs, direction, memory = features.advance(self.settings, gradients, state.memory, state.step, value)
+        flat, blocks = self.step(inputs, direction, shift, state.blocks, weights)
         update = flat.view(instances, dimension)
         agreement = features.remember(agreement, total, update)
         return update, ML2OState(state.step + 1, memory, agreement, tuple(blocks))
@@ -115,12 +120,17 @@ class ML2ONetwork(nn.Module):
         return blocks
 
     def step(
-        self, inputs: Tensor, direction: Tensor, blocks: Sequence[tuple[Cell, ...]], weights: list[CellWeights]
+        self,
+        inputs: Tensor,
+        direction: Tensor,
+        shift: Tensor,
+        blocks: Sequence[tuple[Cell, ...]],
+        weights: list[CellWeights],
     ) -> tuple[Tensor, list[tuple[Cell, ...]]]:
         """Run one step, block by block, differentiably.
 
         Args:
-            inputs: features [c, m, R].  direction: Adam's, [R].
+            inputs: features [c, m, R].  direction: Adam's, [R].  shift: the controller's, [R].
             blocks: the states after the step before; `initial_cells` at the start.
             weights: `cell_weights()`.
 
@@ -130,7 +140,7 @@ class ML2ONetwork(nn.Module):
         updates, after = [], []
         for (start, stop), cells in zip(_blocks(direction.numel()), blocks, strict=True):
             outputs, cells = self._block(inputs[:, :, start:stop], cells, weights)
-            updates.append(self.step_update(outputs, direction[start:stop]))
+            updates.append(self.step_update(outputs, direction[start:stop], shift[start:stop]))
             after.append(cells)
         return torch.cat(updates), after
 
@@ -147,14 +157,30 @@ class ML2ONetwork(nn.Module):
         shared = lstm_cell(pooled, cells[-1], weights[-1])
         return torch.addmm(self.head.bias[:, None], self.head.weight, shared[0]), (*parts, shared)
 
-    def step_update(self, outputs: Tensor, direction: Tensor) -> Tensor:
-        """Turn outputs [..., o, R] and Adam's direction [..., R] into the update [..., R].
+    def step_update(self, outputs: Tensor, direction: Tensor, shift: Tensor) -> Tensor:
+        """Turn outputs [..., o, R], Adam's direction and the controller's shift, both [..., R], into u [..., R].
 
-        residual: u = -lr * exp(s) * (direction + d) with outputs (s, d); scaled: u = scale * out (the paper's kind).
+        residual: u = -lr * exp(s) * (direction + d) with outputs (s, d); controlled: u = -lr * exp(s + shift) *
+        (direction + d); scaled: u = scale * out (the paper's kind).
         """
         if self.settings.output == "scaled":
             return self.settings.scale * outputs[..., 0, :]
-        return -self.settings.lr * outputs[..., 0, :].exp() * (direction + outputs[..., 1, :])
+        size = outputs[..., 0, :]
+        if self.settings.output == "controlled":
+            size = size + shift
+        return -self.settings.lr * size.exp() * (direction + outputs[..., 1, :])
+
+    def shift(self, total: Tensor, count: Tensor | int) -> Tensor:
+        """Return the controller's share of the log step size, shaped like `total`; zero unless `output: controlled`.
+
+        shift = 0.1 a sum_{k <= t} r_k - 0.02 b (t + 1): an integral controller (ours) on the agreement r, whose sum is
+        `total` after `count` = t + 1 steps. Steps grow while they keep what they promise and shrink when they
+        overshoot; a and b are learned, 0 at the start. The factors make one meta-step of Adam count for about as much
+        in a and b as in the other weights.
+        """
+        if self.settings.output != "controlled":
+            return torch.zeros_like(total)
+        return 0.1 * self.control[0] * total - 0.02 * self.control[1] * count
 
     def check_objectives(self, objectives: int) -> None:
         """Raise UserError where a per_objective network meets another number of objectives than it was built for."""

@@ -43,6 +43,7 @@ class WrittenOut:
         self.last: tuple[Tensor, Tensor] | None = None
         self.kept = self.promised = 0.0
         self.agreement = torch.zeros(1)
+        self.total: Tensor | float = 0.0
 
     def detach(self) -> None:
         self.states = [None if s is None else (s[0].detach(), s[1].detach()) for s in self.states]
@@ -74,7 +75,12 @@ class WrittenOut:
             total = sum(rows)
             first = self._average("m", total, 0.9)
             second = self._average("v", total * total, 0.999)
-            update = -self.settings.lr * torch.exp(out[:, 0]) * (first / (second.sqrt() + 1e-8) + out[:, 1])
+            size = out[:, 0]
+            self.total = self.total + self.agreement
+            if self.settings.output == "controlled":
+                grow, decay = self.network.control
+                size = size + (0.1 * grow * self.total - 0.02 * decay * self.count).repeat_interleave(dimension)
+            update = -self.settings.lr * torch.exp(size) * (first / (second.sqrt() + 1e-8) + out[:, 1])
         update = update.view(instances, dimension)
         self.last = (jacobian.sum(dim=1), update.detach())
         return update

@@ -40,7 +40,11 @@ def assert_close(ours, theirs, tolerance=1e-10):
 @pytest.mark.parametrize("instances", [1, 4])
 @pytest.mark.parametrize(
     "form",
-    list(itertools.product(["tied", "per_objective"], ["residual", "scaled"], ["adam", "agreement", "log_sign"])),
+    list(
+        itertools.product(
+            ["tied", "per_objective"], ["residual", "controlled", "scaled"], ["adam", "agreement", "log_sign"]
+        )
+    ),
 )
 def test_replay_is_first_order_backpropagation(objectives, instances, form):
     tied, output, features = form
@@ -142,7 +146,7 @@ def test_roll_out_keeps_the_chosen_coordinates_in_their_order():
     assert some.scale == 2.5
 
 
-@pytest.mark.parametrize("output", ["residual", "scaled"])
+@pytest.mark.parametrize("output", ["residual", "controlled", "scaled"])
 @pytest.mark.parametrize("features", ["adam", "agreement"])
 @pytest.mark.parametrize("problem", ["quadratic[m=2,n=4,noise=0.3,batch=3]", "fonseca[n=3]"])
 def test_exact_agrees_with_finite_differences(output, features, problem):

@@ -14,7 +14,11 @@ from ml2o_dist.rules.base import Oracle
 from ml2o_dist.rules.ml2o import ML2ONetwork, ML2ORule
 from tests.metatrain.oracles import DOUBLE, WrittenOut, problem_for, random_rule
 
-FORMS = list(itertools.product(["tied", "per_objective"], ["residual", "scaled"], ["adam", "agreement", "log_sign"]))
+FORMS = list(
+    itertools.product(
+        ["tied", "per_objective"], ["residual", "controlled", "scaled"], ["adam", "agreement", "log_sign"]
+    )
+)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -47,14 +51,16 @@ def test_unrolling_at_once_equals_stepping(form):
     network, directions = rule.network, torch.linspace(-1, 1, 10, dtype=DOUBLE)
     blocks, weights = network.initial_cells(3, 10), network.cell_weights()
     for step in range(6):
-        update, blocks = network.step(inputs[step], directions, blocks, weights)
-        assert torch.allclose(update, network.step_update(whole[step], directions), rtol=1e-11, atol=1e-14)
+        shift = directions.square()
+        update, blocks = network.step(inputs[step], directions, shift, blocks, weights)
+        assert torch.allclose(update, network.step_update(whole[step], directions, shift), rtol=1e-11, atol=1e-14)
 
 
 @pytest.mark.parametrize("objectives", [1, 2, 5])
-def test_untrained_residual_form_is_adam_on_the_sum(objectives):
+@pytest.mark.parametrize("output", ["residual", "controlled"])
+def test_untrained_these_forms_are_adam_on_the_sum(output, objectives):
     problem = problem_for(objectives, 2)
-    rule = ML2ORule.from_weights(RuleSettings(lr=0.03), None, dtype=DOUBLE)
+    rule = ML2ORule.from_weights(RuleSettings(output=output, lr=0.03), None, dtype=DOUBLE)
     point = problem.initial_parameters([1, 2])
     theirs = point.clone().requires_grad_(True)
     adam = torch.optim.Adam([theirs], lr=0.03)
