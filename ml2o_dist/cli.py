@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import signal
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -15,9 +16,9 @@ import click
 from rich.console import Console
 from rich.table import Table
 
-from ml2o_dist.errors import UserError
+from ml2o_dist.errors import Aborted, Incomplete, Interrupted, UserError
 
-USAGE, ABORTED = 2, 4
+USAGE, INCOMPLETE, ABORTED = 2, 3, 4
 
 
 def command(body: Callable[..., Any]) -> Callable[..., None]:
@@ -32,14 +33,16 @@ def command(body: Callable[..., Any]) -> Callable[..., None]:
             answer = body(*args, console=console, **kwargs)
         except UserError as error:
             _fail(str(error), USAGE)
-        except Exception as error:
-            from ml2o_dist.runs import Aborted, Interrupted
-
-            if isinstance(error, Interrupted):
-                _fail(str(error), 128 + error.signal_number)
-            if isinstance(error, Aborted):
-                _fail(str(error), ABORTED)
-            raise
+        except KeyboardInterrupt:
+            _fail("stopped by SIGINT", 128 + signal.SIGINT)
+        except Interrupted as error:
+            _fail(str(error), 128 + error.signal_number)
+        except Aborted as error:
+            _fail(str(error), ABORTED)
+        except Incomplete as error:
+            if as_json:
+                click.echo(json.dumps(error.answer))
+            _fail(str(error), INCOMPLETE)
         if as_json:
             click.echo(json.dumps(answer))
 
@@ -82,10 +85,13 @@ def meta_train(
     Every setting is a key of the config file; `--set workers=4 --set rule.output=scaled` overrides it. Image problems
     need data: --set data.root=FOLDER or ML2O_DATA (`ml2o data fetch` downloads it); the default needs none.
 
-    Exit codes: 0 done, 2 wrong words or settings, 4 aborted and 130 / 143 stopped (checkpoint written: --resume).
+    Exit codes: 0 done, 2 wrong words or settings, 3 done without the comparison, which failed, 4 aborted and 130 / 143
+    stopped (checkpoint written: --resume).
     """
     from ml2o_dist import runs
     from ml2o_dist.config_file import load_settings
+    from ml2o_dist.run_directory import resolved, resumed_settings
+    from ml2o_dist.tracking.store import home_folder
 
     if seed is not None:
         overrides += (f"seed={seed}",)
@@ -94,7 +100,7 @@ def meta_train(
     if resume and run_dir is None:
         raise UserError("--resume needs --run-dir, the directory of the run to go on with")
     if resume and run_dir is not None and config is None:
-        settings = runs.resumed_settings(run_dir, overrides)
+        settings = resumed_settings(resolved(run_dir, home_folder()), overrides)
     else:
         settings = load_settings(config, overrides)
     target = run_dir or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")

@@ -24,26 +24,19 @@ def connected(address: str = "auto") -> Iterator[str]:
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     if ray.is_initialized():
+        if address not in ("auto", "local"):
+            raise UserError(f"--address {address!r}: this process is connected to another Ray cluster already")
         yield "the Ray cluster of this process"
         return
-    if address == "auto" and not os.environ.get("RAY_ADDRESS"):
-        try:
-            ray.init(address="auto", logging_level=logging.ERROR)
-        except ConnectionError:
-            address = "local"
-    if not ray.is_initialized():
-        try:
-            target = None if address == "auto" else address
-            ray.init(
-                address=target,
-                logging_level=logging.ERROR,
-                **({"include_dashboard": False} if address == "local" else {}),
-            )
-        except (ConnectionError, ValueError, RuntimeError) as error:
-            raise UserError(f"--address {address!r}: no Ray cluster answers there ({_first_line(error)})") from error
     try:
-        where = "a local Ray started for this command" if address == "local" else "a running Ray cluster"
-        yield f"{where}: {ray.cluster_resources().get('CPU', 0):g} CPU, {ray.cluster_resources().get('GPU', 0):g} GPU"
+        # None: RAY_ADDRESS, else a cluster that `ray start` began here, else a new one; never a stranger's ray.init().
+        target = None if address == "auto" else address
+        context = ray.init(address=target, include_dashboard=False, logging_level=logging.ERROR)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise UserError(f"--address {address!r}: no Ray cluster answers there ({_first_line(error)})") from error
+    try:
+        total = ray.cluster_resources()
+        yield f"{context.address_info['address']}: {total.get('CPU', 0):g} CPU, {total.get('GPU', 0):g} GPU"
     finally:
         ray.shutdown()
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -13,7 +13,7 @@ Scalar = bool | int | float | str
 
 
 class _Settings(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class RuleSettings(_Settings):
@@ -111,14 +111,14 @@ class ComparisonSettings(_Settings):
     steps: int = Field(200, ge=10)
     seeds: int = Field(5, ge=2)
     tuning_seeds: int = Field(1, ge=1)
-    learning_rates: tuple[float, ...] = Field((0.001, 0.003, 0.01, 0.03, 0.1), min_length=1)
+    learning_rates: tuple[Annotated[float, Field(gt=0)], ...] = Field((0.001, 0.003, 0.01, 0.03, 0.1), min_length=1)
     baselines: tuple[str, ...] = ("mean+adam", "mgda+adam", "pcgrad+adam")
 
 
 class ResourceSettings(_Settings):
     """What each rollout worker asks of Ray."""
 
-    num_cpus: float = Field(1.0, ge=0)
+    num_cpus: float = Field(1.0, gt=0)
     num_gpus: float = Field(0.0, ge=0, description="a fraction shares one GPU between workers")
     start_timeout_s: float = Field(60.0, gt=0, description="how long to wait for the workers to be placed")
     max_restarts: int = Field(8, ge=0, description="how many workers may be replaced in all")
@@ -156,7 +156,7 @@ class MetaTrainSettings(_Settings):
     checkpoint_every: int = Field(0, ge=0, description="meta-steps; 0: as many as take about half a minute")
     keep_checkpoints: int = Field(3, ge=1)
     compare: bool = True
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:N")
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda, cuda:N")
     family: FamilySettings
     rule: RuleSettings = RuleSettings()
     estimator: EstimatorSettings = EstimatorSettings()
@@ -183,4 +183,9 @@ class MetaTrainSettings(_Settings):
     def _fits(self) -> MetaTrainSettings:
         if self.estimator.truncated and not self.unroll:
             raise ValueError("estimator.truncated needs unroll >= 1")
+        replayed = self.estimator.truncated or self.unroll or self.estimator.coordinates < 1
+        if self.estimator.kind == "exact" and replayed:
+            raise ValueError("estimator.kind=exact takes no unroll, estimator.truncated or estimator.coordinates < 1")
+        if self.device.startswith("cuda") and not self.resources.num_gpus:
+            raise ValueError(f"device={self.device} needs resources.num_gpus > 0 for the workers")
         return self

@@ -57,11 +57,9 @@ def dump_settings(settings: MetaTrainSettings) -> str:
     return yaml.safe_dump(settings.model_dump(mode="json", by_alias=True), sort_keys=False)
 
 
-def settings_hash(settings: MetaTrainSettings, identity: bool = False) -> str:
-    """Return the sha256 of the resolved settings; with `identity` only of those that determine the weights."""
+def settings_hash(settings: MetaTrainSettings) -> str:
+    """Return the sha256 of the resolved settings."""
     tree = settings.model_dump(mode="json", by_alias=True)
-    if identity:
-        tree = {key: value for key, value in tree.items() if key not in _OPERATIONAL}
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
 
 
@@ -74,9 +72,11 @@ def first_difference(ours: MetaTrainSettings, theirs: MetaTrainSettings) -> str:
     return ""
 
 
-def _read_tree(source: Path) -> dict[str, Any]:
+def _read_tree(source: Path, extended: tuple[Path, ...] = ()) -> dict[str, Any]:
     try:
-        tree = yaml.safe_load(source.read_text())
+        tree = yaml.safe_load(source.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise UserError(f"config file {str(source)!r} is not UTF-8 text") from error
     except OSError as error:
         raise UserError(f"config file {str(source)!r} cannot be read: {error.strerror}") from error
     except yaml.YAMLError as error:
@@ -86,9 +86,11 @@ def _read_tree(source: Path) -> dict[str, Any]:
     base = tree.pop("extends", None)
     if base is None:
         return tree
-    if source.parent / str(base) == source:
+    chain = (*extended, source.resolve())
+    below = (source.parent / str(base)).resolve()
+    if below in chain:
         raise UserError(f"config file {str(source)!r} extends itself")
-    return _laid_over(_read_tree(source.parent / str(base)), tree)
+    return _laid_over(_read_tree(below, chain), tree)
 
 
 def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:

@@ -1,13 +1,34 @@
-"""The one error a user can mend, and how it names the nearest valid word."""
+"""How a command can end other than well: the error a user can mend, and a run that was stopped or cut short."""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class UserError(ValueError):
     """Wrong words, a wrong setting or missing input: one clear line, exit code 2, no traceback."""
+
+
+class Aborted(Exception):
+    """A run could not go on; what it had is in a checkpoint. Exit code 4."""
+
+
+class Incomplete(Exception):
+    """A run finished, but a part of it failed; `answer` is what it would have returned. Exit code 3."""
+
+    def __init__(self, message: str, answer: dict[str, Any]) -> None:
+        super().__init__(message)
+        self.answer = answer
+
+
+class Interrupted(Exception):
+    """A run was asked to stop by a signal; what it had is in a checkpoint. Exit code 128 + signal."""
+
+    def __init__(self, signal_number: int, message: str) -> None:
+        super().__init__(message)
+        self.signal_number = signal_number
 
 
 def unknown(kind: str, name: str, allowed: Iterable[str]) -> UserError:

@@ -16,17 +16,19 @@ from rich.console import Console
 
 from ml2o_dist import artifact
 from ml2o_dist.cluster_connection import connected
-from ml2o_dist.config import MetaTrainSettings
-from ml2o_dist.config_file import dump_settings, first_difference, load_settings, settings_hash
-from ml2o_dist.errors import UserError
+from ml2o_dist.config import DataSettings, MetaTrainSettings
+from ml2o_dist.config_file import settings_hash
+from ml2o_dist.errors import Aborted, Incomplete, Interrupted, UserError
 from ml2o_dist.evaluation.benchmark import Comparison, compare
 from ml2o_dist.evaluation.cells import Cell, CellResult, Learned, run_cells_on_ray
 from ml2o_dist.evaluation.report import comparison_markdown, comparison_table, plot_comparison, plot_meta_loss
-from ml2o_dist.metatrain.checkpoint import newest_checkpoint
 from ml2o_dist.metatrain.pool import PoolError, Stopped, WorkerPool
 from ml2o_dist.metatrain.trainer import Row, Trainer
 from ml2o_dist.problems import ProblemContext, ProblemSpec
+from ml2o_dist.problems.multitask import MultiTaskImages
 from ml2o_dist.progress import StepDisplay
+from ml2o_dist.rules.aggregated import parse_optimizer_name
+from ml2o_dist.run_directory import check_fresh, resolved, written_to
 from ml2o_dist.stopping import StopRequest, stop_on_signals
 from ml2o_dist.tracking.registry import register_version
 from ml2o_dist.tracking.run import Status
@@ -34,18 +36,6 @@ from ml2o_dist.tracking.sink import MlflowSink
 from ml2o_dist.tracking.store import home_folder, redacted, resolve_tracking_uri
 
 log = logging.getLogger(__name__)
-
-
-class Aborted(Exception):
-    """The run could not go on; what it had is in a checkpoint. Exit code 4."""
-
-
-class Interrupted(Exception):
-    """The run was asked to stop by a signal; what it had is in a checkpoint. Exit code 128 + signal."""
-
-    def __init__(self, signal_number: int, message: str) -> None:
-        super().__init__(message)
-        self.signal_number = signal_number
 
 
 def meta_train(
@@ -63,35 +53,59 @@ def meta_train(
         Aborted, Interrupted: see there; `--resume` goes on from the checkpoint.
     """
     console = console or Console(stderr=True)
-    run_dir = run_dir if run_dir.is_absolute() else home_folder() / run_dir
+    run_dir = resolved(run_dir, home_folder())
+    settings = _with_absolute_data_root(settings)
     uri = resolve_tracking_uri(settings.tracking.uri)
     trainer = Trainer(settings, run_dir, device_of(settings))
     if resume:
         for refusal in trainer.resume():
             console.print(f"[yellow]checkpoint refused:[/] {refusal}", highlight=False)
     else:
-        _check_fresh(run_dir, settings)
-    check_problems(settings)
+        check_fresh(run_dir, settings)
+    _check_data(trainer, check_problems(settings))
     console.print(f"run directory  {run_dir}", highlight=False, soft_wrap=True)
     console.print(f"tracking URI   {redacted(uri)}", highlight=False, soft_wrap=True)
-    _write_config(run_dir, settings)
-    with _log_file(run_dir), connected(address) as where, stop_on_signals() as stop:
+    with connected(address) as where, stop_on_signals() as stop:
         console.print(f"Ray            {where}", highlight=False, soft_wrap=True)
         try:
-            with (
-                closing(WorkerPool(settings.workers, settings.resources, stop)) as pool,
-                _tracked(trainer, uri) as sink,
-            ):
-                _train(trainer, pool, sink, console)
-                pool.close()
-                return _finish(trainer, sink, uri, console, stop)
+            pool = WorkerPool(settings.workers, settings.resources, stop)
         except Stopped:
+            raise Interrupted(stop.signal_number, "stopped before the first meta-step") from None
+        with (
+            closing(pool),
+            written_to(run_dir, settings, console),
+            _tracked(trainer, uri) as sink,
+            _saved(trainer, stop),
+        ):
+            _train(trainer, pool, sink, console)
+            pool.close()
+            return _finish(trainer, sink, uri, console, stop)
+
+
+@contextmanager
+def _saved(trainer: Trainer, stop: StopRequest) -> Iterator[None]:
+    """Write a checkpoint first of all when the `with` block is cut short, and say how to go on."""
+    try:
+        yield
+    except Incomplete:
+        raise
+    except Exception as error:
+        try:
             trainer.save()
+            what = (
+                f"checkpoint at meta-step {trainer.learner.version} of {trainer.settings.meta_steps} written; "
+                f"go on with: ml2o meta-train --run-dir {trainer.run_dir} --resume"
+            )
+        except OSError as failure:
+            what = f"and no checkpoint could be written to {trainer.run_dir}: {failure.strerror or failure}"
+        if isinstance(error, Stopped):
             name = signal.Signals(stop.signal_number).name
-            raise Interrupted(stop.signal_number, f"stopped by {name}; {_how_to_resume(trainer)}") from None
-        except PoolError as error:
-            trainer.save()
-            raise Aborted(f"{error}; {_how_to_resume(trainer)}") from error
+            raise Interrupted(stop.signal_number, f"stopped by {name}; {what}") from None
+        if isinstance(error, UserError):
+            raise
+        log.info("aborted", exc_info=True)  # the traceback belongs into run.log, the line on the screen
+        reason = str(error) if isinstance(error, PoolError) else f"{type(error).__name__}: {error}"
+        raise Aborted(f"{reason}; {what}") from error
 
 
 @contextmanager
@@ -111,18 +125,10 @@ def _tracked(trainer: Trainer, uri: str) -> Iterator[MlflowSink]:
     try:
         yield sink
     except BaseException as error:
-        status = "KILLED" if isinstance(error, Stopped) else "FAILED"
+        status = "KILLED" if isinstance(error, Interrupted) else "FAILED"
         raise
     finally:
         sink.close(status)
-
-
-def resumed_settings(run_dir: Path, overrides: tuple[str, ...]) -> MetaTrainSettings:
-    """Read the settings of the run in `run_dir`, to go on with it; raises UserError where there is none."""
-    folder = run_dir if run_dir.is_absolute() else home_folder() / run_dir
-    if not (folder / "config.yaml").exists():
-        raise UserError(f"nothing to resume: {folder} holds no config.yaml")
-    return load_settings(folder / "config.yaml", overrides)
 
 
 def device_of(settings: MetaTrainSettings) -> str:
@@ -132,21 +138,47 @@ def device_of(settings: MetaTrainSettings) -> str:
     return "cuda" if settings.resources.num_gpus > 0 else "cpu"
 
 
-def check_problems(settings: MetaTrainSettings) -> None:
+def check_problems(settings: MetaTrainSettings) -> dict[str, str]:
     """Build every validation and test problem and every training member once, so that what is wrong shows now.
 
-    It also builds the image caches before several workers ask for them. Raises UserError.
+    It also builds the image caches before several workers ask for them. Returns the sha256 of the data behind each
+    problem that has any; raises UserError.
     """
+    for baseline in settings.comparison.baselines:
+        parse_optimizer_name(baseline)
+    data: dict[str, str] = {}
     training = [ProblemSpec.of(m.name, {k: v[0] for k, v in m.choices}) for m in settings.family.training().members]
     texts = (*settings.family.validation, *settings.family.test)
     objectives = settings.rule.count if settings.rule.objectives == "per_objective" else None
     for spec in dict.fromkeys([*training, *map(ProblemSpec.parse, texts)]):
         problem = spec.build(ProblemContext(data_root=settings.data.root))
+        if isinstance(problem, MultiTaskImages):
+            data[f"{problem.data}[size={problem.size}]"] = problem.data_sha256
         if objectives is not None and problem.objectives != objectives:
             raise UserError(
                 f"rule.count={objectives} with rule.objectives=per_objective, but {spec} has {problem.objectives} "
                 "objectives; use rule.objectives=tied for any number"
             )
+    return data
+
+
+def _check_data(trainer: Trainer, data: dict[str, str]) -> None:
+    """Note the data's hashes with the run, or refuse to go on with other data."""
+    before = trainer.progress.data_sha256
+    for name, digest in data.items():
+        if before.get(name, digest) != digest:
+            raise UserError(
+                f"cannot resume {trainer.run_dir}: {name} has sha256 {digest[:12]}, it was {before[name][:12]}"
+            )
+    trainer.progress.data_sha256 = {**before, **data}
+
+
+def _with_absolute_data_root(settings: MetaTrainSettings) -> MetaTrainSettings:
+    """Resolve data.root, else ML2O_DATA, against ML2O_HOME: workers have other folders and other environments."""
+    root = settings.data.root or os.environ.get("ML2O_DATA", "")
+    if not root:
+        return settings
+    return settings.model_copy(update={"data": DataSettings(root=str(home_folder() / Path(root).expanduser()))})
 
 
 def _train(trainer: Trainer, pool: WorkerPool, sink: MlflowSink, console: Console) -> None:
@@ -176,6 +208,7 @@ def _finish(trainer: Trainer, sink: MlflowSink, uri: str, console: Console, stop
         "best_meta_step": progress.best_step,
         "validation_score": progress.best_score,
         "git": _git_commit(),
+        "data_sha256": progress.data_sha256,
         "mlflow_run": sink.run_id or "",
         "training_problems": [member.problem for member in settings.family.train],
         "validation_problems": list(settings.family.validation),
@@ -186,8 +219,16 @@ def _finish(trainer: Trainer, sink: MlflowSink, uri: str, console: Console, stop
     plots.mkdir(exist_ok=True)
     plot_meta_loss(progress.history, plots / "meta_loss.png")
     comparison: Comparison | None = None
+    failure = ""
     if settings.compare:
-        comparison = _compare(trainer, console, stop)
+        try:
+            comparison = _compare(trainer, console, stop)
+        except (Stopped, UserError):
+            raise
+        except Exception as error:  # a cell that broke must not cost the finished weights
+            log.info("the comparison failed", exc_info=True)
+            failure = f"the comparison failed ({type(error).__name__}: {error}), the weights are saved and registered"
+    if comparison:
         (run_dir / "comparison.md").write_text(comparison_markdown(comparison))
         plot_comparison(comparison, plots / "comparison.png")
         sink.log_artifact(run_dir / "comparison.md")
@@ -197,7 +238,7 @@ def _finish(trainer: Trainer, sink: MlflowSink, uri: str, console: Console, stop
     sink.flush()
     version = _register(trainer, sink, uri, comparison, console)
     console.print(f"weights        {saved.path}", highlight=False, soft_wrap=True)
-    return {
+    answer = {
         "run_dir": str(run_dir),
         "meta_steps": settings.meta_steps,
         "weights_sha256": saved.weights_sha256,
@@ -205,6 +246,9 @@ def _finish(trainer: Trainer, sink: MlflowSink, uri: str, console: Console, stop
         "registered_version": version,
         "comparison": comparison.to_json() if comparison else None,
     }
+    if failure:
+        raise Incomplete(failure, answer)
+    return answer
 
 
 def _compare(trainer: Trainer, console: Console, stop: StopRequest) -> Comparison:
@@ -251,45 +295,6 @@ def _register(
     return version
 
 
-def _check_fresh(run_dir: Path, settings: MetaTrainSettings) -> None:
-    config = run_dir / "config.yaml"
-    if not config.exists() or newest_checkpoint(run_dir / "checkpoints")[0] is None:
-        return
-    difference = first_difference(settings, load_settings(config))
-    if difference:
-        raise UserError(f"{run_dir} holds a run of another configuration ({difference}); choose another --run-dir")
-    raise UserError(f"{run_dir} holds a run of this configuration; add --resume to go on, or choose another --run-dir")
-
-
-def _write_config(run_dir: Path, settings: MetaTrainSettings) -> None:
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.yaml").write_text(dump_settings(settings))
-    except OSError as error:
-        raise UserError(f"run directory {str(run_dir)!r} cannot be written: {error.strerror}") from error
-
-
-def _how_to_resume(trainer: Trainer) -> str:
-    return (
-        f"checkpoint at meta-step {trainer.learner.version} of {trainer.settings.meta_steps} written; "
-        f"go on with: ml2o meta-train --run-dir {trainer.run_dir} --resume"
-    )
-
-
-@contextmanager
-def _log_file(run_dir: Path) -> Iterator[None]:
-    handler = logging.FileHandler(run_dir / "run.log")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    root = logging.getLogger("ml2o_dist")
-    root.addHandler(handler)
-    root.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        root.removeHandler(handler)
-        handler.close()
-
-
 def _parameters(settings: MetaTrainSettings) -> dict[str, object]:
     flat: dict[str, object] = {}
 
@@ -301,7 +306,7 @@ def _parameters(settings: MetaTrainSettings) -> dict[str, object]:
                 flat[f"{prefix}{key}"] = str(value)[:500]
 
     walk(settings.model_dump(mode="json", by_alias=True), "")
-    return flat
+    return flat | {"tracking.uri": redacted(settings.tracking.uri)}
 
 
 def _git_commit() -> str:

@@ -19,6 +19,7 @@ os.environ.update(
     OMP_NUM_THREADS="1",
     RAY_USAGE_STATS_ENABLED="0",
     RAY_AUTH_MODE="disabled",
+    RAY_worker_niceness="0",  # Ray starts workers at 15: beside any other load they would hardly run
     MLFLOW_DISABLE_TELEMETRY="true",
 )
 

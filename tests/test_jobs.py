@@ -76,7 +76,7 @@ def test_a_submitted_job_leaves_run_and_version_outside_its_working_directory(he
     done = submit(head, tmp_path, *words)
     assert done.returncode == 0, done.stdout + done.stderr
     assert f"run directory  {tmp_path}/runs/job" in done.stdout
-    assert "a running Ray cluster: 2 CPU" in done.stdout
+    assert ": 2 CPU, 0 GPU" in done.stdout
     versions = list_versions(f"sqlite:///{tmp_path}/mlflow.db")
     assert [(v["name"], v["version"], v["aliases"]) for v in versions] == [("ml2o", 1, ["candidate"])]
     assert versions[0]["tags"]["weights_sha256"] == load_artifact(tmp_path / "runs" / "job").weights_sha256

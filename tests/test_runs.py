@@ -17,6 +17,7 @@ from mlflow.tracking import MlflowClient
 from ml2o_dist.artifact import load_artifact
 from ml2o_dist.cli import main
 from ml2o_dist.metatrain.checkpoint import newest_checkpoint
+from ml2o_dist.metatrain.pool import WorkerPool
 
 CONFIG = Path(__file__).parent / "small_run.yaml"
 QUICK = ["--config", str(CONFIG), "--set", "compare=false", "--set", "tracking.register=false", "--quiet"]
@@ -113,17 +114,20 @@ def test_resuming_a_finished_run_registers_no_second_version(finished, monkeypat
 
 @pytest.mark.parametrize(("signal_number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_stopped_by_a_signal_and_resumed_in_the_same_mlflow_run(finished, home, signal_number, code):
+    """The signal is sent at the first progress line, before any meta-step is done."""
     command = [sys.executable, "-m", "ml2o_dist", "meta-train", "--run-dir", "runs/b", "--address", "local"]
-    words = [*QUICK[:-1], "--set", "slots=4", "--set", "checkpoint_every=100"]
-    child = subprocess.Popen(
-        [*command, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ
-    )
-    for line in child.stdout:
-        if line.startswith("meta-train"):
-            child.send_signal(signal_number)
-            break
-    rest, error = child.communicate(timeout=120)
-    assert child.returncode == code, rest + error
+    words = [*QUICK[:-1], "--set", "checkpoint_every=100"]
+    with open(home / "stderr", "w+") as errors:
+        child = subprocess.Popen([*command, *words], stdout=subprocess.PIPE, stderr=errors, text=True, env=os.environ)
+        for line in child.stdout:
+            if line.startswith("meta-train"):
+                child.send_signal(signal_number)
+                break
+        child.stdout.read()
+        child.wait(timeout=120)
+        errors.seek(0)
+        error = errors.read()
+    assert child.returncode == code, error
     assert "checkpoint at meta-step" in error
     assert f"ml2o meta-train --run-dir {home}/runs/b --resume" in error
     checkpoint, _ = newest_checkpoint(home / "runs/b/checkpoints")
@@ -135,6 +139,43 @@ def test_stopped_by_a_signal_and_resumed_in_the_same_mlflow_run(finished, home, 
     (run,) = client.search_runs([client.get_experiment_by_name("ml2o/meta-train").experiment_id])
     assert metric_steps(home, run.info.run_id, "meta_loss") == [1, 2, 3, 4, 5, 6]
     assert run.info.status == "FINISHED"
+
+
+def test_a_comparison_that_breaks_costs_neither_weights_nor_version_and_exits_with_3(cluster, home, monkeypatch):
+    def broken(cells, **options):
+        raise RuntimeError("a solver gave up")
+
+    monkeypatch.setattr("ml2o_dist.runs.run_cells_on_ray", broken)
+    result = ml2o("--config", str(CONFIG), "--set", "meta_steps=2", "--run-dir", "runs/d", "--json")
+    assert result.exit_code == 3, result.output
+    answer = json.loads(result.stdout)
+    assert answer["comparison"] is None
+    assert answer["registered_version"] == 1
+    assert "the comparison failed (RuntimeError: a solver gave up)" in result.stderr
+    assert "a solver gave up" in (home / "runs/d/run.log").read_text()
+
+
+def test_an_error_in_mid_run_aborts_with_a_checkpoint_and_exit_code_4(cluster, home, monkeypatch):
+    real, calls = WorkerPool.run, []
+
+    def failing(pool, items, weights):
+        calls.append(items)
+        if len(calls) == 4:
+            raise MemoryError("no memory left")
+        return real(pool, items, weights)
+
+    monkeypatch.setattr(WorkerPool, "run", failing)
+    result = ml2o(*QUICK, "--run-dir", "runs/e")
+    assert result.exit_code == 4, result.output
+    assert "MemoryError: no memory left; checkpoint at meta-step 2 of 6 written" in result.stderr
+    assert newest_checkpoint(home / "runs/e/checkpoints")[0].meta_step == 2
+    assert "Traceback" not in result.stderr
+
+
+def test_resume_refuses_other_image_data(cluster, home, monkeypatch):
+    assert ml2o(*QUICK, "--run-dir", "runs/f", "--set", "meta_steps=2").exit_code == 0
+    monkeypatch.setattr("ml2o_dist.runs.check_problems", lambda settings: {"multidigits[size=0]": "0" * 64})
+    assert "multidigits[size=0] has sha256 000000000000, it was" in refusal("--run-dir", "runs/f", "--resume")
 
 
 def test_a_tracking_server_that_is_down_costs_the_version_not_the_run(cluster, home):

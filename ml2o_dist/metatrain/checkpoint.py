@@ -65,7 +65,9 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
-    for old in _folders(folder)[keep:]:
+    every = _folders(folder)
+    ours = every.index(target)  # later ones were refused when the run was resumed before them
+    for old in [*every[:ours], *every[ours + keep :]]:
         shutil.rmtree(old, ignore_errors=True)
     return target
 

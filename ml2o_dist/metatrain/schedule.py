@@ -31,11 +31,6 @@ class WorkItem:
     spec: EpisodeSpec
 
 
-def weights_version(settings: MetaTrainSettings, meta_step: int) -> int:
-    """Return the version of the weights that `meta_step` runs under: max(0, t - staleness)."""
-    return max(0, meta_step - settings.staleness)
-
-
 def horizon(settings: MetaTrainSettings, meta_step: int) -> int:
     """Return K of `meta_step`, the same for all its slots: drawn uniformly from `horizon`."""
     choices = settings.horizon

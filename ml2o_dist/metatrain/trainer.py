@@ -45,6 +45,7 @@ class Progress:
     best_step: int = -1
     validated_step: int = -1
     tracking_run: str = ""
+    data_sha256: dict[str, str] = field(default_factory=dict)
     history: list[Row] = field(default_factory=list)
 
     @property

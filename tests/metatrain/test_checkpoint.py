@@ -38,6 +38,15 @@ def test_the_newest_is_taken_and_only_so_many_are_kept(tmp_path):
     assert newest_checkpoint(tmp_path)[0].meta_step == 10
 
 
+def test_a_refused_later_checkpoint_is_cleared_and_never_costs_the_new_one(tmp_path):
+    save_checkpoint(tmp_path, some(1), keep=1)
+    damaged = save_checkpoint(tmp_path, some(100), keep=1)
+    (damaged / "state.json").write_text("{}")
+    saved = save_checkpoint(tmp_path, some(95), keep=1)
+    assert [p.name for p in tmp_path.iterdir()] == ["step_000095"]
+    assert load_checkpoint(saved).meta_step == 95
+
+
 def test_saving_a_step_again_replaces_it(tmp_path):
     save_checkpoint(tmp_path, some(), keep=3)
     changed = Checkpoint(4, {"theta": torch.zeros(1)}, {})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import pickle
 
-from ml2o_dist.metatrain.schedule import horizon, training_items, validates, validation_items, weights_version
+from ml2o_dist.metatrain.schedule import horizon, training_items, validates, validation_items
 from tests.metatrain.settings import TREE, small
 
 
@@ -55,10 +55,6 @@ def test_validation_uses_the_same_seeds_every_time_and_no_estimator():
 def test_when_weights_are_validated():
     settings = small(meta_steps=10)
     assert [step for step in range(11) if validates(settings, step)] == [0, 4, 8, 10]
-
-
-def test_synchronous_weights_version():
-    assert [weights_version(small(), step) for step in (0, 1, 7)] == [0, 1, 7]
 
 
 def test_parameter_scales_are_log_uniform_and_absent_by_default():

@@ -1,0 +1,64 @@
+"""The folder of one run: whether it may be used, its configuration, its log."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.logging import RichHandler
+
+from ml2o_dist.config import MetaTrainSettings
+from ml2o_dist.config_file import dump_settings, first_difference, load_settings
+from ml2o_dist.errors import UserError
+from ml2o_dist.metatrain.checkpoint import newest_checkpoint
+
+
+def resolved(run_dir: Path, home: Path) -> Path:
+    """Return `run_dir` as an absolute path, against ML2O_HOME where it is relative."""
+    return run_dir if run_dir.is_absolute() else home / run_dir
+
+
+def resumed_settings(folder: Path, overrides: Sequence[str]) -> MetaTrainSettings:
+    """Read the settings of the run in `folder`, to go on with it; raises UserError where there is none."""
+    if not (folder / "config.yaml").exists():
+        raise UserError(f"nothing to resume: {folder} holds no config.yaml")
+    return load_settings(folder / "config.yaml", overrides)
+
+
+def check_fresh(run_dir: Path, settings: MetaTrainSettings) -> None:
+    """Raise UserError where `run_dir` holds a run that has got as far as a checkpoint."""
+    config = run_dir / "config.yaml"
+    if not config.exists() or newest_checkpoint(run_dir / "checkpoints")[0] is None:
+        return
+    difference = first_difference(settings, load_settings(config))
+    if difference:
+        raise UserError(f"{run_dir} holds a run of another configuration ({difference}); choose another --run-dir")
+    raise UserError(f"{run_dir} holds a run of this configuration; add --resume to go on, or choose another --run-dir")
+
+
+@contextmanager
+def written_to(run_dir: Path, settings: MetaTrainSettings, console: Console) -> Iterator[None]:
+    """Write config.yaml and log to run.log, warnings to the console too, for the time of a `with` block."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        (run_dir / "config.yaml").write_text(dump_settings(settings))
+        file = logging.FileHandler(run_dir / "run.log")
+    except OSError as error:
+        raise UserError(f"run directory {str(run_dir)!r} cannot be written: {error.strerror}") from error
+    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    screen = RichHandler(logging.WARNING, console, show_time=False, show_path=False)
+    ours = logging.getLogger("ml2o_dist")
+    level = ours.level
+    ours.setLevel(logging.INFO)
+    for handler in (file, screen):
+        ours.addHandler(handler)
+    try:
+        yield
+    finally:
+        for handler in (file, screen):
+            ours.removeHandler(handler)
+            handler.close()
+        ours.setLevel(level)
