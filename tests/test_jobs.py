@@ -61,7 +61,12 @@ def submit(address: str, home: Path, *words: str) -> subprocess.CompletedProcess
     command = [RAY, "job", "submit", "--address", address, "--runtime-env-json", json.dumps(runtime),
                "--working-dir", str(REPOSITORY), "--", "python", "jobs/meta_train.py", *words]  # fmt: skip
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
-    return subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment, check=False)
+    limit = time.monotonic() + 60
+    while True:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=environment, check=False)
+        # The dashboard answers a moment before the agent that starts jobs has registered with it.
+        if "No available agent" not in done.stderr or time.monotonic() > limit:
+            return done
 
 
 def test_a_submitted_job_leaves_run_and_version_outside_its_working_directory(head, tmp_path):

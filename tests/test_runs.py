@@ -213,7 +213,7 @@ def refusal(*words: str) -> str:
     [
         (["--set", "meta_stps=5"], ["'meta_stps'", "did you mean 'meta_steps'?"]),
         (["--set", "family.test=[fonsecca]"], ["'fonsecca'", "did you mean 'fonseca'?"]),
-        (["--set", "rule.output=cubic"], ["'rule.output'", "'residual' or 'scaled'", "'cubic'"]),
+        (["--set", "rule.output=cubic"], ["'rule.output'", "'controlled' or 'scaled'", "'cubic'"]),
         (["--set", "comparison.baselines=[mgdaa+adam]"], ["'mgdaa'", "did you mean 'mgda'?"]),
         (["--set", "workers=99"], ["workers=99 needs 99 CPU (1 each), the cluster has 4: 95 missing"]),
         (["--set", "rule.objectives=per_objective", "--set", "rule.count=3"], ["rule.count=3", "has 2 objectives"]),

