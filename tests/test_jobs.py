@@ -36,7 +36,8 @@ def head():
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"} | {"PATH": path}
     command = [RAY, "start", "--head", "--block", f"--port={free_port()}", f"--dashboard-port={dashboard}",
-               f"--ray-client-server-port={free_port()}", "--num-cpus=2", f"--temp-dir={folder}"]  # fmt: skip
+               f"--ray-client-server-port={free_port()}", f"--dashboard-agent-listen-port={free_port()}",
+               "--num-cpus=2", f"--temp-dir={folder}"]  # fmt: skip
     with open(Path(folder) / "head.log", "w") as log:
         process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
     address = f"http://127.0.0.1:{dashboard}"

@@ -140,9 +140,7 @@ def first_order(network: ML2ONetwork, problem: Problem, start: Tensor, batches: 
         jacobian, _ = problem.jacobian(point.detach(), batches[step])
         point = point + rule.update(jacobian)
         losses = problem.losses(point, batches[step + 1])
-        if problem.positive:
-            each = (losses.sum(dim=1) + 1e-8).log()
-        else:
-            each = (losses / (initial.abs() + 1e-8)).mean(dim=1)
+        normalised = (losses / (initial.abs() + 1e-8)).mean(dim=1)
+        each = (losses.sum(dim=1) + 1e-8).log() if problem.positive else normalised
         loss = loss + weight * each.mean()
     return loss.detach(), torch.autograd.grad(loss, list(network.parameters()))
