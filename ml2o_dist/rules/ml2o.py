@@ -173,14 +173,14 @@ class ML2ONetwork(nn.Module):
     def shift(self, total: Tensor, count: Tensor | int) -> Tensor:
         """Return the controller's share of the log step size, shaped like `total`; zero unless `output: controlled`.
 
-        shift = 0.1 a sum_{k <= t} r_k - 0.02 b (t + 1): an integral controller (ours) on the agreement r, whose sum is
+        shift = 0.5 a sum_{k <= t} r_k - 0.02 b (t + 1): an integral controller (ours) on the agreement r, whose sum is
         `total` after `count` = t + 1 steps. Steps grow while they keep what they promise and shrink when they
-        overshoot; a and b are learned, 0 at the start. The factors make one meta-step of Adam count for about as much
-        in a and b as in the other weights.
+        overshoot; a and b are learned, 0 at the start. The factors set their pace: a few tens of meta-steps
+        reach a useful a, while b moves the last of 200 steps no faster than the other weights do.
         """
         if self.settings.output != "controlled":
             return torch.zeros_like(total)
-        return 0.1 * self.control[0] * total - 0.02 * self.control[1] * count
+        return 0.5 * self.control[0] * total - 0.02 * self.control[1] * count
 
     def check_objectives(self, objectives: int) -> None:
         """Raise UserError where a per_objective network meets another number of objectives than it was built for."""

@@ -79,7 +79,7 @@ class WrittenOut:
             self.total = self.total + self.agreement
             if self.settings.output == "controlled":
                 grow, decay = self.network.control
-                size = size + (0.1 * grow * self.total - 0.02 * decay * self.count).repeat_interleave(dimension)
+                size = size + (0.5 * grow * self.total - 0.02 * decay * self.count).repeat_interleave(dimension)
             update = -self.settings.lr * torch.exp(size) * (first / (second.sqrt() + 1e-8) + out[:, 1])
         update = update.view(instances, dimension)
         self.last = (jacobian.sum(dim=1), update.detach())
