@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from ml2o_dist.config import RuleSettings
-from ml2o_dist.errors import unknown
 
 SLOW, FAST, SECOND = 0.9, 0.5, 0.999
 """Decay rates of the two momenta (Adam's beta_1, ours) and of the squared gradient (Adam's beta_2)."""
@@ -116,10 +115,8 @@ def advance(
             channels.append(agreement.expand_as(gradients))
         features = torch.stack(channels)
         memory = memory._replace(slow=slow, fast=fast, second=second)
-    elif settings.features == "log_sign":
-        features = _log_sign(gradients)
     else:
-        raise unknown("rule.features", settings.features, CHANNELS)
+        features = _log_sign(gradients)
     if settings.output == "scaled":
         return features, memory.total, memory
     summed = gradients.sum(dim=0)
