@@ -56,6 +56,11 @@ def meta_train(
     run_dir = resolved(run_dir, home_folder())
     settings = _with_absolute_data_root(settings)
     uri = resolve_tracking_uri(settings.tracking.uri)
+    if redacted(settings.tracking.uri) != settings.tracking.uri:
+        raise UserError(
+            f"tracking.uri is {redacted(uri)!r}: the password would be written into config.yaml; "
+            "give such a URI in the environment variable MLFLOW_TRACKING_URI"
+        )
     trainer = Trainer(settings, run_dir, device_of(settings))
     if resume:
         for refusal in trainer.resume():
@@ -306,7 +311,7 @@ def _parameters(settings: MetaTrainSettings) -> dict[str, object]:
                 flat[f"{prefix}{key}"] = str(value)[:500]
 
     walk(settings.model_dump(mode="json", by_alias=True), "")
-    return flat | {"tracking.uri": redacted(settings.tracking.uri)}
+    return flat
 
 
 def _git_commit() -> str:

@@ -221,6 +221,7 @@ def refusal(*words: str) -> str:
         (["--resume", "--run-dir", "runs/none"], ["nothing to resume", "runs/none holds no config.yaml"]),
         (["--config", "nowhere.yaml"], ["'nowhere.yaml' cannot be read"]),
         (["--tracking-uri", "file:///tmp/x"], ["file:///tmp/x"]),
+        (["--tracking-uri", "postgresql://me:secret@db/ml"], ["me:***@db", "MLFLOW_TRACKING_URI"]),
         (["--address", "127.0.0.1:1"], ["--address"]),
     ],
 )
@@ -228,6 +229,7 @@ def test_what_is_wrong_is_said_in_one_line_and_exits_with_2(cluster, home, words
     line = refusal(*QUICK, *words) if "--config" not in words and "--resume" not in words else refusal(*words)
     for part in parts:
         assert part in line
+    assert "secret" not in line
     assert not (home / "runs").exists() or "workers=99" in line
 
 

@@ -58,9 +58,11 @@ def test_unrolling_at_once_equals_stepping(form):
 
 @pytest.mark.parametrize("objectives", [1, 2, 5])
 @pytest.mark.parametrize("output", ["residual", "controlled"])
-def test_untrained_these_forms_are_adam_on_the_sum(output, objectives):
+def test_untrained_and_uncontrolled_these_forms_are_adam_on_the_sum(output, objectives):
     problem = problem_for(objectives, 2)
-    rule = ML2ORule.from_weights(RuleSettings(output=output, lr=0.03), None, dtype=DOUBLE)
+    settings = RuleSettings(output=output, lr=0.03)
+    weights = ML2ONetwork(settings).state_dict() | ({"control": torch.zeros(2)} if output == "controlled" else {})
+    rule = ML2ORule.from_weights(settings, weights, dtype=DOUBLE)
     point = problem.initial_parameters([1, 2])
     theirs = point.clone().requires_grad_(True)
     adam = torch.optim.Adam([theirs], lr=0.03)
@@ -72,6 +74,22 @@ def test_untrained_these_forms_are_adam_on_the_sum(output, objectives):
         problem.losses(theirs, problem.sample_batch(source)).sum().backward()
         adam.step()
     assert torch.allclose(point, theirs.detach(), rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("factor", [0.01, 30.0])
+def test_the_untrained_controller_mends_a_wrong_step_size(factor):
+    problem, right = problem_for(2, 2), 0.05
+    ends = {}
+    for output in ("residual", "controlled"):
+        rule = ML2ORule.from_weights(RuleSettings(output=output, lr=factor * right), None, dtype=DOUBLE)
+        point, state = problem.initial_parameters([1, 2]), rule.initial_state(2, 2, problem.dimension)
+        oracle = Oracle(problem, torch.Generator().manual_seed(3))
+        losses = []
+        for _ in range(150):
+            point, state, info = rule.step(oracle, point, state)
+            losses.append(info.losses.sum())
+        ends[output] = float(torch.stack(losses[-15:]).mean())
+    assert ends["controlled"] < ends["residual"]
 
 
 @pytest.mark.parametrize("scale", [1e-5, 1e5])
