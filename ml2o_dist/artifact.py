@@ -9,8 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
-import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -27,6 +25,7 @@ from torch import Tensor
 
 from ml2o_dist.config import RuleSettings
 from ml2o_dist.errors import UserError
+from ml2o_dist.files import replacing
 
 FORMAT = 1
 """Version of the layout. A reader refuses a newer one and reads every older one."""
@@ -127,9 +126,10 @@ def save_artifact(
     except (TypeError, ValueError) as error:
         raise UserError(f"the card of {str(file)!r} is not JSON: {error}") from error
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        _write_atomically(file, content)
-        _write_atomically(_card_file(file), (json.dumps(full, indent=2, allow_nan=False) + "\n").encode())
+        card_content = (json.dumps(full, indent=2, allow_nan=False) + "\n").encode()
+        for target, written in ((file, content), (_card_file(file), card_content)):
+            with replacing(target) as stream:
+                stream.write(written)
     except OSError as error:
         raise UserError(f"{str(file)!r} cannot be written: {error.strerror or error}") from error
     return Artifact(tensors, rule, json.loads(json.dumps(full)), file)
@@ -237,22 +237,3 @@ def _check_fit(weights: Mapping[str, Tensor], rule: RuleSettings, file: Path) ->
                 f"the tensors of {str(file)!r} do not fit its rule settings: "
                 f"{name} has shape {list(found[name])}, not {list(shape)}"
             )
-
-
-def _write_atomically(file: Path, content: bytes) -> None:
-    descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide an artifact on a shared disk from other users
-        os.replace(temporary, file)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    folder = os.open(file.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)  # the rename itself must survive a power cut
-    finally:
-        os.close(folder)

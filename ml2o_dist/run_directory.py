@@ -13,6 +13,7 @@ from rich.logging import RichHandler
 from ml2o_dist.config import MetaTrainSettings
 from ml2o_dist.config_file import dump_settings, first_difference, load_settings
 from ml2o_dist.errors import UserError
+from ml2o_dist.files import replacing
 from ml2o_dist.metatrain.checkpoint import newest_checkpoint
 
 
@@ -43,8 +44,8 @@ def check_fresh(run_dir: Path, settings: MetaTrainSettings) -> None:
 def written_to(run_dir: Path, settings: MetaTrainSettings, console: Console) -> Iterator[None]:
     """Write config.yaml and log to run.log, warnings to the console too, for the time of a `with` block."""
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "config.yaml").write_text(dump_settings(settings))
+        with replacing(run_dir / "config.yaml") as stream:
+            stream.write(dump_settings(settings).encode())
         file = logging.FileHandler(run_dir / "run.log")
     except OSError as error:
         raise UserError(f"run directory {str(run_dir)!r} cannot be written: {error.strerror}") from error

@@ -20,6 +20,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
+from ml2o_dist.files import flush_folder, flush_to_disk
+
 FORMAT = 1
 _NAME = re.compile(r"step_(\d{6,})")
 
@@ -57,11 +59,11 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
         files["manifest.json"] = _json({"format": FORMAT, "sha256": hashes})
         for name, content in files.items():
             _write(temporary / name, content)
-        _flush(temporary)
+        flush_folder(temporary)
         if target.exists():
             shutil.rmtree(target)
         temporary.rename(target)
-        _flush(folder)
+        flush_folder(folder)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -136,13 +138,4 @@ def _read(path: Path) -> bytes:
 def _write(path: Path, content: bytes) -> None:
     with path.open("wb") as file:
         file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _flush(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        flush_to_disk(file)

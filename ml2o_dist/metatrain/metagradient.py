@@ -86,7 +86,8 @@ def replay(
     With its inputs detached, the only way from theta to the loss is through the updates u_s, and z_t = z_0 + sum_{s<t}
     u_s; hence a_s = sum_{t > s} gamma^(t-s-1) w_t grad l_t, a reverse cumulative sum of gradients that the rollout has
     seen. One differentiable pass of the LSTMs over the sequence and one backward pass give all of it; the task is
-    never differentiated twice. gamma = 1 is first-order back-propagation through time over the whole episode.
+    never differentiated twice. gamma = 1 is first-order back-propagation through time over the whole episode (of the
+    steps as proposed: where a problem projects onto its box, replay does not see that; `exact` does).
 
     Args:
         unroll: LSTM back-propagation is cut every so many steps, states carried (0: never).

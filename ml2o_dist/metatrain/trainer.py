@@ -17,6 +17,7 @@ from torch import Tensor
 from ml2o_dist.config import MetaTrainSettings
 from ml2o_dist.config_file import first_difference, parse_settings
 from ml2o_dist.errors import UserError
+from ml2o_dist.files import replacing
 from ml2o_dist.metatrain.checkpoint import Checkpoint, newest_checkpoint, save_checkpoint
 from ml2o_dist.metatrain.episode import EpisodeResult, Weights
 from ml2o_dist.metatrain.learner import Learner
@@ -166,7 +167,5 @@ class Trainer:
     def _write_metrics(self) -> None:
         names = sorted({name for row in self.progress.history for name in row})
         table = pa.table({name: [row.get(name) for row in self.progress.history] for name in names})
-        self.run_dir.mkdir(parents=True, exist_ok=True)
-        temporary = self.run_dir / "metrics.parquet.tmp"
-        pq.write_table(table, temporary)
-        temporary.replace(self.run_dir / "metrics.parquet")
+        with replacing(self.run_dir / "metrics.parquet") as stream:
+            pq.write_table(table, stream)

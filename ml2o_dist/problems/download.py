@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gzip
 import hashlib
-import os
-import tempfile
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,6 +13,7 @@ from typing import IO, Literal
 from urllib.request import urlopen
 
 from ml2o_dist.errors import UserError
+from ml2o_dist.files import replacing
 from ml2o_dist.problems.image_files import RAW_FILES, RawFile, data_folder
 
 MIRRORS = {
@@ -91,24 +90,17 @@ def _unpacked_md5(path: Path) -> str:
 
 def _download(url: str, file: RawFile, path: Path, progress: Progress | None) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=".fetching-", suffix=".gz")
+        with replacing(path) as target:
+            _receive(url, target, file.path, progress)
+            target.flush()
+            try:
+                md5 = _unpacked_md5(Path(target.name))
+            except (OSError, EOFError, zlib.error) as error:
+                raise UserError(f"what {url} sent cannot be unpacked: {error}") from error
+            if md5 != file.md5:
+                raise UserError(f"what {url} sent has MD5 {md5} unpacked, not {file.md5}: it is not the published file")
     except OSError as error:
         raise UserError(f"cannot write into {path.parent}: {error}") from error
-    temporary = Path(name)
-    try:
-        with os.fdopen(handle, "wb") as target:
-            _receive(url, target, file.path, progress)
-        try:
-            md5 = _unpacked_md5(temporary)
-        except (OSError, EOFError, zlib.error) as error:
-            raise UserError(f"what {url} sent cannot be unpacked: {error}") from error
-        if md5 != file.md5:
-            raise UserError(f"what {url} sent has MD5 {md5} unpacked, not {file.md5}: it is not the published file")
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _receive(url: str, target: IO[bytes], name: str, progress: Progress | None) -> None:

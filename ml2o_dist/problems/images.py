@@ -20,8 +20,6 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import os
-import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -34,6 +32,7 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from ml2o_dist.errors import UserError, unknown
+from ml2o_dist.files import replacing
 from ml2o_dist.problems.image_files import RAW_FILES, cache_folder, file_sha256, read_source, require_files
 from ml2o_dist.problems.pairs import GENERATOR, ImagePool, PairLayout, PairRecords, build_pairs, cut_rows
 from ml2o_dist.seeding import derive_seed
@@ -124,13 +123,6 @@ def load_pairs(name: str, split: str, size: int = 0, data_root: str = "") -> Pai
     return _cached(name, split, side, str(root), str(path))
 
 
-def data_fingerprint(
-    name: str, size: int = 0, data_root: str = "", splits: Iterable[str] = ("train", "test")
-) -> dict[str, str]:
-    """Return the sha256 of each of the `splits` of data set `name`: what a run records about its data."""
-    return {split: load_pairs(name, split, size, data_root).sha256 for split in splits}
-
-
 def _source_identity(name: str, data_root: str) -> tuple[Path, str]:
     """Return the folder of the raw files and what identifies their content, cheap enough for every start."""
     data = DATA_SETS[name]
@@ -200,17 +192,10 @@ def _write(path: Path, pairs: PairRecords, title: str) -> None:
         metadata={"title": title, "sha256": _digest(arrays.values())},
     )
     batch = pa.record_batch(columns, schema=schema)
-    temporary = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".building-", suffix=".arrow")
-        with os.fdopen(handle, "wb") as stream, pa.ipc.new_file(stream, schema) as writer:
+        with replacing(path) as stream, pa.ipc.new_file(stream, schema) as writer:
             writer.write_batch(batch)
-        os.chmod(temporary, 0o644)  # mkstemp's 0600 would shut other users out of a shared cache
-        os.replace(temporary, path)
     except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
         raise UserError(f"cannot write the cache file {path}: {error}; name another folder with ML2O_CACHE") from error
 
 

@@ -54,7 +54,7 @@ class ML2ONetwork(nn.Module):
             torch.manual_seed(derive_seed("ml2o initial weights"))
             self.specific = nn.ModuleList(nn.LSTM(channels, hidden) for _ in range(1 if tied else settings.count))
             self.shared = nn.LSTM(hidden * len(self.specific), hidden)
-            self.head = nn.Linear(hidden, 1 if settings.output == "scaled" else 2)
+            self.head = nn.Linear(hidden, 2 if settings.output == "residual" else 1)
         if settings.output == "controlled":
             self.control = nn.Parameter(torch.tensor(CONTROL))
         if settings.output != "scaled":
@@ -163,15 +163,14 @@ class ML2ONetwork(nn.Module):
     def step_update(self, outputs: Tensor, direction: Tensor, shift: Tensor) -> Tensor:
         """Turn outputs [..., o, R], Adam's direction and the controller's shift, both [..., R], into u [..., R].
 
-        residual: u = -lr * exp(s) * (direction + d) with outputs (s, d); controlled: u = -lr * exp(s + shift) *
-        (direction + d); scaled: u = scale * out (the paper's kind).
+        residual: u = -lr * exp(s) * (direction + d) with outputs (s, d); controlled: u = -lr * exp(shift) *
+        (direction + d) with output d, for the step's size is the controller's alone (a second hand on it learned from
+        rough episodes to step too far); scaled: u = scale * out (the paper's kind).
         """
         if self.settings.output == "scaled":
             return self.settings.scale * outputs[..., 0, :]
-        size = outputs[..., 0, :]
-        if self.settings.output == "controlled":
-            size = size + shift
-        return -self.settings.lr * size.exp() * (direction + outputs[..., 1, :])
+        size = outputs[..., 0, :] if self.settings.output == "residual" else shift
+        return -self.settings.lr * size.exp() * (direction + outputs[..., -1, :])
 
     def shift(self, total: Tensor, count: Tensor | int) -> Tensor:
         """Return the controller's share of the log step size, shaped like `total`; zero unless `output: controlled`.

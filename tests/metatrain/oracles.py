@@ -75,12 +75,12 @@ class WrittenOut:
             total = sum(rows)
             first = self._average("m", total, 0.9)
             second = self._average("v", total * total, 0.999)
-            size = out[:, 0]
+            size, added = out[:, 0], out[:, -1]
             self.total = self.total + self.agreement
             if self.settings.output == "controlled":
                 grow, decay = self.network.control
-                size = size + (0.5 * grow * self.total - 0.02 * decay * self.count).repeat_interleave(dimension)
-            update = -self.settings.lr * torch.exp(size) * (first / (second.sqrt() + 1e-8) + out[:, 1])
+                size = (0.5 * grow * self.total - 0.02 * decay * self.count).repeat_interleave(dimension)
+            update = -self.settings.lr * torch.exp(size) * (first / (second.sqrt() + 1e-8) + added)
         update = update.view(instances, dimension)
         self.last = (jacobian.sum(dim=1), update.detach())
         return update

@@ -13,6 +13,7 @@ import ray
 from ml2o_dist.artifact import weights_sha256
 from ml2o_dist.config import ResourceSettings
 from ml2o_dist.errors import UserError
+from ml2o_dist.metatrain import pool as pool_module
 from ml2o_dist.metatrain.episode import run_episode
 from ml2o_dist.metatrain.pool import PoolError, Stopped, WorkerPool
 from ml2o_dist.metatrain.schedule import Key, WorkItem, training_items
@@ -124,6 +125,15 @@ def test_more_deaths_than_the_budget_end_the_run(pool):
     items = training_items(small(), 0, "cpu")
     with pytest.raises(PoolError, match=r"1 workers died, resources\.max_restarts=0"):
         workers.run(items * 10, Trainer(small(), "unused").learner.weights)
+
+
+def test_the_last_worker_lost_with_no_room_for_another_ends_the_run(pool, monkeypatch):
+    workers, start = pool(1), pool_module._start
+    monkeypatch.setattr(pool_module, "_start", lambda resources: start(ResourceSettings(num_cpus=99)))
+    monkeypatch.setattr(workers, "_resources", ResourceSettings(start_timeout_s=2))
+    os.kill(workers.pids()[0], signal.SIGKILL)
+    with pytest.raises(PoolError, match=r"no worker is left, .* resources\.start_timeout_s=2"):
+        workers.run(training_items(small(), 0, "cpu"), Trainer(small(), "unused").learner.weights)
 
 
 def test_more_workers_than_the_cluster_can_hold_is_said_at_once(cluster):
