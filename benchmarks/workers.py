@@ -44,7 +44,7 @@ class PlainProcesses:
         context = multiprocessing.get_context("spawn")
         self.tasks, self.results, self.count = context.Queue(), context.Queue(), count
         arguments = (self.tasks, self.results, weights)
-        self.processes = [context.Process(target=plain_worker, args=arguments) for _ in range(count)]
+        self.processes = [context.Process(target=plain_worker, args=arguments, daemon=True) for _ in range(count)]
         for process in self.processes:
             process.start()
 
@@ -67,8 +67,8 @@ def measure(settings: MetaTrainSettings, workers: int, meta_steps: int, rounds: 
     weights = Learner(settings).weights
     steps = [training_items(settings, step, "cpu") for step in range(meta_steps)]
     rates: dict[str, list[float]] = {"ray": [], "plain": []}
-    plain = PlainProcesses(workers, weights)
     pool = WorkerPool(workers, ResourceSettings())
+    plain = PlainProcesses(workers, weights)
 
     def run_ray() -> int:
         return sum(result.inner_steps for items in steps for result in pool.run(items, weights))

@@ -90,8 +90,8 @@ def meta_train(
     """
     from ml2o_dist import runs
     from ml2o_dist.config_file import load_settings
+    from ml2o_dist.files import home_folder
     from ml2o_dist.run_directory import resolved, resumed_settings
-    from ml2o_dist.tracking.store import home_folder
 
     if seed is not None:
         overrides += (f"seed={seed}",)

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: written beside their place, flushed to the disk, renamed into it."""
+"""Where relative paths begin, and files that are whole or not there: written aside, flushed, renamed into place."""
 
 from __future__ import annotations
 
@@ -10,23 +10,27 @@ from pathlib import Path
 from typing import IO
 
 
+def home_folder() -> Path:
+    """Return the folder that relative paths are resolved against: ML2O_HOME, else the current one."""
+    return Path(os.environ.get("ML2O_HOME") or ".").expanduser().absolute()
+
+
 @contextmanager
 def replacing(file: Path) -> Iterator[IO[bytes]]:
     """Open a new file for the `with` block; where the block ends well it takes the place of `file`, else it is removed.
 
-    The folder of `file` is made. Raises OSError where it cannot be written.
+    Its `name` is where it is until then; the folder of `file` is made. Raises OSError where it cannot be written.
     """
     file.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as stream:
+    with tempfile.NamedTemporaryFile(dir=file.parent, prefix=f".{file.name}.", delete=False) as stream:
+        try:
             yield stream
             flush_to_disk(stream)
-        os.chmod(temporary, 0o644)  # mkstemp's 0600 would hide a file on a shared disk from other users
-        os.replace(temporary, file)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+            os.chmod(stream.name, 0o644)  # its 0600 would hide a file on a shared disk from other users
+            os.replace(stream.name, file)
+        except BaseException:
+            Path(stream.name).unlink(missing_ok=True)
+            raise
     flush_folder(file.parent)
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.logging import RichHandler
 
 from ml2o_dist.config import MetaTrainSettings
-from ml2o_dist.config_file import dump_settings, first_difference, load_settings
+from ml2o_dist.config_file import dump_settings, first_difference, load_settings, parse_settings
 from ml2o_dist.errors import UserError
 from ml2o_dist.files import replacing
 from ml2o_dist.metatrain.checkpoint import newest_checkpoint
@@ -31,10 +31,10 @@ def resumed_settings(folder: Path, overrides: Sequence[str]) -> MetaTrainSetting
 
 def check_fresh(run_dir: Path, settings: MetaTrainSettings) -> None:
     """Raise UserError where `run_dir` holds a run that has got as far as a checkpoint."""
-    config = run_dir / "config.yaml"
-    if not config.exists() or newest_checkpoint(run_dir / "checkpoints")[0] is None:
+    checkpoint, _ = newest_checkpoint(run_dir / "checkpoints")
+    if checkpoint is None:
         return
-    difference = first_difference(settings, load_settings(config))
+    difference = first_difference(settings, parse_settings(checkpoint.state["config"]))
     if difference:
         raise UserError(f"{run_dir} holds a run of another configuration ({difference}); choose another --run-dir")
     raise UserError(f"{run_dir} holds a run of this configuration; add --resume to go on, or choose another --run-dir")

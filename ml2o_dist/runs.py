@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-import os
 import signal
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,12 @@ from ml2o_dist.errors import Aborted, Incomplete, Interrupted, UserError
 from ml2o_dist.evaluation.benchmark import Comparison, compare
 from ml2o_dist.evaluation.cells import Cell, CellResult, Learned, run_cells_on_ray
 from ml2o_dist.evaluation.report import comparison_markdown, comparison_table, plot_comparison, plot_meta_loss
+from ml2o_dist.files import home_folder
 from ml2o_dist.metatrain.pool import PoolError, Stopped, WorkerPool
 from ml2o_dist.metatrain.trainer import Row, Trainer
 from ml2o_dist.problems import ProblemContext, ProblemSpec
+from ml2o_dist.problems.image_files import data_folder
+from ml2o_dist.problems.images import load_pairs
 from ml2o_dist.problems.multitask import MultiTaskImages
 from ml2o_dist.progress import StepDisplay
 from ml2o_dist.rules.aggregated import parse_optimizer_name
@@ -33,7 +36,10 @@ from ml2o_dist.stopping import StopRequest, stop_on_signals
 from ml2o_dist.tracking.registry import register_version
 from ml2o_dist.tracking.run import Status
 from ml2o_dist.tracking.sink import MlflowSink
-from ml2o_dist.tracking.store import home_folder, redacted, resolve_tracking_uri
+from ml2o_dist.tracking.store import redacted, resolve_tracking_uri
+
+MOST_CHECKED = 1000
+"""How many combinations of a training member's choices are tried before the run."""
 
 log = logging.getLogger(__name__)
 
@@ -54,14 +60,14 @@ def meta_train(
     """
     console = console or Console(stderr=True)
     run_dir = resolved(run_dir, home_folder())
-    settings = _with_absolute_data_root(settings)
+    settings = _resolved(settings)
     uri = resolve_tracking_uri(settings.tracking.uri)
     if redacted(settings.tracking.uri) != settings.tracking.uri:
         raise UserError(
             f"tracking.uri is {redacted(uri)!r}: the password would be written into config.yaml; "
             "give such a URI in the environment variable MLFLOW_TRACKING_URI"
         )
-    trainer = Trainer(settings, run_dir, device_of(settings))
+    trainer = Trainer(settings, run_dir, settings.device)
     if resume:
         for refusal in trainer.resume():
             console.print(f"[yellow]checkpoint refused:[/] {refusal}", highlight=False)
@@ -136,15 +142,8 @@ def _tracked(trainer: Trainer, uri: str) -> Iterator[MlflowSink]:
         sink.close(status)
 
 
-def device_of(settings: MetaTrainSettings) -> str:
-    """Resolve `device: auto`: cuda where the workers ask for a share of a GPU, else cpu."""
-    if settings.device != "auto":
-        return settings.device
-    return "cuda" if settings.resources.num_gpus > 0 else "cpu"
-
-
 def check_problems(settings: MetaTrainSettings) -> dict[str, str]:
-    """Build every validation and test problem and every training member once, so that what is wrong shows now.
+    """Build every problem of the family once, so that what is wrong shows now and not after an hour.
 
     It also builds the image caches before several workers ask for them. Returns the sha256 of the data behind each
     problem that has any; raises UserError.
@@ -152,13 +151,17 @@ def check_problems(settings: MetaTrainSettings) -> dict[str, str]:
     for baseline in settings.comparison.baselines:
         parse_optimizer_name(baseline)
     data: dict[str, str] = {}
-    training = [ProblemSpec.of(m.name, {k: v[0] for k, v in m.choices}) for m in settings.family.training().members]
-    texts = (*settings.family.validation, *settings.family.test)
+    family = settings.family
+    training = [spec for member in family.training().members for spec in islice(member.specs(), MOST_CHECKED)]
+    test = [ProblemSpec.parse(text) for text in family.test]
     objectives = settings.rule.count if settings.rule.objectives == "per_objective" else None
-    for spec in dict.fromkeys([*training, *map(ProblemSpec.parse, texts)]):
+    for spec in dict.fromkeys([*training, *map(ProblemSpec.parse, family.validation), *test]):
         problem = spec.build(ProblemContext(data_root=settings.data.root))
         if isinstance(problem, MultiTaskImages):
-            data[f"{problem.data}[size={problem.size}]"] = problem.data_sha256
+            name = f"{problem.data}[size={problem.size}]"
+            data[name] = problem.data_sha256
+            if spec in test:
+                data[f"{name} test"] = load_pairs(problem.data, "test", problem.size, settings.data.root).sha256
         if objectives is not None and problem.objectives != objectives:
             raise UserError(
                 f"rule.count={objectives} with rule.objectives=per_objective, but {spec} has {problem.objectives} "
@@ -178,12 +181,18 @@ def _check_data(trainer: Trainer, data: dict[str, str]) -> None:
     trainer.progress.data_sha256 = {**before, **data}
 
 
-def _with_absolute_data_root(settings: MetaTrainSettings) -> MetaTrainSettings:
-    """Resolve data.root, else ML2O_DATA, against ML2O_HOME: workers have other folders and other environments."""
-    root = settings.data.root or os.environ.get("ML2O_DATA", "")
-    if not root:
-        return settings
-    return settings.model_copy(update={"data": DataSettings(root=str(home_folder() / Path(root).expanduser()))})
+def _resolved(settings: MetaTrainSettings) -> MetaTrainSettings:
+    """Write out what depends on this process: workers have other folders and environments, a resumed run other GPUs.
+
+    `device: auto` is cuda where the workers ask for a share of a GPU, else cpu.
+    """
+    device = "cuda" if settings.resources.num_gpus > 0 else "cpu"
+    return settings.model_copy(
+        update={
+            "data": DataSettings(root=str(data_folder(settings.data.root))),
+            "device": device if settings.device == "auto" else settings.device,
+        }
+    )
 
 
 def _train(trainer: Trainer, pool: WorkerPool, sink: MlflowSink, console: Console) -> None:
@@ -201,6 +210,8 @@ def _train(trainer: Trainer, pool: WorkerPool, sink: MlflowSink, console: Consol
                 f"{progress.inner_steps_per_s:,.0f} inner steps/s  workers {pool.alive}",
             )
 
+        for row in progress.history:  # of a resumed run: MLflow may have been away when they were made
+            sink.log({name: v for name, v in row.items() if name != "meta_step" and v == v}, int(row["meta_step"]))
         trainer.run(pool.run, on_row)
 
 
@@ -222,21 +233,22 @@ def _finish(trainer: Trainer, sink: MlflowSink, uri: str, console: Console, stop
     saved = artifact.save_artifact(run_dir, trainer.best_weights, settings.rule, provenance)
     plots = run_dir / "plots"
     plots.mkdir(exist_ok=True)
-    plot_meta_loss(progress.history, plots / "meta_loss.png")
+    if progress.best_step <= 0:
+        console.print("[yellow]no validation was better than the untrained network's: that is what is kept[/]")
     comparison: Comparison | None = None
     failure = ""
-    if settings.compare:
-        try:
+    try:
+        plot_meta_loss(progress.history, plots / "meta_loss.png")
+        if settings.compare:
             comparison = _compare(trainer, console, stop)
-        except (Stopped, UserError):
-            raise
-        except Exception as error:  # a cell that broke must not cost the finished weights
-            log.info("the comparison failed", exc_info=True)
-            failure = f"the comparison failed ({type(error).__name__}: {error}), the weights are saved and registered"
-    if comparison:
-        (run_dir / "comparison.md").write_text(comparison_markdown(comparison))
-        plot_comparison(comparison, plots / "comparison.png")
-        sink.log_artifact(run_dir / "comparison.md")
+            (run_dir / "comparison.md").write_text(comparison_markdown(comparison))
+            sink.log_artifact(run_dir / "comparison.md")
+            plot_comparison(comparison, plots / "comparison.png")
+    except Stopped:
+        raise
+    except Exception as error:  # a cell or a picture that broke must not cost the finished weights
+        log.info("the comparison failed", exc_info=True)
+        failure = f"the comparison failed ({type(error).__name__}: {error}), the weights are saved and registered"
     for picture in sorted(plots.glob("*.png")):
         sink.log_artifact(picture, "plots")
     sink.log_artifact(run_dir / "config.yaml")
@@ -318,7 +330,7 @@ def _git_commit() -> str:
     """Return the commit of the folder the command was started in, "" where there is none."""
     command = ["git", "rev-parse", "--short=12", "HEAD"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=5, cwd=os.getcwd(), check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""

@@ -16,6 +16,7 @@ from mlflow.tracking import MlflowClient
 
 from ml2o_dist.artifact import load_artifact
 from ml2o_dist.cli import main
+from ml2o_dist.errors import UserError
 from ml2o_dist.metatrain.checkpoint import newest_checkpoint
 from ml2o_dist.metatrain.pool import WorkerPool
 
@@ -119,12 +120,15 @@ def test_stopped_by_a_signal_and_resumed_in_the_same_mlflow_run(finished, home, 
     words = [*QUICK[:-1], "--set", "checkpoint_every=100"]
     with open(home / "stderr", "w+") as errors:
         child = subprocess.Popen([*command, *words], stdout=subprocess.PIPE, stderr=errors, text=True, env=os.environ)
-        for line in child.stdout:
-            if line.startswith("meta-train"):
-                child.send_signal(signal_number)
-                break
-        child.stdout.read()
-        child.wait(timeout=120)
+        try:
+            for line in child.stdout:
+                if line.startswith("meta-train"):
+                    child.send_signal(signal_number)
+                    break
+            child.stdout.read()
+            child.wait(timeout=120)
+        finally:
+            child.kill()
         errors.seek(0)
         error = errors.read()
     assert child.returncode == code, error
@@ -141,9 +145,10 @@ def test_stopped_by_a_signal_and_resumed_in_the_same_mlflow_run(finished, home, 
     assert run.info.status == "FINISHED"
 
 
-def test_a_comparison_that_breaks_costs_neither_weights_nor_version_and_exits_with_3(cluster, home, monkeypatch):
+@pytest.mark.parametrize("error", [RuntimeError("a solver gave up"), UserError("a solver gave up")])
+def test_a_comparison_that_breaks_costs_neither_weights_nor_version_and_exits_with_3(cluster, home, monkeypatch, error):
     def broken(cells, **options):
-        raise RuntimeError("a solver gave up")
+        raise error
 
     monkeypatch.setattr("ml2o_dist.runs.run_cells_on_ray", broken)
     result = ml2o("--config", str(CONFIG), "--set", "meta_steps=2", "--run-dir", "runs/d", "--json")
@@ -151,7 +156,7 @@ def test_a_comparison_that_breaks_costs_neither_weights_nor_version_and_exits_wi
     answer = json.loads(result.stdout)
     assert answer["comparison"] is None
     assert answer["registered_version"] == 1
-    assert "the comparison failed (RuntimeError: a solver gave up)" in result.stderr
+    assert f"the comparison failed ({type(error).__name__}: a solver gave up)" in result.stderr
     assert "a solver gave up" in (home / "runs/d/run.log").read_text()
 
 
@@ -176,6 +181,17 @@ def test_resume_refuses_other_image_data(cluster, home, monkeypatch):
     assert ml2o(*QUICK, "--run-dir", "runs/f", "--set", "meta_steps=2").exit_code == 0
     monkeypatch.setattr("ml2o_dist.runs.check_problems", lambda settings: {"multidigits[size=0]": "0" * 64})
     assert "multidigits[size=0] has sha256 000000000000, it was" in refusal("--run-dir", "runs/f", "--resume")
+
+
+def test_a_resumed_run_sends_mlflow_what_it_may_have_missed(cluster, home):
+    words = [*QUICK, "--run-dir", "runs/g"]
+    assert ml2o(*words).exit_code == 0
+    (home / "mlflow.db").unlink()
+    assert ml2o("--run-dir", "runs/g", "--resume").exit_code == 0
+    client = MlflowClient(f"sqlite:///{home}/mlflow.db")
+    (run,) = client.search_runs([client.get_experiment_by_name("ml2o/meta-train").experiment_id])
+    assert metric_steps(home, run.info.run_id, "meta_loss") == [1, 2, 3, 4, 5, 6]
+    assert metric_steps(home, run.info.run_id, "validation") == [0, 3, 6]
 
 
 def test_a_tracking_server_that_is_down_costs_the_version_not_the_run(cluster, home):
@@ -213,6 +229,7 @@ def refusal(*words: str) -> str:
     [
         (["--set", "meta_stps=5"], ["'meta_stps'", "did you mean 'meta_steps'?"]),
         (["--set", "family.test=[fonsecca]"], ["'fonsecca'", "did you mean 'fonseca'?"]),
+        (["--set", "family.train=[{problem: multidigits, choices: {activation: [relu, tanhh]}}]"], ["'tanhh'", "tanh"]),
         (["--set", "rule.output=cubic"], ["'rule.output'", "'controlled' or 'scaled'", "'cubic'"]),
         (["--set", "comparison.baselines=[mgdaa+adam]"], ["'mgdaa'", "did you mean 'mgda'?"]),
         (["--set", "workers=99"], ["workers=99 needs 99 CPU (1 each), the cluster has 4: 95 missing"]),
@@ -239,15 +256,16 @@ def test_a_data_root_without_the_files_says_which_and_how_to_get_it(cluster, hom
         assert part in line
 
 
-def test_a_corrupt_gzip_is_named(cluster, home, real_data_root):
-    broken = home / "MNIST" / "raw" / "train-images-idx3-ubyte.gz"
+@pytest.mark.parametrize("name", ["train-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"])
+def test_a_corrupt_gzip_is_named_before_the_run(cluster, home, real_data_root, name):
+    broken = home / "MNIST" / "raw" / name
     broken.parent.mkdir(parents=True)
     for file in (Path(real_data_root) / "MNIST" / "raw").iterdir():
         if file.name != broken.name:
             (broken.parent / file.name).symlink_to(file)
     broken.write_bytes(gzip.compress(b"\0" * 1000)[:40])
     line = refusal(*QUICK, "--set", "family.test=[multimnist]", "--set", f"data.root={home}")
-    assert "train-images-idx3-ubyte.gz" in line
+    assert name in line
 
 
 def test_a_run_directory_of_another_or_the_same_configuration_is_not_written_over(finished, monkeypatch):

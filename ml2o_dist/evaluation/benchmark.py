@@ -19,33 +19,11 @@ from ml2o_dist.evaluation.cells import (
     CellResult,
     Contestant,
     HandDesigned,
-    Learned,
-    run_cell,
-    run_cells_in_process,
-    run_cells_on_ray,
 )
 from ml2o_dist.evaluation.statistics import PairedDifference, mean_and_standard_error, paired_difference
 from ml2o_dist.problems import ProblemSpec
 from ml2o_dist.rules.aggregated import parse_optimizer_name
 from ml2o_dist.seeding import derive_seed
-
-__all__ = [
-    "INITIAL",
-    "LEARNED",
-    "Cell",
-    "CellResult",
-    "Comparison",
-    "Contestant",
-    "HandDesigned",
-    "Learned",
-    "ProblemComparison",
-    "Row",
-    "Versus",
-    "compare",
-    "run_cell",
-    "run_cells_in_process",
-    "run_cells_on_ray",
-]
 
 LEARNED = "learned"
 INITIAL = "initial"

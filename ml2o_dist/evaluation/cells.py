@@ -88,7 +88,7 @@ class Cell:
     """One optimizer on one problem, P = len(seeds) instances advanced together for `steps` steps.
 
     Cells of one problem, `stream` and `seeds` are paired: the same problem, starting points and batch order for
-    every optimizer. `device` "auto" is resolved where the cell runs. `data_root` is as in `ProblemContext`.
+    every optimizer. `data_root` is as in `ProblemContext`.
     """
 
     contestant: Contestant
@@ -138,7 +138,7 @@ def run_cell(cell: Cell) -> CellResult:
     Raises:
         UserError: a problem or rule that cannot be built, or that do not fit together.
     """
-    device = torch.device(_available() if cell.device == "auto" else cell.device)
+    device = torch.device(cell.device)
     names: tuple[str | int, ...] = (cell.stream, str(cell.problem), *cell.seeds)
     context = ProblemContext(len(cell.seeds), derive_seed("problem", *names), device, cell.dtype, cell.data_root)
     problem = cell.problem.build(context)
@@ -238,10 +238,6 @@ def _check_room(nodes: Sequence[Mapping[str, object]], num_cpus: float, num_gpus
         f"no node of the Ray cluster has {num_cpus:g} CPUs and {num_gpus:g} GPUs for a comparison task "
         f"(the largest has {largest[0]:g} and {largest[1]:g})"
     )
-
-
-def _available() -> str:
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def _diverged(losses: Tensor) -> Tensor:

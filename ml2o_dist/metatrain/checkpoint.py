@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -47,8 +46,9 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
     """
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"step_{checkpoint.meta_step:06d}"
-    temporary = folder / f"tmp_{checkpoint.meta_step:06d}_{os.getpid()}"
-    shutil.rmtree(temporary, ignore_errors=True)
+    for left_over in folder.glob("tmp_*"):  # of a process that was killed here
+        shutil.rmtree(left_over, ignore_errors=True)
+    temporary, replaced = folder / f"tmp_{checkpoint.meta_step:06d}", folder / "tmp_replaced"
     temporary.mkdir()
     try:
         files = {
@@ -61,9 +61,10 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
             _write(temporary / name, content)
         flush_folder(temporary)
         if target.exists():
-            shutil.rmtree(target)
+            target.rename(replaced)
         temporary.rename(target)
         flush_folder(folder)
+        shutil.rmtree(replaced, ignore_errors=True)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise

@@ -59,7 +59,7 @@ class Learner:
         norm = math.nan
         if gradients:
             mean = torch.stack(gradients).sum(dim=0) / len(gradients)
-            norm = mean.norm().item()
+            norm = math.sqrt(math.fsum(mean.square().tolist()))  # torch's own depends on the number of threads
             self._theta.grad = (mean * min(1.0, learner.clip / max(norm, 1e-30))).float()
             for group in self._adam.param_groups:
                 group["lr"] = rate

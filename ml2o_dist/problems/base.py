@@ -6,9 +6,10 @@ Shapes everywhere: P instances advanced together, m objectives, n parameters (fl
 from __future__ import annotations
 
 import inspect
+import itertools
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -243,6 +244,12 @@ class FamilyMember:
     name: str
     weight: float
     choices: tuple[tuple[str, tuple[Scalar, ...]], ...]
+
+    def specs(self) -> Iterator[ProblemSpec]:
+        """Yield every problem that can be drawn from this member."""
+        keys = [key for key, _ in self.choices]
+        for values in itertools.product(*(values for _, values in self.choices)):
+            yield ProblemSpec.of(self.name, dict(zip(keys, values, strict=True)))
 
 
 @dataclass(frozen=True)

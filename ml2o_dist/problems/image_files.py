@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ml2o_dist.errors import UserError
+from ml2o_dist.files import home_folder
 
 
 @dataclass(frozen=True)
@@ -76,10 +77,11 @@ def cache_folder() -> Path:
 def data_folder(data_root: str = "") -> Path:
     """Return the folder of the raw image data: `data_root`, else ML2O_DATA, else where `ml2o data fetch` puts it.
 
-    The last is `data/` in the cache folder, and it is used only when no root was given at all.
+    The last is `data/` in the cache folder, and it is used only when no root was given at all. Relative paths are
+    resolved against ML2O_HOME.
     """
     given = data_root or os.environ.get("ML2O_DATA", "")
-    return Path(given).expanduser().absolute() if given else cache_folder() / "data"
+    return home_folder() / Path(given).expanduser() if given else cache_folder() / "data"
 
 
 def require_files(sources: tuple[str, ...], data_root: str) -> Path:

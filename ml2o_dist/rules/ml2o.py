@@ -51,7 +51,7 @@ class ML2ONetwork(nn.Module):
         channels, hidden = features.CHANNELS[settings.features], settings.hidden
         tied = settings.objectives == "tied"
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(derive_seed("ml2o initial weights"))
+            torch.default_generator.manual_seed(derive_seed("ml2o initial weights"))
             self.specific = nn.ModuleList(nn.LSTM(channels, hidden) for _ in range(1 if tied else settings.count))
             self.shared = nn.LSTM(hidden * len(self.specific), hidden)
             self.head = nn.Linear(hidden, 2 if settings.output == "residual" else 1)

@@ -22,18 +22,15 @@ from ml2o_dist.tracking.store import (
     connect,
     ensure_experiment,
     refused,
-    resolve_tracking_uri,
     store_exists,
 )
-
-__all__ = ["ModelVersion", "list_versions", "register_version", "resolve_model", "resolve_tracking_uri"]
 
 CANDIDATE = "candidate"
 """The alias of the newest version, which no gate has looked at yet."""
 
 _PAGE = 200
 _CREATION_S = 30
-_PROVENANCE_TAGS = ("config_hash", "git", "seed", "meta_steps")
+_PROVENANCE_TAGS = ("config_hash", "git", "seed", "meta_steps", "best_meta_step")
 
 
 class ModelVersion(TypedDict):

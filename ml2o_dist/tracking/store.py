@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from ml2o_dist.errors import UserError
+from ml2o_dist.files import home_folder
 
 _SQLITE = "sqlite:///"
 _SERVERS = ("http", "https")
@@ -33,11 +34,6 @@ _DEFAULTS = {
 _TEMPORARY = frozenset(
     ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "DEADLINE_EXCEEDED", "REQUEST_LIMIT_EXCEEDED", "ABORTED")
 )
-
-
-def home_folder() -> Path:
-    """Return the folder that a job's relative paths are resolved against: ML2O_HOME, else the current one."""
-    return Path(os.environ.get("ML2O_HOME") or ".").expanduser().absolute()
 
 
 def resolve_tracking_uri(setting: str = "", home: Path | None = None) -> str:

@@ -15,12 +15,12 @@ from torch import Tensor
 from ml2o_dist.config import MetaTrainSettings, RuleSettings
 from ml2o_dist.config_file import parse_settings
 from ml2o_dist.errors import UserError
-from ml2o_dist.evaluation.benchmark import (
+from ml2o_dist.evaluation.benchmark import compare
+from ml2o_dist.evaluation.cells import (
     Cell,
     CellResult,
     HandDesigned,
     Learned,
-    compare,
     run_cell,
     run_cells_in_process,
     run_cells_on_ray,

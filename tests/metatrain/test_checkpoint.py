@@ -82,7 +82,7 @@ def test_a_newer_format_is_refused(tmp_path):
         load_checkpoint(path)
 
 
-@pytest.mark.parametrize("failing", ["_write", "_flush"])
+@pytest.mark.parametrize("failing", ["_write", "flush_folder"])
 @pytest.mark.parametrize("call", [0, 1, 2])
 def test_a_failure_while_saving_leaves_no_step_folder_that_would_be_taken(tmp_path, monkeypatch, failing, call):
     save_checkpoint(tmp_path, some(3), keep=3)
@@ -96,7 +96,7 @@ def test_a_failure_while_saving_leaves_no_step_folder_that_would_be_taken(tmp_pa
         return real(*args)
 
     monkeypatch.setattr(module, failing, fail)
-    if failing == "_flush" and call == 2:
+    if failing == "flush_folder" and call == 2:
         save_checkpoint(tmp_path, some(4), keep=3)
         assert len(calls) == 2
         return

@@ -9,7 +9,7 @@ import torch
 
 from ml2o_dist.config import EstimatorSettings, RuleSettings
 from ml2o_dist.errors import UserError
-from ml2o_dist.metatrain.episode import roll_out
+from ml2o_dist.metatrain.episode import _choose, roll_out
 from ml2o_dist.metatrain.metagradient import Rollout, exact, meta_loss_kind, replay, step_weights
 from ml2o_dist.problems import ProblemContext, ProblemSpec
 from ml2o_dist.rules.base import Oracle
@@ -124,9 +124,9 @@ def test_subsampled_replay_is_unbiased():
         return torch.cat([g.flatten() for g in replay(rule.network, part, estimator, "normalised", 0, None)[1]])
 
     full, draws, count = flat(rollout), [], 400
-    source = torch.Generator().manual_seed(5)
-    for _ in range(count):
-        index = torch.stack([torch.randperm(10, generator=source)[:3] for _ in range(2)])
+    for seed in range(count):
+        index = _choose(problem, 0.3, seed)
+        assert index.shape == (2, 3)
         kept = rollout.gradients.gather(3, index[None, :, None].expand(HORIZON + 1, -1, 2, -1))
         draws.append(flat(Rollout(rollout.losses, kept, rollout.agreement, 10 / 3)))
     stacked = torch.stack(draws)
@@ -148,7 +148,14 @@ def test_roll_out_keeps_the_chosen_coordinates_in_their_order():
 
 @pytest.mark.parametrize("output", ["residual", "controlled", "scaled"])
 @pytest.mark.parametrize("features", ["adam", "agreement"])
-@pytest.mark.parametrize("problem", ["quadratic[m=2,n=4,noise=0.3,batch=3]", "fonseca[n=3]"])
+@pytest.mark.parametrize(
+    "problem",
+    [
+        "quadratic[m=2,n=4,noise=0.3,batch=3]",
+        "fonseca[n=3]",
+        "multidigits[net=mlp,hidden=3,activation=tanh,size=6,batch=4]",
+    ],
+)
 def test_exact_agrees_with_finite_differences(output, features, problem):
     built = ProblemSpec.parse(problem).build(ProblemContext(2, 1, dtype=DOUBLE))
     settings = RuleSettings(output=output, features=features, hidden=3, lr=0.05, scale=0.05)

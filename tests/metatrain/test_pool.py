@@ -70,11 +70,18 @@ NETWORKS = {
 }
 
 
-def test_the_same_holds_for_what_the_default_uses_networks_and_exact_gradients(pool, tmp_path):
+def test_the_same_holds_for_networks_and_exact_gradients_with_a_worker_killed(pool, tmp_path):
     trainers = []
-    for workers in (1, 3):
-        trainers.append(Trainer(small(**NETWORKS), tmp_path / str(workers)))
-        trainers[-1].run(pool(workers).run)
+    for count in (1, 3):
+        workers = pool(count)
+
+        def on_row(step, row, workers=workers):
+            if step == 1 and workers.alive == 3:
+                os.kill(workers.pids()[0], signal.SIGKILL)
+
+        trainers.append(Trainer(small(**NETWORKS), tmp_path / str(count)))
+        trainers[-1].run(workers.run, on_row)
+        assert workers.restarts == count // 3
     plain = Trainer(small(**NETWORKS), tmp_path / "plain")
     plain.run(lambda items, weights: [run_episode(weights, item.spec) for item in items])
     assert digests(trainers[0]) == digests(trainers[1]) == digests(plain)

@@ -56,6 +56,23 @@ def test_training_changes_every_tensor_of_the_network(calm):
         assert bool(tensor.isfinite().all())
 
 
+@pytest.mark.parametrize("kind", ["replay", "exact"])
+@pytest.mark.parametrize(
+    "rule",
+    [
+        {"output": "controlled", "features": "agreement"},
+        {"output": "scaled", "features": "log_sign", "objectives": "per_objective", "count": 2},
+    ],
+)
+def test_nor_does_any_tensor_of_the_other_forms_stay_as_it_was(tmp_path, rule, kind):
+    train = [{"problem": "quadratic[n=4,noise=0.1,batch=4]"}]
+    settings = small(meta_steps=3, rule=rule, estimator={"kind": kind}, family={"train": train})
+    trainer = Trainer(settings, tmp_path)
+    start = trainer.learner.weights
+    trainer.run(in_process)
+    assert not [name for name, tensor in trainer.learner.weights.items() if torch.equal(tensor, start[name])]
+
+
 def test_the_meta_loss_falls(tmp_path):
     """On the same episodes, before against after: an LSTM that was never registered would change nothing."""
     settings = small(meta_steps=30, validation={"every": 30}, learner={"lr": 0.02})
