@@ -1,4 +1,4 @@
-"""Where relative paths begin, and files that are whole or not there: written aside, flushed, renamed into place."""
+"""Where relative paths begin, where caches lie, and files that are whole or not there."""
 
 from __future__ import annotations
 
@@ -13,6 +13,12 @@ from typing import IO
 def home_folder() -> Path:
     """Return the folder that relative paths are resolved against: ML2O_HOME, else the current one."""
     return Path(os.environ.get("ML2O_HOME") or ".").expanduser().absolute()
+
+
+def cache_folder() -> Path:
+    """Return the folder of everything that can be built again: ML2O_CACHE, else `~/.cache/ml2o_dist`."""
+    given = os.environ.get("ML2O_CACHE", "")
+    return (Path(given) if given else Path.home() / ".cache" / "ml2o_dist").expanduser().absolute()
 
 
 @contextmanager

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ml2o_dist.errors import UserError
-from ml2o_dist.files import home_folder
+from ml2o_dist.files import cache_folder, home_folder
 
 
 @dataclass(frozen=True)
@@ -66,12 +66,6 @@ RAW_FILES: dict[str, dict[str, tuple[RawFile, RawFile]]] = {
     ),
 }
 """Source -> official split -> (images, labels)."""
-
-
-def cache_folder() -> Path:
-    """Return the folder of everything that can be built again: ML2O_CACHE, else `~/.cache/ml2o_dist`."""
-    given = os.environ.get("ML2O_CACHE", "")
-    return (Path(given) if given else Path.home() / ".cache" / "ml2o_dist").expanduser().absolute()
 
 
 def data_folder(data_root: str = "") -> Path:

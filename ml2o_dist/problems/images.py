@@ -32,8 +32,8 @@ from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
 from ml2o_dist.errors import UserError, unknown
-from ml2o_dist.files import replacing
-from ml2o_dist.problems.image_files import RAW_FILES, cache_folder, file_sha256, read_source, require_files
+from ml2o_dist.files import cache_folder, replacing
+from ml2o_dist.problems.image_files import RAW_FILES, file_sha256, read_source, require_files
 from ml2o_dist.problems.pairs import GENERATOR, ImagePool, PairLayout, PairRecords, build_pairs, cut_rows
 from ml2o_dist.seeding import derive_seed
 

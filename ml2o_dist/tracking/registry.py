@@ -18,6 +18,7 @@ from urllib.parse import unquote, urlsplit
 
 from ml2o_dist.artifact import WEIGHTS_FILE, Artifact, load_artifact, package_version
 from ml2o_dist.errors import UserError, unknown
+from ml2o_dist.files import cache_folder
 from ml2o_dist.tracking.store import (
     connect,
     ensure_experiment,
@@ -262,7 +263,7 @@ def _local_path(source: str) -> Path | None:
 def _download(uri: str, source: str, digest: str) -> Path:
     import mlflow.artifacts
 
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ml2o_dist" / "models"
+    cache = cache_folder() / "models"
     if digest and _is_whole(cache / digest, digest):
         return cache / digest / WEIGHTS_FILE
     cache.mkdir(parents=True, exist_ok=True)
