@@ -4,12 +4,19 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import ray
 
 from ml2o_dist.errors import UserError
+
+PROBE_S = 5.0
+"""How long a cluster may take to accept a connection; Ray itself would try for many minutes."""
+
+DEFAULT_PORT = 6379
+"""Where `ray start --head` listens."""
 
 
 @contextmanager
@@ -23,6 +30,9 @@ def connected(address: str = "auto") -> Iterator[str]:
         UserError: nothing answers at `address`.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    named = os.environ.get("RAY_ADDRESS", "") if address == "auto" else address
+    if named not in ("", "auto", "local"):
+        _check_answers(named, "RAY_ADDRESS" if address == "auto" else "--address")
     if ray.is_initialized():
         if address not in ("auto", "local"):
             raise UserError(f"--address {address!r}: this process is connected to another Ray cluster already")
@@ -39,6 +49,19 @@ def connected(address: str = "auto") -> Iterator[str]:
         yield f"{context.address_info['address']}: {total.get('CPU', 0):g} CPU, {total.get('GPU', 0):g} GPU"
     finally:
         ray.shutdown()
+
+
+def _check_answers(address: str, source: str) -> None:
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon:
+        host, port = port, str(DEFAULT_PORT)
+    if not (host and port.isdigit() and int(port) < 2**16):
+        raise UserError(f"{source} {address!r} is not auto, local or HOST:PORT")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), PROBE_S).close()
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{source} {address!r}: no Ray cluster answers there ({reason})") from error
 
 
 def _first_line(error: Exception) -> str:

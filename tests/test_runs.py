@@ -239,7 +239,8 @@ def refusal(*words: str) -> str:
         (["--config", "nowhere.yaml"], ["'nowhere.yaml' cannot be read"]),
         (["--tracking-uri", "file:///tmp/x"], ["file:///tmp/x"]),
         (["--tracking-uri", "postgresql://me:secret@db/ml"], ["me:***@db", "MLFLOW_TRACKING_URI"]),
-        (["--address", "127.0.0.1:1"], ["--address"]),
+        (["--address", "127.0.0.1:1"], ["--address '127.0.0.1:1': no Ray cluster answers there"]),
+        (["--address", "nowhere:port"], ["--address 'nowhere:port' is not auto, local or HOST:PORT"]),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line_and_exits_with_2(cluster, home, words, parts):
