@@ -123,11 +123,12 @@ def models_list(console: Console, tracking_uri: str, name: str) -> list[dict[str
 
     uri = resolve_tracking_uri(tracking_uri)
     versions = list_versions(uri, name)
-    table = Table("name", "version", "aliases", "meta-steps", "weights", title=f"models in {redacted(uri)}")
+    table = Table("name", "version", "aliases", "best of meta-steps", "weights", title=f"models in {redacted(uri)}")
     for version in versions:
         tags = version["tags"]
         aliases, digest = ", ".join(version["aliases"]), tags.get("weights_sha256", "")[:12]
-        table.add_row(version["name"], str(version["version"]), aliases, tags.get("meta_steps", ""), digest)
+        steps = f"{tags.get('best_meta_step', '?')} of {tags.get('meta_steps', '?')}"
+        table.add_row(version["name"], str(version["version"]), aliases, steps, digest)
     console.print(table if versions else f"no registered models in {redacted(uri)}")
     return [dict(version) for version in versions]
 

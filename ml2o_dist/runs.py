@@ -204,9 +204,10 @@ def _train(trainer: Trainer, pool: WorkerPool, sink: MlflowSink, console: Consol
             figures = {name: value for name, value in row.items() if value == value}
             sink.log(figures | {"workers": float(pool.alive), "worker_restarts": float(pool.restarts)}, step)
             last = next((r["meta_loss"] for r in reversed(progress.history) if "meta_loss" in r), float("nan"))
+            shown = f"{last:.4f}" if last == last else "-"
             display.update(
                 step,
-                f"meta-loss {last:.4f}  best validation {progress.best_score:.4f} (step {progress.best_step})  "
+                f"meta-loss {shown}  best validation {progress.best_score:.4f} (step {progress.best_step})  "
                 f"{progress.inner_steps_per_s:,.0f} inner steps/s  workers {pool.alive}",
             )
 
