@@ -67,7 +67,7 @@ def meta_train(
             f"tracking.uri is {redacted(uri)!r}: the password would be written into config.yaml; "
             "give such a URI in the environment variable MLFLOW_TRACKING_URI"
         )
-    trainer = Trainer(settings, run_dir, settings.device)
+    trainer = Trainer(settings, run_dir)
     if resume:
         for refusal in trainer.resume():
             console.print(f"[yellow]checkpoint refused:[/] {refusal}", highlight=False)

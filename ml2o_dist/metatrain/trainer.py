@@ -58,13 +58,13 @@ class Progress:
 class Trainer:
     """One meta-training: `run` continues from wherever the state is, `save` writes that state down."""
 
-    def __init__(self, settings: MetaTrainSettings, run_dir: Path, device: str = "cpu") -> None:
+    def __init__(self, settings: MetaTrainSettings, run_dir: Path) -> None:
+        """`settings.device` must be a device, not `auto`."""
         self.settings = settings
         self.run_dir = run_dir
         self.learner = Learner(settings)
         self.progress = Progress()
         self.best_weights: dict[str, Tensor] = self.learner.weights
-        self._device = device
         self._saved = (-1, -1)
         self._saved_at = time.monotonic()
 
@@ -120,7 +120,7 @@ class Trainer:
 
     def _train(self, step: int, execute: Execute) -> Row:
         began = time.monotonic()
-        results = execute(training_items(self.settings, step, self._device), self.learner.weights)
+        results = execute(training_items(self.settings, step, self.settings.device), self.learner.weights)
         seconds = time.monotonic() - began
         update = self.learner.update(results)
         inner_steps = sum(r.inner_steps for r in results)
@@ -149,7 +149,7 @@ class Trainer:
 
     def _validate(self, step: int, execute: Execute) -> float:
         weights = self.learner.averaged_weights
-        results = execute(validation_items(self.settings, step, self._device), weights)
+        results = execute(validation_items(self.settings, step, self.settings.device), weights)
         score = sum(r.score for r in results) / len(results) if all(r.finite for r in results) else math.inf
         if score < self.progress.best_score:
             self.progress.best_score, self.progress.best_step, self.best_weights = score, step, weights

@@ -9,6 +9,7 @@ from ml2o_dist.config_file import parse_settings
 
 TREE: dict[str, Any] = {
     "meta_steps": 12,
+    "device": "cpu",
     "workers": 1,
     "slots": 4,
     "horizon": [5, 8],
