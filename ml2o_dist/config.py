@@ -121,7 +121,21 @@ class ResourceSettings(_Settings):
     num_cpus: float = Field(1.0, gt=0)
     num_gpus: float = Field(0.0, ge=0, description="a fraction shares one GPU between workers")
     start_timeout_s: float = Field(60.0, gt=0, description="how long to wait for the workers to be placed")
-    max_restarts: int = Field(8, ge=0, description="how many workers may be replaced in all")
+    max_restarts: int = Field(20, ge=0, description="how many workers may be replaced within an hour")
+    min_workers: int = Field(1, ge=1, description="with fewer up the run waits start_timeout_s for more, then gives up")
+
+
+class FaultSettings(_Settings):
+    """What is done about an episode that does not end or that raises."""
+
+    deadline_factor: float = Field(
+        20.0, ge=2, description="an episode may take so many times what its kind took; doubled each time it is overdue"
+    )
+    shortest_deadline_s: float = Field(30.0, gt=0, description="no episode is given less")
+    first_deadline_s: float = Field(600.0, gt=0, description="for an episode whose kind was not measured yet")
+    on_error: Literal["abort", "skip"] = Field(
+        "abort", description="an episode raised twice: end the run with a checkpoint, or go on without it"
+    )
 
 
 class DataSettings(_Settings):
@@ -164,6 +178,7 @@ class MetaTrainSettings(_Settings):
     validation: ValidationSettings = ValidationSettings()
     comparison: ComparisonSettings = ComparisonSettings()
     resources: ResourceSettings = ResourceSettings()
+    faults: FaultSettings = FaultSettings()
     data: DataSettings = DataSettings()
     tracking: TrackingSettings = TrackingSettings()
 
@@ -188,4 +203,6 @@ class MetaTrainSettings(_Settings):
             raise ValueError("estimator.kind=exact takes no unroll, estimator.truncated or estimator.coordinates < 1")
         if self.device.startswith("cuda") and not self.resources.num_gpus:
             raise ValueError(f"device={self.device} needs resources.num_gpus > 0 for the workers")
+        if self.resources.min_workers > self.workers:
+            raise ValueError(f"resources.min_workers={self.resources.min_workers} is more than workers={self.workers}")
         return self

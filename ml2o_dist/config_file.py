@@ -20,6 +20,7 @@ DEFAULT_CONFIG = Path(__file__).parent / "configs" / "digits.yaml"
 _OPERATIONAL = (
     "workers",
     "resources",
+    "faults",
     "checkpoint_every",
     "keep_checkpoints",
     "compare",

@@ -24,7 +24,7 @@ from ml2o_dist.evaluation.cells import Cell, CellResult, Learned, run_cells_on_r
 from ml2o_dist.evaluation.report import comparison_markdown, comparison_table, plot_comparison, plot_meta_loss
 from ml2o_dist.files import home_folder
 from ml2o_dist.metatrain.pool import PoolError, Stopped, WorkerPool
-from ml2o_dist.metatrain.trainer import Row, Trainer
+from ml2o_dist.metatrain.trainer import Row, Trainer, TrainingError
 from ml2o_dist.problems import ProblemContext, ProblemSpec
 from ml2o_dist.problems.image_files import data_folder
 from ml2o_dist.problems.images import load_pairs
@@ -79,7 +79,7 @@ def meta_train(
     with connected(address) as where, stop_on_signals() as stop:
         console.print(f"Ray            {where}", highlight=False, soft_wrap=True)
         try:
-            pool = WorkerPool(settings.workers, settings.resources, stop)
+            pool = WorkerPool(settings.workers, settings.resources, settings.faults, stop_requested=stop)
         except Stopped:
             raise Interrupted(stop.signal_number, "stopped before the first meta-step") from None
         with (
@@ -115,7 +115,7 @@ def _saved(trainer: Trainer, stop: StopRequest) -> Iterator[None]:
         if isinstance(error, UserError):
             raise
         log.info("aborted", exc_info=True)  # the traceback belongs into run.log, the line on the screen
-        reason = str(error) if isinstance(error, PoolError) else f"{type(error).__name__}: {error}"
+        reason = str(error) if isinstance(error, PoolError | TrainingError) else f"{type(error).__name__}: {error}"
         raise Aborted(f"{reason}; {what}") from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -57,6 +58,7 @@ class EpisodeResult:
         losses: mean over the instances, [K+1, m].
         finite: losses, and the gradient where one was wanted, are all finite.
         inner_steps: K * P.  seconds: wall time of the worker.
+        error: what it raised, where it could not be run; "" otherwise.
     """
 
     meta_loss: float
@@ -66,6 +68,13 @@ class EpisodeResult:
     finite: bool
     inner_steps: int
     seconds: float
+    error: str = ""
+
+
+def failed_episode(error: str) -> EpisodeResult:
+    """Return what stands for an episode that raised `error` wherever it ran: nothing of it is used."""
+    nothing = np.zeros((0, 0), dtype=np.float32)
+    return EpisodeResult(math.nan, math.inf, None, nothing, finite=False, inner_steps=0, seconds=0.0, error=error)
 
 
 def run_episode(weights: Weights, spec: EpisodeSpec) -> EpisodeResult:

@@ -53,6 +53,9 @@ class Learner:
         """Reduce the meta-gradients of one meta-step, given in slot order, and take one Adam step.
 
         Slots that were not finite are left out and counted; where none is left the weights stay as they are.
+
+        Raises:
+            ArithmeticError: the step would leave weights that are not finite; nothing has changed.
         """
         gradients = [torch.from_numpy(r.gradient.copy()).double() for r in results if r.gradient is not None]
         learner, rate = self.settings.learner, self._rate()
@@ -63,7 +66,11 @@ class Learner:
             self._theta.grad = (mean * min(1.0, learner.clip / max(norm, 1e-30))).float()
             for group in self._adam.param_groups:
                 group["lr"] = rate
+            before = self.tensors()
             self._adam.step()
+            if not bool(self._theta.isfinite().all()):
+                self.restore(before, self.version)
+                raise ArithmeticError(f"the weights would not be finite; learner.lr={learner.lr:g} is too large")
             decay = min(learner.ema, (1 + self.version) / (10 + self.version))
             self._average.lerp_(self._theta.detach(), 1 - decay)
         self.version += 1
@@ -87,6 +94,7 @@ class Learner:
             self._theta.copy_(tensors["theta"])
         self._average.copy_(tensors["average"])
         self.version = version
+        self._adam.state.clear()
         if tensors["adam_step"].item() > 0:
             self._adam.state[self._theta] = {
                 "step": tensors["adam_step"].reshape(()).clone(),

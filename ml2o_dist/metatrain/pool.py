@@ -1,10 +1,13 @@
-"""A set of rollout workers that survives the death of any of them: a key whose worker died runs again elsewhere."""
+"""A set of rollout workers that survives the death, hanging or failing of any of them: the key runs again elsewhere."""
 
 from __future__ import annotations
 
 import logging
+import math
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -18,9 +21,9 @@ from ray.exceptions import (
     WorkerCrashedError,
 )
 
-from ml2o_dist.config import ResourceSettings
+from ml2o_dist.config import FaultSettings, ResourceSettings
 from ml2o_dist.errors import UserError
-from ml2o_dist.metatrain.episode import EpisodeResult, Weights
+from ml2o_dist.metatrain.episode import EpisodeResult, Weights, failed_episode
 from ml2o_dist.metatrain.schedule import WorkItem
 from ml2o_dist.metatrain.worker import RolloutWorker
 
@@ -29,6 +32,12 @@ LOST = (RayActorError, ObjectLostError, OwnerDiedError, WorkerCrashedError, OutO
 
 POLL_S = 0.2
 """How often the driver looks whether it was asked to stop."""
+
+BUDGET_S = 3600.0
+"""`resources.max_restarts` counts the replacements of so long a time: a crash loop ends a run, a spot node does not."""
+
+RUNS_PER_ERROR = 2
+"""A key whose episode raised runs again once, on another worker: an error of the machine is not one of the episode."""
 
 log = logging.getLogger(__name__)
 
@@ -41,25 +50,72 @@ class PoolError(Exception):
     """The pool cannot go on; the run ends with a checkpoint."""
 
 
+@dataclass(eq=False)
+class _Worker:
+    """One actor; `pid` is known once it is up."""
+
+    actor: Any
+    pid: int = 0
+
+
+@dataclass(eq=False)
+class _Task:
+    """An item on its way to a result: where it failed last, how often it raised, how often it was overdue."""
+
+    index: int
+    item: WorkItem
+    avoid: _Worker | None = None
+    errors: int = 0
+    overdue: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class _Flight:
+    """A task that `worker` is working on, and until when (monotonic) it may."""
+
+    task: _Task
+    worker: _Worker
+    deadline: float
+
+
 class WorkerPool:
     """`workers` Ray actors, each with one item in flight, longest items first.
 
-    Results come back in the order of the items whoever computed them. A worker that died is replaced, within the
-    budget of `resources.max_restarts`, and its item runs again.
+    Results come back in the order of the items whoever computed them. A worker that died, or that is far slower than
+    its item's kind was so far (it hangs, or was stopped), is ended and replaced, and its item runs again.
+
+    Attributes:
+        restarts: workers replaced so far.
     """
 
     def __init__(
-        self, workers: int, resources: ResourceSettings, stop_requested: Callable[[], bool] = lambda: False
+        self,
+        workers: int,
+        resources: ResourceSettings,
+        faults: FaultSettings = FaultSettings(),  # noqa: B008  # frozen
+        *,
+        stop_requested: Callable[[], bool] = lambda: False,
     ) -> None:
+        """Start the workers and wait until all are up.
+
+        Raises:
+            UserError: the cluster has no room for them, or they do not come up in `resources.start_timeout_s`.
+            Stopped: a stop was requested meanwhile.
+        """
         self._resources = resources
+        self._faults = faults
         self._stop_requested = stop_requested
-        self._cost: dict[str, float] = {}
+        self._cost: dict[tuple[str, str], float] = {}
+        self._replaced_at: deque[float] = deque()
+        self._short_since = math.inf
         self.restarts = 0
         _check_capacity(workers, resources)
-        self._actors = [_start(resources) for _ in range(workers)]
-        self._starting: dict[Any, Any] = {}
-        self._start_limit = 0.0
+        self._up: list[_Worker] = []
+        self._idle: list[_Worker] = []
+        self._starting: dict[Any, _Worker] = {}
         try:
+            for _ in range(workers):
+                self._start()
             self._await_start()
         except BaseException:
             self.close()
@@ -68,144 +124,229 @@ class WorkerPool:
     @property
     def alive(self) -> int:
         """How many workers are up."""
-        return len(self._actors) - len(self._starting)
+        return len(self._up)
 
     def pids(self) -> list[int]:
-        """Return the workers' process ids."""
-        return list(ray.get([actor.pid.remote() for actor in self._actors]))
+        """Return the process ids of the workers that are up."""
+        return [worker.pid for worker in self._up]
 
     def run(self, items: Sequence[WorkItem], weights: Weights) -> list[EpisodeResult]:
         """Run all items under `weights`; return their results in the order given.
 
+        An item whose episode raised twice ends the run, or with `faults.on_error=skip` has `failed_episode` for its
+        result.
+
         Raises:
             Stopped: a stop was requested meanwhile.
             UserError: an episode found its settings or data wrong.
-            PoolError: an episode failed otherwise, or more workers died than the budget allows.
+            PoolError: an episode failed otherwise, more workers had to be replaced than the budget allows, or fewer
+                than `resources.min_workers` were up for `resources.start_timeout_s`.
         """
         reference = ray.put(weights)
-        waiting = sorted(range(len(items)), key=lambda i: self._expected(items[i]))
-        idle = [actor for actor in self._actors if actor not in self._starting.values()]
-        in_flight: dict[Any, tuple[int, Any]] = {}
+        tasks = [_Task(index, item) for index, item in enumerate(items)]
+        waiting = sorted(tasks, key=lambda task: self._expected(task.item))
+        in_flight: dict[Any, _Flight] = {}
         results: dict[int, EpisodeResult] = {}
+        self._idle = list(self._up)
         try:
             while len(results) < len(items):
-                while waiting and idle:
-                    index, actor = waiting.pop(), idle.pop()
-                    in_flight[actor.run.remote(reference, items[index].spec)] = (index, actor)
+                self._assign(waiting, in_flight, reference)
                 ready, _ = ray.wait([*in_flight, *self._starting], num_returns=1, timeout=POLL_S)
                 if self._stop_requested():
                     raise Stopped
-                if not in_flight and not idle:
-                    self._check_starting()
                 for future in ready:
                     if future in self._starting:
-                        idle += self._started(future)
+                        self._idle += self._started(future)
                         continue
-                    index, actor = in_flight.pop(future)
-                    try:
-                        results[index] = ray.get(future)
-                        self._learn_cost(items[index], results[index])
-                        idle.append(actor)
-                    except RayTaskError as error:
-                        if isinstance(error.cause, UserError):
-                            raise UserError(str(error.cause)) from None
-                        item = items[index]
-                        raise PoolError(f"{item.key} ({item.spec.problem}) failed: {error.cause!r}") from error
-                    except LOST as error:
-                        log.warning("a worker died in %s; it runs again elsewhere", items[index].key)
-                        waiting.append(index)
-                        self._replace(actor, error)
+                    flight = in_flight.pop(future)
+                    result = self._outcome(future, flight)
+                    if result is None:
+                        waiting.append(flight.task)
+                    else:
+                        results[flight.task.index] = result
+                waiting += self._end_overdue(in_flight)
+                self._check_floor()
         finally:
             for future in in_flight:
                 ray.cancel(future, force=False)
         return [results[i] for i in range(len(items))]
 
     def close(self) -> None:
-        """End all workers."""
-        for actor in self._actors:
-            ray.kill(actor)
-        self._actors = []
+        """End all workers; Ray itself kills a process that does not answer within some seconds."""
+        for worker in [*self._up, *self._starting.values()]:
+            ray.kill(worker.actor)
+        self._up, self._idle, self._starting = [], [], {}
 
-    def _await_start(self) -> None:
-        pending = {actor.pid.remote(): actor for actor in self._actors}
-        limit = time.monotonic() + self._resources.start_timeout_s
-        while pending:
-            if self._stop_requested():
-                raise Stopped
-            ready, _ = ray.wait(list(pending), num_returns=1, timeout=POLL_S)
-            for future in ready:
-                try:
-                    ray.get(future)
-                except LOST as error:
-                    raise UserError(f"a worker died while it started: {_first_line(error)}") from error
-                del pending[future]
-            if pending and not ready and time.monotonic() > limit:
-                free, total = ray.available_resources(), len(self._actors)
-                raise UserError(
-                    f"only {total - len(pending)} of workers={total} could be placed in resources.start_timeout_s="
-                    f"{self._resources.start_timeout_s:g}: each needs {_need(self._resources)}, the cluster has "
-                    f"{free.get('CPU', 0):g} CPU and {free.get('GPU', 0):g} GPU free; ask for fewer workers"
-                )
+    def _assign(self, waiting: list[_Task], in_flight: dict[Any, _Flight], reference: Any) -> None:
+        """Give the idle workers the longest tasks that wait, none while fewer are up than `resources.min_workers`."""
+        if self.alive < self._resources.min_workers:
+            return
+        for task in reversed(list(waiting)):
+            others = [worker for worker in self._idle if worker is not task.avoid or self.alive == 1]
+            if not others:
+                continue
+            worker = others[-1]
+            self._idle.remove(worker)
+            waiting.remove(task)
+            future = worker.actor.run.remote(reference, task.item.spec)
+            in_flight[future] = _Flight(task, worker, time.monotonic() + self._allowed(task))
 
-    def _replace(self, actor: Any, cause: Exception) -> None:
-        """Start a worker in place of `actor`; it is given work once it answers."""
-        self.restarts += 1
-        if self.restarts > self._resources.max_restarts:
-            raise PoolError(
-                f"{self.restarts} workers died, resources.max_restarts={self._resources.max_restarts}; the last: "
-                f"{_first_line(cause)}"
-            ) from cause
-        ray.kill(actor)
-        fresh = _start(self._resources)
-        self._actors[self._actors.index(actor)] = fresh
-        self._starting[fresh.pid.remote()] = fresh
-        self._start_limit = time.monotonic() + self._resources.start_timeout_s
-
-    def _started(self, future: Any) -> list[Any]:
-        """Return the replacement behind `future` in a list; an empty one where it died too and was replaced again."""
-        actor = self._starting.pop(future)
+    def _outcome(self, future: Any, flight: _Flight) -> EpisodeResult | None:
+        """Return the result of a flight that has ended, None where its task is to run again."""
+        task, worker = flight.task, flight.worker
         try:
-            ray.get(future)
+            result: EpisodeResult = ray.get(future)
+        except RayTaskError as error:
+            if isinstance(error.cause, UserError):
+                raise UserError(str(error.cause)) from None
+            self._idle.append(worker)
+            return self._raised(task, worker, error)
         except LOST as error:
-            self._replace(actor, error)
-            return []
-        return [actor]
+            log.warning("a worker died in %s; it runs again elsewhere", task.item.key)
+            self._replace(worker, _first_line(error))
+            return None
+        self._idle.append(worker)
+        self._learn_cost(task.item, result)
+        return result
 
-    def _check_starting(self) -> None:
-        if time.monotonic() > self._start_limit:
+    def _raised(self, task: _Task, worker: _Worker, error: RayTaskError) -> EpisodeResult | None:
+        task.errors += 1
+        task.avoid = worker
+        what = f"{task.item.key} ({task.item.spec.problem}) failed"
+        if task.errors < RUNS_PER_ERROR:
+            log.warning("%s: %r; it runs once more, elsewhere if there is another worker", what, error.cause)
+            return None
+        if self._faults.on_error == "skip":
+            log.warning("%s twice: %r; skipped (faults.on_error=skip)", what, error.cause)
+            return failed_episode(repr(error.cause))
+        raise PoolError(f"{what}: {error.cause!r} (twice; faults.on_error=skip goes on without it)") from error
+
+    def _end_overdue(self, in_flight: dict[Any, _Flight]) -> list[_Task]:
+        """Replace the workers whose deadline has passed; return their tasks, which get twice the time."""
+        now = time.monotonic()
+        late = [(future, flight) for future, flight in in_flight.items() if now > flight.deadline]
+        for future, flight in late:
+            task = flight.task
+            log.warning(
+                "%s did not end in %.0f s (worker pid %d): the worker is ended, the episode runs elsewhere, with twice "
+                "the time",
+                task.item.key,
+                self._allowed(task),
+                flight.worker.pid,
+            )
+            task.overdue += 1
+            del in_flight[future]
+            self._replace(flight.worker, f"{task.item.key} did not end in time")
+        return [flight.task for _, flight in late]
+
+    def _allowed(self, task: _Task) -> float:
+        """Seconds that `task` may take: a multiple of what its kind took so far, doubled each time it was overdue."""
+        faults, expected = self._faults, self._expected(task.item)
+        known = max(faults.shortest_deadline_s, faults.deadline_factor * expected)
+        return math.ldexp(known if math.isfinite(expected) else faults.first_deadline_s, task.overdue)
+
+    def _start(self) -> None:
+        resources = self._resources
+        actor = (
+            ray.remote(RolloutWorker)
+            .options(
+                num_cpus=resources.num_cpus,
+                num_gpus=resources.num_gpus,
+                max_restarts=0,
+                max_task_retries=0,
+                scheduling_strategy="SPREAD",
+            )
+            .remote()
+        )
+        self._starting[actor.pid.remote()] = _Worker(actor)
+
+    def _replace(self, worker: _Worker, cause: str) -> None:
+        """Start a worker in place of `worker`; it is given work once it answers."""
+        ray.kill(worker.actor)
+        if worker in self._up:
+            self._up.remove(worker)
+        now = time.monotonic()
+        self._replaced_at.append(now)
+        while now - self._replaced_at[0] > BUDGET_S:
+            self._replaced_at.popleft()
+        if len(self._replaced_at) > self._resources.max_restarts:
             raise PoolError(
-                f"no worker is left, and no replacement could be placed in resources.start_timeout_s="
-                f"{self._resources.start_timeout_s:g}"
+                f"{len(self._replaced_at)} workers were lost within an hour, "
+                f"resources.max_restarts={self._resources.max_restarts}; the last: {cause}"
+            )
+        self.restarts += 1
+        self._start()
+
+    def _started(self, future: Any) -> list[_Worker]:
+        """Return the worker behind `future` in a list; an empty one where it died and was replaced again."""
+        worker = self._starting.pop(future)
+        try:
+            worker.pid = ray.get(future)
+        except LOST as error:
+            self._replace(worker, _first_line(error))
+            return []
+        self._up.append(worker)
+        return [worker]
+
+    def _check_floor(self) -> None:
+        """Say once what is waited for while too few workers are up; raise PoolError when it has taken too long."""
+        resources, now = self._resources, time.monotonic()
+        if self.alive >= resources.min_workers:
+            self._short_since = math.inf
+            return
+        missing = f"{self.alive} workers are up, resources.min_workers={resources.min_workers}"
+        if self._short_since == math.inf:
+            self._short_since = now
+            log.warning("%s: waiting up to %g s for more; %s", missing, resources.start_timeout_s, _room(resources))
+        elif now - self._short_since > resources.start_timeout_s:
+            raise PoolError(
+                f"{missing}, and no other came up in resources.start_timeout_s={resources.start_timeout_s:g}: "
+                f"{_room(resources)}"
             )
 
+    def _await_start(self) -> None:
+        """Wait until every worker is up."""
+        limit, total = time.monotonic() + self._resources.start_timeout_s, len(self._starting)
+        while self._starting:
+            if self._stop_requested():
+                raise Stopped
+            ready, _ = ray.wait(list(self._starting), num_returns=1, timeout=POLL_S)
+            for future in ready:
+                worker = self._starting.pop(future)
+                try:
+                    worker.pid = ray.get(future)
+                except LOST as error:
+                    raise UserError(f"a worker died while it started: {_first_line(error)}") from error
+                self._up.append(worker)
+            if self._starting and not ready and time.monotonic() > limit:
+                raise UserError(
+                    f"only {self.alive} of workers={total} could be placed in resources.start_timeout_s="
+                    f"{self._resources.start_timeout_s:g}: {_room(self._resources)}; ask for fewer workers"
+                )
+
     def _expected(self, item: WorkItem) -> float:
-        """Expected seconds; an unknown problem counts as long, so that it starts early."""
-        return self._cost.get(str(item.spec.problem), float("inf"))
+        """Expected seconds; those of an unknown kind are infinite, so that it starts early."""
+        return self._cost.get(_kind(item), math.inf) * item.spec.horizon * item.spec.instances
 
     def _learn_cost(self, item: WorkItem, result: EpisodeResult) -> None:
-        self._cost[str(item.spec.problem)] = result.seconds / result.inner_steps
+        """Keep the longest time per inner step: a slow moment must not shorten anybody's deadline."""
+        kind = _kind(item)
+        self._cost[kind] = max(self._cost.get(kind, 0.0), result.seconds / result.inner_steps)
 
 
-def _start(resources: ResourceSettings) -> Any:
-    return (
-        ray.remote(RolloutWorker)
-        .options(
-            num_cpus=resources.num_cpus,
-            num_gpus=resources.num_gpus,
-            max_restarts=0,
-            max_task_retries=0,
-            scheduling_strategy="SPREAD",
-        )
-        .remote()
-    )
+def _kind(item: WorkItem) -> tuple[str, str]:
+    """Items of one kind cost alike per inner step: the problem, and whether a meta-gradient is asked for."""
+    return str(item.spec.problem), item.key.purpose
 
 
 def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _need(resources: ResourceSettings) -> str:
-    return f"{resources.num_cpus:g} CPU" + (f" and {resources.num_gpus:g} GPU" if resources.num_gpus else "")
+def _room(resources: ResourceSettings) -> str:
+    need = f"{resources.num_cpus:g} CPU" + (f" and {resources.num_gpus:g} GPU" if resources.num_gpus else "")
+    free = ray.available_resources()
+    return f"each needs {need}, the cluster has {free.get('CPU', 0):g} CPU and {free.get('GPU', 0):g} GPU free"
 
 
 def _check_capacity(workers: int, resources: ResourceSettings) -> None:

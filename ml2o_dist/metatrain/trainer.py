@@ -20,11 +20,14 @@ from ml2o_dist.errors import UserError
 from ml2o_dist.files import replacing
 from ml2o_dist.metatrain.checkpoint import Checkpoint, newest_checkpoint, save_checkpoint
 from ml2o_dist.metatrain.episode import EpisodeResult, Weights
-from ml2o_dist.metatrain.learner import Learner
-from ml2o_dist.metatrain.schedule import WorkItem, training_items, validates, validation_items
+from ml2o_dist.metatrain.learner import Learner, UpdateInfo
+from ml2o_dist.metatrain.schedule import WorkItem, horizon, training_items, validates, validation_items
 
 CHECKPOINT_SECONDS = 30.0
 """With `checkpoint_every: 0` a checkpoint is written when this much work would be lost."""
+
+LOST_STEPS = 10
+"""After so many meta-steps in a row without one usable episode the weights will not get better: the run ends."""
 
 log = logging.getLogger(__name__)
 
@@ -42,6 +45,7 @@ class Progress:
     inner_steps: int = 0
     rollout_seconds: float = 0.0
     skipped_episodes: int = 0
+    failed_episodes: int = 0
     best_score: float = math.inf
     best_step: int = -1
     validated_step: int = -1
@@ -53,6 +57,10 @@ class Progress:
     def inner_steps_per_s(self) -> float:
         """Inner steps of training per second of rollouts, over all workers."""
         return self.inner_steps / self.rollout_seconds if self.rollout_seconds else 0.0
+
+
+class TrainingError(Exception):
+    """Meta-training cannot go on from here; the state is that of the last whole meta-step."""
 
 
 class Trainer:
@@ -92,8 +100,13 @@ class Trainer:
         """Meta-train up to `meta_steps`, calling `on_row(meta_step, figures)` after each one.
 
         Validation figures of a step come in a call of their own. Any exception leaves the state at the last whole
-        meta-step, ready for `save`.
+        meta-step, ready for `save`. The state is saved before anything is computed: a run that is killed at any later
+        moment can be resumed.
+
+        Raises:
+            TrainingError: the weights or all episodes of `LOST_STEPS` meta-steps are not finite.
         """
+        self.save()
         self._saved_at = time.monotonic()
         while True:
             step = self.learner.version
@@ -122,22 +135,46 @@ class Trainer:
         began = time.monotonic()
         results = execute(training_items(self.settings, step, self.settings.device), self.learner.weights)
         seconds = time.monotonic() - began
-        update = self.learner.update(results)
         inner_steps = sum(r.inner_steps for r in results)
+        failed = sum(bool(r.error) for r in results)
+        update = self._update(results)
         self.progress.inner_steps += inner_steps
         self.progress.rollout_seconds += seconds
         self.progress.skipped_episodes += update.skipped
+        self.progress.failed_episodes += failed
         if update.skipped:
-            log.warning("meta-step %d: %d of %d episodes were not finite, skipped", step, update.skipped, len(results))
+            log.warning(
+                "meta-step %d: %d of %d episodes skipped: %d failed, %d were not finite",
+                step + 1,
+                update.skipped,
+                len(results),
+                failed,
+                update.skipped - failed,
+            )
         finite = [r.meta_loss for r in results if r.finite]
         return {
             "meta_loss": sum(finite) / len(finite) if finite else math.nan,
             "gradient_norm": update.gradient_norm,
             "learning_rate": update.learning_rate,
             "skipped_episodes": float(update.skipped),
-            "horizon": float(inner_steps // (len(results) * self.settings.instances)),
+            "failed_episodes": float(failed),
+            "horizon": float(horizon(self.settings, step)),
             "inner_steps_per_s": inner_steps / seconds,
         }
+
+    def _update(self, results: Sequence[EpisodeResult]) -> UpdateInfo:
+        """Update the weights, or raise TrainingError and leave everything as it is."""
+        recent = self.progress.history[1 - LOST_STEPS :]
+        lost = [row for row in recent if row.get("skipped_episodes") == len(results)]
+        if len(lost) == LOST_STEPS - 1 and all(r.gradient is None for r in results):
+            raise TrainingError(
+                f"no episode of the last {LOST_STEPS} meta-steps gave a finite meta-gradient: lower learner.lr or "
+                "rule.lr, or look at the problems of family.train"
+            )
+        try:
+            return self.learner.update(results)
+        except ArithmeticError as error:
+            raise TrainingError(f"meta-step {self.learner.version + 1}: {error}") from None
 
     def _record(self, step: int, row: Row, on_row: Callable[[int, Row], None]) -> None:
         history = self.progress.history

@@ -2,33 +2,39 @@
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import threading
 import time
+from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import ray
 
 from ml2o_dist.artifact import weights_sha256
-from ml2o_dist.config import ResourceSettings
+from ml2o_dist.config import FaultSettings, ResourceSettings
 from ml2o_dist.errors import UserError
 from ml2o_dist.metatrain import pool as pool_module
-from ml2o_dist.metatrain.episode import run_episode
+from ml2o_dist.metatrain.episode import failed_episode, run_episode
 from ml2o_dist.metatrain.pool import PoolError, Stopped, WorkerPool
-from ml2o_dist.metatrain.schedule import Key, WorkItem, training_items
+from ml2o_dist.metatrain.schedule import Key, WorkItem, training_items, validation_items
 from ml2o_dist.metatrain.trainer import Trainer
+from ml2o_dist.metatrain.worker import RolloutWorker
 from tests.metatrain.settings import small
 
 RESOURCES = ResourceSettings()
+FAULTS = FaultSettings(shortest_deadline_s=2)
 
 
 @pytest.fixture
 def pool(cluster):
     pools = []
 
-    def make(workers, resources=RESOURCES, stop=lambda: False):
-        pools.append(WorkerPool(workers, resources, stop))
+    def make(workers, resources=RESOURCES, faults=FAULTS, stop=lambda: False):
+        pools.append(WorkerPool(workers, resources, faults, stop_requested=stop))
         return pools[-1]
 
     yield make
@@ -101,7 +107,7 @@ def test_nor_on_a_worker_that_is_killed_on_the_way(pool, tmp_path, calm):
     assert digests(trainer) == calm
     assert workers.restarts == 1
     assert victims[0] not in workers.pids()
-    assert len(workers.pids()) == 2
+    assert workers.alive + len(workers._starting) == 2
 
 
 def test_nor_on_a_stop_and_a_resume_with_another_number_of_workers(pool, tmp_path, calm):
@@ -130,17 +136,8 @@ def test_more_deaths_than_the_budget_end_the_run(pool):
     workers = pool(2, ResourceSettings(max_restarts=0))
     os.kill(workers.pids()[0], signal.SIGKILL)
     items = training_items(small(), 0, "cpu")
-    with pytest.raises(PoolError, match=r"1 workers died, resources\.max_restarts=0"):
+    with pytest.raises(PoolError, match=r"1 workers were lost within an hour, resources\.max_restarts=0"):
         workers.run(items * 10, Trainer(small(), "unused").learner.weights)
-
-
-def test_the_last_worker_lost_with_no_room_for_another_ends_the_run(pool, monkeypatch):
-    workers, start = pool(1), pool_module._start
-    monkeypatch.setattr(pool_module, "_start", lambda resources: start(ResourceSettings(num_cpus=99)))
-    monkeypatch.setattr(workers, "_resources", ResourceSettings(start_timeout_s=2))
-    os.kill(workers.pids()[0], signal.SIGKILL)
-    with pytest.raises(PoolError, match=r"no worker is left, .* resources\.start_timeout_s=2"):
-        workers.run(training_items(small(), 0, "cpu"), Trainer(small(), "unused").learner.weights)
 
 
 def test_more_workers_than_the_cluster_can_hold_is_said_at_once(cluster):
@@ -158,26 +155,171 @@ def test_workers_that_others_leave_no_room_for_are_named_after_a_time(pool):
         WorkerPool(2, ResourceSettings(start_timeout_s=20))
 
 
-def test_wrong_data_in_an_episode_is_the_users_error_and_other_errors_name_the_key(pool):
-    workers = pool(1)
+def test_wrong_data_in_an_episode_is_the_users_error(pool):
     item = training_items(small(), 0, "cpu")[0]
-    broken = dict(Trainer(small(), "unused").learner.weights)
-    del broken["head.bias"]
-    with pytest.raises(PoolError, match=r"train step 0 slot 0 \(.*\) failed: RuntimeError"):
-        workers.run([item], broken)
-    from dataclasses import replace
-
     lost = replace(item.spec, problem=item.spec.problem.of("multimnist", {}), data_root="/nowhere")
     with pytest.raises(UserError, match="/nowhere"):
-        workers.run([WorkItem(Key(0, 0), lost)], Trainer(small(), "unused").learner.weights)
+        pool(1).run([WorkItem(Key(0, 0), lost)], Trainer(small(), "unused").learner.weights)
+
+
+class Faulty(RolloutWorker):
+    """A worker whose episodes can be made to raise or to hang: told by files, which every process sees."""
+
+    folder: Path
+
+    def run(self, weights, spec):
+        name = f"{spec.seed}-{spec.estimator is None}"
+        with open(self.folder / f"{name}.pids", "a") as file:
+            file.write(f"{os.getpid()}\n")
+        if (self.folder / f"{name}.always").exists():
+            raise FloatingPointError("broken for good")
+        for kind in ("once", "hang"):
+            try:
+                (self.folder / f"{name}.{kind}").unlink()
+            except FileNotFoundError:
+                continue
+            if kind == "once":
+                raise OSError("no space left on this node")
+            while True:
+                signal.pause()
+        return super().run(weights, spec)
+
+
+@pytest.fixture
+def faults(tmp_path, monkeypatch):
+    """Workers of the class above; `order(item, what)` has the next run of `item` fail: once, always or hang."""
+
+    class Here(Faulty):
+        folder = tmp_path
+
+    monkeypatch.setattr(pool_module, "RolloutWorker", Here)
+
+    class Faults:
+        def order(self, item, what):
+            (tmp_path / f"{item.spec.seed}-{item.spec.estimator is None}.{what}").touch()
+
+        def pids(self, item):
+            return (tmp_path / f"{item.spec.seed}-{item.spec.estimator is None}.pids").read_text().split()
+
+    return Faults()
+
+
+def equal(results, expected):
+    return [r.meta_loss for r in results] == [r.meta_loss for r in expected] and all(
+        np.array_equal(a.gradient, b.gradient) for a, b in zip(results, expected, strict=True)
+    )
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_an_error_in_an_episode_is_tried_once_more_on_another_worker(pool, faults, workers, caplog):
+    items, weights = training_items(small(), 0, "cpu"), Trainer(small(), "unused").learner.weights
+    faults.order(items[1], "once")
+    made = pool(workers)
+    results = made.run(items, weights)
+    assert equal(results, [run_episode(weights, item.spec) for item in items])
+    assert made.restarts == 0
+    first, second = faults.pids(items[1])
+    assert (first != second) == (workers == 2)
+    assert "train step 0 slot 1" in caplog.text
+    assert "OSError('no space left on this node'); it runs once more" in caplog.text
+
+
+def test_an_error_that_comes_again_ends_the_run_and_names_the_key(pool, faults):
+    items = training_items(small(), 0, "cpu")
+    faults.order(items[2], "always")
+    with pytest.raises(PoolError, match=r"train step 0 slot 2 \(.*\) failed: FloatingPointError.*on_error=skip"):
+        pool(2).run(items, Trainer(small(), "unused").learner.weights)
+
+
+def test_or_is_skipped_and_counted(pool, faults, tmp_path):
+    settings = small(meta_steps=2)
+    bad = training_items(settings, 1, "cpu")[2]
+    faults.order(bad, "always")
+    trainer = Trainer(settings, tmp_path / "run")
+    trainer.run(pool(2, faults=FaultSettings(on_error="skip")).run)
+    assert (trainer.progress.failed_episodes, trainer.progress.skipped_episodes) == (1, 1)
+    assert [row.get("failed_episodes") for row in trainer.progress.history] == [None, 0.0, 1.0]
+    assert len(faults.pids(bad)) == 2
+
+    def without_it(items, weights):
+        return [failed_episode("") if item == bad else run_episode(weights, item.spec) for item in items]
+
+    again = Trainer(settings, tmp_path / "again")
+    again.run(without_it)
+    assert digests(again) == digests(trainer)
+
+
+def test_a_validation_that_fails_is_never_the_best(pool, faults, tmp_path):
+    settings = small(meta_steps=1, validation={"every": 1})
+    faults.order(validation_items(settings, 1, "cpu")[0], "always")
+    trainer = Trainer(settings, tmp_path / "run")
+    with pytest.raises(PoolError, match=r"validate step 0 slot 0"):
+        trainer.run(pool(2).run)
+    trainer.run(pool(2, faults=FaultSettings(on_error="skip")).run)
+    assert trainer.progress.best_step == -1
+    assert trainer.progress.history[-1]["validation"] == math.inf
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_hung_episode_runs_elsewhere_and_its_worker_is_ended(pool, faults, workers, caplog):
+    items, weights = training_items(small(), 0, "cpu"), Trainer(small(), "unused").learner.weights
+    made = pool(workers, faults=FaultSettings(shortest_deadline_s=1, first_deadline_s=1))
+    faults.order(items[3], "hang")
+    results = made.run(items, weights)
+    assert equal(results, [run_episode(weights, item.spec) for item in items])
+    assert made.restarts == 1
+    hung, other = faults.pids(items[3])
+    assert hung != other
+    assert f"train step 0 slot 3 did not end in 1 s (worker pid {hung})" in caplog.text
+    until(lambda: not _alive(int(hung)))
+
+
+def test_the_deadline_follows_the_measured_cost_and_doubles(pool):
+    made = pool(1, faults=FaultSettings(deadline_factor=10, shortest_deadline_s=0.5, first_deadline_s=40))
+    item = training_items(small(), 0, "cpu")[0]
+    task = pool_module._Task(0, item)
+    assert [made._allowed(replace(task, overdue=n)) for n in range(3)] == [40, 80, 160]
+    steps = item.spec.horizon * item.spec.instances
+    result = replace(failed_episode(""), seconds=0.2 * steps, inner_steps=steps)
+    made._learn_cost(item, result)
+    assert made._allowed(replace(task, overdue=1)) == pytest.approx(2 * 10 * 0.2 * steps)
+    made._learn_cost(item, replace(result, seconds=1e-6))
+    assert made._allowed(task) == pytest.approx(10 * 0.2 * steps)
+    longer = replace(item, spec=replace(item.spec, horizon=3 * item.spec.horizon))
+    assert made._allowed(replace(task, item=longer)) == pytest.approx(3 * 10 * 0.2 * steps)
+    assert made._allowed(replace(task, item=replace(item, key=Key(0, 0, "validate")))) == 40
+
+
+def test_below_the_floor_the_run_says_what_it_waits_for_and_gives_up(pool, monkeypatch, caplog):
+    resources = ResourceSettings(min_workers=2, start_timeout_s=2)
+    made = pool(2, resources.model_copy(update={"start_timeout_s": 30}))
+    os.kill(made.pids()[0], signal.SIGKILL)
+    monkeypatch.setattr(made, "_resources", resources.model_copy(update={"num_cpus": 99}))
+    items = training_items(small(), 0, "cpu")
+    with pytest.raises(PoolError, match=r"1 workers are up, resources\.min_workers=2, and no other came up in .*=2: "):
+        made.run(items * 5, Trainer(small(), "unused").learner.weights)
+    assert caplog.text.count("waiting up to 2 s for more; each needs 99 CPU, the cluster has") == 1
+
+
+def test_a_floor_that_is_reached_again_lets_the_run_go_on(pool, caplog):
+    made = pool(2, ResourceSettings(min_workers=2))
+    os.kill(made.pids()[0], signal.SIGKILL)
+    items, weights = training_items(small(), 0, "cpu"), Trainer(small(), "unused").learner.weights
+    assert equal(made.run(items, weights), [run_episode(weights, item.spec) for item in items])
+    assert "1 workers are up, resources.min_workers=2: waiting" in caplog.text
+    assert made.alive == 2
 
 
 def test_closing_ends_the_processes(pool):
     workers = pool(2)
     pids = workers.pids()
     workers.close()
-    limit = time.monotonic() + 20
-    while any(_alive(pid) for pid in pids):
+    until(lambda: not any(_alive(pid) for pid in pids))
+
+
+def until(done, seconds=20):
+    limit = time.monotonic() + seconds
+    while not done():
         assert time.monotonic() < limit
         ray.wait([ray.put(0)], timeout=0.1)
 
