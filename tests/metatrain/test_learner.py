@@ -85,3 +85,19 @@ def test_a_restored_learner_goes_on_bit_for_bit(before):
     assert torch.equal(flat(copy.weights), flat(learner.weights))
     assert torch.equal(flat(copy.averaged_weights), flat(learner.averaged_weights))
     assert copy.version == learner.version == 6
+
+
+@pytest.mark.parametrize("before", [0, 11])
+def test_a_step_to_weights_that_are_not_finite_is_refused_and_changes_nothing(before):
+    """Adam's steps on equal gradients are learner.lr long: the 12th of 3e37 leaves what float32 can hold."""
+    learner = Learner(small(meta_steps=100, learner={"lr": 3e37, "final_lr": 3e37, "clip": 1e9}))
+    (slots,) = np.ones_like(gradients(learner, 1, 1))
+    if before == 0:
+        learner._theta.data.fill_(-3.3e38)
+    for _ in range(before):
+        learner.update([result(slots[0])])
+    state, version = learner.tensors(), learner.version
+    with pytest.raises(ArithmeticError, match=r"the weights would not be finite; learner\.lr=3"):
+        learner.update([result(slots[0])])
+    assert learner.version == version == before
+    assert all(torch.equal(tensor, state[name]) for name, tensor in learner.tensors().items())

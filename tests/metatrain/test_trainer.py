@@ -12,7 +12,9 @@ import torch
 from ml2o_dist.artifact import weights_sha256
 from ml2o_dist.errors import UserError
 from ml2o_dist.metatrain.episode import run_episode
-from ml2o_dist.metatrain.trainer import Trainer
+from ml2o_dist.metatrain.schedule import training_items
+from ml2o_dist.metatrain.trainer import Trainer, TrainingError
+from ml2o_dist.rules.base import Oracle
 from ml2o_dist.rules.ml2o import ML2ONetwork
 from tests.metatrain.settings import small
 
@@ -77,8 +79,6 @@ def test_the_meta_loss_falls(tmp_path):
     """On the same episodes, before against after: an LSTM that was never registered would change nothing."""
     settings = small(meta_steps=30, validation={"every": 30}, learner={"lr": 0.02})
     trainer = Trainer(settings, tmp_path)
-    from ml2o_dist.metatrain.schedule import training_items
-
     fresh = [item for step in range(100, 106) for item in training_items(settings, step, "cpu")]
     before = [r.meta_loss for r in in_process(fresh, trainer.learner.weights)]
     trainer.run(in_process)
@@ -155,3 +155,67 @@ def test_a_validation_that_diverges_is_never_the_best(tmp_path):
     trainer.run(diverging)
     assert trainer.progress.best_step == 0
     assert trainer.progress.history[-1]["validation"] == math.inf
+
+
+OVERFLOWS = "multidigits[hidden=4,batch=8,init=1e30]"  # its logits are infinite, its losses inf - inf
+
+
+def check_that_others_go_on(trainer, name):
+    """Slots of the sound problem go on training; nothing of the other's gets into the weights."""
+    trainer.run(in_process)
+    steps = trainer.settings.meta_steps
+    items = [item for step in range(steps) for item in training_items(trainer.settings, step, "cpu")]
+    spoiled = sum(item.spec.problem.name == name for item in items)
+    assert 0 < spoiled < len(items)
+    assert trainer.progress.skipped_episodes == spoiled
+    assert trainer.progress.failed_episodes == 0
+    assert all(bool(t.isfinite().all()) for t in trainer.learner.weights.values())
+    assert all(math.isfinite(row["meta_loss"]) for row in trainer.progress.history[1:])
+
+
+@pytest.mark.parametrize("kind", ["replay", "exact"])
+def test_episodes_whose_losses_overflow_are_left_out(tmp_path, kind):
+    train = [{"problem": "quadratic[n=4]"}, {"problem": OVERFLOWS}]
+    settings = small(meta_steps=6, slots=6, estimator={"kind": kind}, family={"train": train})
+    check_that_others_go_on(Trainer(settings, tmp_path), "multidigits")
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_so_are_episodes_with_one_gradient_entry_that_is_not_finite(tmp_path, monkeypatch, value):
+    real = Oracle.jacobian
+
+    def spoiling(oracle, parameters, batch):
+        jacobian, losses = real(oracle, parameters, batch)
+        if oracle.problem.dimension == 2 and oracle.backwards == 3 * oracle.problem.objectives:
+            jacobian[0, 0, 1] = value
+        return jacobian, losses
+
+    monkeypatch.setattr(Oracle, "jacobian", spoiling)
+    train = [{"problem": "quadratic[n=4]"}, {"problem": "cagrad_toy"}]
+    check_that_others_go_on(Trainer(small(meta_steps=6, slots=6, family={"train": train}), tmp_path), "cagrad_toy")
+
+
+def test_ten_meta_steps_without_a_usable_episode_end_the_run(tmp_path):
+    settings = small(meta_steps=40, family={"train": [{"problem": OVERFLOWS}]})
+    trainer = Trainer(settings, tmp_path)
+    with pytest.raises(TrainingError, match="no episode of the last 10 meta-steps gave a finite meta-gradient"):
+        trainer.run(in_process)
+    assert trainer.learner.version == 9
+    trainer.save()
+    again = Trainer(settings, tmp_path)
+    again.resume()
+    assert again.progress.skipped_episodes == 9 * 4
+    assert again.progress.best_step == 0
+
+
+def test_a_run_that_is_killed_before_its_first_meta_step_can_be_resumed(calm, tmp_path):
+    def killed(items, weights):
+        raise Cut
+
+    with pytest.raises(Cut):
+        Trainer(small(), tmp_path).run(killed)
+    second = Trainer(small(), tmp_path)
+    second.resume()
+    assert second.learner.version == 0
+    second.run(in_process)
+    assert digests(second) == digests(calm)
