@@ -1,0 +1,230 @@
+"""What must not change the weights: workers killed or stopped, the driver killed; and what a long run must not eat."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+from mlflow.tracking import MlflowClient
+
+from ml2o_dist.artifact import weights_sha256
+from ml2o_dist.config import FaultSettings, ResourceSettings
+from ml2o_dist.metatrain.checkpoint import newest_checkpoint
+from ml2o_dist.metatrain.episode import run_episode
+from ml2o_dist.metatrain.pool import WorkerPool
+from ml2o_dist.metatrain.trainer import Trainer
+from tests.metatrain.settings import small
+
+pytestmark = pytest.mark.long
+
+CONFIG = Path(__file__).parent / "small_run.yaml"
+
+
+def digests(trainer):
+    return weights_sha256(trainer.learner.weights), weights_sha256(trainer.best_weights)
+
+
+def calm(settings, folder):
+    trainer = Trainer(settings, folder)
+    trainer.run(lambda items, weights: [run_episode(weights, item.spec) for item in items])
+    return digests(trainer)
+
+
+def test_ten_workers_killed_at_random_moments_leave_the_weights_equal(cluster, tmp_path):
+    settings, source = small(meta_steps=60), random.Random(1)
+    pool = WorkerPool(3, ResourceSettings(), FaultSettings(shortest_deadline_s=5))
+    victims = []
+
+    def kill(pid, delay):
+        time.sleep(delay)
+        os.kill(pid, signal.SIGKILL)
+
+    def on_row(step, row):
+        if "meta_loss" not in row or pool.restarts < len(victims) or len(victims) == 10:
+            return
+        if pool.alive == 3:
+            victims.append(source.choice(pool.pids()))
+            threading.Thread(target=kill, args=(victims[-1], 0.05 * source.random())).start()
+        else:
+            await_workers(pool, 3)
+
+    trainer = Trainer(settings, tmp_path / "chaos")
+    try:
+        trainer.run(pool.run, on_row)
+        assert len(set(victims)) == pool.restarts == 10
+    finally:
+        pool.close()
+    assert digests(trainer) == calm(settings, tmp_path / "calm")
+
+
+def await_workers(pool, count):
+    """Wait for replacements between two meta-steps, so that each of the kills finds a full pool."""
+    limit = time.monotonic() + 60
+    while pool.alive < count:
+        assert time.monotonic() < limit
+        ready, _ = ray.wait(list(pool._starting), timeout=1)
+        for future in ready:
+            pool._started(future)
+
+
+def test_a_stopped_worker_is_replaced_and_leaves_the_weights_equal(cluster, tmp_path):
+    settings, stopped = small(meta_steps=20), []
+    pool = WorkerPool(2, ResourceSettings(), FaultSettings(shortest_deadline_s=2, first_deadline_s=2))
+
+    def on_row(step, row):
+        if step == 5 and not stopped:
+            stopped.append(pool.pids()[0])
+            os.kill(stopped[0], signal.SIGSTOP)
+
+    trainer = Trainer(settings, tmp_path / "stopped")
+    try:
+        trainer.run(pool.run, on_row)
+        assert pool.restarts == 1
+        assert stopped[0] not in pool.pids()
+    finally:
+        pool.close()
+    assert digests(trainer) == calm(settings, tmp_path / "calm")
+    until(lambda: not Path(f"/proc/{stopped[0]}").exists(), 30)
+
+
+WORDS = ["--config", str(CONFIG), "--set", "meta_steps=40", "--set", "horizon=[60]", "--set", "checkpoint_every=4",
+         "--set", "validation.every=10", "--set", "compare=false", "--run-dir", "runs/killed", "--json"]  # fmt: skip
+
+
+def drive(home, *words):
+    """Start the command in a process of its own; everything it starts carries `home` in its environment."""
+    command = [sys.executable, "-m", "ml2o_dist", "meta-train", "--address", "local", *words]
+    environment = {**os.environ, "ML2O_HOME": str(home)}
+    with open(home / "stderr", "a") as errors:
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
+
+
+def descendants(home):
+    """Return the pids of living processes that were started with this home."""
+    found, mark = [], f"ML2O_HOME={home}".encode()
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            state = (folder / "stat").read_text().rsplit(")", 1)[1].split()[0]
+            if state != "Z" and mark in (folder / "environ").read_bytes().split(b"\0"):
+                found.append(int(folder.name))
+        except OSError:
+            continue
+    return found
+
+
+def until(done, seconds):
+    limit = time.monotonic() + seconds
+    while not done():
+        assert time.monotonic() < limit
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    home = tmp_path_factory.mktemp("calm")
+    child = drive(home, *WORDS)
+    output, _ = child.communicate(timeout=200)
+    assert child.returncode == 0, (home / "stderr").read_text()
+    return json.loads(output)
+
+
+@pytest.mark.timeout(600)
+def test_the_driver_killed_three_times_ends_at_the_same_weights_in_one_mlflow_run(undisturbed, tmp_path):
+    checkpoints, source = tmp_path / "runs" / "killed" / "checkpoints", random.Random(2)
+    steps = []
+    for number, step in enumerate((0, 12, 24)):
+        child = drive(tmp_path, *WORDS, *["--resume"] * (number > 0))
+        try:
+            until(lambda wanted=checkpoints / f"step_{step:06d}", child=child: wanted.exists() or child.poll(), 120)
+            assert child.poll() is None, (tmp_path / "stderr").read_text()
+            time.sleep(source.uniform(0, 1))  # anywhere in the four meta-steps that follow
+        finally:
+            child.kill()
+            child.wait()
+        steps.append(newest_checkpoint(checkpoints)[0].meta_step)
+        until(lambda: not descendants(tmp_path), 60)
+    assert steps[-1] < 40
+    child = drive(tmp_path, *WORDS, "--resume")
+    output, _ = child.communicate(timeout=200)
+    assert child.returncode == 0, (tmp_path / "stderr").read_text()
+    answer = json.loads(output)
+    assert answer["weights_sha256"] == undisturbed["weights_sha256"]
+    client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
+    (run,) = client.search_runs([client.get_experiment_by_name("ml2o/meta-train").experiment_id])
+    for key, expected in (("meta_loss", range(1, 41)), ("validation", (0, 10, 20, 30, 40))):
+        assert [metric.step for metric in client.get_metric_history(run.info.run_id, key)] == list(expected)
+    until(lambda: not descendants(tmp_path), 60)
+
+
+def test_a_run_leaves_no_process_behind(undisturbed):
+    home = Path(undisturbed["run_dir"]).parents[1]
+    until(lambda: not descendants(home), 60)
+
+
+def resident_mb(pid):
+    (line,) = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmRSS")]
+    return int(line.split()[1]) / 1024
+
+
+def store_mb():
+    from ray._private.internal_api import get_memory_info_reply, get_state_from_address
+
+    state = get_state_from_address(ray.get_runtime_context().gcs_address)
+    return get_memory_info_reply(state).store_stats.object_store_bytes_used / 2**20
+
+
+@pytest.mark.timeout(600)
+def test_memory_is_flat_over_a_thousand_meta_steps(cluster, tmp_path):
+    """Megabytes of the driver, the workers and the object store every 20 meta-steps, the first 300 left out."""
+    settings = small(meta_steps=1000, validation={"every": 50}, checkpoint_every=100)
+    pool = WorkerPool(2, settings.resources)
+    pids = {"driver": os.getpid(), "first worker": pool.pids()[0], "second worker": pool.pids()[1]}
+    seen = {name: [] for name in [*pids, "object store"]}
+
+    def on_row(step, row):
+        if "meta_loss" in row and step > 300 and step % 20 == 0:
+            gc.collect()
+            for name, pid in pids.items():
+                seen[name].append(resident_mb(pid))
+            seen["object store"].append(store_mb())
+
+    try:
+        Trainer(settings, tmp_path).run(pool.run, on_row)
+    finally:
+        pool.close()
+    for name, values in seen.items():
+        slope, _ = np.polyfit(range(len(values)), values, 1)
+        growth = slope * (len(values) - 1)
+        print(f"{name}: {values[0]:.2f} -> {values[-1]:.2f} MB, trend {growth:+.2f} MB over {20 * len(values)} steps")
+        # the driver keeps each meta-step's figures, 2 kB of Python objects; nothing else keeps anything
+        assert growth < (4.0 if name == "driver" else 1.0), (name, values)
+    assert max(seen["object store"]) < 1
+
+
+def test_object_references_are_gone_after_a_run(cluster, tmp_path):
+    from ray._private.worker import global_worker
+
+    def held():
+        gc.collect()
+        return len(global_worker.core_worker.get_all_reference_counts())
+
+    before = held()
+    settings = small(meta_steps=4)
+    pool = WorkerPool(2, settings.resources)
+    try:
+        Trainer(settings, tmp_path).run(pool.run)
+    finally:
+        pool.close()
+    del pool
+    until(lambda: held() <= before, 30)
