@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from hashlib import sha256
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
 import pyarrow as pa
@@ -93,7 +93,7 @@ def open_storage(run_dir: Path | str, *, resume: bool = False) -> RunStorage:
     if not is_uri(run_dir):
         folder = home_folder() / run_dir
         return RunStorage(str(folder), folder)
-    uri = str(run_dir).rstrip("/")
+    uri = re.sub(r"(?<=[^:/])/+$", "", str(run_dir))
     filesystem, base = _connected(uri)
     working_copy = cache_folder() / "runs" / sha256(uri.encode()).hexdigest()[:16]
     storage = RemoteRunStorage(uri, filesystem, base, working_copy)
@@ -111,7 +111,7 @@ def read_run(run_dir: Path | str) -> Iterator[Path]:
     if not is_uri(run_dir):
         yield home_folder() / run_dir
         return
-    uri = str(run_dir).rstrip("/")
+    uri = re.sub(r"(?<=[^:/])/+$", "", str(run_dir))
     filesystem, base = _connected(uri)
     with tempfile.TemporaryDirectory(prefix="ml2o-run-") as folder:
         RemoteRunStorage(uri, filesystem, base, Path(folder)).download(Path(folder))
@@ -125,7 +125,7 @@ class RemoteRunStorage(RunStorage):
         """`base` is the run's path in `filesystem`; nothing is read or written yet."""
         super().__init__(uri, folder)
         self._filesystem = filesystem
-        self._base = base.rstrip("/")
+        self._base = base
         self._committed: dict[str, Stamp] = {}  # of the files that the remote place has as they are here
         self._remote_steps: set[str] = set()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="run-storage")
@@ -145,8 +145,8 @@ class RemoteRunStorage(RunStorage):
     def refresh(self, *, resume: bool) -> None:
         """Make the working copy equal to the remote place, which is the truth.
 
-        One case is left out: a run to be resumed whose working copy is further than the remote place, because that did
-        not answer. What the steps in between came to is a function of the settings, so they need not be done again.
+        One case is left out: a working copy that is further than the remote place, because that did not answer. What
+        the steps in between came to is a function of the settings, so they need not be done again.
         config.yaml is taken from the newest whole checkpoint, since a torn one could pass for a whole one.
         """
         try:
@@ -160,7 +160,7 @@ class RemoteRunStorage(RunStorage):
     def _take_over(self, fetched: Path, resume: bool) -> None:
         stamps = self.download(fetched)
         there, _ = newest_checkpoint(fetched / "checkpoints")
-        if resume and _is_further(self.folder, fetched, there):
+        if _is_further(self.folder, fetched, there, resume):
             return
         for path in self.folder.iterdir():
             if path.name != LOCAL_ONLY:
@@ -178,10 +178,12 @@ class RemoteRunStorage(RunStorage):
         with self._answers("cannot be read"):
             selector = FileSelector(self._base, allow_not_found=True, recursive=True)
             for info in self._filesystem.get_file_info(selector):
-                name = info.path.removeprefix(f"{self._base}/")
+                path = PurePosixPath(info.path).relative_to(self._base)
+                name = path.as_posix()
                 if found := re.match(r"checkpoints/(step_\d{6,})", name):
                     self._remote_steps.add(found[1])
-                if info.type != FileType.File or name.split("/")[0] == LOCAL_ONLY:
+                ours = path.parts[0] != LOCAL_ONLY and not any(part.startswith(".") for part in path.parts)
+                if info.type != FileType.File or not ours:
                     continue
                 target = folder / name
                 target.parent.mkdir(parents=True, exist_ok=True)
@@ -222,24 +224,27 @@ class RemoteRunStorage(RunStorage):
 
     def _commit(self) -> None:
         """Write what changed, each commit marker after what it stands for; then remove what was removed here."""
-        steps = set()
+        steps: dict[str, bool] = {}  # newest first: is it all there?
         for name in sorted(self._names(), key=_commit_order):
             found = _CHECKPOINT.fullmatch(name)
-            if found:
-                steps.add(found[1])
+            step = found[1] if found else ""
+            if not steps.setdefault(step, True):
+                continue
             try:
                 stamp = _stamp(self.folder / name)
                 if self._committed.get(name) == stamp:
                     continue
                 content = (self.folder / name).read_bytes()
-            except FileNotFoundError:  # of a checkpoint that has become one too many meanwhile
+            except FileNotFoundError:
+                steps[step] = step == ""  # a checkpoint that has become one too many meanwhile, or a file replaced
                 continue
-            if found:
-                self._remote_steps.add(found[1])
+            if step:
+                self._remote_steps.add(step)
             self._write(name, content)
             self._committed[name] = stamp
-        if steps:  # where no checkpoint is to be seen here, none is removed there
-            for step in sorted(self._remote_steps - steps):
+        steps.pop("", None)
+        if next(iter(steps.values()), False):  # without the newest one there, those before must stay
+            for step in sorted(self._remote_steps - steps.keys()):
                 self._remove_checkpoint(step)
 
     def _names(self) -> Iterator[str]:
@@ -294,26 +299,36 @@ def _connected(uri: str) -> tuple[FileSystem, str]:
         asked += f"{'&' if parts.query else '?'}retry_limit_seconds={GS_RETRY_S}"
     try:
         filesystem, base = FileSystem.from_uri(asked)
+        base = filesystem.normalize_path(base).rstrip("/")
     except (OSError, pa.ArrowException) as error:
         raise UserError(
             f"run directory {uri!r}: {_one_line(error)} (allowed: a folder, or file://, s3://, gs://, abfs://, hdfs://)"
         ) from error
-    if not base.strip("/"):
+    if not base:
         raise UserError(f"run directory {uri!r} names no folder, as in {parts.scheme}://bucket/runs/first")
     return filesystem, base
 
 
-def _is_further(here: Path, there: Path, whole: Checkpoint | None) -> bool:
-    """Say whether the folder `here` goes on from the run in `there`, whose newest whole checkpoint is `whole`."""
+def _is_further(here: Path, there: Path, whole: Checkpoint | None, resume: bool) -> bool:
+    """Say whether the folder `here` goes on from the run in `there`, whose newest whole checkpoint is `whole`.
+
+    Where nothing of a run ever came to the remote place, only the wish to resume says that one is meant.
+    """
     ours, _ = newest_checkpoint(here / "checkpoints")
     if ours is None:
         return False
     if whole is None:
         first, second = here / "config.yaml", there / "config.yaml"
-        return first.is_file() and second.is_file() and first.read_bytes() == second.read_bytes()
-    same_run = ours.state["progress"]["tracking_run"] == whole.state["progress"]["tracking_run"]
-    settings, theirs = (parse_settings(checkpoint.state["config"]) for checkpoint in (ours, whole))
-    return ours.meta_step > whole.meta_step and same_run and not first_difference(settings, theirs)
+        if not second.is_file():
+            return resume
+        return first.is_file() and first.read_bytes() == second.read_bytes()
+    if ours.meta_step <= whole.meta_step or _tracking_run(ours) != _tracking_run(whole):
+        return False
+    return not first_difference(*(parse_settings(checkpoint.state["config"]) for checkpoint in (ours, whole)))
+
+
+def _tracking_run(checkpoint: Checkpoint) -> str:
+    return str(checkpoint.state["progress"]["tracking_run"])
 
 
 def _commit_order(name: str) -> tuple[bool, int, int, str]:

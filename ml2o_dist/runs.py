@@ -75,7 +75,8 @@ def meta_train(
     try:
         if resume:
             for refusal in trainer.resume():
-                console.print(f"[yellow]checkpoint refused:[/] {storage.named(refusal)}", highlight=False)
+                line = f"[yellow]checkpoint refused:[/] {storage.named(refusal)}"
+                console.print(line, highlight=False, soft_wrap=True)
         else:
             check_fresh(storage.folder, settings)
         check_writable(storage.folder)
