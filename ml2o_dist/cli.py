@@ -64,7 +64,7 @@ def main() -> None:
 @main.command("meta-train")
 @click.option("--config", type=click.Path(path_type=Path), help="YAML settings [default: the embedded digits].")
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a dotted key; repeatable.")
-@click.option("--run-dir", type=click.Path(path_type=Path), help="Where the run lives [default: runs/<time>].")
+@click.option("--run-dir", help="Where the run lives: a folder or a URI, s3://bucket/x [default: runs/<time>].")
 @click.option("--seed", type=int, help="Short for --set seed=N.")
 @click.option("--address", default="auto", show_default=True, help="Ray: auto, local, or HOST:PORT.")
 @click.option("--tracking-uri", help="Short for --set tracking.uri=URI.")
@@ -74,7 +74,7 @@ def meta_train(
     console: Console,
     config: Path | None,
     overrides: tuple[str, ...],
-    run_dir: Path | None,
+    run_dir: str | None,
     seed: int | None,
     address: str,
     tracking_uri: str | None,
@@ -90,8 +90,8 @@ def meta_train(
     """
     from ml2o_dist import runs
     from ml2o_dist.config_file import load_settings
-    from ml2o_dist.files import home_folder
-    from ml2o_dist.run_directory import resolved, resumed_settings
+    from ml2o_dist.run_directory import resumed_settings
+    from ml2o_dist.run_storage import open_storage
 
     if seed is not None:
         overrides += (f"seed={seed}",)
@@ -99,12 +99,13 @@ def meta_train(
         overrides += (f"tracking.uri={tracking_uri}",)
     if resume and run_dir is None:
         raise UserError("--resume needs --run-dir, the directory of the run to go on with")
-    if resume and run_dir is not None and config is None:
-        settings = resumed_settings(resolved(run_dir, home_folder()), overrides)
-    else:
-        settings = load_settings(config, overrides)
-    target = run_dir or Path("runs") / datetime.now().strftime("%Y%m%d-%H%M%S")
-    return runs.meta_train(settings, target, resume=resume, address=address, console=console)
+    place = run_dir or f"runs/{datetime.now():%Y%m%d-%H%M%S}"
+    if resume and config is None:
+        storage = open_storage(place, resume=True)
+        settings = resumed_settings(storage, overrides)
+        return runs.meta_train(settings, storage, resume=True, address=address, console=console)
+    settings = load_settings(config, overrides)
+    return runs.meta_train(settings, place, resume=resume, address=address, console=console)
 
 
 @main.group()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import logging
+import sys
+import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rich.console import Console
@@ -15,18 +17,15 @@ from ml2o_dist.config_file import dump_settings, first_difference, load_settings
 from ml2o_dist.errors import UserError
 from ml2o_dist.files import replacing
 from ml2o_dist.metatrain.checkpoint import newest_checkpoint
+from ml2o_dist.run_storage import RunStorage
 
 
-def resolved(run_dir: Path, home: Path) -> Path:
-    """Return `run_dir` as an absolute path, against ML2O_HOME where it is relative."""
-    return run_dir if run_dir.is_absolute() else home / run_dir
-
-
-def resumed_settings(folder: Path, overrides: Sequence[str]) -> MetaTrainSettings:
-    """Read the settings of the run in `folder`, to go on with it; raises UserError where there is none."""
-    if not (folder / "config.yaml").exists():
-        raise UserError(f"nothing to resume: {folder} holds no config.yaml")
-    return load_settings(folder / "config.yaml", overrides)
+def resumed_settings(storage: RunStorage, overrides: Sequence[str]) -> MetaTrainSettings:
+    """Read the settings of a run, to go on with it; raises UserError where there is none."""
+    file = storage.folder / "config.yaml"
+    if not file.exists():
+        raise UserError(f"nothing to resume: {storage.name} holds no config.yaml")
+    return load_settings(file, overrides)
 
 
 def check_fresh(run_dir: Path, settings: MetaTrainSettings) -> None:
@@ -40,15 +39,24 @@ def check_fresh(run_dir: Path, settings: MetaTrainSettings) -> None:
     raise UserError(f"{run_dir} holds a run of this configuration; add --resume to go on, or choose another --run-dir")
 
 
+def check_writable(run_dir: Path) -> None:
+    """Raise UserError where `run_dir` is on a read-only disk or may not be written; leaves nothing behind."""
+    there = next(folder for folder in (run_dir, *run_dir.parents) if folder.exists())
+    try:
+        tempfile.TemporaryFile(dir=there).close()
+    except OSError as error:
+        raise _unwritable(run_dir, error) from error
+
+
 @contextmanager
 def written_to(run_dir: Path, settings: MetaTrainSettings, console: Console) -> Iterator[None]:
     """Write config.yaml and log to run.log, warnings to the console too, for the time of a `with` block."""
     try:
         with replacing(run_dir / "config.yaml") as stream:
             stream.write(dump_settings(settings).encode())
-        file = logging.FileHandler(run_dir / "run.log")
+        file = _RunLog(run_dir / "run.log", console)
     except OSError as error:
-        raise UserError(f"run directory {str(run_dir)!r} cannot be written: {error.strerror}") from error
+        raise _unwritable(run_dir, error) from error
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     screen = RichHandler(logging.WARNING, console, show_time=False, show_path=False)
     ours = logging.getLogger("ml2o_dist")
@@ -63,3 +71,32 @@ def written_to(run_dir: Path, settings: MetaTrainSettings, console: Console) -> 
             ours.removeHandler(handler)
             handler.close()
         ours.setLevel(level)
+
+
+class _RunLog(logging.FileHandler):
+    """The run's log. What a full disk does not take is said once per outage, and tried again with the next record."""
+
+    def __init__(self, file: Path, console: Console) -> None:
+        super().__init__(file)
+        self._console = console
+        self._unwritable = False
+
+    def flush(self) -> None:
+        super().flush()
+        self._unwritable = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._unwritable:
+            self._unwritable = True
+            self._console.print(f"[yellow]{self.baseFilename} cannot be written:[/] {error.strerror}", highlight=False)
+
+    def close(self) -> None:
+        with suppress(OSError):  # of the records that were said not to be written
+            super().close()
+
+
+def _unwritable(run_dir: Path, error: OSError) -> UserError:
+    return UserError(f"run directory {str(run_dir)!r} cannot be written: {error.strerror or error}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 import signal
 import subprocess
 import time
@@ -22,7 +23,7 @@ from ml2o_dist.errors import Aborted, Incomplete, Interrupted, UserError
 from ml2o_dist.evaluation.benchmark import Comparison, compare
 from ml2o_dist.evaluation.cells import Cell, CellResult, Learned, run_cells_on_ray
 from ml2o_dist.evaluation.report import comparison_markdown, comparison_table, plot_comparison, plot_meta_loss
-from ml2o_dist.files import home_folder
+from ml2o_dist.files import replacing
 from ml2o_dist.metatrain.pool import PoolError, Stopped, WorkerPool
 from ml2o_dist.metatrain.trainer import Row, Trainer, TrainingError
 from ml2o_dist.problems import ProblemContext, ProblemSpec
@@ -31,7 +32,8 @@ from ml2o_dist.problems.images import load_pairs
 from ml2o_dist.problems.multitask import MultiTaskImages
 from ml2o_dist.progress import StepDisplay
 from ml2o_dist.rules.aggregated import parse_optimizer_name
-from ml2o_dist.run_directory import check_fresh, resolved, written_to
+from ml2o_dist.run_directory import check_fresh, check_writable, written_to
+from ml2o_dist.run_storage import RunStorage, StorageError, open_storage
 from ml2o_dist.stopping import StopRequest, stop_on_signals
 from ml2o_dist.tracking.registry import register_version
 from ml2o_dist.tracking.run import Status
@@ -46,7 +48,7 @@ log = logging.getLogger(__name__)
 
 def meta_train(
     settings: MetaTrainSettings,
-    run_dir: Path,
+    run_dir: RunStorage | Path | str,
     *,
     resume: bool = False,
     address: str = "auto",
@@ -54,12 +56,13 @@ def meta_train(
 ) -> dict[str, Any]:
     """Meta-train, compare with baselines, register a version; return what `ml2o meta-train --json` prints.
 
+    `run_dir` is a folder or the URI of one (`ml2o_dist.run_storage`), or either as `open_storage` returned it.
+
     Raises:
         UserError: settings, data, cluster or run directory are not as they must be (exit code 2).
         Aborted, Interrupted: see there; `--resume` goes on from the checkpoint.
     """
     console = console or Console(stderr=True)
-    run_dir = resolved(run_dir, home_folder())
     settings = _resolved(settings)
     uri = resolve_tracking_uri(settings.tracking.uri)
     if redacted(settings.tracking.uri) != settings.tracking.uri:
@@ -67,14 +70,20 @@ def meta_train(
             f"tracking.uri is {redacted(uri)!r}: the password would be written into config.yaml; "
             "give such a URI in the environment variable MLFLOW_TRACKING_URI"
         )
-    trainer = Trainer(settings, run_dir)
-    if resume:
-        for refusal in trainer.resume():
-            console.print(f"[yellow]checkpoint refused:[/] {refusal}", highlight=False)
-    else:
-        check_fresh(run_dir, settings)
-    _check_data(trainer, check_problems(settings))
-    console.print(f"run directory  {run_dir}", highlight=False, soft_wrap=True)
+    storage = run_dir if isinstance(run_dir, RunStorage) else open_storage(run_dir, resume=resume)
+    trainer = Trainer(settings, storage.folder, on_saved=storage.commit)
+    try:
+        if resume:
+            for refusal in trainer.resume():
+                line = f"[yellow]checkpoint refused:[/] {storage.named(refusal)}"
+                console.print(line, highlight=False, soft_wrap=True)
+        else:
+            check_fresh(storage.folder, settings)
+        check_writable(storage.folder)
+        _check_data(trainer, check_problems(settings))
+    except UserError as error:
+        raise UserError(storage.named(str(error))) from error
+    console.print(f"run directory  {storage.name}", highlight=False, soft_wrap=True)
     console.print(f"tracking URI   {redacted(uri)}", highlight=False, soft_wrap=True)
     with connected(address) as where, stop_on_signals() as stop:
         console.print(f"Ray            {where}", highlight=False, soft_wrap=True)
@@ -84,52 +93,80 @@ def meta_train(
             raise Interrupted(stop.signal_number, "stopped before the first meta-step") from None
         with (
             closing(pool),
-            written_to(run_dir, settings, console),
-            _tracked(trainer, uri) as sink,
-            _saved(trainer, stop),
+            _committed(storage),
+            written_to(storage.folder, settings, console),
+            _tracked(trainer, storage, uri) as sink,
+            _saved(trainer, storage, stop),
         ):
+            storage.commit()
             _train(trainer, pool, sink, console)
             pool.close()
-            return _finish(trainer, sink, uri, console, stop)
+            return _finish(trainer, storage, sink, uri, console, stop)
 
 
 @contextmanager
-def _saved(trainer: Trainer, stop: StopRequest) -> Iterator[None]:
+def _committed(storage: RunStorage) -> Iterator[None]:
+    """Wait at the end of the `with` block, however it ends, until the remote place has everything."""
+    try:
+        yield
+    except (Aborted, Incomplete, Interrupted, UserError) as error:
+        _settle(storage, f"{error}; but")
+        raise
+    _settle(storage, "the run is done, but")
+
+
+def _settle(storage: RunStorage, so_far: str) -> None:
+    try:
+        storage.settle()
+    except StorageError as error:
+        raise Aborted(
+            f"{so_far} {storage.name} lacks what is in {storage.folder}: {error}; to bring it there: {_resume(storage)}"
+        ) from error
+
+
+def _resume(storage: RunStorage) -> str:
+    return f"ml2o meta-train --run-dir {shlex.quote(storage.name)} --resume"
+
+
+@contextmanager
+def _saved(trainer: Trainer, storage: RunStorage, stop: StopRequest) -> Iterator[None]:
     """Write a checkpoint first of all when the `with` block is cut short, and say how to go on."""
     try:
         yield
     except Incomplete:
         raise
     except Exception as error:
+        step, steps = trainer.learner.version, trainer.settings.meta_steps
         try:
             trainer.save()
-            what = (
-                f"checkpoint at meta-step {trainer.learner.version} of {trainer.settings.meta_steps} written; "
-                f"go on with: ml2o meta-train --run-dir {trainer.run_dir} --resume"
-            )
+            what = f"checkpoint at meta-step {step} of {steps} written; go on with: {_resume(storage)}"
         except OSError as failure:
-            what = f"and no checkpoint could be written to {trainer.run_dir}: {failure.strerror or failure}"
+            reason = failure.strerror or failure
+            what = f"no checkpoint could be written to {trainer.run_dir} at meta-step {step} of {steps}: {reason}"
+            if isinstance(error, OSError | Stopped):
+                raise Aborted(f"{what}; go on from the one before with: {_resume(storage)}") from error
         if isinstance(error, Stopped):
             name = signal.Signals(stop.signal_number).name
             raise Interrupted(stop.signal_number, f"stopped by {name}; {what}") from None
         if isinstance(error, UserError):
             raise
         log.info("aborted", exc_info=True)  # the traceback belongs into run.log, the line on the screen
-        reason = str(error) if isinstance(error, PoolError | TrainingError) else f"{type(error).__name__}: {error}"
+        spoken = isinstance(error, PoolError | TrainingError | Aborted)
+        reason = str(error) if spoken else f"{type(error).__name__}: {error}"
         raise Aborted(f"{reason}; {what}") from error
 
 
 @contextmanager
-def _tracked(trainer: Trainer, uri: str) -> Iterator[MlflowSink]:
+def _tracked(trainer: Trainer, storage: RunStorage, uri: str) -> Iterator[MlflowSink]:
     """Open the trainer's MLflow run, or go on with it, and end it as the `with` block ended."""
     settings = trainer.settings
     sink = MlflowSink.open(
         uri,
         settings.tracking.experiment,
         trainer.progress.tracking_run or None,
-        trainer.run_dir.name,
+        storage.title,
         params=_parameters(settings),
-        tags={"config_hash": settings_hash(settings), "git": _git_commit(), "run_dir": str(trainer.run_dir)},
+        tags={"config_hash": settings_hash(settings), "git": _git_commit(), "run_dir": storage.name},
     )
     trainer.progress.tracking_run = sink.run_id or trainer.progress.tracking_run
     status: Status = "FINISHED"
@@ -216,7 +253,9 @@ def _train(trainer: Trainer, pool: WorkerPool, sink: MlflowSink, console: Consol
         trainer.run(pool.run, on_row)
 
 
-def _finish(trainer: Trainer, sink: MlflowSink, uri: str, console: Console, stop: StopRequest) -> dict[str, Any]:
+def _finish(
+    trainer: Trainer, storage: RunStorage, sink: MlflowSink, uri: str, console: Console, stop: StopRequest
+) -> dict[str, Any]:
     settings, progress, run_dir = trainer.settings, trainer.progress, trainer.run_dir
     provenance = {
         "config_hash": settings_hash(settings),
@@ -231,9 +270,11 @@ def _finish(trainer: Trainer, sink: MlflowSink, uri: str, console: Console, stop
         "validation_problems": list(settings.family.validation),
         "test_problems": list(settings.family.test),
     }
-    saved = artifact.save_artifact(run_dir, trainer.best_weights, settings.rule, provenance)
+    try:
+        saved = artifact.save_artifact(run_dir, trainer.best_weights, settings.rule, provenance)
+    except UserError as error:  # a full disk: nothing that another setting would mend
+        raise Aborted(str(error)) from error
     plots = run_dir / "plots"
-    plots.mkdir(exist_ok=True)
     if progress.best_step <= 0:
         console.print("[yellow]no validation was better than the untrained network's: that is what is kept[/]")
     comparison: Comparison | None = None
@@ -242,7 +283,8 @@ def _finish(trainer: Trainer, sink: MlflowSink, uri: str, console: Console, stop
         plot_meta_loss(progress.history, plots / "meta_loss.png")
         if settings.compare:
             comparison = _compare(trainer, console, stop)
-            (run_dir / "comparison.md").write_text(comparison_markdown(comparison))
+            with replacing(run_dir / "comparison.md") as stream:
+                stream.write(comparison_markdown(comparison).encode())
             sink.log_artifact(run_dir / "comparison.md")
             plot_comparison(comparison, plots / "comparison.png")
     except Stopped:
@@ -255,9 +297,9 @@ def _finish(trainer: Trainer, sink: MlflowSink, uri: str, console: Console, stop
     sink.log_artifact(run_dir / "config.yaml")
     sink.flush()
     version = _register(trainer, sink, uri, comparison, console)
-    console.print(f"weights        {saved.path}", highlight=False, soft_wrap=True)
+    console.print(f"weights        {storage.named(str(saved.path))}", highlight=False, soft_wrap=True)
     answer = {
-        "run_dir": str(run_dir),
+        "run_dir": storage.name,
         "meta_steps": settings.meta_steps,
         "weights_sha256": saved.weights_sha256,
         "inner_steps_per_s": progress.inner_steps_per_s,

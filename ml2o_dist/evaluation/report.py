@@ -14,6 +14,7 @@ from rich.text import Text
 
 from ml2o_dist.evaluation.benchmark import INITIAL, LEARNED, Comparison, ProblemComparison, Row, Versus
 from ml2o_dist.evaluation.statistics import exponential_average
+from ml2o_dist.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -283,5 +284,5 @@ def _figure(width: float, height: float) -> Figure:
 
 
 def _save(figure: Figure, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, facecolor="white")
+    with replacing(path) as stream:
+        figure.savefig(stream, format="png", facecolor="white")

@@ -1,7 +1,8 @@
 """Checkpoints: whole or absent. Tensors in safetensors, the rest JSON, a manifest with every file's sha256.
 
 A checkpoint is written into a temporary folder, flushed to the disk, and renamed to `step_NNNNNN`; a reader takes the
-newest one whose manifest holds. Nothing is ever unpickled.
+newest one whose manifest holds. A whole checkpoint is never replaced, only removed once newer ones are there: so at
+every moment the newest whole one is the new one or the one before. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -11,7 +12,9 @@ import json
 import re
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -39,16 +42,32 @@ class CheckpointError(Exception):
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Write `folder/step_NNNNNN` atomically and remove all but the newest `keep`; return its path.
+    """Write `folder/step_NNNNNN` atomically and remove all but the newest `keep` whole ones; return its path.
+
+    A whole checkpoint of the same step stays as it is: going on from it leads to the same weights, and there would be
+    a moment in which the step is in neither place. A damaged one is replaced.
 
     Raises:
-        OSError: the disk is full or read-only; nothing named step_* is left behind.
+        OSError: the disk is full or read-only; what was there before is still there.
     """
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"step_{checkpoint.meta_step:06d}"
     for left_over in folder.glob("tmp_*"):  # of a process that was killed here
-        shutil.rmtree(left_over, ignore_errors=True)
-    temporary, replaced = folder / f"tmp_{checkpoint.meta_step:06d}", folder / "tmp_replaced"
+        _remove(left_over)
+    if not _is_whole(target):
+        _write_folder(target, checkpoint)
+    every = _paths(folder)
+    ours = every.index(target)  # later ones were refused when the run was resumed before them
+    kept = [target, *islice(filter(_is_whole, every[ours + 1 :]), keep - 1)]
+    for path in every:
+        if path not in kept:
+            _remove(path)
+    return target
+
+
+def _write_folder(target: Path, checkpoint: Checkpoint) -> None:
+    folder = target.parent
+    temporary, damaged = folder / f"tmp_{checkpoint.meta_step:06d}", folder / "tmp_damaged"
     temporary.mkdir()
     try:
         files = {
@@ -61,18 +80,13 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
             _write(temporary / name, content)
         flush_folder(temporary)
         if target.exists():
-            target.rename(replaced)
+            target.rename(damaged)
         temporary.rename(target)
         flush_folder(folder)
-        shutil.rmtree(replaced, ignore_errors=True)
+        _remove(damaged)
     except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
+        _remove(temporary)
         raise
-    every = _folders(folder)
-    ours = every.index(target)  # later ones were refused when the run was resumed before them
-    for old in [*every[:ours], *every[ours + keep :]]:
-        shutil.rmtree(old, ignore_errors=True)
-    return target
 
 
 def load_checkpoint(path: Path) -> Checkpoint:
@@ -82,8 +96,11 @@ def load_checkpoint(path: Path) -> Checkpoint:
         raise CheckpointError(
             f"{path / 'manifest.json'}: format {manifest.get('format')!r}, this version reads {FORMAT}"
         )
+    hashes = manifest.get("sha256")
+    if not isinstance(hashes, dict):
+        raise CheckpointError(f"{path / 'manifest.json'}: lists no sha256")
     contents = {}
-    for name, expected in manifest.get("sha256", {}).items():
+    for name, expected in hashes.items():
         contents[name] = _read(path / name)
         if hashlib.sha256(contents[name]).hexdigest() != expected:
             raise CheckpointError(f"{path / name}: its sha256 differs from the manifest's; the file was cut or altered")
@@ -101,7 +118,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
 def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     """Return the newest valid checkpoint (None: there is none) and why each newer one was refused."""
     refused: list[str] = []
-    for path in _folders(folder):
+    for path in _paths(folder):
         try:
             return load_checkpoint(path), refused
         except CheckpointError as error:
@@ -109,10 +126,27 @@ def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
     return None, refused
 
 
-def _folders(folder: Path) -> list[Path]:
-    """Return the checkpoint folders, newest first."""
-    found = [path for path in folder.glob("step_*") if _NAME.fullmatch(path.name) and path.is_dir()]
+def _paths(folder: Path) -> list[Path]:
+    """Return everything that is named as a checkpoint, newest first."""
+    found = [path for path in folder.glob("step_*") if _NAME.fullmatch(path.name)]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step_")), reverse=True)
+
+
+def _is_whole(path: Path) -> bool:
+    try:
+        load_checkpoint(path)
+    except CheckpointError:
+        return False
+    return True
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder or file if that is possible; what stays is removed by a later save."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        with suppress(OSError):
+            path.unlink()
 
 
 def _json(value: Mapping[str, Any]) -> bytes:

@@ -66,15 +66,17 @@ class TrainingError(Exception):
 class Trainer:
     """One meta-training: `run` continues from wherever the state is, `save` writes that state down."""
 
-    def __init__(self, settings: MetaTrainSettings, run_dir: Path) -> None:
-        """`settings.device` must be a device, not `auto`."""
+    def __init__(self, settings: MetaTrainSettings, run_dir: Path, on_saved: Callable[[], None] = lambda: None) -> None:
+        """`settings.device` must be a device, not `auto`; `on_saved` is called after each checkpoint."""
         self.settings = settings
         self.run_dir = run_dir
+        self._on_saved = on_saved
         self.learner = Learner(settings)
         self.progress = Progress()
         self.best_weights: dict[str, Tensor] = self.learner.weights
         self._saved = (-1, -1)
         self._saved_at = time.monotonic()
+        self._unwritable = False
 
     def resume(self) -> list[str]:
         """Take over the newest valid checkpoint of the run directory; return why newer ones were refused.
@@ -101,35 +103,52 @@ class Trainer:
 
         Validation figures of a step come in a call of their own. Any exception leaves the state at the last whole
         meta-step, ready for `save`. The state is saved before anything is computed: a run that is killed at any later
-        moment can be resumed.
+        moment can be resumed. A checkpoint on the way that cannot be written costs a warning, the last one raises
+        OSError.
 
         Raises:
             TrainingError: the weights or all episodes of `LOST_STEPS` meta-steps are not finite.
         """
-        self.save()
+        self._try_to_save()
         self._saved_at = time.monotonic()
         while True:
             step = self.learner.version
             if validates(self.settings, step) and self.progress.validated_step < step:
                 self._record(step, {"validation": self._validate(step, execute)}, on_row)
-            if self._checkpoint_due():
-                self.save()
             if step >= self.settings.meta_steps:
+                self.save()
                 return
+            if self._checkpoint_due():
+                self._try_to_save()
             self._record(step + 1, self._train(step, execute), on_row)
 
     def save(self) -> None:
-        """Write checkpoint and metrics for the current state, unless they are there already."""
+        """Write checkpoint and metrics for the current state, unless they are there already; OSError: not possible."""
         state = (self.learner.version, self.progress.validated_step)
         if state == self._saved:
             return
-        self._write_metrics()
+        self._write_metrics()  # first: a run that is resumed at its last checkpoint does not write them again
         tensors = self.learner.tensors() | {f"best/{name}": t for name, t in self.best_weights.items()}
         config = self.settings.model_dump(mode="json", by_alias=True)
         saved: dict[str, Any] = {"config": config, "progress": asdict(self.progress)}
         checkpoint = Checkpoint(self.learner.version, tensors, saved)
         save_checkpoint(self.run_dir / "checkpoints", checkpoint, self.settings.keep_checkpoints)
-        self._saved, self._saved_at = state, time.monotonic()
+        self._saved, self._saved_at, self._unwritable = state, time.monotonic(), False
+        self._on_saved()
+
+    def _try_to_save(self) -> None:
+        """Save, or say once per outage that it was not possible and leave it to the next time."""
+        try:
+            self.save()
+        except OSError as error:
+            if not self._unwritable:
+                log.warning(
+                    "no checkpoint could be written to %s at meta-step %d: %s; training goes on, the next one is tried",
+                    self.run_dir,
+                    self.learner.version,
+                    error.strerror or error,
+                )
+            self._unwritable, self._saved_at = True, time.monotonic()
 
     def _train(self, step: int, execute: Execute) -> Row:
         began = time.monotonic()
@@ -195,8 +214,6 @@ class Trainer:
 
     def _checkpoint_due(self) -> bool:
         step = self.learner.version
-        if step >= self.settings.meta_steps:
-            return True
         if self.settings.checkpoint_every:
             return step > 0 and step % self.settings.checkpoint_every == 0
         return time.monotonic() - self._saved_at > CHECKPOINT_SECONDS

@@ -7,7 +7,6 @@ import json
 import pytest
 import torch
 
-from ml2o_dist.metatrain import checkpoint as module
 from ml2o_dist.metatrain.checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -15,6 +14,7 @@ from ml2o_dist.metatrain.checkpoint import (
     newest_checkpoint,
     save_checkpoint,
 )
+from tests.metatrain.faulty_disk import HOWS, FaultyDisk, Killed
 
 
 def some(step=4):
@@ -47,31 +47,90 @@ def test_a_refused_later_checkpoint_is_cleared_and_never_costs_the_new_one(tmp_p
     assert load_checkpoint(saved).meta_step == 95
 
 
-def test_saving_a_step_again_replaces_it(tmp_path):
-    save_checkpoint(tmp_path, some(), keep=3)
-    changed = Checkpoint(4, {"theta": torch.zeros(1)}, {})
-    save_checkpoint(tmp_path, changed, keep=3)
-    assert list(load_checkpoint(tmp_path / "step_000004").tensors) == ["theta"]
+def test_a_whole_step_is_left_alone_and_a_damaged_one_replaced(tmp_path):
+    path = save_checkpoint(tmp_path, some(), keep=3)
+    other = Checkpoint(4, {"theta": torch.zeros(1)}, {})
+    save_checkpoint(tmp_path, other, keep=3)
+    assert torch.equal(load_checkpoint(path).tensors["theta"], some().tensors["theta"])
+    (path / "state.json").write_text("{}")
+    save_checkpoint(tmp_path, other, keep=3)
+    assert list(load_checkpoint(path).tensors) == ["theta"]
+    assert [p.name for p in tmp_path.iterdir()] == ["step_000004"]
 
 
-@pytest.mark.parametrize("name", ["tensors.safetensors", "state.json", "manifest.json"])
-@pytest.mark.parametrize("harm", ["truncate", "flip", "remove"])
-def test_a_damaged_file_is_refused_by_name_and_the_one_before_is_used(tmp_path, name, harm):
-    save_checkpoint(tmp_path, some(3), keep=3)
-    file = save_checkpoint(tmp_path, some(4), keep=3) / name
-    content = bytearray(file.read_bytes())
-    if harm == "remove":
-        file.unlink()
-    elif harm == "truncate":
-        file.write_bytes(content[: len(content) // 2])
-    else:
-        content[len(content) // 2] ^= 1
-        file.write_bytes(bytes(content))
-    found, refused = newest_checkpoint(tmp_path)
+def test_a_damaged_checkpoint_does_not_count_as_one_that_is_kept(tmp_path):
+    save_checkpoint(tmp_path, some(3), keep=2)
+    damaged = save_checkpoint(tmp_path, some(4), keep=2)
+    (damaged / "manifest.json").unlink()
+    save_checkpoint(tmp_path, some(6), keep=2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_000003", "step_000006"]
+
+
+FILES = ("tensors.safetensors", "state.json", "manifest.json")
+
+
+def refused_for(folder, *blamed):
+    """Assert that step 4 is refused in one line by the name of one of the files, and that step 3 is used."""
+    found, refused = newest_checkpoint(folder)
     assert found.meta_step == 3
-    assert len(refused) == 1
-    blamed = {"manifest.json", "state.json", "tensors.safetensors"} if name == "manifest.json" else {name}
-    assert any(f"step_000004/{each}" in refused[0] for each in blamed)
+    (line,) = refused
+    assert any(f"{folder}/step_000004/{name}: " in line for name in blamed), line
+    return line
+
+
+@pytest.fixture
+def two(tmp_path):
+    """A folder with steps 3 and 4."""
+    save_checkpoint(tmp_path, some(3), keep=3)
+    save_checkpoint(tmp_path, some(4), keep=3)
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_that_is_missing_or_a_folder_is_refused_by_name(two, name):
+    file = two / "step_000004" / name
+    file.unlink()
+    assert "No such file" in refused_for(two, name)
+    file.mkdir()
+    assert "Is a directory" in refused_for(two, name)
+    assert load_checkpoint(save_checkpoint(two, some(4), keep=3)).meta_step == 4
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_truncated_file_is_refused_by_name_wherever_it_was_cut(two, name):
+    file = two / "step_000004" / name
+    content = file.read_bytes()
+    for length in {0, 1, 8, len(content) // 2, len(content) - 1}:
+        file.write_bytes(content[:length])
+        refused_for(two, name)
+    file.write_bytes(content + b"\0")
+    refused_for(two, name)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_any_bit_that_flipped_is_refused_by_name(two, name):
+    """Every bit of every byte: of the manifest too, which has no hash of its own."""
+    file = two / "step_000004" / name
+    content = file.read_bytes()
+    blamed = FILES if name == "manifest.json" else (name,)
+    for position in range(len(content)):
+        for bit in range(8):
+            file.write_bytes(content[:position] + bytes([content[position] ^ 1 << bit]) + content[position + 1 :])
+            found, (line,) = newest_checkpoint(two)
+            assert found.meta_step == 3, (position, bit)
+            named = any(f"step_000004/{each}: " in line for each in blamed)
+            assert named or (name == "manifest.json" and "step_000004/" in line), line  # a name in it, flipped
+    file.write_bytes(content)
+    assert newest_checkpoint(two)[0].meta_step == 4
+
+
+def test_a_file_in_the_place_of_the_folder_is_refused_and_replaced(tmp_path):
+    save_checkpoint(tmp_path, some(3), keep=3)
+    (tmp_path / "step_000004").write_text("")
+    assert "Not a directory" in refused_for(tmp_path, "manifest.json")
+    save_checkpoint(tmp_path, some(4), keep=3)
+    assert newest_checkpoint(tmp_path)[0].meta_step == 4
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step_000003", "step_000004"]
 
 
 def test_a_newer_format_is_refused(tmp_path):
@@ -82,30 +141,60 @@ def test_a_newer_format_is_refused(tmp_path):
         load_checkpoint(path)
 
 
-@pytest.mark.parametrize("failing", ["_write", "flush_folder"])
-@pytest.mark.parametrize("call", [0, 1, 2])
-def test_a_failure_while_saving_leaves_no_step_folder_that_would_be_taken(tmp_path, monkeypatch, failing, call):
-    save_checkpoint(tmp_path, some(3), keep=3)
-    calls = []
-    real = getattr(module, failing)
+@pytest.mark.parametrize(
+    "content", ['{"format": 1}', '{"format": 1, "sha256": []}', "[]", '{"format": 1, "sha256": {}}']
+)
+def test_a_manifest_that_lists_nothing_is_refused(two, content):
+    (two / "step_000004" / "manifest.json").write_text(content)
+    refused_for(two, "manifest.json")
 
-    def fail(*args):
-        calls.append(args)
-        if len(calls) == call + 1:
-            raise OSError(28, "No space left on device")
-        return real(*args)
 
-    monkeypatch.setattr(module, failing, fail)
-    if failing == "flush_folder" and call == 2:
-        save_checkpoint(tmp_path, some(4), keep=3)
-        assert len(calls) == 2
-        return
-    with pytest.raises(OSError, match="No space left"):
-        save_checkpoint(tmp_path, some(4), keep=3)
-    found, refused = newest_checkpoint(tmp_path)
-    assert found.meta_step in (3, 4)
-    assert not refused
-    assert not list(tmp_path.glob("tmp_*"))
+SITUATIONS = ("new", "damaged", "left over", "again")
+
+
+def situation(folder, kind):
+    """Steps 1 to 3, 2 soon one too many; perhaps a damaged or a whole step 4, or what a dead process left."""
+    for step in (1, 2, 3):
+        save_checkpoint(folder, some(step), keep=2)
+    if kind == "damaged":
+        (save_checkpoint(folder, some(4), keep=3) / "state.json").write_text("{}")
+    elif kind == "again":
+        save_checkpoint(folder, some(4), keep=3)
+    elif kind == "left over":
+        (folder / "tmp_000004").mkdir()
+        (folder / "tmp_000004" / "state.json").write_text("{")
+
+
+@pytest.mark.parametrize("kind", SITUATIONS)
+@pytest.mark.parametrize("how", HOWS)
+def test_a_save_struck_at_any_file_operation_leaves_the_new_checkpoint_or_the_one_before(tmp_path, kind, how):
+    """A counting pass finds the operations, then each one in turn is struck in a folder of its own."""
+    situation(tmp_path / "calm", kind)
+    with FaultyDisk().active() as disk:
+        save_checkpoint(tmp_path / "calm", some(4), keep=2)
+    written = set() if kind == "again" else {"open wb", "write", "fsync", "rename"}
+    assert written | {"mkdir", "unlink", "rmdir"} <= set(disk.done)
+    outcomes = set()
+    for at in range(len(disk.done)):
+        folder = tmp_path / str(at)
+        situation(folder, kind)
+        raised = None
+        with FaultyDisk(at, how).active():
+            try:
+                save_checkpoint(folder, some(4), keep=2)
+            except (OSError, Killed) as error:
+                raised = error
+        found, refused = newest_checkpoint(folder)
+        assert found.meta_step in (3, 4), (at, disk.done[at])
+        assert torch.equal(found.tensors["theta"], some(found.meta_step).tensors["theta"])
+        assert kind == "damaged" or not refused
+        assert found.meta_step == 4 or raised is not None, "a save that did not raise did not save either"
+        outcomes.add(found.meta_step)
+
+        save_checkpoint(folder, some(5), keep=2)
+        assert newest_checkpoint(folder)[0].meta_step == 5
+        assert [p.name for p in sorted(folder.iterdir())] == [f"step_{found.meta_step:06d}", "step_000005"]
+    assert outcomes == ({4} if kind == "again" else {3, 4})
 
 
 def test_nothing_there(tmp_path):

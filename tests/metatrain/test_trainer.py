@@ -11,11 +11,13 @@ import torch
 
 from ml2o_dist.artifact import weights_sha256
 from ml2o_dist.errors import UserError
+from ml2o_dist.metatrain.checkpoint import newest_checkpoint, save_checkpoint
 from ml2o_dist.metatrain.episode import run_episode
 from ml2o_dist.metatrain.schedule import training_items
 from ml2o_dist.metatrain.trainer import Trainer, TrainingError
 from ml2o_dist.rules.base import Oracle
 from ml2o_dist.rules.ml2o import ML2ONetwork
+from tests.metatrain.faulty_disk import FaultyDisk, Killed
 from tests.metatrain.settings import small
 
 
@@ -115,6 +117,72 @@ def test_cut_anywhere_and_resumed_ends_at_the_same_weights(calm, tmp_path, calls
     assert [[r.get(n) for n in names] for r in third.progress.history] == [
         [r.get(n) for n in names] for r in calm.progress.history
     ]
+
+
+@pytest.mark.parametrize("how", ["killed after", pytest.param("killed in mid-write", marks=pytest.mark.long)])
+def test_killed_at_any_file_operation_of_a_checkpoint_and_resumed_ends_at_the_same_weights(tmp_path, monkeypatch, how):
+    settings = small(meta_steps=3, checkpoint_every=1, keep_checkpoints=2, slots=2, horizon=2, validation={"every": 2})
+
+    def run_on(disk, trainer):
+        def struck(*args):
+            with disk.active():
+                return save_checkpoint(*args)
+
+        with monkeypatch.context() as patch:
+            patch.setattr("ml2o_dist.metatrain.trainer.save_checkpoint", struck)
+            trainer.run(in_process)
+
+    calm, disk = Trainer(settings, tmp_path / "calm"), FaultyDisk()
+    run_on(disk, calm)
+    assert disk.done.count("rename") == 3
+    resumed = 0
+    for at in range(len(disk.done)):
+        first, second = (Trainer(settings, tmp_path / str(at)) for _ in range(2))
+        with pytest.raises(Killed):
+            run_on(FaultyDisk(at, how), first)
+        if newest_checkpoint(first.run_dir / "checkpoints")[0] is not None:
+            assert second.resume() == []
+            resumed += 1
+        second.run(in_process)
+        assert digests(second) == digests(calm), (at, disk.done[at])
+    assert resumed > len(disk.done) // 2
+
+
+def failing_saves(monkeypatch, numbers):
+    """Let the saves of a checkpoint with these numbers, from 1, fail for want of space."""
+    calls = []
+
+    def save(*args):
+        calls.append(args)
+        if len(calls) in numbers:
+            raise OSError(28, "No space left on device")
+        return save_checkpoint(*args)
+
+    monkeypatch.setattr("ml2o_dist.metatrain.trainer.save_checkpoint", save)
+    return calls
+
+
+def test_a_checkpoint_that_cannot_be_written_is_warned_of_once_and_the_next_one_tried(
+    calm, tmp_path, monkeypatch, caplog
+):
+    calls, saved = failing_saves(monkeypatch, {2, 3, 5}), []
+    trainer = Trainer(small(checkpoint_every=2), tmp_path, on_saved=lambda: saved.append(trainer.learner.version))
+    trainer.run(in_process)
+    assert digests(trainer) == digests(calm)
+    assert [checkpoint.meta_step for _, checkpoint, _ in calls] == [2, 4, 6, 8, 10, 12]
+    assert saved == [2, 8, 12]
+    warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == 2, "once for steps 4 and 6, once for step 10"
+    assert f"no checkpoint could be written to {tmp_path} at meta-step 4: No space left on device" in warnings[0]
+
+
+def test_the_last_checkpoint_must_be_written(tmp_path, monkeypatch):
+    failing_saves(monkeypatch, {2})
+    trainer = Trainer(small(meta_steps=4, checkpoint_every=2), tmp_path)
+    with pytest.raises(OSError, match="No space left"):
+        trainer.run(in_process)
+    trainer.save()
+    assert newest_checkpoint(tmp_path / "checkpoints")[0].meta_step == 4
 
 
 def test_metrics_are_written_with_one_row_for_each_meta_step(calm):

@@ -1,0 +1,398 @@
+"""A run at a URI: what is committed when, what a reader takes after any fault, and what is said where it cannot be."""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner
+
+from ml2o_dist.artifact import load_artifact
+from ml2o_dist.cli import main
+from ml2o_dist.config_file import dump_settings, load_settings
+from ml2o_dist.metatrain.checkpoint import newest_checkpoint
+from ml2o_dist.metatrain.trainer import Trainer
+from ml2o_dist.run_storage import RemoteRunStorage, RunStorage, StorageError, open_storage, read_run
+from tests.faulty_store import FaultyStore
+from tests.metatrain.faulty_disk import Killed
+from tests.metatrain.settings import small
+from tests.metatrain.test_trainer import Cut, cut_after, digests, in_process
+
+SETTINGS = small(meta_steps=4, checkpoint_every=1, keep_checkpoints=2, slots=2, horizon=2, validation={"every": 2})
+BASE = "bucket/runs/x"
+CONFIG = Path(__file__).parent / "small_run.yaml"
+QUICK = ["--config", str(CONFIG), "--set", "compare=false", "--set", "tracking.register=false"]
+
+
+class Waiting(RemoteRunStorage):
+    """Commits before it goes on, so that the calls come in one order."""
+
+    def commit(self):
+        super().commit()
+        self._waiting.result()
+
+
+def at(store, folder):
+    return Waiting("store://x", store.filesystem(), BASE, folder)
+
+
+def begin(store, folder, settings=SETTINGS):
+    """What `meta_train` does at a URI: refresh, go on where there is something to go on from; (storage, trainer)."""
+    storage = at(store, folder)
+    storage.refresh(resume=True)
+    trainer = Trainer(settings, storage.folder, on_saved=storage.commit)
+    if newest_checkpoint(storage.folder / "checkpoints")[0] is not None:
+        trainer.resume()
+    (storage.folder / "config.yaml").write_text(dump_settings(settings))
+    storage.commit()
+    return storage, trainer
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory):
+    trainer = Trainer(SETTINGS, tmp_path_factory.mktemp("calm"))
+    trainer.run(in_process)
+    return digests(trainer)
+
+
+def steps(files):
+    """The steps whose manifest is in the store."""
+    return sorted(name.split("/")[-2] for name in files if name.endswith("manifest.json"))
+
+
+def test_everything_is_committed_and_only_the_newest_checkpoints_are_kept(tmp_path, calm):
+    store = FaultyStore()
+    storage, trainer = begin(store, tmp_path / "a")
+    (storage.folder / "spool").mkdir()
+    (storage.folder / "spool" / "points").write_text("not sent yet")
+    (storage.folder / ".half").write_text("")
+    trainer.run(in_process)
+    storage.settle()
+    assert steps(store.files) == ["step_000003", "step_000004"]
+    local = {p.relative_to(storage.folder).as_posix(): p for p in storage.folder.rglob("*") if p.is_file()}
+    del local["spool/points"], local[".half"]
+    assert store.files == {f"{BASE}/{name}": path.read_bytes() for name, path in local.items()}
+    assert digests(trainer) == calm
+
+
+def test_a_checkpoint_is_committed_by_its_manifest_and_removed_with_it_first(tmp_path):
+    store = FaultyStore()
+    storage, trainer = begin(store, tmp_path / "a")
+    trainer.run(in_process)
+    storage.settle()
+    for step in ("step_000002", "step_000004"):
+        calls = [call for call in store.calls if step in call]
+        written = [call.split("/")[-1] for call in calls if call.startswith("open")]
+        assert sorted(written[:2]) == ["state.json", "tensors.safetensors"]
+        assert written[2:] == ["manifest.json"]
+    removed = [call.split("/")[-1] for call in store.calls if call.startswith("delete") and "step_000002" in call]
+    assert removed[0] == "manifest.json"
+    assert sorted(removed[1:]) == ["state.json", "tensors.safetensors"]
+    four, two = (next(i for i, c in enumerate(store.calls) if c.endswith(name)) for name in
+                 (f"write {BASE}/checkpoints/step_000004/manifest.json",
+                  f"delete {BASE}/checkpoints/step_000002/manifest.json"))  # fmt: skip
+    assert four < two
+
+
+def test_what_did_not_change_is_not_written_again(tmp_path):
+    store = FaultyStore()
+    storage, trainer = begin(store, tmp_path / "a")
+    trainer.run(in_process)
+    before = len(store.calls)
+    storage.settle()
+    assert len(store.calls) == before
+    begin(store, tmp_path / "b")[0].settle()
+    assert [call for call in store.calls[before:] if "config.yaml" not in call] == []
+
+
+def run_until_killed(store, folder):
+    """Return the last meta-step whose commit had returned when the store killed the run."""
+    acknowledged = [0]
+    with pytest.raises(Killed):  # noqa: PT012
+        storage, trainer = begin(store, folder)
+        trainer.run(in_process, lambda step, row: acknowledged.append(step - 1))
+        storage.settle()
+    return acknowledged[-1]
+
+
+def test_killed_between_any_two_remote_operations_another_machine_goes_on_to_the_same_weights(tmp_path, calm):
+    """In a store whose files are torn while they are written. The counting pass finds the operations."""
+    counting = FaultyStore()
+    storage, trainer = begin(counting, tmp_path / "counting")
+    trainer.run(in_process)
+    storage.settle()
+    resumed = 0
+    for k in range(len(counting.calls)):
+        store = FaultyStore(at=k)
+        acknowledged = run_until_killed(store, tmp_path / f"{k}a")
+        left = FaultyStore(store.files)
+        storage, trainer = begin(left, tmp_path / f"{k}b")
+        assert trainer.learner.version >= acknowledged, (k, counting.calls[k])
+        resumed += trainer.learner.version > 0
+        trainer.run(in_process)
+        storage.settle()
+        assert digests(trainer) == calm, (k, counting.calls[k])
+        assert steps(left.files)[-2:] == ["step_000003", "step_000004"]
+        last = at(left, tmp_path / f"{k}c")
+        last.refresh(resume=True)
+        found, refused = newest_checkpoint(last.folder / "checkpoints")
+        assert (found.meta_step, refused) == (4, [])
+    assert resumed > len(counting.calls) // 2
+
+
+def test_a_store_that_fails_once_at_any_call_costs_nothing(tmp_path, calm):
+    counting = FaultyStore()
+    storage, trainer = begin(counting, tmp_path / "counting")
+    trainer.run(in_process)
+    storage.settle()
+    for k in range(0, len(counting.calls), 3):
+        store = FaultyStore(at=k, killed=False)
+        storage, trainer = begin(store, tmp_path / str(k))
+        trainer.run(in_process)
+        try:
+            storage.settle()
+        except StorageError:
+            assert k >= len(counting.calls) - 40, "only the last commit must not be missed"
+            continue
+        assert digests(trainer) == calm
+        assert steps(store.files) == ["step_000003", "step_000004"]
+
+
+def test_an_outage_is_said_once_and_the_next_checkpoint_brings_what_was_missed(tmp_path, caplog):
+    store = FaultyStore()
+    storage, trainer = begin(store, tmp_path / "a")
+
+    def on_row(step, row):
+        store.away = step in (2, 3)
+
+    with caplog.at_level("INFO", "ml2o_dist"):
+        trainer.run(in_process, on_row)
+    messages = [r.getMessage() for r in caplog.records if r.name == "ml2o_dist.run_storage"]
+    assert len(messages) == 2
+    assert messages[0].startswith(f"store://x cannot be written; training goes on in {tmp_path}/a")
+    assert "the store is away" in messages[0]
+    assert messages[1] == "store://x can be written again"
+    storage.settle()
+    assert steps(store.files) == ["step_000003", "step_000004"]
+
+
+def test_what_an_outage_at_the_end_kept_from_the_store_is_brought_there_by_resuming(tmp_path, calm):
+    store = FaultyStore()
+    storage, trainer = begin(store, tmp_path / "a")
+    trainer.run(in_process, lambda step, row: setattr(store, "away", step >= 3))
+    with pytest.raises(StorageError, match="the store is away"):
+        storage.settle()
+    assert steps(store.files) == ["step_000001", "step_000002"]
+    store.away = False
+    storage, trainer = begin(store, tmp_path / "a")
+    assert trainer.learner.version == 4, "the working copy is further, its steps are not done again"
+    storage.settle()
+    assert steps(store.files) == ["step_000003", "step_000004"]
+    assert digests(trainer) == calm
+
+
+def test_a_working_copy_of_another_run_gives_way_and_its_spool_stays(tmp_path):
+    store = FaultyStore()
+    storage, trainer = begin(store, tmp_path / "a")
+    trainer.run(in_process)
+    storage.settle()
+    (tmp_path / "a" / "spool").mkdir()
+    (tmp_path / "a" / "spool" / "points").write_text("not sent yet")
+    store.files.clear()
+    other = small(meta_steps=2, checkpoint_every=1, slots=2, horizon=2, seed=5)
+    storage, trainer = begin(store, tmp_path / "b", other)
+    with pytest.raises(Cut):
+        trainer.run(cut_after(2))
+    storage.settle()
+    again = at(store, tmp_path / "a")
+    again.refresh(resume=True)
+    found, _ = newest_checkpoint(again.folder / "checkpoints")
+    assert (found.meta_step, found.state["config"]["seed"]) == (1, 5)
+    assert load_settings(again.folder / "config.yaml") == other
+    assert (tmp_path / "a" / "spool" / "points").read_text() == "not sent yet"
+
+
+def test_damage_at_the_store_is_refused_by_name_and_a_torn_config_does_not_matter(tmp_path, calm):
+    store = FaultyStore()
+    storage, trainer = begin(store, tmp_path / "a")
+    trainer.run(in_process)
+    storage.settle()
+    name = f"{BASE}/checkpoints/step_000004/tensors.safetensors"
+    store.files[name] = store.files[name][:-1]
+    store.files[f"{BASE}/config.yaml"] = store.files[f"{BASE}/config.yaml"][:200]
+    storage = at(store, tmp_path / "b")
+    storage.refresh(resume=True)
+    settings = load_settings(storage.folder / "config.yaml")
+    assert settings == SETTINGS
+    trainer = Trainer(settings, storage.folder, on_saved=storage.commit)
+    (refusal,) = trainer.resume()
+    assert storage.named(refusal).startswith("store://x/checkpoints/step_000004/tensors.safetensors: its sha256")
+    assert trainer.learner.version == 3
+    trainer.run(in_process)
+    storage.settle()
+    assert digests(trainer) == calm
+    assert store.files[name] == (storage.folder / "checkpoints/step_000004/tensors.safetensors").read_bytes()
+
+
+def test_checkpoints_that_rotate_away_while_they_are_read_cost_the_store_none(tmp_path, monkeypatch):
+    store = FaultyStore()
+    storage, trainer = begin(store, tmp_path / "a")
+    trainer.run(in_process)
+    folder = storage.folder / "checkpoints"
+    (folder / "step_000003").rename(folder / "step_000009")
+    real = Path.read_bytes
+
+    def read(path):
+        if path.name == "state.json":
+            raise FileNotFoundError(path)
+        return real(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", read)
+        storage.commit()
+    assert steps(store.files) == ["step_000003", "step_000004"], "none is removed, no manifest of 9 is written"
+    storage.settle()
+    assert steps(store.files) == ["step_000004", "step_000009"]
+
+
+def test_a_commit_does_not_hold_up_training(tmp_path):
+    """The store does not answer until training has gone on by two checkpoints."""
+    store, blocked = FaultyStore(), threading.Event()
+    real = store.call
+
+    def call(name):
+        assert blocked.wait(60)
+        real(name)
+
+    store.call = call
+    storage = RemoteRunStorage("store://x", store.filesystem(), BASE, tmp_path / "a")
+    storage.folder.mkdir()
+    trainer = Trainer(SETTINGS, storage.folder, on_saved=storage.commit)
+    trainer.run(in_process)
+    assert not store.files
+    blocked.set()
+    storage.settle()
+    assert steps(store.files) == ["step_000003", "step_000004"]
+
+
+def test_a_local_run_is_a_folder_and_nothing_else(tmp_path, monkeypatch):
+    monkeypatch.setenv("ML2O_HOME", str(tmp_path))
+    storage = open_storage("runs/a")
+    assert type(storage) is RunStorage
+    assert (storage.name, storage.folder, storage.title) == (str(tmp_path / "runs/a"), tmp_path / "runs/a", "a")
+    threads = threading.active_count()
+    storage.commit()
+    storage.settle()
+    assert threading.active_count() == threads
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("ML2O_HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("ML2O_CACHE", str(tmp_path / "cache"))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    (tmp_path / "home").mkdir()
+    return tmp_path
+
+
+def ml2o(*words):
+    return CliRunner().invoke(main, ["meta-train", *words])
+
+
+def refusal(*words):
+    result = ml2o(*words)
+    assert result.exit_code == 2, result.output
+    (line,) = [line for line in result.stderr.splitlines() if line]
+    assert line.startswith("ml2o: run directory ")
+    return line
+
+
+def test_meta_train_at_a_uri_is_resumed_on_another_machine(cluster, home, monkeypatch):
+    uri, remote = f"file://{home}/remote/x", home / "remote" / "x"
+    result = ml2o(*QUICK, "--run-dir", uri, "--json")
+    assert result.exit_code == 0, result.output
+    answer = json.loads(result.stdout)
+    assert answer["run_dir"] == uri
+    assert result.stderr.splitlines()[0] == f"run directory  {uri}"
+    assert f"weights        {uri}/weights.safetensors" in result.stderr
+    assert load_artifact(remote).weights_sha256 == answer["weights_sha256"]
+    assert pq.read_table(remote / "metrics.parquet").num_rows == 7
+    names = {path.relative_to(remote).as_posix() for path in remote.rglob("*") if path.is_file()}
+    assert {"config.yaml", "run.log", "weights.json", "plots/meta_loss.png"} <= names
+    assert steps(names) == ["step_000002", "step_000004", "step_000006"]
+    assert not any(name.startswith((".", "spool")) for name in names)
+
+    assert "holds a run of this configuration; add --resume" in refusal_of_a_second_start(uri)
+    monkeypatch.setenv("ML2O_CACHE", str(home / "another machine"))
+    assert "holds a run of this configuration; add --resume" in refusal_of_a_second_start(uri)
+
+    monkeypatch.setenv("ML2O_CACHE", str(home / "a third machine"))
+    (remote / "checkpoints" / "step_000006" / "state.json").write_text("{")
+    (remote / "weights.safetensors").unlink()
+    again = ml2o("--run-dir", uri, "--resume", "--json")
+    assert again.exit_code == 0, again.output
+    assert f"checkpoint refused: {uri}/checkpoints/step_000006/state.json" in again.stderr
+    assert json.loads(again.stdout)["weights_sha256"] == answer["weights_sha256"]
+    with read_run(uri) as folder:
+        assert load_artifact(folder).weights_sha256 == answer["weights_sha256"]
+
+
+def refusal_of_a_second_start(uri):
+    result = ml2o(*QUICK, "--run-dir", uri)
+    assert result.exit_code == 2, result.output
+    assert result.stderr.splitlines()[-1].startswith(f"ml2o: {uri} ")
+    return result.stderr
+
+
+def test_a_store_that_is_away_at_the_end_is_exit_code_4_and_resuming_brings_the_run_there(cluster, home, monkeypatch):
+    uri, real = f"file://{home}/remote/x", RemoteRunStorage._write
+
+    def write(storage, name, content):
+        if name.startswith("weights"):
+            raise OSError("the store is away")
+        real(storage, name, content)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(RemoteRunStorage, "_write", write)
+        result = ml2o(*QUICK, "--run-dir", uri)
+    assert result.exit_code == 4, result.output
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("ml2o: ")]
+    (copy,) = (home / "cache" / "runs").iterdir()
+    assert f"the run is done, but {uri} lacks what is in {copy}: the store is away" in line
+    assert f"ml2o meta-train --run-dir {uri} --resume" in line
+    assert ml2o("--run-dir", uri, "--resume").exit_code == 0
+    assert load_artifact(home / "remote" / "x").weights_sha256 == load_artifact(copy).weights_sha256
+
+
+@pytest.mark.parametrize(
+    ("uri", "parts"),
+    [
+        ("nope://bucket/x", ["'nope://bucket/x'", "Unrecognized filesystem type", "s3://"]),
+        ("s3://key:secret@bucket/x", ["s3://key:***@", "the password"]),
+        ("s3://", ["'s3://' names no folder", "s3://bucket/runs/first"]),
+        ("file:///proc/version/x", ["'file:///proc/version/x' cannot be written"]),
+        ("s3://bucket/x?endpoint_override=127.0.0.1:1&scheme=http", ["cannot be written", "connect"]),
+        ("gs://anonymous@bucket/x?endpoint_override=127.0.0.1:1&scheme=http&retry_limit_seconds=1",
+         ["cannot be written", "connect"]),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("words", [QUICK, ["--resume"]])
+def test_a_place_that_cannot_be_used_is_one_line_before_ray_is_started(home, monkeypatch, uri, parts, words):
+    monkeypatch.setattr("ml2o_dist.runs.connected", lambda address: pytest.fail("Ray was asked for"))
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")
+    line = refusal(*words, "--run-dir", uri)
+    for part in parts:
+        assert part in line
+    assert "secret" not in line
+    assert len(line) < 500
+
+
+def test_nothing_to_resume_at_a_uri(home):
+    result = ml2o("--run-dir", f"file://{home}/remote/none", "--resume")
+    assert result.exit_code == 2
+    assert f"nothing to resume: file://{home}/remote/none holds no config.yaml" in result.stderr
