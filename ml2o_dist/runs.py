@@ -33,13 +33,17 @@ from ml2o_dist.progress import StepDisplay
 from ml2o_dist.rules.aggregated import parse_optimizer_name
 from ml2o_dist.run_directory import check_fresh, resolved, written_to
 from ml2o_dist.stopping import StopRequest, stop_on_signals
+from ml2o_dist.tracking.records import Status
 from ml2o_dist.tracking.registry import register_version
-from ml2o_dist.tracking.run import Status
 from ml2o_dist.tracking.sink import MlflowSink
-from ml2o_dist.tracking.store import redacted, resolve_tracking_uri
+from ml2o_dist.tracking.store import StoreAway, redacted, resolve_tracking_uri
+from ml2o_dist.tracking.sync import sync_command
 
 MOST_CHECKED = 1000
 """How many combinations of a training member's choices are tried before the run."""
+
+CLOSE_LIMIT_S, STOP_LIMIT_S = 10.0, 3.0
+"""How long the end of a run may wait for MLflow; after a stop, Ray gives a job 3 s by default. The rest is spooled."""
 
 log = logging.getLogger(__name__)
 
@@ -71,8 +75,7 @@ def meta_train(
     if resume:
         for refusal in trainer.resume():
             console.print(f"[yellow]checkpoint refused:[/] {refusal}", highlight=False)
-    else:
-        check_fresh(run_dir, settings)
+    same_run = resume or check_fresh(run_dir, settings)
     _check_data(trainer, check_problems(settings))
     console.print(f"run directory  {run_dir}", highlight=False, soft_wrap=True)
     console.print(f"tracking URI   {redacted(uri)}", highlight=False, soft_wrap=True)
@@ -85,7 +88,7 @@ def meta_train(
         with (
             closing(pool),
             written_to(run_dir, settings, console),
-            _tracked(trainer, uri) as sink,
+            _tracked(trainer, uri, console, stop, same_run) as sink,
             _saved(trainer, stop),
         ):
             _train(trainer, pool, sink, console)
@@ -120,8 +123,11 @@ def _saved(trainer: Trainer, stop: StopRequest) -> Iterator[None]:
 
 
 @contextmanager
-def _tracked(trainer: Trainer, uri: str) -> Iterator[MlflowSink]:
-    """Open the trainer's MLflow run, or go on with it, and end it as the `with` block ended."""
+def _tracked(trainer: Trainer, uri: str, console: Console, stop: StopRequest, same_run: bool) -> Iterator[MlflowSink]:
+    """Open the trainer's MLflow run, or go on with it, and end it as the `with` block ended.
+
+    Says where the figures are that MLflow has not got, and how to send them.
+    """
     settings = trainer.settings
     sink = MlflowSink.open(
         uri,
@@ -130,6 +136,10 @@ def _tracked(trainer: Trainer, uri: str) -> Iterator[MlflowSink]:
         trainer.run_dir.name,
         params=_parameters(settings),
         tags={"config_hash": settings_hash(settings), "git": _git_commit(), "run_dir": str(trainer.run_dir)},
+        run_dir=trainer.run_dir,
+        config=settings.model_dump(mode="json", by_alias=True),
+        go_on=same_run,
+        stop=stop,
     )
     trainer.progress.tracking_run = sink.run_id or trainer.progress.tracking_run
     status: Status = "FINISHED"
@@ -139,7 +149,14 @@ def _tracked(trainer: Trainer, uri: str) -> Iterator[MlflowSink]:
         status = "KILLED" if isinstance(error, Interrupted) else "FAILED"
         raise
     finally:
-        sink.close(status)
+        unsent = sink.close(status, STOP_LIMIT_S if stop() else CLOSE_LIMIT_S)
+        if sink.spool:
+            console.print(
+                f"[yellow]not sent to MLflow:[/] {unsent} values wait in {sink.spool}; when {redacted(uri)} answers: "
+                f"{sync_command(trainer.run_dir, uri)}",
+                highlight=False,
+                soft_wrap=True,
+            )
 
 
 def check_problems(settings: MetaTrainSettings) -> dict[str, str]:
@@ -307,7 +324,11 @@ def _register(
             description=description,
         )
     except UserError as error:
-        console.print(f"[yellow]not registered:[/] {error}", highlight=False)
+        later = ""
+        if isinstance(error, StoreAway):
+            sink.register_later(tracking.model, trainer.run_dir, description)
+            later = "; done with what is sent later"
+        console.print(f"[yellow]not registered:[/] {error}{later}", highlight=False)
         return None
     console.print(f"registered     {tracking.model} version {version}, alias candidate", highlight=False)
     return version

@@ -13,7 +13,8 @@ import pytest
 from mlflow.exceptions import MlflowException
 
 from ml2o_dist.errors import UserError
-from ml2o_dist.tracking.run import METRICS_PER_CALL, Params, Point, Status, Tags, Upload, Words
+from ml2o_dist.tracking.records import End, Params, Point, Status, Tags, Upload, Words
+from ml2o_dist.tracking.run import METRICS_PER_CALL
 from ml2o_dist.tracking.sink import MlflowSink
 from ml2o_dist.tracking.store import connect
 
@@ -45,9 +46,10 @@ class FakeRun:
         if self.away:
             raise ConnectionError("nobody there")
 
-    def start(self) -> None:
+    def start(self) -> bool:
         self._answer()
         self.started += 1
+        return True
 
     def send_points(self, points: Sequence[Point]) -> None:
         self._answer()
@@ -58,11 +60,10 @@ class FakeRun:
 
     def send(self, words: Words) -> None:
         self._answer()
-        self.words.append(words)
-
-    def end(self, status: Status) -> None:
-        self._answer()
-        self.ended = status
+        if isinstance(words, End):
+            self.ended = words.status
+        else:
+            self.words.append(words)
 
 
 @pytest.fixture
