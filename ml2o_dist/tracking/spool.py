@@ -72,7 +72,10 @@ class Spool:
         try:
             _claim(self._file, folder)
             self._end = _end_of_whole_lines(self._records)
-            self._sent = min(_bytes_sent(folder), self._end)
+            self._sent = _bytes_sent(folder)
+            if self._sent > self._end:  # a power cut took records; all are sent again, before new ones get there
+                (folder / _SENT).unlink()
+                self._sent = 0
             self._count()
         except BaseException:
             self.close()

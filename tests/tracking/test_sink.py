@@ -10,60 +10,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mlflow.exceptions import MlflowException
 
 from ml2o_dist.errors import UserError
-from ml2o_dist.tracking.records import End, Params, Point, Status, Tags, Upload, Words
+from ml2o_dist.tracking.records import Params, Point, Tags, Upload
 from ml2o_dist.tracking.run import METRICS_PER_CALL
 from ml2o_dist.tracking.sink import MlflowSink
 from ml2o_dist.tracking.store import connect
+from tests.tracking.fake_run import FakeRun
 
 EXPERIMENT = "ml2o/meta-train"
 NEVER_S = 3600.0
 """A flush interval that does not come: what is sent in the test is sent because it asked."""
-
-
-class FakeRun:
-    """A run in memory whose server can be away, slow or picky."""
-
-    def __init__(self) -> None:
-        self.points: list[Point] = []
-        self.words: list[Words] = []
-        self.calls: list[int] = []
-        self.ended: Status | None = None
-        self.started = 0
-        self.away = False
-        self.bad_key = ""
-        self.gate = threading.Event()
-        self.gate.set()
-
-    @property
-    def run_id(self) -> str | None:
-        return "run" if self.started else None
-
-    def _answer(self) -> None:
-        self.gate.wait()
-        if self.away:
-            raise ConnectionError("nobody there")
-
-    def start(self) -> bool:
-        self._answer()
-        self.started += 1
-        return True
-
-    def send_points(self, points: Sequence[Point]) -> None:
-        self._answer()
-        self.calls.append(len(points))
-        if any(point.key == self.bad_key for point in points):
-            raise MlflowException("bad key", 1000)  # INVALID_PARAMETER_VALUE
-        self.points += points
-
-    def send(self, words: Words) -> None:
-        self._answer()
-        if isinstance(words, End):
-            self.ended = words.status
-        else:
-            self.words.append(words)
 
 
 @pytest.fixture
