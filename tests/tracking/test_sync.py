@@ -143,6 +143,6 @@ def test_a_password_is_on_no_disk_and_comes_from_the_environment(
     with pytest.raises(UserError, match=r"whose password is on no disk: give the URI in .* MLFLOW_TRACKING_URI"):
         sync(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", secret_uri)
-    with pytest.raises(UserError, match="does not answer: 127.0.0.1:9") as refusal:
+    with pytest.raises(UserError, match=r"does not answer: 127\.0\.0\.1:9") as refusal:
         sync(tmp_path)
     assert "s3cret" not in str(refusal.value)
