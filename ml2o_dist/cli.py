@@ -108,6 +108,30 @@ def meta_train(
     return runs.meta_train(settings, place, resume=resume, address=address, console=console)
 
 
+@main.command("sync")
+@click.argument("run_dir", type=click.Path(path_type=Path))
+@click.option("--tracking-uri", default="", help="MLflow [default: where the run was tracked].")
+@command
+def sync(console: Console, run_dir: Path, tracking_uri: str) -> dict[str, Any]:
+    """Send MLflow what it has not got of a run, because it was away.
+
+    A run says at its end if this is needed. It goes into the same MLflow run, each value once, and so does the
+    learned optimizer into the registry. Exit code 2: no spool there, or MLflow does not answer; nothing is lost.
+    """
+    from ml2o_dist.files import home_folder
+    from ml2o_dist.tracking.sync import sync as send
+
+    answer = send(home_folder() / run_dir, tracking_uri)
+    version = answer["registered_version"]
+    console.print(
+        f"sent {answer['values']} values, {answer['records']} records in all, to run {answer['run_id']} at "
+        f"{answer['tracking_uri']}: {answer['status']}" + (f", registered version {version}" if version else ""),
+        highlight=False,
+        soft_wrap=True,
+    )
+    return dict(answer)
+
+
 @main.group()
 def models() -> None:
     """The registry of learned optimizers."""

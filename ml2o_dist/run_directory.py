@@ -18,6 +18,8 @@ from ml2o_dist.errors import UserError
 from ml2o_dist.files import replacing
 from ml2o_dist.metatrain.checkpoint import newest_checkpoint
 from ml2o_dist.run_storage import RunStorage
+from ml2o_dist.tracking.identity import load_identity
+from ml2o_dist.tracking.spool import SPOOL_FOLDER, unsent_values
 
 
 def resumed_settings(storage: RunStorage, overrides: Sequence[str]) -> MetaTrainSettings:
@@ -28,15 +30,34 @@ def resumed_settings(storage: RunStorage, overrides: Sequence[str]) -> MetaTrain
     return load_settings(file, overrides)
 
 
-def check_fresh(run_dir: Path, settings: MetaTrainSettings) -> None:
-    """Raise UserError where `run_dir` holds a run that has got as far as a checkpoint."""
+def check_fresh(run_dir: Path, settings: MetaTrainSettings) -> bool:
+    """Raise UserError where `run_dir` holds a run that has got as far as a checkpoint.
+
+    Tells whether it holds this very run, killed before that: its MLflow run is gone on with.
+    """
     checkpoint, _ = newest_checkpoint(run_dir / "checkpoints")
     if checkpoint is None:
-        return
+        return _holds_start_of(run_dir, settings)
     difference = first_difference(settings, parse_settings(checkpoint.state["config"]))
     if difference:
         raise UserError(f"{run_dir} holds a run of another configuration ({difference}); choose another --run-dir")
     raise UserError(f"{run_dir} holds a run of this configuration; add --resume to go on, or choose another --run-dir")
+
+
+def _holds_start_of(run_dir: Path, settings: MetaTrainSettings) -> bool:
+    identity = load_identity(run_dir)
+    if identity is None:
+        return False
+    try:
+        difference = first_difference(settings, parse_settings(identity.config))
+    except UserError as error:  # of another version
+        difference = str(error)
+    if difference and (values := unsent_values(run_dir / SPOOL_FOLDER)):
+        raise UserError(
+            f"{run_dir} holds {values} values, not yet sent to MLflow, of a run of another configuration "
+            f"({difference}); send them with `ml2o sync {run_dir}`, or choose another --run-dir"
+        )
+    return not difference
 
 
 def check_writable(run_dir: Path) -> None:

@@ -35,13 +35,17 @@ from ml2o_dist.rules.aggregated import parse_optimizer_name
 from ml2o_dist.run_directory import check_fresh, check_writable, written_to
 from ml2o_dist.run_storage import RunStorage, StorageError, open_storage
 from ml2o_dist.stopping import StopRequest, stop_on_signals
+from ml2o_dist.tracking.records import Status
 from ml2o_dist.tracking.registry import register_version
-from ml2o_dist.tracking.run import Status
 from ml2o_dist.tracking.sink import MlflowSink
-from ml2o_dist.tracking.store import redacted, resolve_tracking_uri
+from ml2o_dist.tracking.store import StoreAway, redacted, resolve_tracking_uri
+from ml2o_dist.tracking.sync import sync_command
 
 MOST_CHECKED = 1000
 """How many combinations of a training member's choices are tried before the run."""
+
+CLOSE_LIMIT_S, STOP_LIMIT_S = 10.0, 3.0
+"""How long the end of a run may wait for MLflow; after a stop, Ray gives a job 3 s by default. The rest is spooled."""
 
 log = logging.getLogger(__name__)
 
@@ -72,13 +76,14 @@ def meta_train(
         )
     storage = run_dir if isinstance(run_dir, RunStorage) else open_storage(run_dir, resume=resume)
     trainer = Trainer(settings, storage.folder, on_saved=storage.commit)
+    same_run = resume
     try:
         if resume:
             for refusal in trainer.resume():
                 line = f"[yellow]checkpoint refused:[/] {storage.named(refusal)}"
                 console.print(line, highlight=False, soft_wrap=True)
         else:
-            check_fresh(storage.folder, settings)
+            same_run = check_fresh(storage.folder, settings)
         check_writable(storage.folder)
         _check_data(trainer, check_problems(settings))
     except UserError as error:
@@ -95,7 +100,7 @@ def meta_train(
             closing(pool),
             _committed(storage),
             written_to(storage.folder, settings, console),
-            _tracked(trainer, storage, uri) as sink,
+            _tracked(trainer, storage, uri, console, stop, same_run) as sink,
             _saved(trainer, storage, stop),
         ):
             storage.commit()
@@ -157,8 +162,13 @@ def _saved(trainer: Trainer, storage: RunStorage, stop: StopRequest) -> Iterator
 
 
 @contextmanager
-def _tracked(trainer: Trainer, storage: RunStorage, uri: str) -> Iterator[MlflowSink]:
-    """Open the trainer's MLflow run, or go on with it, and end it as the `with` block ended."""
+def _tracked(
+    trainer: Trainer, storage: RunStorage, uri: str, console: Console, stop: StopRequest, same_run: bool
+) -> Iterator[MlflowSink]:
+    """Open the trainer's MLflow run, or go on with it, and end it as the `with` block ended.
+
+    Says where the figures are that MLflow has not got, and how to send them.
+    """
     settings = trainer.settings
     sink = MlflowSink.open(
         uri,
@@ -167,6 +177,10 @@ def _tracked(trainer: Trainer, storage: RunStorage, uri: str) -> Iterator[Mlflow
         storage.title,
         params=_parameters(settings),
         tags={"config_hash": settings_hash(settings), "git": _git_commit(), "run_dir": storage.name},
+        run_dir=trainer.run_dir,
+        config=settings.model_dump(mode="json", by_alias=True),
+        go_on=same_run,
+        stop=stop,
     )
     trainer.progress.tracking_run = sink.run_id or trainer.progress.tracking_run
     status: Status = "FINISHED"
@@ -176,7 +190,14 @@ def _tracked(trainer: Trainer, storage: RunStorage, uri: str) -> Iterator[Mlflow
         status = "KILLED" if isinstance(error, Interrupted) else "FAILED"
         raise
     finally:
-        sink.close(status)
+        unsent = sink.close(status, STOP_LIMIT_S if stop() else CLOSE_LIMIT_S)
+        if sink.spool:
+            console.print(
+                f"[yellow]not sent to MLflow:[/] {unsent} values wait in {sink.spool}; when {redacted(uri)} answers: "
+                f"{sync_command(trainer.run_dir, uri)}",
+                highlight=False,
+                soft_wrap=True,
+            )
 
 
 def check_problems(settings: MetaTrainSettings) -> dict[str, str]:
@@ -349,7 +370,11 @@ def _register(
             description=description,
         )
     except UserError as error:
-        console.print(f"[yellow]not registered:[/] {error}", highlight=False)
+        later = ""
+        if isinstance(error, StoreAway):
+            sink.register_later(tracking.model, trainer.run_dir, description)
+            later = "; done with what is sent later"
+        console.print(f"[yellow]not registered:[/] {error}{later}", highlight=False)
         return None
     console.print(f"registered     {tracking.model} version {version}, alias candidate", highlight=False)
     return version

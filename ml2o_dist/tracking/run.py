@@ -1,16 +1,18 @@
-"""One MLflow run: begun or gone on with, written to. Every call here may wait for the server, or raise."""
+"""One MLflow run: begun or gone on with, written to. Every call here may wait for the server, or raise.
+
+Every call may be made again: what the run holds already is not written twice.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, Protocol
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Protocol
 
-from ml2o_dist.tracking.store import connect, ensure_experiment, redacted
-
-Status = Literal["FINISHED", "FAILED", "KILLED"]
+from ml2o_dist.tracking.identity import RUN_KEY_TAG, RunIdentity
+from ml2o_dist.tracking.records import End, Params, Point, Record, Tags, Upload, Version, Words
+from ml2o_dist.tracking.registry import register_version
+from ml2o_dist.tracking.store import connect, ensure_experiment, is_temporary, redacted
 
 METRICS_PER_CALL = 1000
 """MLflow's limit for one `log_batch`; its other limit, for params and tags, is `_WORDS_PER_CALL`."""
@@ -20,129 +22,138 @@ _WORDS_PER_CALL = 100
 _log = logging.getLogger("ml2o_dist.tracking")
 
 
-@dataclass(frozen=True)
-class Point:
-    """One value of one metric. MLflow stores equal points once, so that one sent twice by mistake does no harm."""
-
-    key: str
-    value: float
-    step: int
-    timestamp_ms: int
-
-
-@dataclass(frozen=True)
-class Params:
-    """Settings of a run; MLflow never changes one that is there."""
-
-    values: Mapping[str, str]
-
-
-@dataclass(frozen=True)
-class Tags:
-    """Tags of a run, which may be set again."""
-
-    values: Mapping[str, str]
-
-
-@dataclass(frozen=True)
-class Upload:
-    """A file for the run's artifacts, into `folder` ("": the top)."""
-
-    path: Path
-    folder: str
-
-
-Words = Params | Tags | Upload
+class RunGone(Exception):
+    """The server holds the run no more, as one that came back without its database: `start` begins another."""
 
 
 class Run(Protocol):
-    """What the sink's thread needs of a run."""
+    """What whoever sends records needs of a run."""
 
     @property
     def run_id(self) -> str | None:
         """The run's id; None until the server has answered."""
 
-    def start(self) -> None:
-        """Begin the run or go on with it; may be called again after it raised."""
+    def start(self) -> bool:
+        """Begin the run or go on with it; tells whether it is new. May be called again after it raised."""
 
     def send_points(self, points: Sequence[Point]) -> None:
         """Write at most METRICS_PER_CALL points."""
 
     def send(self, words: Words) -> None:
-        """Write params, tags or a file."""
-
-    def end(self, status: Status) -> None:
-        """Mark the run as ended."""
+        """Write any other record."""
 
 
 class MlflowRun:
-    """A run at a tracking URI. A run that is gone on with takes no step of a metric twice."""
+    """A run at a tracking URI. A step that it holds of a metric is not written again, whoever wrote it.
 
-    def __init__(self, uri: str, experiment: str, run_id: str | None, run_name: str) -> None:
+    Attributes:
+        version: the last version that was registered from it.
+    """
+
+    def __init__(self, uri: str, identity: RunIdentity) -> None:
+        """`uri` may carry a password, which `identity` does not."""
+        self.version: int | None = None
         self._uri = uri
-        self._experiment = experiment
-        self._name = run_name
-        self._wanted = run_id
+        self._identity = identity
         self._run_id: str | None = None
         self._client: Any = None
-        self._known_params: set[str] = set()
-        self._old_keys: set[str] = set()
-        self._old_steps: dict[str, set[int]] = {}
+        self._is_new = False
+        self._params: set[str] = set()
+        self._steps: dict[str, set[int]] = {}
 
     @property
     def run_id(self) -> str | None:
         """The run's id; None until the server has answered."""
         return self._run_id
 
-    def start(self) -> None:
-        """Begin the run, or go on with `run_id`; one that is not there is replaced by a new one, with a warning.
+    def start(self) -> bool:
+        """Go on with the run of this id or run key, or begin one, with a warning where there should be one.
 
         Raises:
             UserError: a store that cannot be used; MlflowException or OSError: no answer.
         """
+        identity = self._identity
         self._client = connect(self._uri)
-        if self._run_id is not None:
-            return
-        experiment_id = ensure_experiment(self._client, self._uri, self._experiment)
-        run = self._find(self._wanted) if self._wanted else None
+        experiment_id = ensure_experiment(self._client, self._uri, identity.experiment)
+        known = self._run_id or identity.run_id
+        run = self._by_id(known) if known else None
+        run = run or self._by_key(experiment_id)
+        self._is_new = run is None
         if run is None:
-            self._run_id = str(self._client.create_run(experiment_id, run_name=self._name or None).info.run_id)
-            return
-        self._client.update_run(self._wanted, status="RUNNING")
-        self._known_params = set(run.data.params)
-        self._old_keys = set(run.data.metrics)
-        self._run_id = self._wanted
+            if known:
+                _log.warning("MLflow run %s is not at %s (any more): a new one begins", known, redacted(self._uri))
+            run = self._client.create_run(
+                experiment_id,
+                start_time=identity.created_ms,
+                run_name=identity.run_name or None,
+                tags={RUN_KEY_TAG: identity.run_key},
+            )
+        else:
+            self._client.update_run(run.info.run_id, status="RUNNING")
+        self._params = set(run.data.params)
+        self._steps = {}
+        self._run_id = str(run.info.run_id)
+        return self._is_new
 
     def send_points(self, points: Sequence[Point]) -> None:
-        """Write the points whose step the run does not hold yet."""
-        from mlflow.entities import Metric
+        """Write the points whose step the run does not hold yet, the first of each step.
 
-        fresh = [point for point in points if point.step not in self._steps_before(point.key)]
-        metrics = [Metric(point.key, point.value, point.timestamp_ms, point.step) for point in fresh]
-        if metrics:
-            self._client.log_batch(self._run_id, metrics=metrics)
+        A call whose answer was lost is made again with the same points, of which MLflow keeps one each.
+
+        Raises:
+            RunGone: see there.
+        """
+        from mlflow.entities import Metric
+        from mlflow.exceptions import MlflowException
+
+        fresh: dict[tuple[str, int], Point] = {}
+        for point in points:
+            if point.step not in self._steps_of(point.key):
+                fresh.setdefault((point.key, point.step), point)
+        if fresh:
+            metrics = [Metric(point.key, point.value, point.timestamp_ms, point.step) for point in fresh.values()]
+            try:
+                self._client.log_batch(self._run_id, metrics=metrics)
+            except MlflowException as error:
+                if error.error_code == "RESOURCE_DOES_NOT_EXIST":
+                    raise RunGone(f"run {self._run_id} is not there any more") from error
+                raise
+        for key, step in fresh:
+            self._steps[key].add(step)
 
     def send(self, words: Words) -> None:
-        """Write params that the run does not have yet, tags, or a file; raises FileNotFoundError if it is gone."""
+        """Write params that the run does not have yet, tags, a file, a version, or the run's end.
+
+        Raises:
+            FileNotFoundError: the file is gone; UserError: the artifact cannot be registered.
+        """
         from mlflow.entities import Param, RunTag
 
-        if isinstance(words, Upload):
-            if not words.path.exists():
-                raise FileNotFoundError(f"{words.path} is gone")
-            self._client.log_artifact(self._run_id, str(words.path), words.folder or None)
-        elif isinstance(words, Params):
-            fresh = [Param(key, value) for key, value in words.values.items() if key not in self._known_params]
-            for part in _parts(fresh):
-                self._client.log_batch(self._run_id, params=part)
-        else:
-            for part in _parts([RunTag(key, value) for key, value in words.values.items()]):
-                self._client.log_batch(self._run_id, tags=part)
+        match words:
+            case Params(values):
+                for part in _parts([Param(key, value) for key, value in values.items() if key not in self._params]):
+                    self._client.log_batch(self._run_id, params=part)
+                self._params |= values.keys()
+            case Tags(values):
+                for part in _parts([RunTag(key, value) for key, value in values.items()]):
+                    self._client.log_batch(self._run_id, tags=part)
+            case Upload(path, folder):
+                if not path.exists():
+                    raise FileNotFoundError(f"{path} is gone")
+                self._client.log_artifact(self._run_id, str(path), folder or None)
+            case Version(path, model, description):
+                self.version = register_version(
+                    self._uri,
+                    model,
+                    path,
+                    run_id=self._run_id,
+                    experiment=self._identity.experiment,
+                    description=description,
+                )
+            case End(status, timestamp_ms):
+                self._client.set_terminated(self._run_id, status, end_time=timestamp_ms)
 
-    def end(self, status: Status) -> None:
-        """Mark the run as ended."""
-        self._client.set_terminated(self._run_id, status)
-
-    def _find(self, run_id: str | None) -> Any:
+    def _by_id(self, run_id: str) -> Any:
         from mlflow.exceptions import MlflowException
 
         try:
@@ -150,20 +161,49 @@ class MlflowRun:
         except MlflowException as error:
             if error.error_code not in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE"):
                 raise
-            run = None
-        if run is None or run.info.lifecycle_stage != "active":
-            _log.warning("MLflow run %s is not at %s (any more): a new one begins", run_id, redacted(self._uri))
             return None
-        return run
+        return run if run.info.lifecycle_stage == "active" else None
 
-    def _steps_before(self, key: str) -> set[int]:
-        """Return the steps of `key` that the run held when it was gone on with; one question per key."""
-        if key not in self._old_keys:
-            return set()
-        if key not in self._old_steps:
-            history = self._client.get_metric_history(self._run_id, key)
-            self._old_steps[key] = {int(metric.step) for metric in history}
-        return self._old_steps[key]
+    def _by_key(self, experiment_id: str) -> Any:
+        """Return the run of a creation whose answer never came, or was not noted before a kill; None: there is none."""
+        found = self._client.search_runs(
+            [experiment_id], f"tags.`{RUN_KEY_TAG}` = '{self._identity.run_key}'", max_results=1
+        )
+        return found[0] if found else None
+
+    def _steps_of(self, key: str) -> set[int]:
+        """Return the steps of `key` that the run holds; MLflow is asked once for each key of a run gone on with.
+
+        One number for each point of the run: less than the history that every checkpoint holds.
+        """
+        if key not in self._steps:
+            history = [] if self._is_new else self._client.get_metric_history(self._run_id, key)
+            self._steps[key] = {int(metric.step) for metric in history}
+        return self._steps[key]
+
+
+def send_records(run: Run, records: Sequence[Record], refused: Callable[[Record, Exception], None]) -> None:
+    """Write one call's worth of records to `run`: at most METRICS_PER_CALL points, or one other record.
+
+    What MLflow refuses for good is halved until the culprit is alone, which is given to `refused` and left out.
+    Raises whatever is temporary; the call can then be made again.
+    """
+    points = [record for record in records if isinstance(record, Point)]
+    try:
+        if points:
+            run.send_points(points)
+        for record in records:
+            if not isinstance(record, Point):
+                run.send(record)
+    except Exception as error:  # MLflow lets its database's and requests' errors through
+        if is_temporary(error):
+            raise
+        if len(records) == 1:
+            refused(records[0], error)
+            return
+        half = len(records) // 2
+        send_records(run, records[:half], refused)
+        send_records(run, records[half:], refused)
 
 
 def _parts(items: list[Any]) -> Iterable[list[Any]]:

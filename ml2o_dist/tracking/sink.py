@@ -1,7 +1,8 @@
-"""The thread between a run and MLflow: training hands over its figures and never waits for a server.
+"""The thread between a run and MLflow: training hands over its figures and never waits for a server, nor for a disk.
 
-What was handed over is queued and sent in batches. While the server is away the queue keeps it, up to a bound, and
-the thread asks again at growing intervals.
+What was handed over is written to the run's spool by one thread (`backlog`) and sent from there by another. While the
+server is away the spool keeps it, and the thread asks again at growing intervals; what is left at the end stays in the
+spool, for `--resume` or `ml2o sync`. Where records are sent twice, MLflow keeps them once (`run`).
 """
 
 from __future__ import annotations
@@ -9,16 +10,20 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
-from ml2o_dist.tracking.run import METRICS_PER_CALL, MlflowRun, Params, Point, Run, Status, Tags, Upload, Words
+from ml2o_dist.tracking.backlog import Backlog
+from ml2o_dist.tracking.identity import RunIdentity, load_identity, save_identity
+from ml2o_dist.tracking.records import End, Params, Point, Record, Status, Tags, Upload, Version
+from ml2o_dist.tracking.run import MlflowRun, Run, RunGone, send_records
+from ml2o_dist.tracking.spool import SPOOL_FOLDER, Spool
 from ml2o_dist.tracking.store import is_temporary, one_line, redacted, refused
 
 _CAPACITY = 100_000
-"""Records kept while the server is away: a day of a run that logs one a second, some 20 MB."""
+"""Records kept in memory where the disk takes nothing: a day of a run that logs one a second, some 20 MB."""
 
 _LONGEST_PAUSE_S = 30.0
 
@@ -30,26 +35,41 @@ class MlflowSink:
 
     Attributes:
         refused: records that MLflow will never take (a bad metric name, a file that is gone), dropped with a warning.
-        overflowed: records dropped because more than `capacity` were waiting, the oldest first.
     """
 
-    def __init__(self, run: Run, place: str, *, flush_s: float = 2.0, capacity: int = _CAPACITY) -> None:
-        """Start the thread; `place` names the store in messages. `open` is the usual way to a sink."""
+    def __init__(
+        self,
+        run: Run,
+        place: str,
+        spool: Spool | None = None,
+        *,
+        on_begun: Callable[[str], None] = lambda run_id: None,
+        flush_s: float = 2.0,
+        capacity: int = _CAPACITY,
+    ) -> None:
+        """Start the threads; `open` is the usual way to a sink.
+
+        Args:
+            place: names the store in messages.
+            spool: what it holds already is sent first; None: everything stays in memory, up to `capacity` records.
+            on_begun: called with the run's id as soon as that is known.
+        """
         self.refused = 0
-        self.overflowed = 0
         self._run = run
         self._place = place
+        self._spool = spool
+        self._on_begun = on_begun
         self._flush_s = flush_s
-        self._capacity = capacity
-        self._changed = threading.Condition()  # guards everything below
-        self._queue: deque[Point | Words] = deque()
-        self._sending: list[Point | Words] = []
-        self._status: Status | None = None  # set when the sink is being closed
-        self._hurry = False
-        self._started = False
-        self._first_error: Exception | None = None
-        self._tried = False
+        self._backlog = Backlog(spool, capacity)
+        self._begun = False
         self._away = False
+        self._changed = threading.Condition()  # guards everything below
+        self._hurry = False
+        self._closed = False
+        self._ending = False  # one last try
+        self._tried = False
+        self._failures = 0
+        self._first_error: Exception | None = None
         self._thread = threading.Thread(target=self._work, name="mlflow-sink", daemon=True)
         self._thread.start()
 
@@ -63,34 +83,49 @@ class MlflowSink:
         params: Mapping[str, object] | None = None,
         tags: Mapping[str, object] | None = None,
         *,
+        run_dir: Path | None = None,
+        config: Mapping[str, Any] | None = None,
+        go_on: bool = True,
         wait_s: float = 30.0,
+        stop: Callable[[], bool] = lambda: False,
     ) -> MlflowSink:
-        """Begin a run, or go on with `run_id`, whose recorded metric steps are then not recorded again.
+        """Begin a run, or go on with one, whose recorded metric steps are then not recorded again.
 
         Args:
             uri: where, as `resolve_tracking_uri` returns it.
             experiment: its name; created if there is none.
+            run_id: the run to go on with, where `run_dir` does not know it.
             run_name: only for a new run.
             params, tags: sent first; params that the run already has stay as they are.
-            wait_s: how long to wait for the server's first answer. Without one, a warning is logged, training goes
-                on, and the thread keeps asking.
+            run_dir: holds the spool and the run's identity; None: both are only in memory.
+            config: kept with the identity, for whoever has to decide about `go_on`.
+            go_on: False begins another run in `run_dir`, and drops what the spool holds of the one before.
+            wait_s: how long to wait for the server's first answer, or until `stop()`. Without one, a warning is
+                logged, training goes on, and the thread keeps asking.
 
         Raises:
-            UserError: the server answered, and refused (a deleted experiment, no permission), or the URI is unusable.
+            UserError: the server answered, and refused (a deleted experiment, no permission), the URI is unusable, or
+                another process is writing the spool.
         """
-        sink = cls(MlflowRun(uri, experiment, run_id, run_name), redacted(uri))
+        known = load_identity(run_dir) if run_dir and go_on else None
+        new = RunIdentity(redacted(uri), experiment, run_name, run_id or "", config=config or {})
+        identity = (
+            replace(known, uri=new.uri, experiment=experiment, run_id=known.run_id or new.run_id) if known else new
+        )
+        spool = _open_spool(run_dir, go_on) if run_dir else None
+
+        def note(run_id: str) -> None:
+            if run_dir and run_id != identity.run_id:
+                save_identity(run_dir, replace(identity, run_id=run_id))
+
+        if run_dir and identity != known:
+            save_identity(run_dir, identity)
+        sink = cls(MlflowRun(uri, identity), redacted(uri), spool, on_begun=note)
         if params:
             sink.log_params(params)
         if tags:
             sink.set_tags(tags)
-        with sink._changed:
-            answered = sink._changed.wait_for(lambda: sink._tried, timeout=wait_s)
-            error = sink._first_error
-        if error is not None and not is_temporary(error):
-            sink.close("FAILED")
-            raise refused(uri, error)
-        if not answered:
-            _log.warning("MLflow at %s has not answered in %.0f s; training goes on without it", sink._place, wait_s)
+        sink._wait_for_an_answer(uri, wait_s, stop)
         return sink
 
     @property
@@ -101,129 +136,140 @@ class MlflowSink:
     @property
     def unsent(self) -> int:
         """How many metric values are waiting."""
-        with self._changed:
-            return sum(isinstance(record, Point) for record in (*self._sending, *self._queue))
+        return self._backlog.unsent_values
+
+    @property
+    def overflowed(self) -> int:
+        """How many records were dropped, the oldest first, because the disk took none and the memory was full."""
+        return self._backlog.overflowed
+
+    @property
+    def spool(self) -> Path | None:
+        """The folder of what MLflow has not got; None where it has everything, or the rest is only in memory."""
+        return self._spool.folder if self._spool and not self._spool.removed else None
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
         """Hand over the values of `metrics` at `step`; returns at once."""
-        now = time.time_ns() // 1_000_000
-        self._put([Point(key, float(value), step, now) for key, value in metrics.items()])
+        now = _now_ms()
+        self._backlog.put([Point(key, float(value), step, now) for key, value in metrics.items()])
 
     def log_params(self, params: Mapping[str, object]) -> None:
         """Hand over settings; returns at once."""
-        self._put([Params({key: str(value) for key, value in params.items()})])
+        self._backlog.put([Params({key: str(value) for key, value in params.items()})])
 
     def set_tags(self, tags: Mapping[str, object]) -> None:
         """Hand over tags, those that are not None; returns at once."""
-        self._put([Tags({key: str(value) for key, value in tags.items() if value is not None})])
+        self._backlog.put([Tags({key: str(value) for key, value in tags.items() if value is not None})])
 
     def log_artifact(self, path: Path, folder: str = "") -> None:
-        """Hand over a file for the run's artifacts; returns at once. It is read later: leave it there."""
-        self._put([Upload(path.absolute(), folder)])
+        """Hand over a file for the run's artifacts; returns at once. It is copied a moment later."""
+        self._backlog.put([Upload(path.absolute(), folder)])
+
+    def register_later(self, model: str, path: Path, description: str) -> None:
+        """Have the learned optimizer in folder `path` registered as a version of `model` once the server is back."""
+        self._backlog.put([Version(path.absolute(), model, description)])
 
     def flush(self, limit_s: float = 10.0) -> bool:
-        """Wait until nothing is waiting, at most `limit_s` seconds; tells whether all was sent."""
+        """Wait for all to be sent, no longer than the server answers nor than `limit_s` s; tells whether all was."""
+        until = time.monotonic() + limit_s
+        if not self._backlog.settle(limit_s):
+            return False
         with self._changed:
             self._hurry = True
             self._changed.notify_all()
-            return self._changed.wait_for(lambda: not self._queue and not self._sending, timeout=limit_s)
+            failures = self._failures
+            self._changed.wait_for(
+                lambda: not self._backlog.unsent or self._failures > failures, until - time.monotonic()
+            )
+        return not self._backlog.unsent
 
     def close(self, status: Status = "FINISHED", limit_s: float = 10.0) -> int:
         """Send what is left, mark the run as ended, and return how many metric values could not be sent.
 
-        Takes at most `limit_s` seconds; a server that does not answer is asked once more. Closing again is harmless.
+        Takes at most `limit_s` seconds; a server that does not answer is asked once more. The spool is removed where
+        everything was sent. Closing again is harmless.
         """
+        until = time.monotonic() + limit_s
         with self._changed:
-            first = self._status is None
-            self._status = self._status or status
+            first, self._closed = not self._closed, True
+        if first:
+            self._backlog.put([End(status, _now_ms())])
+            self._backlog.close(limit_s)
+        with self._changed:
+            self._ending = True
             self._changed.notify_all()
-        self._thread.join(limit_s)
-        unsent = self.unsent
-        if first and (unsent or self.overflowed):
-            _log.warning("%d metric values were not sent to MLflow at %s", unsent + self.overflowed, self._place)
-        return unsent
+        self._thread.join(max(0.0, until - time.monotonic()))
+        lost = self._backlog.in_memory_only + self.overflowed
+        if first and lost:
+            _log.warning("%d metric values were not sent to MLflow at %s and are lost", lost, self._place)
+        if self._spool:
+            self._spool.close()
+        return self.unsent
 
-    def _put(self, records: Sequence[Point | Words]) -> None:
+    def _wait_for_an_answer(self, uri: str, wait_s: float, stop: Callable[[], bool]) -> None:
+        until = time.monotonic() + wait_s
         with self._changed:
-            if self._status is not None:
-                raise RuntimeError("the sink is closed")
-            self._queue.extend(records)
-            while len(self._queue) > self._capacity:
-                self._queue.popleft()
-                self.overflowed += 1
+            while not self._tried and time.monotonic() < until and not stop():
+                self._changed.wait(timeout=0.1)
+            answered, error = self._tried, self._first_error
+        if error is not None and not is_temporary(error):
+            self.close("FAILED")
+            raise refused(uri, error)
+        if not answered and not stop():
+            _log.warning("MLflow at %s has not answered in %.0f s; training goes on without it", self._place, wait_s)
 
     def _work(self) -> None:
-        pause = 0.0
-        while True:
+        pause, ending = 0.0, False
+        while not ending:
             with self._changed:
-                self._changed.wait_for(lambda: self._status is not None or self._hurry, timeout=pause)
+                self._changed.wait_for(lambda: self._ending or self._hurry, timeout=pause)
                 self._hurry = False
-                status = self._status
-            sent = self._deliver()
-            if status is not None:
-                if sent:
-                    self._attempt(partial(self._run.end, status))
-                return
+                ending = self._ending
+            sent = self._deliver(ending)
+            with self._changed:
+                self._tried = True
+                self._failures += not sent
+                self._changed.notify_all()
             pause = self._flush_s if sent else min(_LONGEST_PAUSE_S, max(1.0, 2 * pause))
 
-    def _deliver(self) -> bool:
-        """Send everything that is queued; False where the server does not answer."""
-        if not self._started:
-            self._started = self._attempt(self._run.start)
-        sent = self._started
-        while sent and self._take():
-            sent = self._send(self._sending)
-            with self._changed:
-                if not sent:
-                    self._queue.extendleft(reversed(self._sending))
-                self._sending = []
-                self._changed.notify_all()
-        with self._changed:
-            self._tried = True
-            self._changed.notify_all()
-        return sent
-
-    def _take(self) -> bool:
-        """Move the next call's worth from the queue to `_sending`: points up to the limit, or one other record."""
-        with self._changed:
-            while self._queue and len(self._sending) < METRICS_PER_CALL:
-                if not isinstance(self._queue[0], Point):
-                    if not self._sending:
-                        self._sending.append(self._queue.popleft())
+    def _deliver(self, ending: bool) -> bool:
+        """Send everything that waits; False where the server does not answer."""
+        try:
+            if not self._begun:
+                self._begin()
+            while (batch := self._backlog.take()).records:
+                if (
+                    isinstance(batch.records[0], End) and not ending
+                ):  # of an earlier start, or its turn comes in `close`
+                    self._backlog.put_back(batch)
                     break
-                self._sending.append(self._queue.popleft())
-            return bool(self._sending)
-
-    def _send(self, records: Sequence[Point | Words]) -> bool:
-        """Send one call's worth; what MLflow refuses for good is halved until the culprit is alone, and dropped."""
-        points = [record for record in records if isinstance(record, Point)]
-        try:
-            if points:
-                self._run.send_points(points)
-            for record in records:
-                if not isinstance(record, Point):
-                    self._run.send(record)
+                try:
+                    send_records(self._run, batch.records, self._refuse)
+                except Exception:
+                    self._backlog.put_back(batch)
+                    raise
+                self._backlog.sent(batch)
         except Exception as error:  # whatever MLflow and its database raise: a thread that died would lose the rest
-            if is_temporary(error):
-                self._missed(error)
-                return False
-            if len(records) > 1:
-                half = len(records) // 2
-                return self._send(records[:half]) and self._send(records[half:])
-            self.refused += 1
-            if self.refused == 1:
-                _log.warning("MLflow at %s does not take %s: %s", self._place, records[0], one_line(error))
-        self._answered()
-        return True
-
-    def _attempt(self, call: Callable[[], None]) -> bool:
-        try:
-            call()
-        except Exception as error:  # as in _send
+            self._begun = self._begun and not isinstance(error, RunGone)
             self._missed(error)
             return False
-        self._answered()
+        if self._away:
+            _log.info("MLflow at %s answers again", self._place)
+        self._away = False
+        if ending and self._spool and not self._backlog.unsent:
+            self._spool.remove()
         return True
+
+    def _begin(self) -> None:
+        if self._run.start():
+            self._backlog.rewind()
+        self._begun = True
+        self._on_begun(self._run.run_id or "")
+
+    def _refuse(self, record: Record, error: Exception) -> None:
+        self.refused += 1
+        if self.refused == 1:
+            _log.warning("MLflow at %s does not take %s: %s", self._place, record, one_line(error))
 
     def _missed(self, error: Exception) -> None:
         """Say once per outage that the server is away."""
@@ -237,7 +283,21 @@ class MlflowSink:
             )
         self._away = True
 
-    def _answered(self) -> None:
-        if self._away:
-            _log.info("MLflow at %s answers again", self._place)
-        self._away = False
+
+def _open_spool(run_dir: Path, go_on: bool) -> Spool | None:
+    """Open the spool in `run_dir`, or begin one; None, with a warning, where the disk takes none."""
+    try:
+        spool = Spool(run_dir / SPOOL_FOLDER)
+        if not go_on:
+            spool.remove()
+            spool = Spool(run_dir / SPOOL_FOLDER)
+    except OSError as error:
+        _log.warning(
+            "no spool in %s: %s; what MLflow has not taken is kept in memory", run_dir, error.strerror or error
+        )
+        return None
+    return spool
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000

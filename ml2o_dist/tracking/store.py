@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import os
+import re
 import socket
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,13 @@ _DEFAULTS = {
 _TEMPORARY = frozenset(
     ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "DEADLINE_EXCEEDED", "REQUEST_LIMIT_EXCEEDED", "ABORTED")
 )
+
+_SECRET = re.compile(r"(?<=[?&])([^=&]*(?:password|passwd|pwd|token|secret)[^=&]*)=[^&]*", re.IGNORECASE)
+"""A parameter of a URI that must not be shown, nor written down."""
+
+
+class StoreAway(UserError):
+    """A store that does not answer: asking again later may help."""
 
 
 def resolve_tracking_uri(setting: str = "", home: Path | None = None) -> str:
@@ -120,7 +128,8 @@ def is_temporary(error: Exception) -> bool:
 
     if isinstance(error, MlflowException):
         return error.error_code in _TEMPORARY
-    return not isinstance(error, UserError | FileNotFoundError)
+    # A permission that is lacking is a server's artifact folder on another machine's disk: it will not come.
+    return isinstance(error, StoreAway) or not isinstance(error, UserError | FileNotFoundError | PermissionError)
 
 
 def one_line(error: Exception) -> str:
@@ -131,18 +140,20 @@ def one_line(error: Exception) -> str:
 
 def refused(uri: str, error: Exception) -> UserError:
     """Build the one-line error for a store at `uri` that could not do what it was asked."""
-    what = "does not answer" if is_temporary(error) else "refused"
-    return UserError(f"MLflow at {redacted(uri)} {what}: {one_line(error)}")
+    if is_temporary(error):
+        return StoreAway(f"MLflow at {redacted(uri)} does not answer: {one_line(error)}")
+    return UserError(f"MLflow at {redacted(uri)} refused: {one_line(error)}")
 
 
 def redacted(uri: str) -> str:
-    """Return `uri` without the password it may carry, for messages and logs."""
+    """Return `uri` without the password it may carry, for messages, logs and files."""
+    shown = _SECRET.sub(r"\1=***", uri)
     try:
-        parts = urlsplit(uri)
+        parts = urlsplit(shown)
     except ValueError:
-        return uri
+        return shown
     if not parts.password:
-        return uri
+        return shown
     return parts._replace(netloc=f"{parts.username}:***@{parts.netloc.rpartition('@')[2]}").geturl()
 
 

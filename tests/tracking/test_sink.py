@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import os
+import shutil
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -10,59 +12,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from mlflow.exceptions import MlflowException
 
 from ml2o_dist.errors import UserError
-from ml2o_dist.tracking.run import METRICS_PER_CALL, Params, Point, Status, Tags, Upload, Words
+from ml2o_dist.tracking.records import Params, Point, Tags, Upload
+from ml2o_dist.tracking.run import METRICS_PER_CALL
 from ml2o_dist.tracking.sink import MlflowSink
+from ml2o_dist.tracking.spool import Spool
 from ml2o_dist.tracking.store import connect
+from tests.tracking.fake_run import FakeRun
 
 EXPERIMENT = "ml2o/meta-train"
 NEVER_S = 3600.0
 """A flush interval that does not come: what is sent in the test is sent because it asked."""
-
-
-class FakeRun:
-    """A run in memory whose server can be away, slow or picky."""
-
-    def __init__(self) -> None:
-        self.points: list[Point] = []
-        self.words: list[Words] = []
-        self.calls: list[int] = []
-        self.ended: Status | None = None
-        self.started = 0
-        self.away = False
-        self.bad_key = ""
-        self.gate = threading.Event()
-        self.gate.set()
-
-    @property
-    def run_id(self) -> str | None:
-        return "run" if self.started else None
-
-    def _answer(self) -> None:
-        self.gate.wait()
-        if self.away:
-            raise ConnectionError("nobody there")
-
-    def start(self) -> None:
-        self._answer()
-        self.started += 1
-
-    def send_points(self, points: Sequence[Point]) -> None:
-        self._answer()
-        self.calls.append(len(points))
-        if any(point.key == self.bad_key for point in points):
-            raise MlflowException("bad key", 1000)  # INVALID_PARAMETER_VALUE
-        self.points += points
-
-    def send(self, words: Words) -> None:
-        self._answer()
-        self.words.append(words)
-
-    def end(self, status: Status) -> None:
-        self._answer()
-        self.ended = status
 
 
 @pytest.fixture
@@ -207,6 +168,67 @@ def test_a_closed_sink_takes_no_more_and_may_be_closed_again(run: FakeRun) -> No
     assert run.ended == "FINISHED"
     with pytest.raises(RuntimeError, match="closed"):
         sink.log({"a": 1}, 0)
+
+
+def spooled(run: FakeRun, folder: Path) -> MlflowSink:
+    return sink_of(run, spool=Spool(folder))
+
+
+def test_a_spool_is_sent_by_the_next_sink_in_order_and_then_removed(run: FakeRun, tmp_path: Path) -> None:
+    run.away = True
+    first = spooled(run, tmp_path / "spool")
+    first.log_params({"seed": 1})
+    for step in range(3):
+        first.log({"a": step}, step)
+    assert first.close("KILLED") == 3
+    assert first.spool == tmp_path / "spool"
+    run.away = False
+    second = spooled(run, tmp_path / "spool")
+    for step in range(3, 6):
+        second.log({"a": step}, step)
+    assert second.close() == 0
+    assert values(run, "a") == [(step, float(step)) for step in range(6)]
+    assert run.words == [Params({"seed": "1"})]
+    assert run.ended == "FINISHED"  # the first sink's KILLED is void: the run went on
+    assert second.spool is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_killed_between_sending_and_noting_the_same_points_are_sent_again(run: FakeRun, tmp_path: Path) -> None:
+    """MLflow stores equal points once, and a run that is gone on with is asked (test_run.py, in a real store)."""
+    first = spooled(run, tmp_path / "spool")
+    for step in range(5):
+        first.log({"a": step}, step)
+    run.lost_answers = 1
+    assert not first.flush()
+    sent = list(run.points)
+    assert len(sent) == 5
+    shutil.copytree(tmp_path / "spool", tmp_path / "killed")  # what a SIGKILL leaves
+    assert first.close() == 0
+    assert run.points == sent * 2
+    again = FakeRun()
+    second = spooled(again, tmp_path / "killed")
+    assert second.close() == 0
+    assert again.points == sent
+
+
+def test_on_a_full_disk_the_figures_still_arrive(
+    run: FakeRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*words: Any) -> int:
+        raise OSError(28, "No space left on device")
+
+    sink = spooled(run, tmp_path / "spool")
+    monkeypatch.setattr(os, "pwrite", full)
+    for step in range(5):
+        sink.log({"a": step}, step)
+    assert sink.flush()
+    run.away = True
+    sink.log({"a": 5}, 5)
+    assert sink.close() == 1
+    assert values(run, "a") == [(step, float(step)) for step in range(5)]
+    assert caplog.text.count("cannot be written: No space left on device") == 1
+    assert "1 metric values were not sent to MLflow at nowhere and are lost" in caplog.text
 
 
 def test_an_unreachable_server_does_not_keep_training(caplog: pytest.LogCaptureFixture) -> None:

@@ -1,0 +1,261 @@
+"""The spool: what a run told MLflow, on the disk before it is sent, so that neither a kill nor a dead server loses it.
+
+    spool/records.jsonl   a line for each record (`records.to_line`), in the order in which they were made
+    spool/sent.json       {"bytes": N}: MLflow has taken everything before byte N of records.jsonl
+    spool/files/N/NAME    a copy of the file that the record at byte N uploads
+
+A process that is killed may leave a torn last line, which is dropped, and a sent.json that is behind, after which
+some records are sent again: writing a record to MLflow twice must do no harm (see `MlflowRun`).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import shutil
+import threading
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from ml2o_dist.errors import UserError
+from ml2o_dist.files import replacing
+from ml2o_dist.tracking.records import End, Point, Record, Upload, Version, from_line, to_line
+
+SPOOL_FOLDER = "spool"
+"""The spool's name in a run directory."""
+
+_RECORDS, _SENT, _FILES = "records.jsonl", "sent.json", "files"
+
+_log = logging.getLogger("ml2o_dist.tracking")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Records to be sent in one call.
+
+    Attributes:
+        end: the byte of the spool where they end; None where they are not from a spool.
+        count: how many records of the spool they stand for: an `End` that more records follow is left out.
+    """
+
+    records: Sequence[Record]
+    end: int | None = None
+    count: int = 0
+
+
+class Spool:
+    """The records of one run that MLflow may not have yet. Safe to use from several threads, by one process at a time.
+
+    Attributes:
+        folder: where it is.
+        unsent: how many records MLflow has not taken.
+        unsent_values: how many of them are metric values.
+        removed: everything was sent and the folder is gone.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        """Open the spool in `folder`, or begin one there.
+
+        Raises:
+            UserError: another process has it open; OSError: it can neither be read nor made.
+        """
+        self.folder = folder
+        self.removed = False
+        self._lock = threading.Lock()
+        shutil.rmtree(_removed_name(folder), ignore_errors=True)  # of a process that was killed while removing it
+        folder.mkdir(parents=True, exist_ok=True)
+        self._records = folder / _RECORDS
+        self._file: int | None = os.open(self._records, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            _claim(self._file, folder)
+            self._end = _end_of_whole_lines(self._records)
+            self._sent = _bytes_sent(folder)
+            if self._sent > self._end:  # a power cut took records; all are sent again, before new ones get there
+                (folder / _SENT).unlink()
+                self._sent = 0
+            self._count()
+        except BaseException:
+            self.close()
+            raise
+
+    def append(self, records: Sequence[Record]) -> None:
+        """Write records down, with copies of the files they upload; all of them or, where it raises OSError, none."""
+        with self._lock:
+            if self._file is None:
+                raise OSError(f"{self.folder} was closed")
+            content = bytearray()
+            for record in records:
+                content += to_line(self._kept(record, self._end + len(content)))
+            try:
+                os.ftruncate(self._file, self._end)  # a torn line, of a process that was killed or of a full disk
+                _write_all(self._file, content, self._end)
+            except OSError:
+                os.ftruncate(self._file, self._end)
+                raise
+            self._end += len(content)
+            self.unsent += len(records)
+            self.unsent_values += _values(records)
+
+    def read(self, limit: int) -> Batch:
+        """Return what is to be sent next: up to `limit` points, or one other record; nothing where all was sent."""
+        with self._lock:
+            records: list[Record] = []
+            end, count = self._sent, 0
+            for record, after in self._unsent_records():
+                void = isinstance(record, End) and after < self._end
+                if not void and records and not (isinstance(record, Point) and len(records) < limit):
+                    break
+                end, count = after, count + 1
+                if not void:
+                    records.append(self._found(record))
+                    if not isinstance(record, Point):
+                        break
+            return Batch(records, end, count)
+
+    def advance(self, batch: Batch) -> None:
+        """Note that MLflow has taken `batch`, which `read` returned last.
+
+        Where the disk takes no note, `batch` is sent again after a restart, which does no harm.
+        """
+        with self._lock:
+            if self._file is None or batch.end is None:
+                return
+            self._sent = batch.end
+            self.unsent -= batch.count
+            self.unsent_values -= _values(batch.records)
+            try:
+                with replacing(self.folder / _SENT) as stream:
+                    stream.write(json.dumps({"bytes": batch.end}).encode())
+            except OSError as error:
+                _log.info("%s cannot be written: %s", self.folder / _SENT, error.strerror or error)
+
+    def rewind(self) -> None:
+        """Let everything be sent again: to a run that has nothing of it."""
+        with self._lock:
+            self._sent = 0
+            self._count()
+
+    def flush(self) -> None:
+        """Return when the disk has every record."""
+        with self._lock:
+            if self._file is not None:
+                os.fsync(self._file)
+
+    def remove(self) -> None:
+        """Take the spool away, whole: a process that is killed here leaves all of it or nothing."""
+        with self._lock:
+            if self._file is None:
+                return
+            try:
+                os.rename(self.folder, _removed_name(self.folder))
+            except OSError as error:
+                _log.warning("%s cannot be removed: %s", self.folder, error.strerror or error)
+                return
+            self.removed = True
+            os.close(self._file)
+            self._file = None
+        shutil.rmtree(_removed_name(self.folder), ignore_errors=True)
+
+    def close(self) -> None:
+        """Let another process have it. A thread that still uses it reads nothing more and changes nothing."""
+        with self._lock:
+            if self._file is not None:
+                os.close(self._file)
+                self._file = None
+
+    def _unsent_records(self) -> Iterator[tuple[Record, int]]:
+        """Yield each whole record after the sent ones and the byte where it ends."""
+        if self._file is None:
+            return
+        for record, after in _lines(self._records, self._sent):
+            if after > self._end:
+                return
+            if record is not None:
+                yield record, after
+
+    def _count(self) -> None:
+        found = [record for record, _ in self._unsent_records()]
+        self.unsent, self.unsent_values = len(found), _values(found)
+
+    def _kept(self, record: Record, position: int) -> Record:
+        """Return `record` as it is written at byte `position`: its file copied here, its path relative to the spool."""
+        if isinstance(record, Upload) and record.path.exists():
+            target = self.folder / _FILES / str(position) / record.path.name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(record.path, target)
+            return replace(record, path=target.relative_to(self.folder))
+        if isinstance(record, Upload | Version):
+            return replace(record, path=Path(os.path.relpath(record.path, self.folder)))
+        return record
+
+    def _found(self, record: Record) -> Record:
+        if isinstance(record, Upload | Version):
+            return replace(record, path=Path(os.path.normpath(self.folder / record.path)))
+        return record
+
+
+def unsent_values(folder: Path) -> int:
+    """Return how many metric values the spool in `folder` holds that MLflow has not taken; 0 where there is none.
+
+    Raises UserError where another process has it open.
+    """
+    if not (folder / _RECORDS).exists():
+        return 0
+    spool = Spool(folder)
+    spool.close()
+    return spool.unsent_values
+
+
+def _claim(file: int, folder: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go by the kernel when the process ends, however it ends
+    except BlockingIOError:
+        raise UserError(f"{folder} is in use: the run that writes it is still going on") from None
+    except OSError as error:  # a file system without locks
+        _log.info("%s cannot be locked: %s", folder, error.strerror)
+
+
+def _lines(file: Path, start: int) -> Iterator[tuple[Record | None, int]]:
+    """Yield for each line from byte `start`: its record (None: torn or altered), and the byte where it ends."""
+    with file.open("rb") as stream:
+        stream.seek(start)
+        position = start
+        for line in stream:
+            position += len(line)
+            yield from_line(line), position
+
+
+def _end_of_whole_lines(file: Path) -> int:
+    end, damaged, torn = 0, 0, 0
+    for record, after in _lines(file, 0):
+        torn += record is None
+        if record is not None:
+            end, damaged = after, torn
+    if damaged:
+        _log.warning("%s: %d damaged lines were left out", file, damaged)
+    return end
+
+
+def _bytes_sent(folder: Path) -> int:
+    try:
+        return int(json.loads((folder / _SENT).read_bytes())["bytes"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0  # sent again, which does no harm
+
+
+def _write_all(file: int, content: bytes | bytearray, position: int) -> None:
+    rest = memoryview(content)
+    while rest:
+        written = os.pwrite(file, rest, position)
+        rest, position = rest[written:], position + written
+
+
+def _values(records: Sequence[Record]) -> int:
+    return sum(isinstance(record, Point) for record in records)
+
+
+def _removed_name(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.sent")

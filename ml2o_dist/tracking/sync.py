@@ -1,0 +1,121 @@
+"""Sending a spool by hand: what a run could not tell MLflow, once the server is there."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shlex
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import TypedDict
+
+from ml2o_dist.errors import UserError
+from ml2o_dist.tracking.identity import IDENTITY_FILE, RunIdentity, load_identity, save_identity
+from ml2o_dist.tracking.records import End, Point, Record, Status
+from ml2o_dist.tracking.run import METRICS_PER_CALL, MlflowRun, send_records
+from ml2o_dist.tracking.spool import SPOOL_FOLDER, Spool
+from ml2o_dist.tracking.store import one_line, redacted, refused, resolve_tracking_uri
+
+_log = logging.getLogger("ml2o_dist.tracking")
+
+
+class Synced(TypedDict):
+    """What `ml2o sync --json` prints."""
+
+    run_dir: str
+    tracking_uri: str
+    run_id: str
+    records: int
+    values: int
+    refused: int
+    status: Status
+    registered_version: int | None
+
+
+def sync(run_dir: Path, tracking_uri: str = "") -> Synced:
+    """Send what MLflow has not got of the run in `run_dir`, end the run there as it ended, and remove the spool.
+
+    A run that was killed, and therefore says nothing of its end, is ended as KILLED. What was sent stays sent when
+    this is cut short: the next call goes on from there.
+
+    Args:
+        tracking_uri: where, as `resolve_tracking_uri` takes it; "": where the run was tracked.
+
+    Raises:
+        UserError: there is no spool, its run is still going on, or MLflow does not answer or refuses.
+    """
+    identity = load_identity(run_dir)
+    folder = run_dir / SPOOL_FOLDER
+    if not folder.is_dir():
+        raise UserError(f"{run_dir} holds no spool: MLflow has everything, or nothing was run there")
+    if identity is None:
+        raise UserError(f"{run_dir / IDENTITY_FILE} is missing: it names the MLflow run that {folder} belongs to")
+    uri = _tracking_uri(identity, tracking_uri)
+    try:
+        spool = Spool(folder)
+    except OSError as error:
+        raise UserError(f"{folder} cannot be opened: {error.strerror or error}") from error
+    try:
+        return _send(run_dir, spool, replace(identity, uri=redacted(uri)), uri)
+    finally:
+        spool.close()
+
+
+def sync_command(run_dir: Path, uri: str) -> str:
+    """Return what to type to send the spool in `run_dir`, whose run is tracked at `uri`."""
+    password = "" if redacted(uri) == uri else "MLFLOW_TRACKING_URI=... "  # which is on no disk
+    return f"{password}ml2o sync {shlex.quote(str(run_dir))}"
+
+
+def _send(run_dir: Path, spool: Spool, identity: RunIdentity, uri: str) -> Synced:
+    run, left_out = MlflowRun(uri, identity), 0
+    status: Status | None = None
+    records = values = 0
+
+    def refuse(record: Record, error: Exception) -> None:
+        nonlocal left_out
+        left_out += 1
+        _log.warning("MLflow at %s does not take %s: %s", redacted(uri), record, one_line(error))
+
+    try:
+        if run.start():
+            spool.rewind()
+        save_identity(run_dir, replace(identity, run_id=run.run_id or ""))
+        while (batch := spool.read(METRICS_PER_CALL)).records:
+            send_records(run, batch.records, refuse)
+            spool.advance(batch)
+            records += len(batch.records)
+            values += sum(isinstance(record, Point) for record in batch.records)
+            status = next((record.status for record in batch.records if isinstance(record, End)), status)
+        if status is None:
+            status = "KILLED"
+            run.send(End(status, time.time_ns() // 1_000_000))
+    except Exception as error:  # MLflow lets its database's and requests' errors through
+        raise error if isinstance(error, UserError) else refused(uri, error) from error
+    spool.remove()
+    return Synced(
+        run_dir=str(run_dir),
+        tracking_uri=redacted(uri),
+        run_id=run.run_id or "",
+        records=records,
+        values=values,
+        refused=left_out,
+        status=status,
+        registered_version=run.version,
+    )
+
+
+def _tracking_uri(identity: RunIdentity, given: str) -> str:
+    """Return where to send: `given`, else where the run was tracked, whose password only the environment may know."""
+    if given:
+        return resolve_tracking_uri(given)
+    if "***" not in identity.uri:
+        return identity.uri
+    from_environment = resolve_tracking_uri() if os.environ.get("MLFLOW_TRACKING_URI") else ""
+    if redacted(from_environment) == identity.uri:
+        return from_environment
+    raise UserError(
+        f"the run was tracked at {identity.uri}, whose password is on no disk: "
+        "give the URI in the environment variable MLFLOW_TRACKING_URI"
+    )

@@ -1,0 +1,148 @@
+"""`ml2o sync`: what could not be sent goes into the same run once the store is there, and the version with it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from ml2o_dist.artifact import save_artifact
+from ml2o_dist.cli import main
+from ml2o_dist.config import RuleSettings
+from ml2o_dist.errors import UserError
+from ml2o_dist.rules.ml2o import ML2ONetwork
+from ml2o_dist.tracking.identity import RUN_KEY_TAG, load_identity
+from ml2o_dist.tracking.registry import list_versions
+from ml2o_dist.tracking.sink import MlflowSink
+from ml2o_dist.tracking.spool import Spool
+from ml2o_dist.tracking.store import connect, redacted
+from ml2o_dist.tracking.sync import sync, sync_command
+
+NOBODY = "http://127.0.0.1:9"
+EXPERIMENT = "ml2o/meta-train"
+
+
+@pytest.fixture(scope="module")
+def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
+    address = f"sqlite:///{tmp_path_factory.mktemp('sync')}/mlflow.db"
+    connect(address).search_experiments()
+    return address
+
+
+@pytest.fixture
+def run_dir(tmp_path: Path) -> Path:
+    """A finished run that never saw a server."""
+    folder = tmp_path / "run"
+    rule = RuleSettings(hidden=4)
+    save_artifact(folder, ML2ONetwork(rule).state_dict(), rule, {"seed": 3})
+    sink = MlflowSink.open(NOBODY, EXPERIMENT, run_name="late", params={"seed": 3}, run_dir=folder)
+    for step in range(20):
+        sink.log({"meta_loss": float(step)}, step)
+    sink.log_artifact(folder / "weights.json")
+    sink.register_later("late", folder, "never seen")
+    assert sink.close() == 20
+    assert sink.spool == folder / "spool"
+    return folder
+
+
+def ml2o_sync(*words: str | Path) -> tuple[int, str, str]:
+    result = CliRunner().invoke(main, ["sync", *map(str, words)])
+    return result.exit_code, result.stdout, result.stderr
+
+
+def test_everything_goes_into_one_run_and_the_version_is_registered(uri: str, run_dir: Path) -> None:
+    code, answer_text, _ = ml2o_sync(run_dir, "--tracking-uri", uri, "--json")
+    assert code == 0
+    answer = json.loads(answer_text)
+    assert (answer["values"], answer["status"], answer["refused"], answer["tracking_uri"]) == (20, "FINISHED", 0, uri)
+    client = connect(uri)
+    run = client.get_run(answer["run_id"])
+    assert [point.step for point in client.get_metric_history(answer["run_id"], "meta_loss")] == list(range(20))
+    assert (run.info.status, run.info.run_name, run.data.params) == ("FINISHED", "late", {"seed": "3"})
+    identity = load_identity(run_dir)
+    assert identity is not None
+    assert run.data.tags[RUN_KEY_TAG] == identity.run_key
+    assert run.info.start_time == identity.created_ms  # when it began, not when MLflow heard of it
+    assert run.info.end_time < run.info.start_time + 60_000
+    assert [file.path for file in client.list_artifacts(answer["run_id"])] == ["weights.json"]
+    (version,) = list_versions(uri, "late")
+    assert (version["version"], version["aliases"]) == (answer["registered_version"], ["candidate"])
+    assert client.get_model_version("late", str(version["version"])).run_id == answer["run_id"]
+    assert not (run_dir / "spool").exists()
+    code, _, error = ml2o_sync(run_dir)
+    assert code == 2
+    assert error.splitlines() == [f"ml2o: {run_dir} holds no spool: MLflow has everything, or nothing was run there"]
+
+
+def test_a_store_that_does_not_answer_is_one_line_and_the_spool_stays_as_it_was(run_dir: Path) -> None:
+    before = {path: path.read_bytes() for path in (run_dir / "spool").rglob("*") if path.is_file()}
+    code, _, error = ml2o_sync(run_dir)
+    assert code == 2
+    (line,) = [line for line in error.splitlines() if line.startswith("ml2o: ")]
+    assert line.startswith(f"ml2o: MLflow at {NOBODY} does not answer: ")
+    assert {path: path.read_bytes() for path in (run_dir / "spool").rglob("*") if path.is_file()} == before
+
+
+def test_cut_short_it_goes_on_and_a_run_without_an_end_was_killed(
+    uri: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = tmp_path / "run"
+    sink = MlflowSink.open(NOBODY, EXPERIMENT, run_dir=run_dir)
+    for step in range(2500):
+        sink.log({"meta_loss": float(step)}, step)
+    assert sink.close() == 2500
+    records = run_dir / "spool" / "records.jsonl"
+    records.write_bytes(b"".join(records.read_bytes().splitlines(keepends=True)[:-1]))  # as SIGKILL leaves it
+    real, calls = Spool.advance, []
+
+    def advance(self: Spool, batch: object) -> None:
+        calls.append(batch)
+        if len(calls) == 2:
+            raise KeyboardInterrupt  # after the second call was sent, before it was noted
+        real(self, batch)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Spool, "advance", advance)
+        with pytest.raises(KeyboardInterrupt):
+            sync(run_dir, uri)
+    answer = sync(run_dir, uri)
+    assert (answer["values"], answer["status"]) == (1500, "KILLED")
+    points = connect(uri).get_metric_history(answer["run_id"], "meta_loss")
+    assert [point.step for point in points] == list(range(2500))
+    assert connect(uri).get_run(answer["run_id"]).info.status == "KILLED"
+
+
+def test_a_run_that_is_still_going_on_sends_its_spool_itself(uri: str, tmp_path: Path) -> None:
+    sink = MlflowSink.open(uri, EXPERIMENT, run_dir=tmp_path)
+    with pytest.raises(UserError, match="spool is in use: the run that writes it is still going on"):
+        sync(tmp_path)
+    sink.close()
+
+
+@pytest.mark.parametrize(
+    ("secret_uri", "shown"),
+    [
+        ("postgresql://me:s3cret@127.0.0.1:9/ml", "postgresql://me:***@127.0.0.1:9/ml"),
+        ("postgresql://127.0.0.1:9/ml?user=me&password=s3cret", "postgresql://127.0.0.1:9/ml?user=me&password=***"),
+    ],
+)
+def test_a_password_is_on_no_disk_and_comes_from_the_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, secret_uri: str, shown: str
+) -> None:
+    assert redacted(secret_uri) == shown
+    sink = MlflowSink.open(secret_uri, EXPERIMENT, run_dir=tmp_path)
+    sink.log({"a": 1.0}, 0)
+    assert sink.close() == 1
+    kept = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(kept) >= 2
+    assert not [path for path in kept if b"s3cret" in path.read_bytes()]
+    assert sync_command(tmp_path, secret_uri) == f"MLFLOW_TRACKING_URI=... ml2o sync {tmp_path}"
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    with pytest.raises(UserError, match=r"whose password is on no disk: give the URI in .* MLFLOW_TRACKING_URI"):
+        sync(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", secret_uri)
+    with pytest.raises(UserError, match=r"does not answer: 127\.0\.0\.1:9") as refusal:
+        sync(tmp_path)
+    assert "s3cret" not in str(refusal.value)
