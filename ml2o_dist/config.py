@@ -124,6 +124,18 @@ class ResourceSettings(_Settings):
     max_restarts: int = Field(8, ge=0, description="how many workers may be replaced in all")
 
 
+class TrajectorySettings(_Settings):
+    """Which training episodes are kept step by step, in `trajectories/`.
+
+    At most min(meta_steps, the run's) * min(slots, the run's) * instances * max(horizon) rows, whatever the run does.
+    """
+
+    meta_steps: int = Field(
+        20, ge=0, description="how many meta-steps are kept, evenly spaced from the first to the last; 0: none"
+    )
+    slots: int = Field(8, ge=1, description="how many slots of each of them, from slot 0 on")
+
+
 class DataSettings(_Settings):
     """Where the image data is."""
 
@@ -164,6 +176,7 @@ class MetaTrainSettings(_Settings):
     validation: ValidationSettings = ValidationSettings()
     comparison: ComparisonSettings = ComparisonSettings()
     resources: ResourceSettings = ResourceSettings()
+    trajectories: TrajectorySettings = TrajectorySettings()
     data: DataSettings = DataSettings()
     tracking: TrackingSettings = TrackingSettings()
 

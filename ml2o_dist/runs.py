@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import signal
 import subprocess
@@ -22,7 +23,7 @@ from ml2o_dist.errors import Aborted, Incomplete, Interrupted, UserError
 from ml2o_dist.evaluation.benchmark import Comparison, compare
 from ml2o_dist.evaluation.cells import Cell, CellResult, Learned, run_cells_on_ray
 from ml2o_dist.evaluation.report import comparison_markdown, comparison_table, plot_comparison, plot_meta_loss
-from ml2o_dist.files import home_folder
+from ml2o_dist.files import home_folder, replacing
 from ml2o_dist.metatrain.pool import PoolError, Stopped, WorkerPool
 from ml2o_dist.metatrain.trainer import Row, Trainer
 from ml2o_dist.problems import ProblemContext, ProblemSpec
@@ -243,7 +244,10 @@ def _finish(trainer: Trainer, sink: MlflowSink, uri: str, console: Console, stop
         if settings.compare:
             comparison = _compare(trainer, console, stop)
             (run_dir / "comparison.md").write_text(comparison_markdown(comparison))
+            with replacing(run_dir / "comparison.json") as stream:
+                stream.write(json.dumps(comparison.to_json()).encode())
             sink.log_artifact(run_dir / "comparison.md")
+            sink.log_artifact(run_dir / "comparison.json")
             plot_comparison(comparison, plots / "comparison.png")
     except Stopped:
         raise
