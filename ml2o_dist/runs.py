@@ -22,7 +22,8 @@ from ml2o_dist.config_file import settings_hash
 from ml2o_dist.errors import Aborted, Incomplete, Interrupted, UserError
 from ml2o_dist.evaluation.benchmark import Comparison, compare
 from ml2o_dist.evaluation.cells import Cell, CellResult, Learned, run_cells_on_ray
-from ml2o_dist.evaluation.report import comparison_markdown, comparison_table, plot_comparison, plot_meta_loss
+from ml2o_dist.evaluation.plots import plot_comparison, plot_meta_loss
+from ml2o_dist.evaluation.report import comparison_markdown, comparison_table
 from ml2o_dist.files import home_folder, replacing
 from ml2o_dist.metatrain.pool import PoolError, Stopped, WorkerPool
 from ml2o_dist.metatrain.trainer import Row, Trainer
@@ -33,6 +34,7 @@ from ml2o_dist.problems.multitask import MultiTaskImages
 from ml2o_dist.progress import StepDisplay
 from ml2o_dist.rules.aggregated import parse_optimizer_name
 from ml2o_dist.run_directory import check_fresh, resolved, written_to
+from ml2o_dist.run_report import write_report
 from ml2o_dist.stopping import StopRequest, stop_on_signals
 from ml2o_dist.tracking.registry import register_version
 from ml2o_dist.tracking.run import Status
@@ -257,6 +259,7 @@ def _finish(trainer: Trainer, sink: MlflowSink, uri: str, console: Console, stop
     for picture in sorted(plots.glob("*.png")):
         sink.log_artifact(picture, "plots")
     sink.log_artifact(run_dir / "config.yaml")
+    _report(run_dir, sink)
     sink.flush()
     version = _register(trainer, sink, uri, comparison, console)
     console.print(f"weights        {saved.path}", highlight=False, soft_wrap=True)
@@ -271,6 +274,17 @@ def _finish(trainer: Trainer, sink: MlflowSink, uri: str, console: Console, stop
     if failure:
         raise Incomplete(failure, answer)
     return answer
+
+
+def _report(run_dir: Path, sink: MlflowSink) -> None:
+    """Write the run's page; a page that cannot be made costs a line, not the run."""
+    try:
+        write_report(run_dir)
+    except Exception as error:
+        log.warning("no report.html: %s: %s; try again: ml2o report %s", type(error).__name__, error, run_dir)
+        log.info("the report failed", exc_info=True)
+    else:
+        sink.log_artifact(run_dir / "report.html")
 
 
 def _compare(trainer: Trainer, console: Console, stop: StopRequest) -> Comparison:

@@ -6,6 +6,7 @@ Any Parquet reader takes `RUN_DIR/trajectories/*.parquet`: DuckDB, pandas, Ray D
 
 from __future__ import annotations
 
+import difflib
 import logging
 import re
 from collections.abc import Sequence
@@ -19,11 +20,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from ml2o_dist.errors import UserError, unknown
+from ml2o_dist.errors import UserError
 from ml2o_dist.files import replacing
 from ml2o_dist.metatrain.episode import EpisodeResult
 from ml2o_dist.metatrain.recorder import Trajectory
 from ml2o_dist.metatrain.schedule import WorkItem
+from ml2o_dist.problems import ProblemSpec
 
 FOLDER = "trajectories"
 _NAME = re.compile(r"step_(\d{6,})\.parquet")
@@ -145,10 +147,8 @@ def read_trajectories(run_dir: Path, problem: str | None = None) -> pa.Table:
     table = pa.concat_tables([_read(file) for _, file in files]).unify_dictionaries().combine_chunks()
     if problem is None:
         return table
-    names = pc.unique(table["problem"]).to_pylist()
-    if problem not in names:
-        raise unknown("recorded problem", problem, names)
-    return table.filter(pc.equal(table["problem"].cast(pa.string()), problem))
+    name = _recorded_name(problem, pc.unique(table["problem"]).to_pylist())
+    return table.filter(pc.equal(table["problem"].cast(pa.string()), name))
 
 
 def recorded_problems(table: pa.Table) -> list[RecordedProblem]:
@@ -163,6 +163,20 @@ def recorded_problems(table: pa.Table) -> list[RecordedProblem]:
         steps = tuple(sorted({step for step, _ in episodes}))
         summaries.append(RecordedProblem(name, int(objectives[rows][0]), steps, len(episodes), int(rows.sum())))
     return summaries
+
+
+def _recorded_name(problem: str, names: Sequence[str]) -> str:
+    """Return which of the recorded `names` is meant; its settings may be given in any order."""
+    if problem in names:
+        return problem
+    try:
+        sorted_name = str(ProblemSpec.parse(problem))
+    except UserError:
+        sorted_name = problem
+    if sorted_name in names:
+        return sorted_name
+    (nearest,) = difflib.get_close_matches(sorted_name, names, n=1, cutoff=0)
+    raise UserError(f"nothing is recorded of problem {problem!r}; the nearest of {len(names)} that are: {nearest!r}")
 
 
 def _files(folder: Path) -> list[tuple[int, Path]]:
