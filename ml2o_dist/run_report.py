@@ -28,8 +28,8 @@ Found = TypeVar("Found")
 def write_report(run_dir: Path) -> dict[str, Any]:
     """Write `RUN_DIR/report.html` from whatever of the run is there; the run need not be finished.
 
-    Returns what `ml2o report --json` prints: `path`, the `sections` that have something to show, and why the others
-    have not, by name, in `missing`.
+    Returns what `ml2o report --json` prints: `path`, the `sections` that have something to show, and in `missing`, by
+    section, why something is not there.
 
     Raises:
         UserError: the folder holds no run, or cannot be written.

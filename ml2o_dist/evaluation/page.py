@@ -86,7 +86,7 @@ class RunRecord:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page; where it has nothing to show, `missing` says why."""
+    """A part of the page; where something is not there to be shown, `missing` says why."""
 
     name: str
     title: str
@@ -111,7 +111,7 @@ def render_page(record: RunRecord, sections: Sequence[Section]) -> str:
     links = "".join(f'<a href="#{s.name}">{_text(s.title)}</a>' for s in sections)
     unread = "".join(f'<p class="alert">{_text(line)}</p>' for line in record.unread)
     parts = "".join(
-        f'<section id="{s.name}"><h2>{_text(s.title)}</h2>{s.body or _missing(s.missing)}</section>' for s in sections
+        f'<section id="{s.name}"><h2>{_text(s.title)}</h2>{_missing(s.missing)}{s.body}</section>' for s in sections
     )
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -173,7 +173,8 @@ def _comparison(record: RunRecord) -> Section:
     comparison = record.comparison
     if comparison is None:
         switched_off = record.settings is not None and not record.settings.compare
-        why = "compare=false" if switched_off else "it is made when meta-training is done"
+        why = "it is made when meta-training is done" if record.card is None else "if it failed, run.log says why"
+        why = "compare=false" if switched_off else why
         return Section("comparison", title, missing=f"No comparison: {why}.")
     colours = optimizer_colours(comparison)
     shown = {row.optimizer for problem in comparison.problems for row in problem.rows}
@@ -277,10 +278,8 @@ def _origin(record: RunRecord) -> Section:
         **{f"sha256 of {name}": digest for name, digest in data.items()},
     }
     known = [(key, value) for key, value in pairs.items() if value not in (None, "")]
-    missing = (
-        "" if record.card is not None else _missing("No weights yet: they are written when meta-training is done.")
-    )
-    return Section("origin", title, missing + _pairs(title, known)) if known else Section("origin", title, missing)
+    missing = "" if record.card is not None else "No weights yet: they are written when meta-training is done."
+    return Section("origin", title, _pairs(title, known) if known else "", missing)
 
 
 def _warnings(record: RunRecord) -> Section:
@@ -295,7 +294,9 @@ def _warnings(record: RunRecord) -> Section:
 
 
 def _pairs(label: str, pairs: Iterable[tuple[str, Any]]) -> str:
-    rows = [("", [key, value if isinstance(value, str) else json.dumps(value)]) for key, value in pairs]
+    rows = [
+        ("", [key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)]) for key, value in pairs
+    ]
     return _table(label, ["", ""], rows, "words")
 
 
@@ -320,7 +321,7 @@ def _key(colour: str, what: str, line: int = 0) -> str:
 
 
 def _missing(why: str) -> str:
-    return f'<p class="missing">{_text(why)}</p>'
+    return f'<p class="missing">{_text(why)}</p>' if why else ""
 
 
 def _text(value: str) -> str:

@@ -84,6 +84,8 @@ def draw_history(panel: Axes, history: Sequence[Mapping[str, Any]], key: str) ->
     Validation is a line of marks with the best one ringed, a count and a schedule are plain, anything else is drawn as
     it is and as its exponential average (span 1/15 of the run). A gradient norm has a logarithmic axis.
     """
+    from matplotlib.ticker import MaxNLocator
+
     points = [(entry["meta_step"], entry[key]) for entry in history if is_finite(entry.get(key))]
     steps, values = [point[0] for point in points], [point[1] for point in points]
     if not points:
@@ -96,7 +98,8 @@ def draw_history(panel: Axes, history: Sequence[Mapping[str, Any]], key: str) ->
     elif key in ("learning_rate", "skipped_episodes"):
         panel.plot(steps, values, color=STRONG, linewidth=1.6, drawstyle="steps-mid" if max(values) % 1 == 0 else None)
         panel.set_ylim(bottom=0, top=None if max(values) > 0 else 1)
-        panel.yaxis.get_major_locator().set_params(integer=key == "skipped_episodes")
+        if key == "skipped_episodes":
+            panel.yaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
     else:
         panel.plot(steps, values, color=MUTED[0], alpha=0.45, linewidth=1, label="each meta-step")
         smooth = exponential_average(values, span=max(1.0, len(values) / 15))
@@ -104,7 +107,7 @@ def draw_history(panel: Axes, history: Sequence[Mapping[str, Any]], key: str) ->
     if key == "gradient_norm" and points and min(values) > 0:
         log_axis(panel, values)
     panel.set_xlabel("meta-step")
-    panel.xaxis.get_major_locator().set_params(integer=True)
+    panel.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
     plain_axes(panel)
 
 

@@ -91,7 +91,7 @@ class TrajectoryWriter:
     """
 
     def __init__(self, run_dir: Path) -> None:
-        self._folder = run_dir / FOLDER
+        self._run_dir = run_dir
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="trajectories")
         self._pending: list[Future[None]] = []
         self._warned = False
@@ -114,7 +114,7 @@ class TrajectoryWriter:
 
         So a run that was begun anew in the folder of one that was killed keeps none of the other's.
         """
-        for step, file in _files(self._folder):
+        for step, file in _files(self._run_dir / FOLDER):
             if step >= meta_step:
                 try:
                     file.unlink()
@@ -124,7 +124,7 @@ class TrajectoryWriter:
     def _write(self, meta_step: int, episodes: Sequence[tuple[WorkItem, Trajectory]]) -> None:
         table = episodes_table(episodes)
         try:
-            with replacing(self._folder / f"step_{meta_step:06d}.parquet") as stream:
+            with replacing(self._run_dir / FOLDER / f"step_{meta_step:06d}.parquet") as stream:
                 pq.write_table(table, stream, compression="zstd", use_dictionary=["problem"])
         except OSError as error:
             self._warn(f"trajectories of meta-step {meta_step} cannot be written: {error.strerror or error}")
