@@ -15,6 +15,7 @@ from typing import Any
 import click
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from ml2o_dist.errors import Aborted, Incomplete, Interrupted, UserError
 
@@ -130,6 +131,66 @@ def sync(console: Console, run_dir: Path, tracking_uri: str) -> dict[str, Any]:
         soft_wrap=True,
     )
     return dict(answer)
+
+
+@main.command("report")
+@click.argument("run_dir")
+@click.option("--output", help="HTML file [default: RUN_DIR/report.html; ./report.html where RUN_DIR is a URI].")
+@command
+def report(console: Console, run_dir: str, output: str | None) -> dict[str, Any]:
+    """Write RUN_DIR/report.html: a run's curves, comparison and configuration as one page that loads nothing.
+
+    `ml2o meta-train` writes it when it is done; for a run that is not, it shows what is there and says what is missing.
+    """
+    from ml2o_dist.files import home_folder
+    from ml2o_dist.run_report import PAGE, write_report
+    from ml2o_dist.run_storage import is_uri, read_run
+
+    place = output or (PAGE if is_uri(run_dir) else None)
+    with read_run(run_dir) as folder:
+        answer = write_report(folder, home_folder() / place if place else None)
+    console.print(f"report         {answer['path']}", markup=False, highlight=False, soft_wrap=True)
+    for name, why in answer["missing"].items():
+        console.print(f"  {name}: {why}", markup=False, highlight=False)
+    return answer
+
+
+@main.command("trajectories")
+@click.argument("run_dir")
+@click.option("--problem", help="Draw this problem's trajectories [default: list what is recorded].")
+@click.option("--output", help="PNG [default: RUN_DIR/plots/trajectories-<problem>.png; ./ where RUN_DIR is a URI].")
+@command
+def trajectories(
+    console: Console, run_dir: str, problem: str | None, output: str | None
+) -> list[dict[str, Any]] | dict[str, Any]:
+    """List the problems whose training episodes a run recorded, or draw one's: losses, gradients, updates.
+
+    The data set itself, RUN_DIR/trajectories/*.parquet, is plain Parquet for DuckDB, pandas or Ray Data. The settings
+    `trajectories.meta_steps` and `trajectories.slots` say how much of a run is recorded.
+    """
+    from ml2o_dist.evaluation.trajectory_plots import plot_trajectories, trajectories_file
+    from ml2o_dist.files import home_folder
+    from ml2o_dist.metatrain.trajectories import read_trajectories, recorded_problems
+    from ml2o_dist.run_storage import is_uri, read_run
+
+    with read_run(run_dir) as folder:
+        recorded = read_trajectories(folder, problem)
+    summaries = recorded_problems(recorded)
+    if problem is not None:
+        path = trajectories_file(folder, summaries[0].problem)
+        if output or is_uri(run_dir):
+            path = home_folder() / (output or path.name)
+        plot_trajectories(recorded, path)
+        console.print(f"picture        {path}", markup=False, highlight=False, soft_wrap=True)
+        return {**asdict(summaries[0]), "path": str(path)}
+    if output is not None:
+        raise UserError("--output needs --problem, the problem to draw")
+    table = Table("problem", "objectives", "episodes", "meta-steps", "inner steps", title=f"recorded in {run_dir}")
+    for each in summaries:
+        counts = (each.objectives, each.episodes, len(each.meta_steps), each.inner_steps)
+        table.add_row(Text(each.problem), *map(str, counts))
+    console.print(table)
+    return [asdict(each) for each in summaries]
 
 
 @main.group()

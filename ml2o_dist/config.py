@@ -138,6 +138,18 @@ class FaultSettings(_Settings):
     )
 
 
+class TrajectorySettings(_Settings):
+    """Which training episodes are kept step by step, in `trajectories/`.
+
+    At most min(meta_steps, the run's) * min(slots, the run's) * instances * max(horizon) rows, whatever the run does.
+    """
+
+    meta_steps: int = Field(
+        20, ge=0, description="how many meta-steps are kept, evenly spaced from the first to the last; 0: none"
+    )
+    slots: int = Field(8, ge=1, description="how many slots of each of them, from slot 0 on")
+
+
 class DataSettings(_Settings):
     """Where the image data is."""
 
@@ -179,6 +191,7 @@ class MetaTrainSettings(_Settings):
     comparison: ComparisonSettings = ComparisonSettings()
     resources: ResourceSettings = ResourceSettings()
     faults: FaultSettings = FaultSettings()
+    trajectories: TrajectorySettings = TrajectorySettings()
     data: DataSettings = DataSettings()
     tracking: TrackingSettings = TrackingSettings()
 

@@ -25,6 +25,7 @@ _OPERATIONAL = (
     "keep_checkpoints",
     "compare",
     "comparison",
+    "trajectories",
     "data",
     "tracking",
 )
@@ -71,6 +72,18 @@ def first_difference(ours: MetaTrainSettings, theirs: MetaTrainSettings) -> str:
         if key.split(".")[0] not in _OPERATIONAL and left.get(key) != right.get(key):
             return f"{key} is {left.get(key)!r} here and {right.get(key)!r} there"
     return ""
+
+
+def flat_settings(settings: MetaTrainSettings) -> dict[str, Any]:
+    """Return every setting by its dotted key, as plain values."""
+    return _flat(settings.model_dump(mode="json", by_alias=True))
+
+
+def changed_settings(settings: MetaTrainSettings) -> dict[str, Any]:
+    """Return, by dotted key, what differs from the defaults of config.py; the family, which has none, is all there."""
+    defaults = flat_settings(MetaTrainSettings(family=settings.family))
+    ours = flat_settings(settings)
+    return {key: ours[key] for key in ours if key.startswith("family.") or ours[key] != defaults[key]}
 
 
 def _read_tree(source: Path, extended: tuple[Path, ...] = ()) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shlex
 import signal
@@ -22,7 +23,8 @@ from ml2o_dist.config_file import settings_hash
 from ml2o_dist.errors import Aborted, Incomplete, Interrupted, UserError
 from ml2o_dist.evaluation.benchmark import Comparison, compare
 from ml2o_dist.evaluation.cells import Cell, CellResult, Learned, run_cells_on_ray
-from ml2o_dist.evaluation.report import comparison_markdown, comparison_table, plot_comparison, plot_meta_loss
+from ml2o_dist.evaluation.plots import plot_comparison, plot_meta_loss
+from ml2o_dist.evaluation.report import comparison_markdown, comparison_table
 from ml2o_dist.files import replacing
 from ml2o_dist.metatrain.pool import PoolError, Stopped, WorkerPool
 from ml2o_dist.metatrain.trainer import Row, Trainer, TrainingError
@@ -33,6 +35,7 @@ from ml2o_dist.problems.multitask import MultiTaskImages
 from ml2o_dist.progress import StepDisplay
 from ml2o_dist.rules.aggregated import parse_optimizer_name
 from ml2o_dist.run_directory import check_fresh, check_writable, written_to
+from ml2o_dist.run_report import write_report
 from ml2o_dist.run_storage import RunStorage, StorageError, open_storage
 from ml2o_dist.stopping import StopRequest, stop_on_signals
 from ml2o_dist.tracking.records import Status
@@ -306,7 +309,10 @@ def _finish(
             comparison = _compare(trainer, console, stop)
             with replacing(run_dir / "comparison.md") as stream:
                 stream.write(comparison_markdown(comparison).encode())
+            with replacing(run_dir / "comparison.json") as stream:
+                stream.write(json.dumps(comparison.to_json()).encode())
             sink.log_artifact(run_dir / "comparison.md")
+            sink.log_artifact(run_dir / "comparison.json")
             plot_comparison(comparison, plots / "comparison.png")
     except Stopped:
         raise
@@ -316,6 +322,7 @@ def _finish(
     for picture in sorted(plots.glob("*.png")):
         sink.log_artifact(picture, "plots")
     sink.log_artifact(run_dir / "config.yaml")
+    _report(run_dir, sink)
     sink.flush()
     version = _register(trainer, sink, uri, comparison, console)
     console.print(f"weights        {storage.named(str(saved.path))}", highlight=False, soft_wrap=True)
@@ -330,6 +337,17 @@ def _finish(
     if failure:
         raise Incomplete(failure, answer)
     return answer
+
+
+def _report(run_dir: Path, sink: MlflowSink) -> None:
+    """Write the run's page; a page that cannot be made costs a line, not the run."""
+    try:
+        write_report(run_dir)
+    except Exception as error:
+        log.warning("no report.html: %s: %s; try again: ml2o report %s", type(error).__name__, error, run_dir)
+        log.info("the report failed", exc_info=True)
+    else:
+        sink.log_artifact(run_dir / "report.html")
 
 
 def _compare(trainer: Trainer, console: Console, stop: StopRequest) -> Comparison:

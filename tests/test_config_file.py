@@ -7,7 +7,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from ml2o_dist.config_file import dump_settings, first_difference, load_settings, parse_settings, settings_hash
+from ml2o_dist.config_file import (
+    changed_settings,
+    dump_settings,
+    first_difference,
+    flat_settings,
+    load_settings,
+    parse_settings,
+    settings_hash,
+)
 from ml2o_dist.errors import UserError
 
 CONFIGS = sorted((Path(__file__).parents[1] / "jobs" / "configs").glob("*.yaml"))
@@ -108,3 +116,16 @@ def test_what_may_change_on_resume_is_told_from_what_may_not():
 def test_settings_cannot_be_changed_afterwards():
     with pytest.raises(ValueError, match="frozen"):
         load_settings(None).workers = 5
+
+
+def test_changed_settings_are_those_that_differ_from_the_defaults_and_the_family():
+    settings = load_settings(None, ["learner.lr=0.003", "rule.hidden=9", "tracking.register=false"])
+    changed = changed_settings(settings)
+    assert changed["rule.hidden"] == 9
+    assert changed["tracking.register"] is False
+    assert "learner.lr" not in changed, "0.003 is the default of config.py"
+    assert "learner.final_lr" in changed, "set by the embedded configuration"
+    assert changed["family.test"] == list(settings.family.test)
+    every = flat_settings(settings)
+    assert changed.items() <= every.items()
+    assert every["trajectories.meta_steps"] == 20

@@ -60,6 +60,7 @@ def test_a_run_answers_in_json_and_leaves_what_the_design_promises(finished):
     assert answer["inner_steps_per_s"] > 0
     assert answer["weights_sha256"] == load_artifact(run_dir).weights_sha256
     for name in ("config.yaml", "weights.safetensors", "weights.json", "metrics.parquet", "run.log", "comparison.md",
+                 "comparison.json", "report.html", "trajectories/step_000000.parquet",
                  "plots/meta_loss.png", "plots/comparison.png", "checkpoints/step_000006/manifest.json"):  # fmt: skip
         assert (run_dir / name).stat().st_size > 0 or name == "run.log"
     assert printed.splitlines()[0] == f"run directory  {run_dir}"
@@ -74,6 +75,48 @@ def test_the_comparison_has_every_contestant_on_every_problem(finished):
     assert {"initial", "learned", "mgda+adam@0.03"} < set(labels)
     assert any(label.startswith("mean+adam@") for label in labels)
     assert all(len(row["seed_losses"]) == 2 and row["diverged"] == 0 for row in problem["rows"])
+
+
+def test_the_page_shows_the_comparison_that_was_answered(finished):
+    home, answer, _ = finished
+    run_dir = home / "runs" / "a"
+    assert json.loads((run_dir / "comparison.json").read_text()) == answer["comparison"]
+    page = (run_dir / "report.html").read_text()
+    assert "Finished after 6 of 6 meta-steps." in page
+    assert answer["weights_sha256"] in page
+    for row in answer["comparison"]["problems"][0]["rows"]:
+        assert f"{row['loss']:#.4g}" in page
+    written = json.loads(CliRunner().invoke(main, ["report", str(run_dir), "--json"]).stdout)
+    assert written["path"] == str(run_dir / "report.html")
+    assert {"curves", "comparison", "trajectories", "configuration", "origin"} <= set(written["sections"])
+
+
+def test_what_was_recorded_on_workers_can_be_listed_and_drawn(finished, monkeypatch):
+    home, _, _ = finished
+    monkeypatch.setenv("ML2O_HOME", str(home))
+    listed = json.loads(CliRunner().invoke(main, ["trajectories", "runs/a", "--json"]).stdout)
+    assert sum(each["episodes"] for each in listed) == 6 * 4
+    problem = max(listed, key=lambda each: each["episodes"])
+    words = ["trajectories", "runs/a", "--problem", problem["problem"], "--output", "a.png", "--json"]
+    answer = json.loads(CliRunner().invoke(main, words).stdout)
+    assert answer == {**problem, "path": str(home / "a.png")}
+    assert (home / "a.png").stat().st_size > 10_000
+    wrong = CliRunner().invoke(main, ["trajectories", "runs/a", "--problem", "quadratic[n=7]"])
+    assert wrong.exit_code == 2
+    assert "nothing is recorded of problem 'quadratic[n=7]'; the nearest of" in wrong.stderr
+    assert "'quadratic[n=6]'" in wrong.stderr
+
+
+def test_a_page_that_cannot_be_made_costs_a_line_not_the_run(cluster, home, monkeypatch):
+    def broken(run_dir):
+        raise RuntimeError("no fonts")
+
+    monkeypatch.setattr("ml2o_dist.runs.write_report", broken)
+    result = ml2o(*QUICK[:-1], "--set", "meta_steps=2", "--run-dir", "runs/h", "--json")
+    assert result.exit_code == 0, result.output
+    assert "no report.html: RuntimeError: no fonts" in " ".join(result.stderr.split())
+    assert not (home / "runs/h/report.html").exists()
+    assert load_artifact(home / "runs/h").weights_sha256 == json.loads(result.stdout)["weights_sha256"]
 
 
 def test_mlflow_has_one_run_with_every_step_once_its_pictures_and_a_candidate(finished):

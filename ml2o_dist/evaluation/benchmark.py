@@ -118,6 +118,30 @@ class Comparison:
         plain: dict[str, Any] = _plain(asdict(self))
         return plain
 
+    @classmethod
+    def from_json(cls, tree: Mapping[str, Any]) -> Comparison:
+        """Read what `to_json` returned; a figure that was not finite comes back as NaN.
+
+        Raises:
+            ValueError, TypeError, KeyError: `tree` is something else.
+        """
+        return cls(
+            steps=tree["steps"],
+            seeds=tree["seeds"],
+            tuning_seeds=tree["tuning_seeds"],
+            learning_rates=_floats(tree["learning_rates"]),
+            problems=tuple(
+                ProblemComparison(
+                    problem=each["problem"],
+                    rows=tuple(map(_row_from_json, each["rows"])),
+                    best_baseline=each["best_baseline"],
+                    versus_baseline=_versus_from_json(each["versus_baseline"]),
+                    versus_initial=_versus_from_json(each["versus_initial"]),
+                )
+                for each in tree["problems"]
+            ),
+        )
+
 
 def compare(settings: MetaTrainSettings, contestants: Sequence[Contestant], run_cells: RunCells) -> Comparison:
     """Compare `contestants` with the baselines of `settings.comparison` on the problems of `settings.family.test`.
@@ -269,3 +293,31 @@ def _plain(value: Any) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)
+
+
+def _floats(values: Sequence[float | None]) -> tuple[float, ...]:
+    return tuple(_number(value) for value in values)
+
+
+def _row_from_json(tree: Mapping[str, Any]) -> Row:
+    return Row(
+        **{
+            **tree,
+            **{key: _number(tree[key]) for key in ("loss", "standard_error", "ms_per_step")},
+            **{key: _floats(tree[key]) for key in ("seed_losses", "objectives", "curve", "curve_error")},
+            "test": {name: _floats(values) for name, values in tree["test"].items()},
+            "tuning": {float(rate): _number(score) for rate, score in tree["tuning"].items()},
+        }
+    )
+
+
+def _versus_from_json(tree: Mapping[str, Any] | None) -> Versus | None:
+    if tree is None:
+        return None
+    mean, error = (_number(tree["difference"][key]) for key in ("mean", "standard_error"))
+    difference = PairedDifference(mean, error, tree["difference"]["pairs"])
+    return Versus(**{**tree, "difference": difference, "ratio": _number(tree["ratio"])})

@@ -15,6 +15,7 @@ from torch import Tensor
 from ml2o_dist.config import EstimatorSettings, RuleSettings
 from ml2o_dist.metatrain import metagradient
 from ml2o_dist.metatrain.metagradient import Rollout
+from ml2o_dist.metatrain.recorder import Trajectory, TrajectoryRecorder
 from ml2o_dist.problems import Problem, ProblemContext, ProblemSpec, Rescaled
 from ml2o_dist.rules.base import Oracle
 from ml2o_dist.rules.ml2o import ML2ORule
@@ -30,7 +31,7 @@ class EpisodeSpec:
 
     `seed` names all its randomness: the problem's coefficients, the starting points of the P `instances`, the batches
     and the chosen coordinates. `parameter_scale` is c of `Rescaled`. `estimator` None: no meta-gradient is wanted
-    (validation).
+    (validation). `record`: the trajectory comes back too; nothing else changes.
     """
 
     problem: ProblemSpec
@@ -43,6 +44,7 @@ class EpisodeSpec:
     parameter_scale: float = 1.0
     device: str = "cpu"
     data_root: str = ""
+    record: bool = False
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ class EpisodeResult:
         finite: losses, and the gradient where one was wanted, are all finite.
         inner_steps: K * P.  seconds: wall time of the worker.
         error: what it raised, where it could not be run; "" otherwise.
+        trajectory: what was asked for by `record`, finite or not; else None.
     """
 
     meta_loss: float
@@ -69,6 +72,7 @@ class EpisodeResult:
     inner_steps: int
     seconds: float
     error: str = ""
+    trajectory: Trajectory | None = None
 
 
 def failed_episode(error: str) -> EpisodeResult:
@@ -90,14 +94,15 @@ def run_episode(weights: Weights, spec: EpisodeSpec) -> EpisodeResult:
     oracle = Oracle(problem, generator("batches", spec.seed))
     gradient: list[Tensor] | None = None
     loss = torch.tensor(float("nan"))
+    recorder = TrajectoryRecorder() if spec.record else None
     estimator = spec.estimator
     scored = metagradient.meta_loss_kind(estimator or EstimatorSettings(), problem)
     if estimator is not None and estimator.kind == "exact":
         batches = [oracle.draw() for _ in range(spec.horizon + 1)]
-        loss, gradient, losses = metagradient.exact(rule.network, problem, start, batches, estimator)
+        loss, gradient, losses = metagradient.exact(rule.network, problem, start, batches, estimator, recorder)
     else:
         chosen = None if estimator is None else _choose(problem, estimator.coordinates, spec.seed)
-        rollout = roll_out(rule, oracle, start, spec.horizon, chosen)
+        rollout = roll_out(rule, oracle, start, spec.horizon, chosen, recorder)
         losses = rollout.losses
         if estimator is not None and bool(losses.isfinite().all()):
             loss, gradient = metagradient.replay(rule.network, rollout, estimator, scored, spec.unroll, problem.minima)
@@ -113,11 +118,19 @@ def run_episode(weights: Weights, spec: EpisodeSpec) -> EpisodeResult:
         finite=finite,
         inner_steps=spec.horizon * spec.instances,
         seconds=time.perf_counter() - began,
+        trajectory=None if recorder is None else recorder.trajectory(),
     )
 
 
 @torch.no_grad()
-def roll_out(rule: ML2ORule, oracle: Oracle, start: Tensor, horizon: int, chosen: Tensor | None) -> Rollout:
+def roll_out(
+    rule: ML2ORule,
+    oracle: Oracle,
+    start: Tensor,
+    horizon: int,
+    chosen: Tensor | None,
+    recorder: TrajectoryRecorder | None = None,
+) -> Rollout:
     """Take `horizon` steps from `start` [P, n] without an autograd graph, storing what replay needs.
 
     Args:
@@ -132,7 +145,10 @@ def roll_out(rule: ML2ORule, oracle: Oracle, start: Tensor, horizon: int, chosen
     everywhere = index[:, None].expand(-1, objectives, -1)
     parameters, state = start, rule.initial_state(instances, objectives, dimension)
     for step in range(horizon):
-        parameters, state, info = rule.step(oracle, parameters, state)
+        before = parameters
+        parameters, state, info = rule.step(oracle, before, state)
+        if recorder is not None:
+            recorder.add(info.jacobian, info.losses, before, parameters)
         losses[step], agreement[step] = info.losses, state.agreement.value
         torch.gather(info.jacobian, 2, everywhere, out=gradients[step])
     if chosen is None:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ml2o_dist.config import EstimatorSettings
 from ml2o_dist.errors import UserError
+from ml2o_dist.metatrain.recorder import TrajectoryRecorder
 from ml2o_dist.problems.base import Problem, autograd_jacobian
 from ml2o_dist.rules import features
 from ml2o_dist.rules.ml2o import ML2ONetwork, ML2ORule
@@ -123,7 +124,12 @@ def replay(
 
 
 def exact(
-    network: ML2ONetwork, problem: Problem, start: Tensor, batches: Sequence[object], settings: EstimatorSettings
+    network: ML2ONetwork,
+    problem: Problem,
+    start: Tensor,
+    batches: Sequence[object],
+    settings: EstimatorSettings,
+    recorder: TrajectoryRecorder | None = None,
 ) -> tuple[Tensor, list[Tensor], Tensor]:
     """Second-order meta-gradient: autograd through the whole episode, the task's own gradients included.
 
@@ -146,7 +152,9 @@ def exact(
             jacobian, losses = autograd_jacobian(problem.losses, point, batch, create_graph=True)
             seen.append(losses)
             update, state = network.advance(jacobian, state, weights)
-            point = problem.project(point + update)
+            before, point = point, problem.project(point + update)
+            if recorder is not None:
+                recorder.add(jacobian, losses, before, point)
         seen.append(problem.losses(point, batches[-1]))
         stacked = torch.stack(seen)
         by_step = step_weights(settings.step_weights, len(batches) - 1, stacked)

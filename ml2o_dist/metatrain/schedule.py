@@ -54,9 +54,20 @@ def training_items(settings: MetaTrainSettings, meta_step: int, device: str) -> 
             parameter_scale=_scale(settings.family.rescale, seed),
             device=device,
             data_root=settings.data.root,
+            record=recorded(settings, meta_step, slot),
         )
         items.append(WorkItem(Key(meta_step, slot), spec))
     return items
+
+
+def recorded(settings: MetaTrainSettings, meta_step: int, slot: int) -> bool:
+    """Tell whether this training episode's trajectory is kept: the first slots of evenly spaced meta-steps.
+
+    The first meta-step is among them, and the last one where there are at least two.
+    """
+    kept, last = min(settings.trajectories.meta_steps, settings.meta_steps), settings.meta_steps - 1
+    steps = (i * last // max(1, kept - 1) for i in range(kept))
+    return slot < settings.trajectories.slots and meta_step in steps
 
 
 def validation_items(settings: MetaTrainSettings, meta_step: int, device: str) -> list[WorkItem]:

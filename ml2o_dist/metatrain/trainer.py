@@ -22,6 +22,7 @@ from ml2o_dist.metatrain.checkpoint import Checkpoint, newest_checkpoint, save_c
 from ml2o_dist.metatrain.episode import EpisodeResult, Weights
 from ml2o_dist.metatrain.learner import Learner, UpdateInfo
 from ml2o_dist.metatrain.schedule import WorkItem, horizon, training_items, validates, validation_items
+from ml2o_dist.metatrain.trajectories import TrajectoryWriter
 
 CHECKPOINT_SECONDS = 30.0
 """With `checkpoint_every: 0` a checkpoint is written when this much work would be lost."""
@@ -74,6 +75,7 @@ class Trainer:
         self.learner = Learner(settings)
         self.progress = Progress()
         self.best_weights: dict[str, Tensor] = self.learner.weights
+        self._trajectories = TrajectoryWriter(run_dir)
         self._saved = (-1, -1)
         self._saved_at = time.monotonic()
         self._unwritable = False
@@ -111,6 +113,7 @@ class Trainer:
         """
         self._try_to_save()
         self._saved_at = time.monotonic()
+        self._trajectories.discard_from(self.learner.version)
         while True:
             step = self.learner.version
             if validates(self.settings, step) and self.progress.validated_step < step:
@@ -127,7 +130,9 @@ class Trainer:
         state = (self.learner.version, self.progress.validated_step)
         if state == self._saved:
             return
-        self._write_metrics()  # first: a run that is resumed at its last checkpoint does not write them again
+        # first: a run that goes on from this checkpoint does not write them again
+        self._trajectories.flush()
+        self._write_metrics()
         tensors = self.learner.tensors() | {f"best/{name}": t for name, t in self.best_weights.items()}
         config = self.settings.model_dump(mode="json", by_alias=True)
         saved: dict[str, Any] = {"config": config, "progress": asdict(self.progress)}
@@ -152,8 +157,10 @@ class Trainer:
 
     def _train(self, step: int, execute: Execute) -> Row:
         began = time.monotonic()
-        results = execute(training_items(self.settings, step, self.settings.device), self.learner.weights)
+        items = training_items(self.settings, step, self.settings.device)
+        results = execute(items, self.learner.weights)
         seconds = time.monotonic() - began
+        self._trajectories.add(step, items, results)
         inner_steps = sum(r.inner_steps for r in results)
         failed = sum(bool(r.error) for r in results)
         update = self._update(results)

@@ -15,7 +15,7 @@ from torch import Tensor
 from ml2o_dist.config import MetaTrainSettings, RuleSettings
 from ml2o_dist.config_file import parse_settings
 from ml2o_dist.errors import UserError
-from ml2o_dist.evaluation.benchmark import compare
+from ml2o_dist.evaluation.benchmark import Comparison, compare
 from ml2o_dist.evaluation.cells import (
     Cell,
     CellResult,
@@ -25,9 +25,11 @@ from ml2o_dist.evaluation.cells import (
     run_cells_in_process,
     run_cells_on_ray,
 )
+from ml2o_dist.evaluation.report import comparison_markdown
 from ml2o_dist.problems import Problem, ProblemContext, ProblemSpec, base
 from ml2o_dist.rules.ml2o import ML2ONetwork
 from ml2o_dist.seeding import derive_seed, generator
+from tests.evaluation.comparisons import COMPARISON
 
 
 class Bowl(Problem):
@@ -290,3 +292,17 @@ def test_ray_says_what_is_wrong_instead_of_hanging() -> None:
     with pytest.raises(UserError, match=r"count=3 objectives, the problem has 2") as caught:
         run_cells_on_ray([wrong, QUADRATIC])
     assert "\n" not in str(caught.value)
+
+
+def test_a_comparison_survives_json_but_for_what_is_not_finite():
+    again = Comparison.from_json(json.loads(json.dumps(COMPARISON.to_json())))
+    assert again.to_json() == COMPARISON.to_json()
+    assert comparison_markdown(again) == comparison_markdown(COMPARISON)
+    sound = replace(COMPARISON, problems=(replace(COMPARISON.problems[0], rows=COMPARISON.problems[0].rows[:3]),))
+    assert Comparison.from_json(json.loads(json.dumps(sound.to_json()))) == sound
+
+
+@pytest.mark.parametrize("tree", [{}, {"steps": 3}, [], "x", {**COMPARISON.to_json(), "problems": [{"problem": "x"}]}])
+def test_something_else_is_no_comparison(tree):
+    with pytest.raises((KeyError, TypeError, ValueError)):
+        Comparison.from_json(tree)

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import math
 import pickle
+from itertools import pairwise
 
-from ml2o_dist.metatrain.schedule import horizon, training_items, validates, validation_items
+import pytest
+
+from ml2o_dist.metatrain.schedule import horizon, recorded, training_items, validates, validation_items
 from tests.metatrain.settings import TREE, small
 
 
@@ -66,3 +69,25 @@ def test_parameter_scales_are_log_uniform_and_absent_by_default():
     assert abs(sum(logs) / len(logs)) < 0.08
     assert {item.spec.parameter_scale for item in training_items(small(), 0, "cpu")} == {1.0}
     assert {item.spec.parameter_scale for item in validation_items(small(family=family), 0, "cpu")} == {1.0}
+
+
+@pytest.mark.parametrize(("meta_steps", "kept"), [(1, 20), (7, 20), (20, 20), (21, 20), (1000, 20), (9, 2), (9, 1)])
+def test_recorded_meta_steps_are_as_many_as_asked_for_and_evenly_spaced(meta_steps, kept):
+    settings = small(meta_steps=meta_steps, slots=3, trajectories={"meta_steps": kept, "slots": 2})
+    steps = [t for t in range(meta_steps) if recorded(settings, t, 0)]
+    assert len(steps) == min(kept, meta_steps)
+    assert steps[0] == 0
+    assert steps[-1] == (meta_steps - 1 if min(kept, meta_steps) > 1 else 0)
+    gaps = {after - before for before, after in pairwise(steps)}
+    assert not gaps or max(gaps) - min(gaps) <= 1
+    assert [[item.spec.record for item in training_items(settings, t, "cpu")] for t in range(meta_steps)] == [
+        [t in steps, t in steps, False] for t in range(meta_steps)
+    ]
+
+
+def test_nothing_is_recorded_of_validation_or_when_switched_off():
+    settings = small()
+    assert recorded(settings, 0, 0)
+    assert not any(item.spec.record for t in (0, 4, 12) for item in validation_items(settings, t, "cpu"))
+    off = small(trajectories={"meta_steps": 0})
+    assert not any(recorded(off, t, slot) for t in range(12) for slot in range(4))

@@ -1,0 +1,59 @@
+"""The style sheet of a run's page: light and dark, from a phone's width up."""
+
+STYLE = """
+:root { color-scheme: light dark; --page: #fff; --card: #f5f6f7; --ink: #23282d; --soft: #5c656d; --grid: #d9dde1;
+  --strong: #c8102e; --alert: #8a5a00; --muted-0: #4a7ba7; --muted-1: #5d9257; --muted-2: #a9822c; --muted-3: #8470a3;
+  --muted-4: #468f89; --muted-5: #a0705e }
+@media (prefers-color-scheme: dark) { :root { --page: #14171a; --card: #1d2125; --ink: #e3e6e9; --soft: #a0a9b1;
+  --grid: #39414a; --strong: #ff6577; --alert: #f0c060; --muted-0: #79abd8; --muted-1: #93c68c; --muted-2: #dcb65c;
+  --muted-3: #b8a3d6; --muted-4: #86ccc6; --muted-5: #d3a797 } }
+* { box-sizing: border-box }
+body { margin: 0 auto; max-width: 75rem; padding: 1.5rem clamp(.9rem, 3vw, 2.5rem) 3rem; background: var(--page);
+  color: var(--ink); font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", sans-serif }
+h1 { margin: 0; font-size: 1.9rem; line-height: 1.2; overflow-wrap: anywhere }
+h2 { margin: 0 0 .8rem; font-size: 1.3rem }
+h3 { margin: 1.6rem 0 .4rem; font-size: 1rem; overflow-wrap: anywhere }
+p, ul { margin: .3rem 0 .8rem; max-width: 72ch }
+ul { padding-left: 1.2rem; font-size: .9rem }
+.kind { margin: 0; color: var(--soft); font-size: .9rem }
+.missing, footer { color: var(--soft) }
+.alert { color: var(--alert); overflow-wrap: anywhere }
+section { padding: 1.6rem 0 .6rem; border-top: 1px solid var(--grid); margin-top: 1.2rem }
+nav { display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; margin-top: 1rem }
+a { color: inherit; text-underline-offset: .2em }
+footer { margin-top: 2rem; font-size: .85rem; overflow-wrap: anywhere }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 12rem), 1fr)); gap: .7rem;
+  margin: 1.1rem 0 0 }
+.tiles div { background: var(--card); border-radius: .5rem; padding: .6rem .8rem }
+.tiles dt { color: var(--soft); font-size: .85rem }
+.tiles dd { margin: 0; font-weight: 600; font-variant-numeric: tabular-nums }
+.grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 20rem), 1fr)); gap: 1rem }
+.beside { display: grid; grid-template-columns: minmax(0, 4fr) minmax(0, 7fr); gap: 1.2rem; align-items: start }
+@media (max-width: 56rem) { .beside { grid-template-columns: minmax(0, 1fr) } }
+figure { margin: 0; background: var(--card); border-radius: .5rem; padding: .7rem .7rem .3rem }
+figcaption { font-size: .85rem; line-height: 1.35; margin-bottom: .3rem }
+svg { display: block; width: 100%; height: auto; stroke-linejoin: round; stroke-linecap: butt }
+.keys { display: flex; flex-wrap: wrap; gap: .2rem 1.1rem; font-size: .9rem; max-width: none }
+.key { overflow-wrap: anywhere }
+.key::before { content: ""; display: inline-block; width: 1.5em; margin-right: .45em; vertical-align: middle;
+  border-top: 3px solid var(--key, var(--ink)) }
+figcaption .key { margin-left: .6em; color: var(--soft) }
+figcaption .key::before { border-top-width: 2px }
+.line-1::before { border-top-style: dashed }
+.line-2::before { border-top-style: dotted }
+.scroll { overflow-x: auto; max-width: 100%; border: 1px solid var(--grid); border-radius: .5rem }
+.tall { max-height: 26rem; overflow-y: auto }
+table { border-collapse: collapse; width: 100%; font-size: .84rem; font-variant-numeric: tabular-nums }
+th, td { padding: .35rem .5rem; text-align: right; white-space: nowrap; vertical-align: top }
+th { color: var(--soft); font-weight: 500 }
+th:first-child, td:first-child { text-align: left }
+tbody tr + tr td, thead + tbody td { border-top: 1px solid var(--grid) }
+.best td { font-weight: 650 }
+.learned td:first-child { color: var(--strong) }
+.words th, .words td { text-align: left }
+.words td:first-child { color: var(--soft) }
+.words td:last-child { white-space: normal; overflow-wrap: anywhere; min-width: 12rem }
+details { margin: .9rem 0 }
+summary { cursor: pointer; margin-bottom: .5rem }
+@media print { nav { display: none } details { display: block } }
+"""

@@ -1,0 +1,244 @@
+"""Pictures of a run and of its comparison: panels drawn into axes, as PNG files or as inline SVG of a page."""
+
+from __future__ import annotations
+
+import html
+import io
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ml2o_dist.evaluation.benchmark import INITIAL, LEARNED, Comparison, ProblemComparison, Row
+from ml2o_dist.evaluation.report import is_contestant
+from ml2o_dist.evaluation.statistics import exponential_average
+from ml2o_dist.files import replacing
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+STRONG = "#c8102e"
+"""The colour of the learned rule, and of nothing else."""
+PLAIN = "#33383d"
+GRID = "#d9dde1"
+MUTED = ("#5b8db8", "#7aa974", "#c9a24b", "#9a86b5", "#6fb0aa", "#b58a7a")
+"""Baselines and further contestants, in the order in which they first appear."""
+PAGE_COLOURS = {PLAIN: "ink", GRID: "grid", STRONG: "strong"} | {colour: f"muted-{i}" for i, colour in enumerate(MUTED)}
+"""The style sheet's names for these colours: a page shows them according to its light or dark scheme."""
+
+
+def plot_comparison(comparison: Comparison, path: Path) -> None:
+    """Draw learning curves, a panel per problem: the summed loss on each step's own batch, to a PNG at `path`.
+
+    Curves are exponential averages (span 1/20 of the run) of the mean over the seeds; bands are one standard error,
+    averaged alike. A panel whose losses are all positive has a logarithmic axis.
+    """
+    count = len(comparison.problems)
+    columns = 2 if count == 4 else min(count, 3)
+    rows = math.ceil(count / columns)
+    figure = new_figure(max(4.6 * columns, 6.4), 3.6 * rows + 1.1)
+    colours = optimizer_colours(comparison)
+    panels = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
+    handles: dict[str, Any] = {}
+    for panel, problem in zip(panels, comparison.problems, strict=False):
+        handles = draw_learning_curves(panel, problem, colours, comparison.steps) | handles
+        panel.set_title(problem.problem, loc="left", fontsize=10, color=PLAIN, parse_math=False)
+    for panel in panels[count:]:
+        panel.set_axis_off()
+    for i in range(count):
+        if i % columns == 0:
+            panels[i].set_ylabel("summed loss on the step's batch")
+        if i + columns >= count:
+            panels[i].set_xlabel("step")
+    order = [name for name in colours if name in handles]
+    figure.legend([handles[name] for name in order], order, loc="outside lower center", ncols=len(order), frameon=False)
+    figure.suptitle(
+        f"Problems not seen in meta-training: mean of {comparison.seeds} paired seeds (lower is better)",
+        fontsize=12,
+        fontweight="bold",
+        color=PLAIN,
+    )
+    save_figure(figure, path)
+
+
+def plot_meta_loss(history: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Draw a run's meta-loss and validation against the meta-step, to a PNG at `path`.
+
+    Args:
+        history: one mapping per meta-step: `meta_step`, `meta_loss`, `validation` (None where there was none).
+    """
+    figure = new_figure(9.2, 3.7)
+    left, right = figure.subplots(1, 2, sharex=True)
+    for panel, key, title in ((left, "meta_loss", "Meta-loss of the rollouts"), (right, "validation", "Validation")):
+        draw_history(panel, history, key)
+        if panel.get_legend_handles_labels()[0]:
+            panel.legend(frameon=False, fontsize=9)
+        panel.set_title(f"{title} (lower is better)", loc="left", fontsize=10, color=PLAIN)
+    save_figure(figure, path)
+
+
+def draw_history(panel: Axes, history: Sequence[Mapping[str, Any]], key: str) -> None:
+    """Draw one figure of a run, a key of its history, against the meta-step; what is not finite is left out.
+
+    Validation is a line of marks with the best one ringed, a count and a schedule are plain, anything else is drawn as
+    it is and as its exponential average (span 1/15 of the run). A gradient norm has a logarithmic axis.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    points = [(entry["meta_step"], entry[key]) for entry in history if is_finite(entry.get(key))]
+    steps, values = [point[0] for point in points], [point[1] for point in points]
+    if not points:
+        panel.text(0.5, 0.5, "none recorded", ha="center", va="center", transform=panel.transAxes, color=PLAIN)
+    elif key == "validation":
+        panel.plot(steps, values, color=STRONG, linewidth=1.6, marker="o", markersize=4, label="average weights")
+        best = min(points, key=lambda point: point[1])
+        style: dict[str, Any] = {"marker": "o", "markersize": 9, "fillstyle": "none", "linestyle": "", "clip_on": False}
+        panel.plot(*best, color=PLAIN, label="best, kept", **style)
+    elif key in ("learning_rate", "skipped_episodes"):
+        panel.plot(steps, values, color=STRONG, linewidth=1.6, drawstyle="steps-mid" if max(values) % 1 == 0 else None)
+        panel.set_ylim(bottom=0, top=None if max(values) > 0 else 1)
+        if key == "skipped_episodes":
+            panel.yaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
+    else:
+        panel.plot(steps, values, color=MUTED[0], alpha=0.45, linewidth=1, label="each meta-step")
+        smooth = exponential_average(values, span=max(1.0, len(values) / 15))
+        panel.plot(steps, smooth, color=STRONG, linewidth=2, label="average")
+    if key == "gradient_norm" and points and min(values) > 0:
+        log_axis(panel, values)
+    panel.set_xlabel("meta-step")
+    panel.xaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
+    plain_axes(panel)
+
+
+def optimizer_colours(comparison: Comparison) -> dict[str, str]:
+    """Return a colour for each optimizer of a comparison, the learned rule and the untrained network first."""
+    colours = {LEARNED: STRONG, INITIAL: PLAIN}
+    names = sorted({(not row.baseline, row.optimizer) for problem in comparison.problems for row in problem.rows})
+    others = [name for _, name in names if name not in colours]
+    return colours | {name: MUTED[i % len(MUTED)] for i, name in enumerate(others)}
+
+
+def _layer(row: Row) -> int:
+    """Baselines below, the untrained network on them, the learned rule on top."""
+    return 2 if is_contestant(row, LEARNED) else 1 if is_contestant(row, INITIAL) else 0
+
+
+def _span(steps: int) -> float:
+    return max(1.0, steps / 20)
+
+
+def draw_learning_curves(
+    panel: Axes, problem: ProblemComparison, colours: Mapping[str, str], steps: int
+) -> dict[str, Any]:
+    """Draw one problem's panel of `plot_comparison`; return each optimizer's line.
+
+    It is scaled to the runs that did not diverge, else nothing could be told apart.
+    """
+    rows = sorted(problem.rows, key=_layer)
+    lines = {row.optimizer: _curve(panel, row, colours[row.optimizer], steps) for row in rows}
+    sound = [row for row in problem.rows if not row.diverged] or problem.rows
+    seen = [v for row in sound for v in exponential_average(row.curve, _span(steps)) if math.isfinite(v)]
+    if seen and min(seen) > 0:
+        log_axis(panel, seen)
+    elif seen:
+        low, high = min(seen), max(seen)
+        room = 0.1 * (high - low) or 1.0
+        panel.set_ylim(low - room, high + room)
+    plain_axes(panel)
+    return lines
+
+
+def log_axis(panel: Axes, values: Sequence[float]) -> None:
+    """Make the vertical axis logarithmic round `values` > 0, its ticks plain numbers, as many as there is room for."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    low, high = min(values), max(values)
+    ratio, room = high / low, max(high / low, 1.01) ** 0.1
+    panel.set_yscale("log")
+    panel.set_ylim(low / room, high * room)
+    subs = (1, 1.5, 2, 3, 4, 5, 7) if ratio < 10 else (1, 2, 5) if ratio < 200 else (1,)
+    panel.yaxis.set_major_locator(LogLocator(subs=subs))
+    panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+    panel.yaxis.set_minor_locator(NullLocator())
+
+
+def plain_axes(panel: Axes) -> None:
+    """Leave of a panel's frame the two axes, and give it a faint grid."""
+    panel.spines[["top", "right"]].set_visible(False)
+    panel.grid(True, which="major", color=GRID, linewidth=0.6)
+    panel.set_axisbelow(True)
+    panel.margins(x=0.01)
+
+
+def new_figure(width: float, height: float) -> Figure:
+    """Return an empty figure of so many inches, without the global state of pyplot."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=130, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a PNG, whole or not at all."""
+    with replacing(path) as stream:
+        figure.savefig(stream, format="png", facecolor="white")
+
+
+def inline_svg(draw: Callable[[Axes], object], label: str, identity: str) -> str:
+    """Return one panel as an <svg> element that takes the page's colours and fonts.
+
+    Args:
+        draw: draws into the axes; what it writes there must hold no text of a user's, which goes into the HTML beside.
+        label: what the picture shows, for those who do not see it.
+        identity: differs from that of every other picture of the page.
+    """
+    from matplotlib import rc_context
+
+    text = dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), PLAIN)
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": identity, "font.size": 9, **text}):
+        figure = new_figure(4.4, 2.7)
+        draw(figure.subplots())
+        stream = io.StringIO()
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(stream, format="svg", transparent=True, metadata=nothing)
+    return _embedded(stream.getvalue(), label, identity)
+
+
+def is_finite(value: Any) -> bool:
+    """Tell whether a figure of a history is a finite number; it may be None."""
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def _curve(panel: Axes, row: Row, colour: str, steps: int) -> Any:
+    middle, error = (exponential_average(values, _span(steps)) for values in (row.curve, row.curve_error))
+    strong = is_contestant(row, LEARNED)
+    (line,) = panel.plot(
+        middle,
+        color=colour,
+        linewidth=2.4 if strong else 1.5,
+        linestyle="--" if is_contestant(row, INITIAL) else "-",
+        zorder=3 if strong else 2,
+    )
+    low, high = ([m + sign * e for m, e in zip(middle, error, strict=True)] for sign in (-1, 1))
+    panel.fill_between(range(len(middle)), low, high, color=colour, alpha=0.22 if strong else 0.12, linewidth=0)
+    return line
+
+
+def _embedded(svg: str, label: str, identity: str) -> str:
+    """Turn matplotlib's SVG document into an element: no prolog, ids of its own, colours and fonts of the page."""
+    box = re.search(r'viewBox="[^"]*"', svg)
+    assert box is not None
+    body = svg[svg.index(">", box.end()) + 1 :]
+    body = re.sub(r"<(metadata|style)\b.*?</\1>|<!--.*?-->", "", body, flags=re.DOTALL)
+    body = re.sub(r'(<g) id="[^"]*"', r"\1", body)
+    body = re.sub(r'( id="|url\(#|xlink:href="#)', rf"\g<1>{identity}-", body).replace("xlink:href", "href")
+    body = re.sub(r"font-family: [^;\"]*;? ?", "", body)
+    body = re.sub(r"font: ([0-9.]+px)[^;\"]*", r"font-size: \1", body)  # as matplotlib before 3.10 writes it
+    body = re.sub(r' d="[^"]*"', lambda data: re.sub(r"(\.\d)\d+", r"\1", data.group()), body)  # tenths of a point
+    for colour, name in PAGE_COLOURS.items():
+        body = body.replace(colour, f"var(--{name})")
+    return f'<svg role="img" aria-label="{html.escape(label)}" {box.group()}>' + re.sub(r"\s+", " ", body)

@@ -1,0 +1,229 @@
+"""The page of a run: well-formed, self-contained, escaped, and it says what is missing."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pytest
+
+from ml2o_dist.config import MetaTrainSettings
+from ml2o_dist.config_file import load_settings
+from ml2o_dist.evaluation.page import RunRecord, Warned, page_sections, render_page
+from ml2o_dist.metatrain.schedule import training_items
+from ml2o_dist.metatrain.trajectories import episodes_table
+from ml2o_dist.rules.ml2o import ML2ONetwork
+from tests.evaluation.comparisons import COMPARISON, DIGITS
+from tests.metatrain.settings import small
+from tests.metatrain.test_trainer import in_process
+
+HISTORY = [
+    {
+        "meta_step": float(k),
+        "meta_loss": math.nan if k == 3 else 2 - k / 20,
+        "gradient_norm": 0.5,
+        "learning_rate": 0.01,
+        "validation": 1.2345 - k / 100 if k % 10 == 0 else None,
+        "inner_steps_per_s": 100.0 + k,
+        "skipped_episodes": float(k == 3),
+    }
+    for k in range(21)
+]
+CARD = {
+    "weights_sha256": "ab" * 32,
+    "parameters": 1035,
+    "provenance": {"git": "0123456789ab", "mlflow_run": "the-mlflow-run", "data_sha256": {"digits": "cd" * 32}},
+}
+VOID = {"meta", "br", "link", "img", "input", "hr"}
+
+
+class Page(HTMLParser):
+    """Checks that every tag is closed in order, and collects what is in the page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.words: list[str] = []
+        self.feed(text)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        assert "svg" in self.open, f"<{tag}/> outside SVG"
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if self.open and self.open[-1] not in ("style", "script"):
+            self.words.append(data)
+
+    @property
+    def text(self) -> str:
+        return " ".join(" ".join(self.words).split())
+
+    def count(self, tag: str) -> int:
+        return sum(name == tag for name, _ in self.tags)
+
+
+def trajectories(settings: MetaTrainSettings):
+    weights = ML2ONetwork(settings.rule).state_dict()
+    recorded = []
+    for step in range(settings.meta_steps):
+        items = training_items(settings, step, "cpu")
+        recorded += [(i, r.trajectory) for i, r in zip(items, in_process(items, weights), strict=True) if i.spec.record]
+    return episodes_table(recorded)
+
+
+@pytest.fixture(scope="module")
+def whole() -> RunRecord:
+    settings = small(meta_steps=20, trajectories={"meta_steps": 5})
+    warnings = [Warned("2026-11-24 20:00:00", "WARNING", f"a worker died {i}") for i in range(103)]
+    return RunRecord(
+        name="first", path="/runs/first", settings=settings, history=HISTORY, comparison=COMPARISON, card=CARD,
+        trajectories=trajectories(settings), warnings=warnings,
+    )  # fmt: skip
+
+
+def rendered(record: RunRecord) -> tuple[str, Page]:
+    text = render_page(record, page_sections(record))
+    return text, Page(text)
+
+
+def test_a_whole_run_shows_everything(whole):
+    sections = page_sections(whole)
+    assert [s.name for s in sections if s.body] == [
+        "curves", "comparison", "trajectories", "configuration", "origin", "warnings"
+    ]  # fmt: skip
+    assert not any(s.missing for s in sections)
+    _, page = rendered(whole)
+    # six curves, a panel for each problem of the comparison, five panels for each of two problems
+    assert page.count("svg") == 6 + 2 + 10
+    for said in [
+        "Finished after 20 of 20 meta-steps.",
+        "1.0345 at meta-step 20",
+        "Meta-loss of the rollouts (lower is better) (1 of 21 not finite, left out)",
+        "0.5000 ± 0.012",
+        "91.2 / 91.2 %",
+        "2 of 3 diverged",
+        "learned - mgda+adam@0.1: better by more than one standard error (-0.250 ± 0.050, ratio 0.667)",
+        "better on 1, level on 0 of 2",
+        "All 5 recorded problems",
+        "rule.hidden 4",
+        "ab" * 32,
+        "0123456789ab",
+        "the-mlflow-run",
+        "sha256 of digits " + "cd" * 32,
+        "The newest 100; 3 older ones are in run.log.",
+        "WARNING a worker died 102",
+    ]:
+        assert said in page.text, said
+    assert "a worker died 2 " not in page.text
+
+
+def test_the_comparison_is_a_real_table_with_the_best_and_the_learned_row_marked(whole):
+    _, page = rendered(whole)
+    tables = page.count("table")
+    without = 3  # the settings that changed, all settings, the origin: pairs need no head
+    assert page.count("thead") == tables - without
+    rows = [attributes.get("class") for tag, attributes in page.tags if tag == "tr"]
+    assert rows.count("best learned") == 1
+    assert rows.count("learned") == 1
+    assert rows.count("best") == 1
+
+
+def test_only_what_differs_from_the_defaults_comes_first(whole):
+    body = next(s.body for s in page_sections(whole) if s.name == "configuration")
+    first, every = body.split("<details>")
+    assert "learner.lr" in first
+    assert "learner.clip" not in first
+    assert "learner.clip" in every
+    assert "family.test" in first
+
+
+@pytest.mark.parametrize("empty", [True, False])
+def test_nothing_is_asked_for_outside_the_page(whole, empty):
+    text, page = rendered(RunRecord("first", "/runs/first") if empty else whole)
+    for tag, attributes in page.tags:
+        assert tag not in ("link", "script", "iframe", "object", "embed", "base", "img", "image", "form")
+        for name in ("src", "href", "xlink:href", "srcset", "data", "action", "poster", "background"):
+            assert (attributes.get(name) or "#").startswith("#"), attributes
+        assert not any(name.startswith("on") for name in attributes)
+    assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", text))
+    assert "@import" not in text
+    assert "http://" not in text
+    assert "https://" not in text
+    (policy,) = [a["content"] for _, a in page.tags if a.get("http-equiv") == "Content-Security-Policy"]
+    assert policy.startswith("default-src 'none'")
+
+
+def test_identities_are_unique_and_every_reference_has_its_target(whole):
+    text, page = rendered(whole)
+    identities = [attributes["id"] for _, attributes in page.tags if "id" in attributes]
+    assert len(identities) == len(set(identities))
+    assert set(re.findall(r"(?:url\(|href=\")#([^)\"]+)", text)) <= set(identities)
+
+
+def test_light_and_dark_and_a_phone_s_width_are_provided_for(whole):
+    text, page = rendered(whole)
+    assert "prefers-color-scheme: dark" in text
+    assert any(a.get("name") == "viewport" and "width=device-width" in a["content"] for _, a in page.tags)
+    defined = set(re.findall(r"--([\w-]+):", text))
+    assert set(re.findall(r"var\(--([\w-]+)", text)) <= defined
+    scrolls = [a for _, a in page.tags if "scroll" in (a.get("class") or "").split()]
+    assert len(scrolls) == page.count("table")
+
+
+def test_an_unfinished_run_says_what_is_missing():
+    early = RunRecord("u", "/runs/u", settings=load_settings())
+    _, page = rendered(early)
+    missing = {s.name: s.missing for s in page_sections(early) if s.missing}
+    assert set(missing) == {"curves", "comparison", "trajectories", "origin", "warnings"}
+    assert all(why in page.text for why in missing.values())
+    assert "Not finished: no checkpoint has been written yet." in page.text
+    later = replace(early, history=HISTORY[:12], progress={"tracking_run": "the-mlflow-run", "data_sha256": {}})
+    _, page = rendered(later)
+    assert "Not finished: meta-step 11 of 20 at the last checkpoint." in page.text
+    assert "the-mlflow-run" in page.text
+    assert page.count("svg") == 6
+
+
+def test_settings_that_switch_a_part_off_are_named():
+    settings = small(compare=False, trajectories={"meta_steps": 0})
+    missing = {s.name: s.missing for s in page_sections(RunRecord("u", "/runs/u", settings=settings))}
+    assert "compare=false" in missing["comparison"]
+    assert "trajectories.meta_steps=0" in missing["trajectories"]
+
+
+def test_everything_of_a_user_s_is_escaped(whole):
+    evil = "<script>alert('1')</script>&\"$x_{"
+    problem = replace(DIGITS, problem=evil, rows=tuple(replace(r, label=evil, note=evil) for r in DIGITS.rows))
+    named = replace(problem, rows=(replace(problem.rows[0], optimizer=evil), *problem.rows[1:]))
+    table = whole.trajectories.filter(pc.equal(pc.list_value_length(whole.trajectories["losses"]), 2))
+    column = table.schema.get_field_index("problem")
+    renamed = table.set_column(column, table.schema.field(column), pa.array([evil] * len(table)).dictionary_encode())
+    record = replace(
+        whole, name=evil, path=evil, comparison=replace(COMPARISON, problems=(named,)), trajectories=renamed,
+        warnings=[Warned(evil, evil, evil)], unread=[evil], card={"weights_sha256": evil, "provenance": {"git": evil}},
+    )  # fmt: skip
+    text, page = rendered(record)
+    assert page.count("script") == 0
+    assert "<script" not in text
+    assert page.text.count(evil) > 10
+
+
+def test_a_comparison_read_back_makes_the_same_page(whole):
+    again = type(COMPARISON).from_json(json.loads(json.dumps(COMPARISON.to_json())))
+    assert rendered(replace(whole, comparison=again))[0] == rendered(whole)[0]

@@ -1,0 +1,125 @@
+"""Pictures are drawn from what they show."""
+
+from __future__ import annotations
+
+import math
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from xml.etree import ElementTree
+
+import matplotlib.image
+import numpy as np
+import pytest
+
+from ml2o_dist.evaluation import plots
+from ml2o_dist.evaluation.plots import STRONG, draw_history, inline_svg, plot_comparison, plot_meta_loss
+from tests.evaluation.comparisons import COMPARISON, DIGITS, LOST, MANY, STEPS
+
+
+def strong_pixels(path: Path) -> int:
+    """How many pixels have the colour of the learned rule."""
+    image = matplotlib.image.imread(path)[:, :, :3]
+    strong = np.array([int(STRONG[i : i + 2], 16) / 255 for i in (1, 3, 5)])
+    return int((np.abs(image - strong).max(axis=2) < 0.02).sum())
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 5])
+def test_learning_curves_are_drawn(tmp_path: Path, count: int) -> None:
+    path = tmp_path / "plots" / "curves.png"
+    plot_comparison(replace(COMPARISON, problems=(DIGITS, MANY, DIGITS, MANY, DIGITS)[:count]), path)
+    # in every panel the learned curve crosses most of it: more than 100 pixels wide, several high
+    assert strong_pixels(path) > 500 * count
+
+
+def test_a_comparison_without_the_learned_rule_has_nothing_in_its_colour(tmp_path: Path) -> None:
+    path = tmp_path / "curves.png"
+    plot_comparison(replace(COMPARISON, problems=(replace(DIGITS, rows=DIGITS.rows[1:3]),)), path)
+    assert strong_pixels(path) == 0
+
+
+def test_curves_that_are_negative_or_all_diverged_are_drawn(tmp_path: Path) -> None:
+    below = tuple(1 - k / 10 for k in range(STEPS))
+    negative = replace(MANY, rows=tuple(replace(r, curve=below) for r in MANY.rows))
+    lost = replace(DIGITS, rows=(replace(LOST, curve=(math.nan,) * STEPS),))
+    path = tmp_path / "curves.png"
+    plot_comparison(replace(COMPARISON, problems=(negative, lost)), path)
+    assert strong_pixels(path) > 500
+
+
+def test_a_diverged_run_does_not_set_the_scale() -> None:
+    from matplotlib.figure import Figure
+
+    panel = Figure().subplots()
+    plots.draw_learning_curves(panel, DIGITS, plots.optimizer_colours(COMPARISON), STEPS)
+    low, high = panel.get_ylim()
+    assert panel.get_yscale() == "log"
+    assert 0 < low < 0.6
+    assert 4 * 0.9 < high < 10
+
+
+def test_the_meta_loss_is_drawn(tmp_path: Path) -> None:
+    history = [
+        {"meta_step": k, "meta_loss": math.nan if k == 3 else 2 - k / 20, "validation": 1.0 if k % 10 == 9 else None}
+        for k in range(30)
+    ]
+    plot_meta_loss(history, tmp_path / "meta.png")
+    with_both = strong_pixels(tmp_path / "meta.png")
+    plot_meta_loss([{**entry, "validation": None} for entry in history], tmp_path / "meta.png")
+    with_one = strong_pixels(tmp_path / "meta.png")
+    plot_meta_loss([], tmp_path / "meta.png")
+    assert with_both > with_one > strong_pixels(tmp_path / "meta.png") == 0
+
+
+def test_drawing_does_not_load_pyplot(tmp_path: Path) -> None:
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from ml2o_dist.evaluation.plots import plot_meta_loss\n"
+        "assert 'matplotlib' not in sys.modules\n"
+        "plot_meta_loss([{'meta_step': 0, 'meta_loss': 1.0, 'validation': None}], Path(sys.argv[1]))\n"
+        "assert 'matplotlib.pyplot' not in sys.modules\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "m.png")], check=True, timeout=120)
+
+
+HISTORY = [
+    {"meta_step": k, "meta_loss": 2 - k / 20, "gradient_norm": 10 ** (-k / 20), "learning_rate": 0.01,
+     "skipped_episodes": float(k == 7), "validation": 1 - k / 100 if k % 10 == 0 else None}
+    for k in range(30)
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("key", ["meta_loss", "validation", "gradient_norm", "learning_rate", "skipped_episodes"])
+def test_every_curve_of_a_run_is_an_svg_element_in_the_colours_of_the_page(key: str) -> None:
+    svg = inline_svg(partial(draw_history, history=HISTORY, key=key), "what <it> is", "one")
+    root = ElementTree.fromstring(svg)
+    assert root.get("aria-label") == "what <it> is"
+    assert "var(--strong)" in svg
+    assert "var(--ink)" in svg
+    assert not re.search("#[0-9a-f]{6}", svg), "a colour that the page cannot change"
+    assert all(identity.startswith("one-") for identity in re.findall(r' id="([^"]*)"', svg))
+    assert "http" not in svg
+
+
+def test_the_drawn_curve_goes_where_the_history_goes() -> None:
+    from matplotlib.figure import Figure
+
+    panel = Figure().subplots()
+    draw_history(panel, [*HISTORY, {"meta_step": 30, "meta_loss": math.inf}, {"meta_step": 31}], "meta_loss")
+    each, average = panel.get_lines()
+    assert list(each.get_xdata()) == list(range(30))
+    assert list(each.get_ydata()) == [2 - k / 20 for k in range(30)]
+    assert average.get_ydata()[0] == 2
+    assert average.get_ydata()[-1] > each.get_ydata()[-1]
+    panel = Figure().subplots()
+    draw_history(panel, HISTORY, "validation")
+    line, best = panel.get_lines()
+    assert list(line.get_xdata()) == [0, 10, 20]
+    assert (best.get_xdata()[0], best.get_ydata()[0]) == (20, 0.8)
+
+
+def test_a_curve_without_a_finite_figure_says_so() -> None:
+    assert "none recorded" in inline_svg(partial(draw_history, history=HISTORY, key="nothing"), "x", "x")

@@ -1,0 +1,255 @@
+"""The data set of recorded trajectories: bounded, whole through stops, and plain Parquet for everybody."""
+
+from __future__ import annotations
+
+import logging
+import math
+import re
+
+import duckdb
+import numpy as np
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from ml2o_dist.errors import UserError
+from ml2o_dist.metatrain import trajectories
+from ml2o_dist.metatrain.episode import run_episode
+from ml2o_dist.metatrain.schedule import training_items
+from ml2o_dist.metatrain.trainer import Trainer
+from ml2o_dist.metatrain.trajectories import (
+    SCHEMA,
+    TrajectoryWriter,
+    episodes_table,
+    read_trajectories,
+    recorded_problems,
+)
+from ml2o_dist.rules.ml2o import ML2ONetwork
+from tests.metatrain.settings import small
+from tests.metatrain.test_trainer import Cut, cut_after, digests, in_process
+
+SETTINGS = {"instances": 2, "trajectories": {"meta_steps": 4, "slots": 3}}
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    trainer = Trainer(small(**SETTINGS), tmp_path_factory.mktemp("recorded"))
+    trainer.run(in_process)
+    return trainer
+
+
+def files(run_dir):
+    return {path.name: path.read_bytes() for path in (run_dir / "trajectories").iterdir()}
+
+
+def expected_rows(settings):
+    """Every row from the pure functions alone: run the scheduled episodes again under the untrained weights."""
+    items = [item for item in training_items(settings, 0, "cpu") if item.spec.record]
+    weights = ML2ONetwork(settings.rule).state_dict()
+    return [(item, run_episode(weights, item.spec).trajectory) for item in items]
+
+
+def test_rows_are_the_recorded_episodes(recorded):
+    table = read_trajectories(recorded.run_dir)
+    assert table.schema.equals(SCHEMA, check_metadata=True)
+    rows = table.to_pylist()
+    keys = [(row["meta_step"], row["slot"], row["instance"], row["step"]) for row in rows]
+    assert keys == sorted(keys)
+    assert len(set(keys)) == len(keys)
+    assert {(row["meta_step"], row["slot"]) for row in rows} == {(t, s) for t in (0, 3, 7, 11) for s in range(3)}
+    of_first = [row for row in rows if row["meta_step"] == 0]
+    first = iter(of_first)
+    for item, trajectory in expected_rows(recorded.settings):
+        for instance in range(2):
+            for step in range(item.spec.horizon):
+                row = next(first)
+                assert (row["slot"], row["instance"], row["step"]) == (item.key.slot, instance, step)
+                assert (row["problem"], row["seed"]) == (str(item.spec.problem), item.spec.seed)
+                assert row["losses"] == trajectory.losses[step, instance].tolist()
+                assert row["gradient_norms"] == trajectory.gradient_norms[step, instance].tolist()
+                assert row["gradient_cosines"] == trajectory.gradient_cosines[step, instance].tolist()
+                assert row["update_norm"] == trajectory.update_norms[step, instance]
+                assert row["descent_cosine"] == trajectory.descent_cosines[step, instance]
+    assert next(first, None) is None
+
+
+def test_every_column_says_what_it_holds():
+    assert all(len(field.metadata[b"description"]) > 20 and not field.nullable for field in SCHEMA)
+    assert b"description" in SCHEMA.metadata
+
+
+def test_the_size_is_bounded_by_the_settings(recorded, tmp_path):
+    """20 meta-steps x 8 slots x P x K by default, whatever meta_steps and slots of the run are; 0 records nothing."""
+    settings = small(slots=12, meta_steps=1000)
+    kept = [t for t in range(1000) if any(item.spec.record for item in training_items(settings, t, "cpu"))]
+    assert len(kept) == 20
+    assert (kept[0], kept[-1]) == (0, 999)
+    assert set(np.diff(kept)) <= {52, 53}
+    assert sum(item.spec.record for item in training_items(settings, 0, "cpu")) == 8
+    assert len(read_trajectories(recorded.run_dir)) <= 4 * 3 * 2 * 8
+    none = Trainer(small(meta_steps=2, trajectories={"meta_steps": 0}), tmp_path)
+    none.run(in_process)
+    assert not (tmp_path / "trajectories").exists()
+
+
+def test_an_inner_step_takes_some_thirty_bytes():
+    """m = 2, K = 200, six slots: the embedded default's longest meta-step."""
+    settings = small(horizon=200, slots=6, family={"train": [{"problem": "quadratic[n=5,noise=0.1]"}]})
+    table = episodes_table(expected_rows(settings))
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd", use_dictionary=["problem"])
+    assert len(table) == 1200
+    assert 15 < sink.getvalue().size / len(table) < 40
+
+
+def test_recording_changes_no_weight(recorded, tmp_path):
+    without = Trainer(small(instances=2, trajectories={"meta_steps": 0}), tmp_path)
+    without.run(in_process)
+    assert digests(without) == digests(recorded)
+
+
+@pytest.mark.parametrize("calls", [0, 1, 3, 6, 9, 14])
+def test_cut_anywhere_and_resumed_leaves_the_same_files(recorded, tmp_path, calls):
+    """Killed without a last checkpoint: what was recorded since is recorded again, what was before is there."""
+    settings = small(**SETTINGS, checkpoint_every=2)
+    first = Trainer(settings, tmp_path)
+    with pytest.raises(Cut):
+        first.run(cut_after(calls))
+    first._trajectories.flush()  # that thread may have got any far: here, all the way
+    try:
+        second = Trainer(settings, tmp_path)
+        second.resume()
+    except UserError:  # no checkpoint yet: from the start
+        second = Trainer(settings, tmp_path)
+    second.run(in_process)
+    assert files(tmp_path) == files(recorded.run_dir)
+
+
+def test_a_checkpoint_is_not_written_before_what_was_recorded(tmp_path, monkeypatch):
+    """Else a process that died between the two would lose it: a resumed run does not do those steps again."""
+    seen = []
+    real = trajectories.pq.write_table
+
+    def slow(table, stream, **options):
+        assert not list((tmp_path / "checkpoints").glob("step_000003"))
+        seen.append(table["meta_step"][0].as_py())
+        real(table, stream, **options)
+
+    monkeypatch.setattr("ml2o_dist.metatrain.trajectories.pq.write_table", slow)
+    settings = small(meta_steps=3, checkpoint_every=3, trajectories={"meta_steps": 3})
+    trainer = Trainer(settings, tmp_path)
+    monkeypatch.setattr(trainer, "_write_metrics", lambda: seen.append("metrics"))
+    trainer.run(in_process)
+    assert seen == [0, 1, 2, "metrics"]
+
+
+def test_a_run_begun_anew_keeps_nothing_of_one_that_was_killed_before_its_first_checkpoint(recorded, tmp_path):
+    (tmp_path / "trajectories").mkdir()
+    (tmp_path / "trajectories" / "step_000002.parquet").write_bytes(b"another run's")
+    (tmp_path / "trajectories" / "notes.txt").write_text("the user's own")
+    trainer = Trainer(small(**SETTINGS), tmp_path)
+    trainer.run(in_process)
+    assert (tmp_path / "trajectories" / "notes.txt").exists()
+    assert {k: v for k, v in files(tmp_path).items() if k != "notes.txt"} == files(recorded.run_dir)
+
+
+def test_a_full_disk_is_said_once_and_costs_only_the_trajectories(recorded, tmp_path, monkeypatch, caplog):
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("ml2o_dist.metatrain.trajectories.replacing", full)
+    trainer = Trainer(small(**SETTINGS), tmp_path)
+    with caplog.at_level(logging.WARNING):
+        trainer.run(in_process)
+    assert digests(trainer) == digests(recorded)
+    said = [record.message for record in caplog.records if "trajectories" in record.message]
+    assert len(said) == 1
+    assert "meta-step 0 cannot be written: No space left on device; the run goes on" in said[0]
+    assert not (tmp_path / "trajectories").exists()
+
+
+def test_a_folder_that_cannot_be_made_is_said_too(tmp_path, caplog):
+    (tmp_path / "trajectories").write_text("a file")
+    settings = small(meta_steps=1)
+    items = training_items(settings, 0, "cpu")
+    writer = TrajectoryWriter(tmp_path)
+    writer.add(0, items, in_process(items, ML2ONetwork(settings.rule).state_dict()))
+    writer.flush()
+    assert "cannot be written: " in caplog.text
+
+
+def test_one_problem_s_rows_and_the_summary(recorded):
+    everything = read_trajectories(recorded.run_dir)
+    summaries = recorded_problems(everything)
+    assert sum(each.inner_steps for each in summaries) == len(everything)
+    assert sum(each.episodes for each in summaries) == 12
+    one = next(each for each in summaries if each.objectives == 3)
+    rows = read_trajectories(recorded.run_dir, one.problem)
+    assert set(rows["problem"].to_pylist()) == {one.problem}
+    assert len(rows) == one.inner_steps
+    assert set(rows["meta_step"].to_pylist()) == set(one.meta_steps)
+    name, inside = re.fullmatch(r"(\w+)\[(.*)\]", one.problem).groups()
+    turned = f"{name}[{','.join(reversed(inside.split(',')))}]"
+    assert read_trajectories(recorded.run_dir, turned).equals(rows)
+
+
+def test_what_is_not_there_is_said_in_one_line(recorded, tmp_path):
+    with pytest.raises(UserError, match=r"no trajectories in .*trajectories: not a run, or one with"):
+        read_trajectories(tmp_path)
+    with pytest.raises(UserError, match=r"nothing is recorded of problem 'fonsecca'; the nearest of \d+ .*: 'fonseca'"):
+        read_trajectories(recorded.run_dir, "fonsecca")
+    broken = tmp_path / "trajectories" / "step_000001.parquet"
+    broken.parent.mkdir()
+    broken.write_bytes(next(iter(files(recorded.run_dir).values()))[:-100])
+    with pytest.raises(UserError, match=r"step_000001\.parquet cannot be read"):
+        read_trajectories(tmp_path)
+    pq.write_table(pa.table({"step": [1]}), broken)
+    with pytest.raises(UserError, match=r"step_000001\.parquet has other columns"):
+        read_trajectories(tmp_path)
+
+
+def test_pandas_reads_the_folder(recorded):
+    frame = pd.read_parquet(recorded.run_dir / "trajectories")
+    ours = read_trajectories(recorded.run_dir)
+    assert len(frame) == len(ours)
+    assert list(frame.columns) == SCHEMA.names
+    assert sorted(set(frame["problem"])) == sorted(set(ours["problem"].to_pylist()))
+    assert frame["losses"].map(sum).sum() == pytest.approx(sum(map(sum, ours["losses"].to_pylist())), rel=1e-5)
+
+
+def test_duckdb_reads_the_files(recorded):
+    source = f"'{recorded.run_dir}/trajectories/*.parquet'"
+    ours = read_trajectories(recorded.run_dir)
+    counted = duckdb.sql(f"SELECT problem, count(*), max(len(losses)) FROM {source} GROUP BY problem ORDER BY 1")
+    assert counted.fetchall() == [(r.problem, r.inner_steps, r.objectives) for r in recorded_problems(ours)]
+    # the question one records for: how far does the first objective fall, early and late?
+    fallen = duckdb.sql(f"""
+        SELECT meta_step, avg(losses[1]) FILTER (step = 0), avg(losses[1]) FILTER (step = 4)
+        FROM {source} GROUP BY meta_step ORDER BY meta_step""").fetchall()
+    assert [row[0] for row in fallen] == [0, 3, 7, 11]
+    first = [r["losses"][0] for r in ours.to_pylist() if r["meta_step"] == 0 and r["step"] == 0]
+    assert fallen[0][1] == pytest.approx(np.mean(first), rel=1e-5)
+
+
+@pytest.mark.long
+def test_ray_data_reads_the_folder(cluster, recorded):
+    import ray
+
+    data = ray.data.read_parquet(str(recorded.run_dir / "trajectories"))
+    rows = sorted(data.take_all(), key=lambda r: (r["meta_step"], r["slot"], r["instance"], r["step"]))
+    ours = read_trajectories(recorded.run_dir).to_pylist()
+    assert [{**r, **{k: list(r[k]) for k in ("losses", "gradient_norms", "gradient_cosines")}} for r in rows] == ours
+
+
+def test_not_a_number_stays_not_a_number(tmp_path):
+    """An episode that blew up, through the file and back."""
+    settings = small(meta_steps=1, slots=1, horizon=12, family={"train": [{"problem": "quadratic[n=4,noise=0.1]"}]})
+    weights = {n: t.new_full(t.shape, 50.0) for n, t in ML2ONetwork(settings.rule).state_dict().items()}
+    items = training_items(settings, 0, "cpu")
+    writer = TrajectoryWriter(tmp_path)
+    writer.add(0, items, in_process(items, weights))
+    writer.flush()
+    (last,) = read_trajectories(tmp_path).slice(11).to_pylist()
+    assert not all(map(math.isfinite, last["losses"]))
+    assert math.isnan(last["descent_cosine"])

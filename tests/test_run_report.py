@@ -1,0 +1,167 @@
+"""`ml2o report` and `ml2o trajectories` on run directories in every state."""
+
+from __future__ import annotations
+
+import json
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from ml2o_dist.artifact import save_artifact
+from ml2o_dist.cli import main
+from ml2o_dist.config_file import dump_settings
+from ml2o_dist.metatrain.trainer import Trainer
+from ml2o_dist.run_report import read_run, write_report
+from tests.evaluation.comparisons import COMPARISON
+from tests.evaluation.test_page import Page
+from tests.metatrain.settings import small
+from tests.metatrain.test_trainer import Cut, cut_after, in_process
+
+LOG = """2026-11-24 20:00:00,123 INFO ml2o_dist.metatrain.pool: all is well
+2026-11-24 20:00:01,123 WARNING ml2o_dist.metatrain.trainer: meta-step 3: 1 of 4 episodes were not finite, skipped
+Traceback (most recent call last):
+2026-11-24 20:00:02,123 ERROR ml2o_dist.tracking.sink: no answer from <server>
+"""
+
+
+def call(*words):
+    return CliRunner().invoke(main, list(words))
+
+
+@pytest.fixture
+def run_dir(tmp_path) -> Path:
+    """A finished run without Ray: trained in process, compared by hand."""
+    folder = tmp_path / "the run"
+    settings = small(meta_steps=4)
+    trainer = Trainer(settings, folder)
+    trainer.progress.tracking_run = "the-mlflow-run"
+    trainer.run(in_process)
+    (folder / "config.yaml").write_text(dump_settings(settings))
+    save_artifact(folder, trainer.best_weights, settings.rule, {"git": "0123456789ab", "best_meta_step": 4})
+    (folder / "comparison.json").write_text(json.dumps(COMPARISON.to_json()))
+    (folder / "run.log").write_text(LOG)
+    return folder
+
+
+def test_everything_in_the_folder_is_in_the_page(run_dir):
+    result = call("report", str(run_dir), "--json")
+    assert result.exit_code == 0, result.output
+    assert json.loads(result.stdout) == {
+        "path": str(run_dir / "report.html"),
+        "sections": ["curves", "comparison", "trajectories", "configuration", "origin", "warnings"],
+        "missing": {},
+    }
+    page = Page((run_dir / "report.html").read_text())
+    for said in [
+        "the run",
+        "0.5000 ± 0.012",
+        "1 of 4 episodes were not finite",
+        "no answer from <server>",
+        "0123456789ab",
+    ]:
+        assert said in page.text
+    assert "all is well" not in page.text
+    record = read_run(run_dir)
+    assert record.progress["tracking_run"] == "the-mlflow-run"
+    assert record.card["weights_sha256"] in page.text
+    assert record.meta_steps == 4
+
+
+def test_made_again_it_is_the_same_and_replaces_the_old_one(run_dir):
+    write_report(run_dir)
+    first = (run_dir / "report.html").read_bytes()
+    write_report(run_dir)
+    assert (run_dir / "report.html").read_bytes() == first
+
+
+def test_a_run_that_was_cut_off_says_what_it_has_and_what_not(tmp_path):
+    settings = small(meta_steps=8, checkpoint_every=2)
+    (tmp_path / "config.yaml").write_text(dump_settings(settings))
+    answer = write_report(tmp_path)
+    assert answer["sections"] == ["configuration", "origin"]
+    assert set(answer["missing"]) == {"curves", "comparison", "trajectories", "origin", "warnings"}
+    with pytest.raises(Cut):
+        Trainer(settings, tmp_path).run(cut_after(6))
+    result = call("report", str(tmp_path))
+    assert result.exit_code == 0, result.output
+    assert "comparison: No comparison: it is made when meta-training is done." in result.stdout
+    page = Page((tmp_path / "report.html").read_text())
+    assert "Not finished: meta-step 4 of 8 at the last checkpoint." in page.text
+    assert "No weights yet" in page.text
+
+
+@pytest.mark.parametrize("name", ["config.yaml", "metrics.parquet", "comparison.json", "weights.json", "trajectories"])
+def test_a_file_that_cannot_be_read_is_named_and_the_rest_is_shown(run_dir, name):
+    broken = run_dir / name
+    if broken.is_dir():
+        broken = broken / "step_000000.parquet"
+    broken.write_bytes(b"\x00 nothing of use")
+    result = call("report", str(run_dir), "--json")
+    assert result.exit_code == 0, result.output
+    assert len(json.loads(result.stdout)["sections"]) >= 4
+    page = Page((run_dir / "report.html").read_text())
+    assert str(broken) in page.text.replace("'", "")
+    (line,) = read_run(run_dir).unread
+    assert len(line.splitlines()) == 1
+
+
+def test_a_refused_checkpoint_is_named(run_dir):
+    newest = run_dir / "checkpoints" / "step_000004" / "state.json"
+    newest.write_bytes(newest.read_bytes()[:-5])
+    write_report(run_dir)
+    assert f"checkpoint refused: {newest}" in Page((run_dir / "report.html").read_text()).text
+
+
+@pytest.mark.parametrize("command", ["report", "trajectories"])
+def test_a_folder_that_is_no_run_is_one_line_and_exit_code_2(tmp_path, command):
+    for folder in (tmp_path, tmp_path / "nowhere"):
+        result = call(command, str(folder))
+        assert result.exit_code == 2
+        assert len(result.stderr.splitlines()) == 1
+        assert str(folder) in result.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_relative_run_directory_is_looked_for_in_ml2o_home(run_dir, monkeypatch):
+    monkeypatch.setenv("ML2O_HOME", str(run_dir.parent))
+    assert call("report", "the run").exit_code == 0
+
+
+def test_a_page_that_cannot_be_written_is_one_line_and_exit_code_2(run_dir, monkeypatch):
+    def full(path):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("ml2o_dist.run_report.replacing", full)
+    result = call("report", str(run_dir))
+    assert result.exit_code == 2
+    assert "report.html cannot be written: No space left on device" in result.stderr
+
+
+def test_recorded_problems_are_listed_and_one_is_drawn_where_its_pictures_belong(run_dir):
+    listed = json.loads(call("trajectories", str(run_dir), "--json").stdout)
+    assert [each["problem"] for each in listed] == sorted(each["problem"] for each in listed)
+    assert sum(each["episodes"] for each in listed) == 16
+    table = call("trajectories", str(run_dir)).stdout
+    assert all(each["problem"] in table for each in listed)
+    drawn = call("trajectories", str(run_dir), "--problem", "fonseca")
+    assert drawn.exit_code == 0, drawn.output
+    assert (run_dir / "plots" / "trajectories-fonseca.png").stat().st_size > 10_000
+    assert str(run_dir / "plots" / "trajectories-fonseca.png") in drawn.stdout
+
+
+def test_an_output_without_a_problem_is_refused(run_dir):
+    result = call("trajectories", str(run_dir), "--output", "a.png")
+    assert result.exit_code == 2
+    assert "--output needs --problem" in result.stderr
+
+
+def test_a_run_s_name_is_escaped(run_dir):
+    evil = run_dir.with_name("<script>alert(1)<script>")
+    run_dir.rename(evil)
+    write_report(evil)
+    text = (evil / "report.html").read_text()
+    assert "<script" not in text
+    assert "&lt;script&gt;alert(1)" in text
+    assert isinstance(Page(text), HTMLParser)
