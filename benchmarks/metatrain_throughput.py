@@ -3,10 +3,10 @@
     .venv/bin/python benchmarks/metatrain_throughput.py
 
 Single-objective softmax MLPs 64-32-10 (2,410 parameters) and 784-32-10 (25,450) on synthetic data, batch 128, 8
-episodes of 20 steps, ML2O with m = 1 and H = 20: two LSTM(20) one after the other. All coordinates are replayed, or 20 % of
-them. Beside it: what google/learned_optimization (JAX, TruncatedGrad with full back-propagation, coordinatewise
-LSTM(20, 20), the same networks, batch, tasks and unroll) did on a 2-core machine without GPU when it was measured for
-this project, 183 and 14.4 task steps per CPU-second: not measured again here.
+episodes of 20 steps, ML2O with m = 1 and H = 20, which is two LSTM(20) one after the other. All coordinates are
+replayed, or 20 % of them. Beside it: what google/learned_optimization (JAX, TruncatedGrad with full back-propagation,
+coordinatewise LSTM(20, 20), the same networks, batch, tasks and unroll) did on a 2-core machine without GPU when it was
+measured for this project, 183 and 14.4 task steps per CPU-second: not measured again here.
 """
 
 from __future__ import annotations

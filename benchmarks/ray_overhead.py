@@ -1,4 +1,4 @@
-"""What Ray costs: episodes on workers against the same episodes in plain processes, and how soon the first ones are done.
+"""What Ray costs: episodes on workers against the same episodes in plain processes, and how soon the first are done.
 
     .venv/bin/python benchmarks/ray_overhead.py
     .venv/bin/python benchmarks/ray_overhead.py --workers 2
@@ -6,7 +6,7 @@
 With one worker the episodes run in this very process for comparison, with more in as many plain processes that take
 them from one queue and wait for no meta-step. All episodes have K = 50 steps of the embedded default's problems. Both
 sides start warm and alternate over the rounds. The overhead is the median over the rounds of (Ray / plain) - 1 in wall
-time. Then, once for a fresh pool: seconds from Ray being up to workers that are up, and to the end of a first meta-step.
+time. Once, for a fresh pool: seconds from Ray being up to workers that are up, and to the end of a first meta-step.
 """
 
 from __future__ import annotations
