@@ -18,14 +18,15 @@ from ml2o_dist.errors import UserError
 from ml2o_dist.metatrain.recorder import TrajectoryRecorder
 from ml2o_dist.problems.base import Problem, autograd_jacobian
 from ml2o_dist.rules import features
-from ml2o_dist.rules.ml2o import ML2ONetwork, ML2ORule
+from ml2o_dist.rules.ml2o import ML2ONetwork, ML2ORule, even_blocks
+from ml2o_dist.rules.unrolled import Unrolled
 
 FLOOR = 1e-8
 """Added inside logarithms, so that an objective that reaches its minimum exactly gives a finite meta-loss."""
 
-
-REPLAY_BLOCK = 1024
-"""Coordinates replayed at a time: bounds the memory of the backward pass, K * m * 1,024 rows of LSTM activations."""
+REPLAY_BLOCK = 1008
+"""Columns (coordinates times objectives) replayed at a time: bounds the memory, which is K times a block's states, and
+keeps a step in the cache (measured: 700 to 2,000 are alike; no power of two, see `ml2o.BLOCK`)."""
 
 
 @dataclass(frozen=True)
@@ -86,8 +87,8 @@ def replay(
 
     With its inputs detached, the only way from theta to the loss is through the updates u_s, and z_t = z_0 + sum_{s<t}
     u_s; hence a_s = sum_{t > s} gamma^(t-s-1) w_t grad l_t, a reverse cumulative sum of gradients that the rollout has
-    seen. One differentiable pass of the LSTMs over the sequence and one backward pass give all of it; the task is
-    never differentiated twice. gamma = 1 is first-order back-propagation through time over the whole episode (of the
+    seen. One pass of the LSTMs over the sequence and one back through it give all of it (`Unrolled`); the task is never
+    differentiated twice. gamma = 1 is first-order back-propagation through time over the whole episode (of the
     steps as proposed: where a problem projects onto its box, replay does not see that; `exact` does).
 
     Args:
@@ -101,26 +102,30 @@ def replay(
     chunk = unroll or horizon
     loss = episode_loss(kind, weights, rollout.losses, minima)
     answers = _answers(rollout, weights, kind, minima, settings.gamma, chunk if settings.truncated else horizon)
-    rows = rollout.gradients[:-1].transpose(1, 2).flatten(start_dim=2)
+    gradients = rollout.gradients[:-1].transpose(1, 2).flatten(start_dim=2)
     agreement = rollout.agreement.repeat_interleave(rollout.gradients.shape[3], dim=1)
     totals, counts = agreement.cumsum(dim=0), torch.arange(1, horizon + 1, device=agreement.device)[:, None]
-    parameters = list(network.parameters())
-    total = [torch.zeros_like(p) for p in parameters]
-    for first in range(0, rows.shape[2], REPLAY_BLOCK):
-        block = slice(first, first + REPLAY_BLOCK)
-        inputs, directions = _sequence(network, rows[:, :, block], agreement[:, block])
-        cells: list[tuple[Tensor, Tensor]] | None = None
+    controls = [network.control] if network.settings.output == "controlled" else []
+    by_controls = [torch.zeros_like(control) for control in controls]
+    with torch.enable_grad():
+        stacked = network.stacked_weights()
+    blocks = even_blocks(gradients.shape[2], REPLAY_BLOCK // gradients.shape[1])
+    unrolled = Unrolled(stacked.detach(), network.settings, gradients.shape[1], chunk, blocks[0].stop)
+    for block in blocks:
+        inputs, directions = features.sequence(network.settings, gradients[:, :, block], agreement[:, block])
         for start in range(0, horizon, chunk):
             part = slice(start, start + chunk)
+            outputs = unrolled.forward(inputs[part], restart=start == 0).requires_grad_(True)
             with torch.enable_grad():
-                outputs, cells = network.unroll(inputs[part], cells)
                 shift = network.shift(totals[part, block], counts[part])
                 update = network.step_update(outputs, directions[part], shift)
                 value = (update * answers[part, block]).sum() * rollout.scale
-            for sum_, gradient in zip(total, torch.autograd.grad(value, parameters), strict=True):
+            by_outputs, *by_each = torch.autograd.grad(value, [outputs, *controls])
+            unrolled.backward(by_outputs)
+            for sum_, gradient in zip(by_controls, by_each, strict=True):
                 sum_ += gradient
-            cells = [(hidden.detach(), memory.detach()) for hidden, memory in cells]
-    return loss, total
+    sums = [*unrolled.gradients.tensors(), *by_controls]
+    return loss, list(torch.autograd.grad([*stacked.tensors(), *controls], list(network.parameters()), sums))
 
 
 def exact(
@@ -147,7 +152,7 @@ def exact(
     seen: list[Tensor] = []
     parameters = list(network.parameters())
     with torch.enable_grad():
-        weights = network.cell_weights()
+        weights = network.stacked_weights()
         for batch in batches[:-1]:
             jacobian, losses = autograd_jacobian(problem.losses, point, batch, create_graph=True)
             seen.append(losses)
@@ -177,14 +182,3 @@ def _answers(rollout: Rollout, weights: Tensor, kind: str, minima: Tensor | None
         running = gamma * running + gradients[s]
         answers[s] = running
     return answers.flatten(start_dim=1)
-
-
-def _sequence(network: ML2ONetwork, gradients: Tensor, agreement: Tensor) -> tuple[Tensor, Tensor]:
-    """Recompute the features [K, c, m, R] and directions [K, R] from gradients [K, m, R] and agreement [K, R]."""
-    memory = features.initial_memory(gradients[0])
-    inputs, directions = [], []
-    for step, (row, each) in enumerate(zip(gradients, agreement, strict=True)):
-        seen, direction, memory = features.advance(network.settings, row, memory, step, each)
-        inputs.append(seen)
-        directions.append(direction)
-    return torch.stack(inputs), torch.stack(directions)

@@ -31,19 +31,17 @@ CHANNELS = {"adam": 3, "agreement": 4, "log_sign": 2}
 
 
 class Memory(NamedTuple):
-    """Running averages: of each objective's gradient [m, R] at two time scales, of its square, and for the sum [R]."""
+    """Running averages at two time scales and of the square, each [q, R], of the rows that `_tracked` names."""
 
     slow: Tensor
     fast: Tensor
     second: Tensor
-    total: Tensor
-    total_second: Tensor
 
 
-def initial_memory(like: Tensor) -> Memory:
+def initial_memory(settings: RuleSettings, like: Tensor) -> Memory:
     """Return zero averages for gradients shaped `like` [m, R]."""
-    zero, total = torch.zeros_like(like), torch.zeros_like(like[0])
-    return Memory(zero, zero, zero, total, total)
+    zero = torch.zeros_like(_tracked(settings, like))
+    return Memory(zero, zero, zero)
 
 
 class Agreement(NamedTuple):
@@ -104,26 +102,61 @@ def advance(
     Lv et al. 2017; the second time scale is ours). `log_sign`: (log|g| / p, sign g) where |g| >= e^-p, else
     (-1, e^p g) (Andrychowicz et al. 2016). `agreement`: those of `adam` and the agreement of the instance.
     """
-    count = step + 1
-    if settings.features in ("adam", "agreement"):
-        second = SECOND * memory.second + (1 - SECOND) * gradients.square()
-        slow = SLOW * memory.slow + (1 - SLOW) * gradients
-        fast = FAST * memory.fast + (1 - FAST) * gradients
-        inverse = 1 / (_root(second / (1 - SECOND**count)) + TINY)
-        channels = [gradients * inverse, slow * (inverse / (1 - SLOW**count)), fast * (inverse / (1 - FAST**count))]
-        if settings.features == "agreement":
-            channels.append(agreement.expand_as(gradients))
-        features = torch.stack(channels)
-        memory = memory._replace(slow=slow, fast=fast, second=second)
-    else:
-        features = _log_sign(gradients)
+    tracked, count = _tracked(settings, gradients), step + 1
+    after = Memory(
+        torch.lerp(memory.slow, tracked, 1 - SLOW),
+        torch.lerp(memory.fast, tracked, 1 - FAST),
+        torch.addcmul(SECOND * memory.second, tracked, tracked, value=1 - SECOND),
+    )
+    decays = (SLOW, FAST, SECOND)
+    averages = Memory(*(value / (1 - decay**count) for value, decay in zip(after, decays, strict=True)))
+    return *_seen(settings, gradients, averages, agreement), after
+
+
+def sequence(settings: RuleSettings, gradients: Tensor, agreement: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what K calls of `advance` return, features [K, c, m, R] and directions [K, R], all at once.
+
+    Takes gradients [K, m, R] and agreement [K, R]. A running average over all steps is one product with a triangular
+    [K, K] matrix.
+    """
+    tracked = _tracked(settings, gradients)
+    averages = Memory(_averaged(tracked, SLOW), _averaged(tracked, FAST), _averaged(tracked.square(), SECOND))
+    return _seen(settings, gradients, averages, agreement)
+
+
+def _tracked(settings: RuleSettings, gradients: Tensor) -> Tensor:
+    """Return the rows [..., q, R] whose averages the features of gradients [..., m, R] or the direction need.
+
+    The objectives' for `adam` and `agreement`, and last their sum for every output but `scaled`.
+    """
+    own = gradients if settings.features != "log_sign" else gradients[..., :0, :]
     if settings.output == "scaled":
-        return features, memory.total, memory
-    summed = gradients.sum(dim=0)
-    total = SLOW * memory.total + (1 - SLOW) * summed
-    total_second = SECOND * memory.total_second + (1 - SECOND) * summed.square()
-    direction = (total / (1 - SLOW**count)) / (_root(total_second / (1 - SECOND**count)) + EPS)
-    return features, direction, memory._replace(total=total, total_second=total_second)
+        return own
+    return torch.cat((own, gradients.sum(dim=-2, keepdim=True)), dim=-2)
+
+
+def _averaged(values: Tensor, decay: float) -> Tensor:
+    """Return the bias-corrected running averages of `values` [K, ...] with `decay`."""
+    steps = torch.arange(len(values), dtype=torch.float64)  # 1 - 0.999 in float32 would be wrong by 1e-4
+    shares = ((1 - decay) * decay ** (steps[:, None] - steps)).tril() / (1 - decay ** (steps[:, None] + 1))
+    return (shares.to(values) @ values.flatten(start_dim=1)).view_as(values)
+
+
+def _seen(settings: RuleSettings, gradients: Tensor, averages: Memory, agreement: Tensor) -> tuple[Tensor, Tensor]:
+    """Return features [..., c, m, R] and direction [..., R] from bias-corrected averages of the tracked rows."""
+    objectives, roots = gradients.shape[-2], _root(averages.second)
+    if settings.features == "log_sign":
+        channels = _log_sign(gradients)
+    else:
+        inverse = 1 / (roots[..., :objectives, :] + TINY)
+        momenta = averages.slow[..., :objectives, :], averages.fast[..., :objectives, :]
+        channels = [gradients * inverse, *(momentum * inverse for momentum in momenta)]
+    if settings.features == "agreement":
+        channels.append(agreement.unsqueeze(-2).expand_as(gradients))
+    features = torch.stack(channels, dim=-3)
+    if settings.output == "scaled":
+        return features, torch.zeros_like(gradients[..., 0, :])
+    return features, averages.slow[..., -1, :] / (roots[..., -1, :] + EPS)
 
 
 def _root(value: Tensor) -> Tensor:
@@ -131,14 +164,12 @@ def _root(value: Tensor) -> Tensor:
     return value.clamp_min(torch.finfo(value.dtype).tiny).sqrt()
 
 
-def _log_sign(gradients: Tensor) -> Tensor:
+def _log_sign(gradients: Tensor) -> list[Tensor]:
     size = gradients.abs()
     large = size >= math.exp(-LOG_SIGN_P)
     logarithm = size.clamp_min(math.exp(-LOG_SIGN_P)).log() / LOG_SIGN_P
     minus_one = torch.full_like(logarithm, -1.0)
-    return torch.stack(
-        (
-            torch.where(large, logarithm, minus_one),
-            torch.where(large, gradients.sign(), gradients * math.exp(LOG_SIGN_P)),
-        )
-    )
+    return [
+        torch.where(large, logarithm, minus_one),
+        torch.where(large, gradients.sign(), gradients * math.exp(LOG_SIGN_P)),
+    ]

@@ -5,9 +5,9 @@ Shapes: P instances, m objectives, n parameters, R = P * n coordinates, H hidden
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,24 +16,49 @@ from ml2o_dist.config import RuleSettings
 from ml2o_dist.errors import UserError
 from ml2o_dist.rules import features
 from ml2o_dist.rules.base import Oracle, StepInfo, UpdateRule
-from ml2o_dist.rules.lstm_cell import Cell, CellWeights, cell_weights, lstm_cell
+from ml2o_dist.rules.lstm_cell import Cell, lstm_cell, stacked_weights
 from ml2o_dist.seeding import derive_seed
 
 CONTROL = (0.12, 0.1)
 """Where the controller's a and b start: set by hand (ours) on small MLPs and CNNs, the network untrained."""
 
-BLOCK = 4096
-"""Coordinates walked at a time, so that an LSTM's gates stay in the cache (measured: 1,024 to 8,192 are alike)."""
+BLOCK = 2016
+"""Columns (coordinates times objectives) walked at a time, so that an LSTM's gates stay in the cache (measured: 1,000
+to 4,000 are alike, but for powers of two, whose rows fall into the same cache lines)."""
+
+
+@dataclass(frozen=True)
+class BlockState:
+    """What is remembered of a block of coordinates: the features' memory, the LSTMs' states, the shared one's last."""
+
+    memory: features.Memory
+    cells: tuple[Cell, ...]
 
 
 @dataclass(frozen=True)
 class ML2OState:
-    """After `step` steps: the features' memory, and per block of coordinates the LSTMs' (h, c), each [H, rows]."""
+    """After `step` steps: how the instances fare, and each block of coordinates."""
 
     step: int
-    memory: features.Memory
     agreement: features.Agreement
-    blocks: tuple[tuple[Cell, ...], ...]
+    blocks: tuple[BlockState, ...]
+
+
+class StackedWeights(NamedTuple):
+    """The LSTMs' `stacked_weights`, and the head's [o, H + 1] for the stacked (h / 2, 1)."""
+
+    specific: tuple[Tensor, ...]
+    shared: Tensor
+    head: Tensor
+
+    def tensors(self) -> list[Tensor]:
+        """Return them in order."""
+        return [*self.specific, self.shared, self.head]
+
+    def detach(self) -> StackedWeights:
+        """Return them without their history."""
+        *specific, shared, head = (tensor.detach() for tensor in self.tensors())
+        return StackedWeights(tuple(specific), shared, head)
 
 
 class ML2ONetwork(nn.Module):
@@ -61,38 +86,10 @@ class ML2ONetwork(nn.Module):
             nn.init.zeros_(self.head.weight)
             nn.init.zeros_(self.head.bias)
 
-    def unroll(self, inputs: Tensor, cells: list[Cell] | None) -> tuple[Tensor, list[Cell]]:
-        """Run T steps at once, differentiably.
-
-        Args:
-            inputs: features [T, c, m, R].
-            cells: the LSTMs' (h, c), here [1, rows, H], after the steps before (specific ones, then shared); None at
-                the start.
-
-        Returns:
-            outputs [T, o, R] and the states after the last step.
-        """
-        steps, channels, objectives, rows = inputs.shape
-        after: list[Cell] = []
-
-        def run(index: int, lstm: nn.LSTM, sequence: Tensor) -> Tensor:
-            out, cell = lstm(sequence, None if cells is None else cells[index])
-            after.append(cell)
-            return out  # type: ignore[no-any-return]  # nn.Module.__call__ is untyped
-
-        if self.settings.objectives == "tied":
-            every = inputs.permute(0, 2, 3, 1).reshape(steps, objectives * rows, channels)
-            pooled = run(0, self._lstm(0), every).view(steps, objectives, rows, -1).mean(dim=1)
-        else:
-            parts = [run(i, self._lstm(i), inputs[:, :, i].transpose(1, 2)) for i in range(objectives)]
-            pooled = torch.cat(parts, dim=2)
-        out = self.head(run(len(self.specific), self.shared, pooled))
-        return out.transpose(1, 2), after
-
-    def advance(self, jacobian: Tensor, state: ML2OState, weights: list[CellWeights]) -> tuple[Tensor, ML2OState]:
+    def advance(self, jacobian: Tensor, state: ML2OState, weights: StackedWeights) -> tuple[Tensor, ML2OState]:
         """Map the Jacobian [P, m, n] to the update [P, n] and the next state, differentiably in everything.
 
-        `weights` are those of `cell_weights()`.
+        `weights` are those of `stacked_weights()`.
         """
         instances, objectives, dimension = jacobian.shape
         total = jacobian.sum(dim=1)
@@ -102,63 +99,44 @@ class ML2ONetwork(nn.Module):
             each[:, None].expand(-1, dimension).reshape(-1)
             for each in (agreement.value, self.shift(agreement.total, state.step + 1))
         )
-        inputs, direction, memory = features.advance(self.settings, gradients, state.memory, state.step, value)
-        flat, blocks = self.step(inputs, direction, shift, state.blocks, weights)
-        update = flat.view(instances, dimension)
-        agreement = features.remember(agreement, total, update)
-        return update, ML2OState(state.step + 1, memory, agreement, tuple(blocks))
-
-    def cell_weights(self) -> list[CellWeights]:
-        """Return the LSTMs' weights as `step` takes them, specific ones first, attached to the parameters."""
-        return [cell_weights(lstm) for lstm in [*self.specific, self.shared]]
-
-    def initial_cells(self, objectives: int, rows: int) -> list[tuple[Cell, ...]]:
-        """Return zero LSTM states for R = `rows` coordinates, a tuple for each block of them."""
-        like, hidden = self.head.weight, self.settings.hidden
-        wide = objectives if self.settings.objectives == "tied" else 1
-        blocks = []
-        for start, stop in _blocks(rows):
-            widths = [(stop - start) * wide] * len(self.specific) + [stop - start]
-            blocks.append(tuple((like.new_zeros(hidden, width), like.new_zeros(hidden, width)) for width in widths))
-        return blocks
-
-    def step(
-        self,
-        inputs: Tensor,
-        direction: Tensor,
-        shift: Tensor,
-        blocks: Sequence[tuple[Cell, ...]],
-        weights: list[CellWeights],
-    ) -> tuple[Tensor, list[tuple[Cell, ...]]]:
-        """Run one step, block by block, differentiably.
-
-        Args:
-            inputs: features [c, m, R].  direction: Adam's, [R].  shift: the controller's, [R].
-            blocks: the states after the step before; `initial_cells` at the start.
-            weights: `cell_weights()`.
-
-        Returns:
-            the update [R] and the states after this step.
-        """
         updates, after = [], []
-        for (start, stop), cells in zip(_blocks(direction.numel()), blocks, strict=True):
-            outputs, cells = self._block(inputs[:, :, start:stop], cells, weights)
-            updates.append(self.step_update(outputs, direction[start:stop], shift[start:stop]))
-            after.append(cells)
-        return torch.cat(updates), after
+        for part, block in zip(_blocks(instances * dimension, objectives), state.blocks, strict=True):
+            seen, direction, memory = features.advance(
+                self.settings, gradients[:, part], block.memory, state.step, value[part]
+            )
+            outputs, cells = self.step(seen, block.cells, weights)
+            updates.append(self.step_update(outputs, direction, shift[part]))
+            after.append(BlockState(memory, cells))
+        update = torch.cat(updates).view(instances, dimension)
+        agreement = features.remember(agreement, total, update)
+        return update, ML2OState(state.step + 1, agreement, tuple(after))
 
-    def _block(
-        self, inputs: Tensor, cells: tuple[Cell, ...], weights: list[CellWeights]
-    ) -> tuple[Tensor, tuple[Cell, ...]]:
+    def stacked_weights(self) -> StackedWeights:
+        """Return the weights as `step` takes them, attached to the parameters (see `lstm_cell.stacked_weights`)."""
+        specific = [stacked_weights(lstm, halved_inputs=False) for lstm in self.specific]
+        head = torch.cat((2 * self.head.weight, self.head.bias[:, None]), dim=1)
+        return StackedWeights(tuple(specific), stacked_weights(self.shared, halved_inputs=True), head)
+
+    def initial_block(self, objectives: int, rows: int) -> BlockState:
+        """Return the state of a block of `rows` coordinates before the first step: zeros."""
+        zero, hidden = self.head.weight.new_zeros(objectives, rows), self.settings.hidden
+        tied = self.settings.objectives == "tied"
+        widths = [objectives * rows, rows] if tied else [rows] * (objectives + 1)
+        cells = tuple((zero.new_zeros(hidden, width), zero.new_zeros(hidden, width)) for width in widths)
+        return BlockState(features.initial_memory(self.settings, zero), cells)
+
+    def step(self, inputs: Tensor, cells: tuple[Cell, ...], weights: StackedWeights) -> tuple[Tensor, tuple[Cell, ...]]:
+        """Run one step of one block, differentiably: features [c, m, R] to outputs [o, R] and the next states."""
         channels, objectives, rows = inputs.shape
         if self.settings.objectives == "tied":
-            parts = [lstm_cell(inputs.reshape(channels, objectives * rows), cells[0], weights[0])]
+            parts = [lstm_cell(inputs.reshape(channels, objectives * rows), cells[0], weights.specific[0])]
             pooled = parts[0][0].view(-1, objectives, rows).mean(dim=1)
         else:
-            parts = [lstm_cell(inputs[:, i], cells[i], weights[i]) for i in range(objectives)]
+            parts = [lstm_cell(inputs[:, i], cells[i], weights.specific[i]) for i in range(objectives)]
             pooled = torch.cat([hidden for hidden, _ in parts])
-        shared = lstm_cell(pooled, cells[-1], weights[-1])
-        return torch.addmm(self.head.bias[:, None], self.head.weight, shared[0]), (*parts, shared)
+        shared = lstm_cell(pooled, cells[-1], weights.shared)
+        outputs = torch.addmm(weights.head[:, -1:], weights.head[:, :-1], shared[0])
+        return outputs, (*parts, shared)
 
     def step_update(self, outputs: Tensor, direction: Tensor, shift: Tensor) -> Tensor:
         """Turn outputs [..., o, R], Adam's direction and the controller's shift, both [..., R], into u [..., R].
@@ -192,11 +170,6 @@ class ML2ONetwork(nn.Module):
                 f"the problem has {objectives}; use rule.objectives=tied for any number"
             )
 
-    def _lstm(self, index: int) -> nn.LSTM:
-        lstm = self.specific[index]
-        assert isinstance(lstm, nn.LSTM)
-        return lstm
-
 
 class ML2ORule(UpdateRule):
     """The network as an update rule: z_{k+1} = z_k + u_k, computed without autograd, block by block."""
@@ -204,7 +177,7 @@ class ML2ORule(UpdateRule):
     def __init__(self, network: ML2ONetwork) -> None:
         self.network = network
         with torch.no_grad():
-            self._weights = network.cell_weights()
+            self._weights = network.stacked_weights()
 
     @classmethod
     def from_weights(
@@ -223,11 +196,9 @@ class ML2ORule(UpdateRule):
     def initial_state(self, instances: int, objectives: int, dimension: int) -> ML2OState:
         """Return zero memory and LSTM states for R = P * n coordinates."""
         self.network.check_objectives(objectives)
-        rows = instances * dimension
-        zero = self.network.head.weight.new_zeros(objectives, rows)
-        agreement = features.initial_agreement(zero[0].view(instances, dimension))
-        blocks = tuple(self.network.initial_cells(objectives, rows))
-        return ML2OState(0, features.initial_memory(zero), agreement, blocks)
+        agreement = features.initial_agreement(self.network.head.weight.new_zeros(instances, dimension))
+        widths = [part.stop - part.start for part in _blocks(instances * dimension, objectives)]
+        return ML2OState(0, agreement, tuple(self.network.initial_block(objectives, width) for width in widths))
 
     @torch.no_grad()
     def step(self, oracle: Oracle, parameters: Tensor, state: ML2OState) -> tuple[Tensor, ML2OState, StepInfo]:
@@ -242,5 +213,12 @@ class ML2ORule(UpdateRule):
         return self.network.advance(jacobian, state, self._weights)
 
 
-def _blocks(rows: int) -> list[tuple[int, int]]:
-    return list(pairwise([*range(0, rows, BLOCK), rows]))
+def even_blocks(rows: int, largest: int) -> list[slice]:
+    """Cut `rows` coordinates into the fewest blocks of at most max(1, `largest`), as even as can be, widest first."""
+    count = -(-rows // max(1, largest))
+    size, wider = divmod(rows, count)
+    return [slice(i * size + min(i, wider), (i + 1) * size + min(i + 1, wider)) for i in range(count)]
+
+
+def _blocks(rows: int, objectives: int) -> list[slice]:
+    return even_blocks(rows, BLOCK // objectives)

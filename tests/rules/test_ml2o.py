@@ -38,24 +38,6 @@ def test_the_blockwise_rule_equals_the_written_out_network(form, instances, obje
         assert torch.allclose(update, expected, rtol=1e-9, atol=1e-13)
 
 
-@pytest.mark.parametrize("form", FORMS)
-def test_unrolling_at_once_equals_stepping(form):
-    tied, output, features = form
-    rule = random_rule(RuleSettings(objectives=tied, output=output, features=features, count=3, hidden=4))
-    channels = {"adam": 3, "agreement": 4, "log_sign": 2}[features]
-    inputs = torch.randn(6, channels, 3, 10, dtype=DOUBLE, generator=torch.Generator().manual_seed(2))
-    whole, _ = rule.network.unroll(inputs, None)
-    first, cells = rule.network.unroll(inputs[:2], None)
-    rest, _ = rule.network.unroll(inputs[2:], cells)
-    assert torch.allclose(torch.cat([first, rest]), whole, rtol=1e-12, atol=1e-14)
-    network, directions = rule.network, torch.linspace(-1, 1, 10, dtype=DOUBLE)
-    blocks, weights = network.initial_cells(3, 10), network.cell_weights()
-    for step in range(6):
-        shift = directions.square()
-        update, blocks = network.step(inputs[step], directions, shift, blocks, weights)
-        assert torch.allclose(update, network.step_update(whole[step], directions, shift), rtol=1e-11, atol=1e-14)
-
-
 @pytest.mark.parametrize("objectives", [1, 2, 5])
 @pytest.mark.parametrize("output", ["residual", "controlled"])
 def test_untrained_and_uncontrolled_these_forms_are_adam_on_the_sum(output, objectives):
@@ -120,7 +102,7 @@ def test_a_step_changes_no_argument_and_repeats_exactly():
     assert torch.equal(one, again)
     assert torch.equal(start, kept)
     assert state.step == 0
-    assert all(float(h.abs().sum() + c.abs().sum()) == 0 for block in state.blocks for h, c in block)
+    assert all(float(h.abs().sum() + c.abs().sum()) == 0 for block in state.blocks for h, c in block.cells)
     assert after.step == 1
 
 
