@@ -84,11 +84,13 @@ def test_a_checkpoint_is_committed_by_its_manifest_and_removed_with_it_first(tmp
     trainer.run(in_process)
     storage.settle()
     for step in ("step_000002", "step_000004"):
-        calls = [call for call in store.calls if step in call]
+        calls = [call for call in store.calls if f"checkpoints/{step}" in call]
         written = [call.split("/")[-1] for call in calls if call.startswith("open")]
         assert sorted(written[:2]) == ["state.json", "tensors.safetensors"]
         assert written[2:] == ["manifest.json"]
-    removed = [call.split("/")[-1] for call in store.calls if call.startswith("delete") and "step_000002" in call]
+    removed = [
+        call.split("/")[-1] for call in store.calls if call.startswith("delete") and "checkpoints/step_000002" in call
+    ]
     assert removed[0] == "manifest.json"
     assert sorted(removed[1:]) == ["state.json", "tensors.safetensors"]
     four, two = (next(i for i, c in enumerate(store.calls) if c.endswith(name)) for name in

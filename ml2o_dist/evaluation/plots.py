@@ -183,9 +183,9 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a PNG, whole or not at all."""
+    """Write a picture, a PNG unless the name says otherwise, whole or not at all."""
     with replacing(path) as stream:
-        figure.savefig(stream, format="png", facecolor="white")
+        figure.savefig(stream, format=path.suffix.removeprefix(".") or "png", facecolor="white")
 
 
 def inline_svg(draw: Callable[[Axes], object], label: str, identity: str) -> str:

