@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -16,7 +17,11 @@ from pathlib import Path
 
 import pytest
 
-from ml2o_dist.artifact import load_artifact
+from ml2o_dist.artifact import load_artifact, weights_sha256
+from ml2o_dist.config_file import load_settings
+from ml2o_dist.metatrain.checkpoint import newest_checkpoint
+from ml2o_dist.metatrain.episode import run_episode
+from ml2o_dist.metatrain.trainer import Trainer
 from ml2o_dist.tracking.registry import list_versions
 
 REPOSITORY = Path(__file__).parents[1]
@@ -57,9 +62,9 @@ def head():
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def submit(address: str, home: Path, *words: str) -> subprocess.CompletedProcess[str]:
+def submit(address: str, home: Path, *words: str, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
     runtime = {"env_vars": {"ML2O_HOME": str(home), "ML2O_CACHE": os.environ["ML2O_CACHE"], "OMP_NUM_THREADS": "1"}}
-    command = [RAY, "job", "submit", "--address", address, "--runtime-env-json", json.dumps(runtime),
+    command = [RAY, "job", "submit", *options, "--address", address, "--runtime-env-json", json.dumps(runtime),
                "--working-dir", str(REPOSITORY), "--", "python", "jobs/meta_train.py", *words]  # fmt: skip
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     limit = time.monotonic() + 60
@@ -90,3 +95,33 @@ def test_a_submitted_job_leaves_run_and_version_outside_its_working_directory(he
     failed = submit(head, tmp_path, "--config", str(REPOSITORY / "tests" / "small_run.yaml"), "--set", "workers=9")
     assert failed.returncode != 0
     assert "workers=9 needs 9 CPU (1 each), the cluster has 2: 7 missing" in failed.stdout + failed.stderr
+
+
+@pytest.mark.long
+def test_a_job_that_is_stopped_leaves_a_checkpoint_within_its_grace_and_another_job_goes_on(head, tmp_path):
+    """`ray job stop` gives 3 s by default. What is left of the meta-step under way is not used."""
+    config, checkpoints = REPOSITORY / "tests" / "small_run.yaml", tmp_path / "runs" / "job" / "checkpoints"
+    overrides = ["meta_steps=40", "horizon=[60]", "checkpoint_every=5", "compare=false", "tracking.register=false"]
+    words = ["--config", str(config), "--run-dir", "runs/job", *[w for o in overrides for w in ("--set", o)]]
+    started = submit(head, tmp_path, *words, options=("--no-wait", "--submission-id", "stopped"))
+    assert started.returncode == 0, started.stdout + started.stderr
+    limit = time.monotonic() + 120
+    while not (checkpoints / "step_000005").exists():
+        assert time.monotonic() < limit
+        time.sleep(0.05)
+
+    def job(*verb: str) -> str:
+        command = [RAY, "job", *verb, "stopped", "--address", head]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        return done.stdout + done.stderr
+
+    job("stop")
+    assert "stopped" in job("status").lower()
+    printed = job("logs")
+    (step,) = re.findall(r"stopped by SIGTERM; checkpoint at meta-step (\d+) of 40 written", printed)
+    assert newest_checkpoint(checkpoints)[0].meta_step == int(step) < 40
+    resumed = submit(head, tmp_path, "--run-dir", "runs/job", "--resume")
+    assert resumed.returncode == 0, resumed.stdout + resumed.stderr
+    calm = Trainer(load_settings(config, [*overrides, "device=cpu"]), tmp_path / "calm")
+    calm.run(lambda items, weights: [run_episode(weights, item.spec) for item in items])
+    assert load_artifact(tmp_path / "runs" / "job").weights_sha256 == weights_sha256(calm.best_weights)
