@@ -155,6 +155,7 @@ def _saved(trainer: Trainer, storage: RunStorage, stop: StopRequest) -> Iterator
                 raise Aborted(f"{what}; go on from the one before with: {_resume(storage)}") from error
         if isinstance(error, Stopped):
             name = signal.Signals(stop.signal_number).name
+            log.info("stopped by %s; %s", name, what)  # before anything else is waited for
             raise Interrupted(stop.signal_number, f"stopped by {name}; {what}") from None
         if isinstance(error, UserError):
             raise

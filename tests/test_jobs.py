@@ -117,8 +117,8 @@ def test_a_job_that_is_stopped_leaves_a_checkpoint_within_its_grace_and_another_
 
     job("stop")
     assert "stopped" in job("status").lower()
-    printed = job("logs")
-    (step,) = re.findall(r"stopped by SIGTERM; checkpoint at meta-step (\d+) of 40 written", printed)
+    written = (tmp_path / "runs" / "job" / "run.log").read_text()
+    (step,) = re.findall(r"stopped by SIGTERM; checkpoint at meta-step (\d+) of 40 written", written)
     assert newest_checkpoint(checkpoints)[0].meta_step == int(step) < 40
     resumed = submit(head, tmp_path, "--run-dir", "runs/job", "--resume")
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
