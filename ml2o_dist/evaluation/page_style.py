@@ -34,7 +34,7 @@ figure { margin: 0; background: var(--card); border-radius: .5rem; padding: .7re
 figcaption { font-size: .85rem; line-height: 1.35; margin-bottom: .3rem }
 svg { display: block; width: 100%; height: auto; stroke-linejoin: round; stroke-linecap: butt }
 .keys { display: flex; flex-wrap: wrap; gap: .2rem 1.1rem; font-size: .9rem; max-width: none }
-.key { overflow-wrap: anywhere }
+.key { display: inline-block; overflow-wrap: anywhere }
 .key::before { content: ""; display: inline-block; width: 1.5em; margin-right: .45em; vertical-align: middle;
   border-top: 3px solid var(--key, var(--ink)) }
 figcaption .key { margin-left: .6em; color: var(--soft) }

@@ -36,34 +36,31 @@ class Trajectory:
 
 
 class TrajectoryRecorder:
-    """Collects the steps of one episode, on the device it runs on."""
+    """Collects the steps of one episode, on the device it runs on: one matrix product each, the rest at the end."""
 
     def __init__(self) -> None:
-        self._steps: list[tuple[Tensor, ...]] = []
+        self._losses: list[Tensor] = []
+        self._gramians: list[Tensor] = []
 
     @torch.no_grad()
     def add(self, jacobian: Tensor, losses: Tensor, before: Tensor, after: Tensor) -> None:
         """Take down one step: J [P, m, n] and losses [P, m] at `before` [P, n], and where it led, `after` [P, n]."""
-        gradients = jacobian.detach().double()
-        update = after.detach().double() - before.detach().double()
-        gradient_norms, update_norms = gradients.norm(dim=2), update.norm(dim=1)
-        gramian = gradients @ gradients.transpose(1, 2)
-        first, second = torch.triu_indices(gradients.shape[1], gradients.shape[1], 1, device=gradients.device)
-        mean = gradients.mean(dim=1)
-        self._steps.append(
-            (
-                losses.detach(),
-                gradient_norms,
-                _cosine(gramian[:, first, second], gradient_norms[:, first], gradient_norms[:, second]),
-                update_norms,
-                _cosine(-(update * mean).sum(dim=1), update_norms, mean.norm(dim=1)),
-            )
-        )
+        gradients = jacobian.double()
+        descent = before.double() - after.double()
+        rows = torch.cat([gradients, gradients.mean(dim=1, keepdim=True), descent[:, None]], dim=1)
+        self._losses.append(losses.detach())
+        self._gramians.append(rows @ rows.transpose(1, 2))
 
     def trajectory(self) -> Trajectory:
         """Return what was taken down."""
-        columns = [torch.stack(column).float().cpu().numpy() for column in zip(*self._steps, strict=True)]
-        return Trajectory(*columns)
+        products = torch.stack(self._gramians)  # [K, P, m + 2, m + 2]: g_1 .. g_m, their mean, -update
+        norms = products.diagonal(dim1=2, dim2=3).sqrt()
+        objectives = products.shape[2] - 2
+        first, second = torch.triu_indices(objectives, objectives, 1, device=products.device)
+        pairs = _cosine(products[:, :, first, second], norms[:, :, first], norms[:, :, second])
+        descent = _cosine(products[:, :, -2, -1], norms[:, :, -2], norms[:, :, -1])
+        columns = (torch.stack(self._losses), norms[:, :, :objectives], pairs, norms[:, :, -1], descent)
+        return Trajectory(*(column.float().cpu().numpy() for column in columns))
 
 
 def _cosine(product: Tensor, left: Tensor, right: Tensor) -> Tensor:
