@@ -350,6 +350,7 @@ def refusal_of_a_second_start(uri):
     return result.stderr
 
 
+@pytest.mark.long
 def test_a_store_that_is_away_at_the_end_is_exit_code_4_and_resuming_brings_the_run_there(cluster, home, monkeypatch):
     uri, real = f"file://{home}/remote/x", RemoteRunStorage._write
 

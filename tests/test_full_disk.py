@@ -1,0 +1,147 @@
+"""A run on a disk that is full or read-only: real small file systems, mounted by the test."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+from contextlib import contextmanager
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from click.testing import CliRunner
+
+from ml2o_dist.artifact import load_artifact
+from ml2o_dist.cli import main
+from ml2o_dist.errors import UserError
+from ml2o_dist.metatrain.checkpoint import newest_checkpoint
+from ml2o_dist.metatrain.pool import WorkerPool
+from ml2o_dist.run_directory import check_writable
+
+CONFIG = Path(__file__).parent / "small_run.yaml"
+QUICK = ["--config", str(CONFIG), "--set", "compare=false", "--set", "tracking.register=false"]
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """A tmpfs of 2 MB, unmounted at the end; the test is skipped where it cannot be mounted."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", place], capture_output=True, text=True)
+    if done.returncode:
+        pytest.skip(f"no tmpfs could be mounted (root needed): {done.stderr.strip()}")
+    try:
+        yield place
+    finally:
+        subprocess.run(["umount", "-l", place], check=True)
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch):
+    monkeypatch.setenv("ML2O_HOME", str(tmp_path))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return tmp_path
+
+
+def fill(disk):
+    """Take every byte that is left."""
+    with open(disk / "filler", "ab", buffering=0) as stream:
+        for size in (65536, 4096, 1):
+            try:
+                while True:
+                    stream.write(b"\0" * size)
+            except OSError:
+                continue
+
+
+@contextmanager
+def filled_before(calls, disk):
+    """Fill the disk before these calls of the pool, from 1, and free it before all others."""
+    real, count = WorkerPool.run, [0]
+
+    def run(pool, items, weights):
+        count[0] += 1
+        (disk / "filler").unlink(missing_ok=True)
+        if count[0] in calls:
+            fill(disk)
+        return real(pool, items, weights)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(WorkerPool, "run", run)
+        yield
+
+
+def ml2o(*words):
+    return CliRunner().invoke(main, ["meta-train", *words])
+
+
+def said(result):
+    (line,) = [line for line in result.stderr.splitlines() if line.startswith("ml2o: ")]
+    assert "Traceback" not in result.output
+    assert "Logging error" not in result.output
+    return line
+
+
+@pytest.mark.long
+def test_a_disk_that_is_full_for_a_while_costs_a_warning_and_at_the_end_the_run_is_resumed(cluster, home, disk):
+    """Calls of the pool: validation 0, steps 1-3, validation 3, steps 4-6, validation 6; checkpoints at 2, 4, 6."""
+    calm = json.loads(ml2o(*QUICK, "--run-dir", str(home / "calm"), "--json").stdout)
+    with filled_before({3}, disk):
+        result = ml2o(*QUICK, "--run-dir", str(disk / "a"), "--json")
+    assert result.exit_code == 0, result.output
+    assert "Traceback" not in result.output
+    assert "Logging error" not in result.output
+    assert " ".join(result.stderr.split()).count("no checkpoint could be written") == 1
+    assert json.loads(result.stdout)["weights_sha256"] == calm["weights_sha256"]
+
+    with filled_before({8, 9}, disk):
+        result = ml2o(*QUICK, "--run-dir", str(disk / "b"))
+    assert result.exit_code == 4, result.output
+    line = said(result)
+    assert f"no checkpoint could be written to {disk}/b at meta-step 6 of 6: No space left on device" in line
+    assert f"ml2o meta-train --run-dir {disk}/b --resume" in line
+    found, refused = newest_checkpoint(disk / "b" / "checkpoints")
+    assert (found.meta_step, refused) == (4, [])
+    assert pq.read_table(disk / "b" / "metrics.parquet").num_rows == 5
+    assert not list((disk / "b").glob("weights*"))
+    (disk / "filler").unlink()
+    again = ml2o("--run-dir", str(disk / "b"), "--resume", "--json")
+    assert again.exit_code == 0, again.output
+    assert json.loads(again.stdout)["weights_sha256"] == calm["weights_sha256"]
+    assert load_artifact(disk / "b").weights_sha256 == calm["weights_sha256"]
+
+
+def test_a_full_disk_at_the_weights_is_exit_code_4_and_leaves_no_torn_file(cluster, home, disk, monkeypatch):
+    from ml2o_dist import artifact
+
+    real = artifact.save_artifact
+
+    def save(*args):
+        fill(disk)
+        return real(*args)
+
+    monkeypatch.setattr("ml2o_dist.artifact.save_artifact", save)
+    result = ml2o(*QUICK, "--run-dir", str(disk / "a"))
+    assert result.exit_code == 4, result.output
+    line = said(result)
+    assert f"{disk}/a/weights.safetensors' cannot be written: No space left on device" in line
+    assert "checkpoint at meta-step 6 of 6 written" in line
+    assert not list((disk / "a").glob("*weights*"))
+
+
+def test_a_read_only_run_directory_is_one_line_before_ray_is_started(home, disk, monkeypatch):
+    monkeypatch.setattr("ml2o_dist.runs.connected", lambda address: pytest.fail("Ray was asked for"))
+    subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
+    for place in (disk, disk / "runs" / "a"):
+        result = ml2o(*QUICK, "--run-dir", str(place))
+        assert result.exit_code == 2, result.output
+        assert said(result) == f"ml2o: run directory '{place}' cannot be written: Read-only file system"
+
+
+def test_a_run_directory_below_a_file_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match=r"file/runs' cannot be written: Not a directory"):
+        check_writable(tmp_path / "file" / "runs")
+    check_writable(tmp_path / "new" / "runs")
+    assert os.listdir(tmp_path) == ["file"]
