@@ -34,7 +34,7 @@ def write_report(run_dir: Path, path: Path | None = None) -> dict[str, Any]:
     Raises:
         UserError: the folder holds no run, or cannot be written.
     """
-    record = read_run(run_dir)
+    record = load_record(run_dir)
     sections = page_sections(record)
     path = path or run_dir / PAGE
     try:
@@ -47,7 +47,7 @@ def write_report(run_dir: Path, path: Path | None = None) -> dict[str, Any]:
     return {"path": str(path), "sections": shown, "missing": missing}
 
 
-def read_run(run_dir: Path) -> RunRecord:
+def load_record(run_dir: Path) -> RunRecord:
     """Read back a run: what is not there is left out, and what cannot be read is noted in `unread`.
 
     Raises:

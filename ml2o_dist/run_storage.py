@@ -93,8 +93,7 @@ def open_storage(run_dir: Path | str, *, resume: bool = False) -> RunStorage:
     if not is_uri(run_dir):
         folder = home_folder() / run_dir
         return RunStorage(str(folder), folder)
-    uri = re.sub(r"(?<=[^:/])/+$", "", str(run_dir))
-    filesystem, base = _connected(uri)
+    uri, filesystem, base = _connected(str(run_dir))
     working_copy = cache_folder() / "runs" / sha256(uri.encode()).hexdigest()[:16]
     storage = RemoteRunStorage(uri, filesystem, base, working_copy)
     storage.check_writable()
@@ -111,8 +110,7 @@ def read_run(run_dir: Path | str) -> Iterator[Path]:
     if not is_uri(run_dir):
         yield home_folder() / run_dir
         return
-    uri = re.sub(r"(?<=[^:/])/+$", "", str(run_dir))
-    filesystem, base = _connected(uri)
+    uri, filesystem, base = _connected(str(run_dir))
     with tempfile.TemporaryDirectory(prefix="ml2o-run-") as folder:
         RemoteRunStorage(uri, filesystem, base, Path(folder)).download(Path(folder))
         yield Path(folder)
@@ -286,8 +284,9 @@ class RemoteRunStorage(RunStorage):
             raise UserError(f"run directory {self.name!r} {what}: {_one_line(error)}") from error
 
 
-def _connected(uri: str) -> tuple[FileSystem, str]:
-    """Return the file system of a URI and the path in it; raises UserError."""
+def _connected(run_dir: str) -> tuple[str, FileSystem, str]:
+    """Return a run's URI without a slash at its end, its file system and the path in it; raises UserError."""
+    uri = re.sub(r"(?<=[^:/])/+$", "", run_dir)
     parts = urlsplit(uri)
     if parts.password:
         raise UserError(
@@ -306,7 +305,7 @@ def _connected(uri: str) -> tuple[FileSystem, str]:
         ) from error
     if not base:
         raise UserError(f"run directory {uri!r} names no folder, as in {parts.scheme}://bucket/runs/first")
-    return filesystem, base
+    return uri, filesystem, base
 
 
 def _is_further(here: Path, there: Path, whole: Checkpoint | None, resume: bool) -> bool:

@@ -80,7 +80,7 @@ def await_workers(pool, count):
 
 def test_a_stopped_worker_is_replaced_and_leaves_the_weights_equal(cluster, tmp_path):
     settings, stopped = small(meta_steps=20), []
-    pool = WorkerPool(2, ResourceSettings(), FaultSettings(shortest_deadline_s=3, first_deadline_s=5))
+    pool = WorkerPool(2, ResourceSettings(), FaultSettings(shortest_deadline_s=10, first_deadline_s=20))
 
     def on_row(step, row):
         if step == 5 and not stopped:
@@ -90,7 +90,7 @@ def test_a_stopped_worker_is_replaced_and_leaves_the_weights_equal(cluster, tmp_
     trainer = Trainer(settings, tmp_path / "stopped")
     try:
         trainer.run(pool.run, on_row)
-        assert pool.restarts >= 1  # on a busy machine others may be overdue too
+        assert pool.restarts == 1
         assert stopped[0] not in pool.pids()
     finally:
         pool.close()
@@ -216,8 +216,7 @@ def test_memory_is_flat_over_a_thousand_meta_steps(cluster, tmp_path):
         slope = theilslopes(values).slope  # the median of all pairs: a leak goes on, an arena that grows once does not
         growth = slope * (len(values) - 1)
         print(f"{name}: {values[0]:.2f} -> {values[-1]:.2f} MB, trend {growth:+.2f} MB over {20 * len(values)} steps")
-        # the driver keeps each meta-step's figures, 2 kB of Python objects; nothing else keeps anything
-        assert growth < (4.0 if name == "driver" else 1.0), (name, values)
+        assert growth < 1, (name, values)  # the driver's history of 700 meta-steps is 0.4 MB
     assert max(seen["object store"]) < 1
 
 

@@ -13,7 +13,7 @@ from ml2o_dist.artifact import save_artifact
 from ml2o_dist.cli import main
 from ml2o_dist.config_file import dump_settings
 from ml2o_dist.metatrain.trainer import Trainer
-from ml2o_dist.run_report import read_run, write_report
+from ml2o_dist.run_report import load_record, write_report
 from tests.evaluation.comparisons import COMPARISON
 from tests.evaluation.test_page import Page
 from tests.metatrain.settings import small
@@ -63,7 +63,7 @@ def test_everything_in_the_folder_is_in_the_page(run_dir):
     ]:
         assert said in page.text
     assert "all is well" not in page.text
-    record = read_run(run_dir)
+    record = load_record(run_dir)
     assert record.progress["tracking_run"] == "the-mlflow-run"
     assert record.card["weights_sha256"] in page.text
     assert record.meta_steps == 4
@@ -103,7 +103,7 @@ def test_a_file_that_cannot_be_read_is_named_and_the_rest_is_shown(run_dir, name
     assert len(json.loads(result.stdout)["sections"]) >= 4
     page = Page((run_dir / "report.html").read_text())
     assert str(broken) in page.text.replace("'", "")
-    (line,) = read_run(run_dir).unread
+    (line,) = load_record(run_dir).unread
     assert len(line.splitlines()) == 1
 
 

@@ -111,7 +111,7 @@ def test_a_page_that_cannot_be_made_costs_a_line_not_the_run(cluster, home, monk
     def broken(run_dir):
         raise RuntimeError("no fonts")
 
-    monkeypatch.setattr("ml2o_dist.runs.write_report", broken)
+    monkeypatch.setattr("ml2o_dist.finishing.write_report", broken)
     result = ml2o(*QUICK[:-1], "--set", "meta_steps=2", "--run-dir", "runs/h", "--json")
     assert result.exit_code == 0, result.output
     assert "no report.html: RuntimeError: no fonts" in " ".join(result.stderr.split())
@@ -193,7 +193,7 @@ def test_a_comparison_that_breaks_costs_neither_weights_nor_version_and_exits_wi
     def broken(cells, **options):
         raise error
 
-    monkeypatch.setattr("ml2o_dist.runs.run_cells_on_ray", broken)
+    monkeypatch.setattr("ml2o_dist.finishing.run_cells_on_ray", broken)
     result = ml2o("--config", str(CONFIG), "--set", "meta_steps=2", "--run-dir", "runs/d", "--json")
     assert result.exit_code == 3, result.output
     answer = json.loads(result.stdout)

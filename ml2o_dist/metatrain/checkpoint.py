@@ -24,7 +24,7 @@ from torch import Tensor
 
 from ml2o_dist.files import flush_folder, flush_to_disk
 
-FORMAT = 1
+FORMAT = 2
 _NAME = re.compile(r"step_(\d{6,})")
 
 

@@ -23,6 +23,7 @@ from ray.exceptions import (
 
 from ml2o_dist.config import FaultSettings, ResourceSettings
 from ml2o_dist.errors import UserError
+from ml2o_dist.metatrain.costs import Costs
 from ml2o_dist.metatrain.episode import EpisodeResult, Weights, failed_episode
 from ml2o_dist.metatrain.schedule import WorkItem
 from ml2o_dist.metatrain.worker import RolloutWorker
@@ -105,7 +106,7 @@ class WorkerPool:
         self._resources = resources
         self._faults = faults
         self._stop_requested = stop_requested
-        self._cost: dict[tuple[str, str], float] = {}
+        self._costs = Costs(faults)
         self._replaced_at: deque[float] = deque()
         self._short_since = math.inf
         self.restarts = 0
@@ -144,7 +145,7 @@ class WorkerPool:
         """
         reference = ray.put(weights)
         tasks = [_Task(index, item) for index, item in enumerate(items)]
-        waiting = sorted(tasks, key=lambda task: self._expected(task.item))
+        waiting = sorted(tasks, key=lambda task: self._costs.expected(task.item))
         in_flight: dict[Any, _Flight] = {}
         results: dict[int, EpisodeResult] = {}
         self._idle = list(self._up)
@@ -189,7 +190,7 @@ class WorkerPool:
             self._idle.remove(worker)
             waiting.remove(task)
             future = worker.actor.run.remote(reference, task.item.spec)
-            in_flight[future] = _Flight(task, worker, time.monotonic() + self._allowed(task))
+            in_flight[future] = _Flight(task, worker, time.monotonic() + self._costs.allowed(task.item, task.overdue))
 
     def _outcome(self, future: Any, flight: _Flight) -> EpisodeResult | None:
         """Return the result of a flight that has ended, None where its task is to run again."""
@@ -206,7 +207,7 @@ class WorkerPool:
             self._replace(worker, _first_line(error))
             return None
         self._idle.append(worker)
-        self._learn_cost(task.item, result)
+        self._costs.learn(task.item, result)
         return result
 
     def _raised(self, task: _Task, worker: _Worker, error: RayTaskError) -> EpisodeResult | None:
@@ -231,19 +232,13 @@ class WorkerPool:
                 "%s did not end in %.0f s (worker pid %d): the worker is ended, the episode runs elsewhere, with twice "
                 "the time",
                 task.item.key,
-                self._allowed(task),
+                self._costs.allowed(task.item, task.overdue),
                 flight.worker.pid,
             )
             task.overdue += 1
             del in_flight[future]
             self._replace(flight.worker, f"{task.item.key} did not end in time")
         return [flight.task for _, flight in late]
-
-    def _allowed(self, task: _Task) -> float:
-        """Seconds that `task` may take: a multiple of what its kind took so far, doubled each time it was overdue."""
-        faults, expected = self._faults, self._expected(task.item)
-        known = max(faults.shortest_deadline_s, faults.deadline_factor * expected)
-        return math.ldexp(known if math.isfinite(expected) else faults.first_deadline_s, task.overdue)
 
     def _start(self) -> None:
         resources = self._resources
@@ -281,12 +276,15 @@ class WorkerPool:
         """Return the worker behind `future` in a list; an empty one where it died and was replaced again."""
         worker = self._starting.pop(future)
         try:
-            worker.pid = ray.get(future)
+            return [self._come_up(worker, future)]
         except LOST as error:
             self._replace(worker, _first_line(error))
             return []
+
+    def _come_up(self, worker: _Worker, future: Any) -> _Worker:
+        worker.pid = ray.get(future)
         self._up.append(worker)
-        return [worker]
+        return worker
 
     def _check_floor(self) -> None:
         """Say once what is waited for while too few workers are up; raise PoolError when it has taken too long."""
@@ -312,31 +310,15 @@ class WorkerPool:
                 raise Stopped
             ready, _ = ray.wait(list(self._starting), num_returns=1, timeout=POLL_S)
             for future in ready:
-                worker = self._starting.pop(future)
                 try:
-                    worker.pid = ray.get(future)
+                    self._come_up(self._starting.pop(future), future)
                 except LOST as error:
                     raise UserError(f"a worker died while it started: {_first_line(error)}") from error
-                self._up.append(worker)
             if self._starting and not ready and time.monotonic() > limit:
                 raise UserError(
                     f"only {self.alive} of workers={total} could be placed in resources.start_timeout_s="
                     f"{self._resources.start_timeout_s:g}: {_room(self._resources)}; ask for fewer workers"
                 )
-
-    def _expected(self, item: WorkItem) -> float:
-        """Expected seconds; those of an unknown kind are infinite, so that it starts early."""
-        return self._cost.get(_kind(item), math.inf) * item.spec.horizon * item.spec.instances
-
-    def _learn_cost(self, item: WorkItem, result: EpisodeResult) -> None:
-        """Keep the longest time per inner step: a slow moment must not shorten anybody's deadline."""
-        kind = _kind(item)
-        self._cost[kind] = max(self._cost.get(kind, 0.0), result.seconds / result.inner_steps)
-
-
-def _kind(item: WorkItem) -> tuple[str, str]:
-    """Items of one kind cost alike per inner step: the problem, and whether a meta-gradient is asked for."""
-    return str(item.spec.problem), item.key.purpose
 
 
 def _first_line(error: Exception) -> str:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import torch
 from torch import Tensor
 
 from ml2o_dist.config import MetaTrainSettings
@@ -36,12 +37,12 @@ Execute = Callable[[Sequence[WorkItem], Weights], list[EpisodeResult]]
 """Runs work items under weights and returns their results in the order given: `WorkerPool.run`, or a plain loop."""
 
 Row = dict[str, float]
-"""One meta-step's figures by name; `validation` is only there where it was measured."""
+"""One meta-step's figures by name; one that was not measured, or is not a number, is not there."""
 
 
 @dataclass
 class Progress:
-    """What a run has done so far; plain numbers, saved with every checkpoint."""
+    """What a run has done so far, saved with every checkpoint: the history as columns, the rest as plain values."""
 
     inner_steps: int = 0
     rollout_seconds: float = 0.0
@@ -58,6 +59,23 @@ class Progress:
     def inner_steps_per_s(self) -> float:
         """Inner steps of training per second of rollouts, over all workers."""
         return self.inner_steps / self.rollout_seconds if self.rollout_seconds else 0.0
+
+    def values(self) -> dict[str, Any]:
+        """Return everything but the history."""
+        return {each.name: getattr(self, each.name) for each in fields(self) if each.name != "history"}
+
+    def columns(self) -> dict[str, Tensor]:
+        """Return the history by figure, [meta-steps] in float64, nan where a row has none."""
+        names = sorted({name for row in self.history for name in row})
+        by_name = {name: [row.get(name, math.nan) for row in self.history] for name in names}
+        return {name: torch.tensor(column, dtype=torch.float64) for name, column in by_name.items()}
+
+    @classmethod
+    def restored(cls, values: Mapping[str, Any], columns: Mapping[str, Tensor]) -> Progress:
+        """Return what `values` and `columns` came from."""
+        numbers = zip(*(column.tolist() for column in columns.values()), strict=True)
+        rows = [{name: x for name, x in zip(columns, row, strict=True) if x == x} for row in numbers]
+        return cls(**values, history=rows)
 
 
 class TrainingError(Exception):
@@ -95,8 +113,8 @@ class Trainer:
             raise UserError(f"cannot resume {self.run_dir} with another configuration: {difference}")
         tensors = checkpoint.tensors
         self.learner.restore(tensors, checkpoint.meta_step)
-        self.best_weights = {n.removeprefix("best/"): t for n, t in tensors.items() if n.startswith("best/")}
-        self.progress = Progress(**checkpoint.state["progress"])
+        self.best_weights = _below("best/", tensors)
+        self.progress = Progress.restored(checkpoint.state["progress"], _below("history/", tensors))
         self._saved = (checkpoint.meta_step, self.progress.validated_step)
         return refused
 
@@ -133,10 +151,11 @@ class Trainer:
         # first: a run that goes on from this checkpoint does not write them again
         self._trajectories.flush()
         self._write_metrics()
-        tensors = self.learner.tensors() | {f"best/{name}": t for name, t in self.best_weights.items()}
+        best = {f"best/{name}": tensor for name, tensor in self.best_weights.items()}
+        history = {f"history/{name}": column for name, column in self.progress.columns().items()}
         config = self.settings.model_dump(mode="json", by_alias=True)
-        saved: dict[str, Any] = {"config": config, "progress": asdict(self.progress)}
-        checkpoint = Checkpoint(self.learner.version, tensors, saved)
+        saved = {"config": config, "progress": self.progress.values()}
+        checkpoint = Checkpoint(self.learner.version, self.learner.tensors() | best | history, saved)
         save_checkpoint(self.run_dir / "checkpoints", checkpoint, self.settings.keep_checkpoints)
         self._saved, self._saved_at, self._unwritable = state, time.monotonic(), False
         self._on_saved()
@@ -203,7 +222,7 @@ class Trainer:
             raise TrainingError(f"meta-step {self.learner.version + 1}: {error}") from None
 
     def _record(self, step: int, row: Row, on_row: Callable[[int, Row], None]) -> None:
-        history = self.progress.history
+        history, row = self.progress.history, {name: x for name, x in row.items() if x == x}
         if history and history[-1]["meta_step"] == step:
             history[-1].update(row)
         else:
@@ -226,7 +245,11 @@ class Trainer:
         return time.monotonic() - self._saved_at > CHECKPOINT_SECONDS
 
     def _write_metrics(self) -> None:
-        names = sorted({name for row in self.progress.history for name in row})
-        table = pa.table({name: [row.get(name) for row in self.progress.history] for name in names})
+        columns = self.progress.columns()
+        table = pa.table({name: pa.array(column.numpy(), from_pandas=True) for name, column in columns.items()})
         with replacing(self.run_dir / "metrics.parquet") as stream:
             pq.write_table(table, stream)
+
+
+def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}

@@ -136,8 +136,8 @@ def test_a_file_in_the_place_of_the_folder_is_refused_and_replaced(tmp_path):
 def test_a_newer_format_is_refused(tmp_path):
     path = save_checkpoint(tmp_path, some(), keep=3)
     manifest = json.loads((path / "manifest.json").read_text())
-    (path / "manifest.json").write_text(json.dumps({**manifest, "format": 2}))
-    with pytest.raises(CheckpointError, match=r"manifest\.json: format 2, this version reads 1"):
+    (path / "manifest.json").write_text(json.dumps({**manifest, "format": 3}))
+    with pytest.raises(CheckpointError, match=r"manifest\.json: format 3, this version reads 2"):
         load_checkpoint(path)
 
 

@@ -274,22 +274,6 @@ def test_a_hung_episode_runs_elsewhere_and_its_worker_is_ended(pool, faults, wor
     until(lambda: not _alive(int(hung)))
 
 
-def test_the_deadline_follows_the_measured_cost_and_doubles(pool):
-    made = pool(1, faults=FaultSettings(deadline_factor=10, shortest_deadline_s=0.5, first_deadline_s=40))
-    item = training_items(small(), 0, "cpu")[0]
-    task = pool_module._Task(0, item)
-    assert [made._allowed(replace(task, overdue=n)) for n in range(3)] == [40, 80, 160]
-    steps = item.spec.horizon * item.spec.instances
-    result = replace(failed_episode(""), seconds=0.2 * steps, inner_steps=steps)
-    made._learn_cost(item, result)
-    assert made._allowed(replace(task, overdue=1)) == pytest.approx(2 * 10 * 0.2 * steps)
-    made._learn_cost(item, replace(result, seconds=1e-6))
-    assert made._allowed(task) == pytest.approx(10 * 0.2 * steps)
-    longer = replace(item, spec=replace(item.spec, horizon=3 * item.spec.horizon))
-    assert made._allowed(replace(task, item=longer)) == pytest.approx(3 * 10 * 0.2 * steps)
-    assert made._allowed(replace(task, item=replace(item, key=Key(0, 0, "validate")))) == 40
-
-
 def test_below_the_floor_the_run_says_what_it_waits_for_and_gives_up(pool, monkeypatch, caplog):
     resources = ResourceSettings(min_workers=2, start_timeout_s=2)
     made = pool(2, resources.model_copy(update={"start_timeout_s": 30}))
