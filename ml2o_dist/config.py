@@ -16,6 +16,21 @@ class _Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+class GuardSettings(_Settings):
+    """How GML2O decides between the learned and the fallback's candidate (rules/gml2o.py has the theorem)."""
+
+    fallback: str = Field("dssmg", description="dssmg, smg, or without a theorem AGGREGATOR[+OPTIMIZER]@LR")
+    eps: float = Field(0.0, ge=0, description="eps_0: what a step may be worse at first; it decays as (t + 1)^(-2p)")
+    p: float = Field(0.75, gt=0.5, le=1, description="decay of the fallback's steps, alpha_t = alpha_0 / (t + 1)^p")
+    margin: float = Field(3.0, ge=0, description="standard errors of the paired differences that must be spared")
+    batches: int = Field(1, ge=1, description="guard batches a step, each of the problem's batch size")
+    growth: float = Field(0.0, ge=0, le=2, description="guard batches grow as (t + 1)^growth")
+    every: int = Field(1, ge=1, description="check every so many steps; above 1 without a theorem")
+    criterion: Literal["each", "sum"] = Field(
+        "each", description="every objective must pass, or (without a theorem) their sum"
+    )
+
+
 class RuleSettings(_Settings):
     """The ML2O network and how its output becomes a step (DESIGN section 5 has the formulas)."""
 

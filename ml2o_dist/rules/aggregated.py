@@ -67,14 +67,13 @@ class AggregatedRule(UpdateRule):
         zeros = torch.zeros(instances, dimension)
         return AggregatedState(0, zeros, zeros)
 
-    def step(
-        self, oracle: Oracle, parameters: Tensor, state: AggregatedState
-    ) -> tuple[Tensor, AggregatedState, StepInfo]:
-        """Take one step from `parameters` [P, n]: one batch, one Jacobian."""
-        jacobian, losses = oracle.jacobian(parameters, oracle.draw())
-        direction = aggregate(self.aggregator, jacobian, order=state.steps)
+    def propose(
+        self, oracle: Oracle, parameters: Tensor, state: AggregatedState, seen: StepInfo
+    ) -> tuple[Tensor, AggregatedState]:
+        """Aggregate the Jacobian and step; nothing else is evaluated."""
+        direction = aggregate(self.aggregator, seen.jacobian, order=state.steps)
         move, following = _OPTIMIZERS[self.optimizer](direction, state)
-        return oracle.problem.project(parameters - self.lr * move), following, StepInfo(losses, jacobian)
+        return oracle.problem.project(parameters - self.lr * move), following
 
 
 def aggregate(name: str, jacobian: Tensor, order: int = 0) -> Tensor:
