@@ -45,8 +45,8 @@ ADVERSARIES: dict[str, Callable[[_Seen], Tensor]] = {
 """Name -> update [P, n] for the mean gradient.
 
 random: normal steps of size 1 a coordinate, whatever the gradient; ascent: up the mean gradient; huge: down it, a
-million times too far; nan: not a number or infinite, in turn; frozen: nowhere; drift: 0.05 along the all-ones diagonal at
-every step; turncoat: descent for 100 steps, then ascent.
+million times too far; nan: not a number or infinite, in turn; frozen: nowhere; drift: 0.05 along the all-ones diagonal
+at every step; turncoat: descent for 100 steps, then ascent.
 """
 
 

@@ -74,7 +74,8 @@ class GML2O(UpdateRule):
     for another), any other fallback (`mgda+sgd@0.01`).
 
     A candidate with a parameter or loss that is not finite is never accepted; a loss of the fallback's that is not
-    counts as infinitely bad. After a rejected step the learned rule keeps what it saw and is told what was done (`UpdateRule.overruled`).
+    counts as infinitely bad. After a rejected step the learned rule keeps what it saw, and is told what was done
+    (`UpdateRule.overruled`).
 
     Costs, with DSSMG, beside the shared Jacobian: one gradient, and two forwards for each guard batch.
     """
