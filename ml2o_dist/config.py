@@ -41,17 +41,20 @@ class RuleSettings(_Settings):
     hidden: int = Field(16, ge=1, le=1024, description="H, width of every LSTM")
     lr: float = Field(0.01, gt=0, description="scale of a residual or controlled step: Adam's learning rate")
     scale: float = Field(0.01, gt=0, description="scale of a `scaled` step, u = scale * out")
+    guard: GuardSettings | None = Field(None, description="GML2O: every step is checked against a fallback's")
 
 
 class EstimatorSettings(_Settings):
     """How an episode becomes a meta-gradient."""
 
-    kind: Literal["replay", "exact"] = "replay"
+    kind: Literal["replay", "exact", "es"] = "replay"
     gamma: float = Field(0.95, ge=0, le=1, description="a soft window of 1 / (1 - gamma) steps")
     step_weights: Literal["linear", "uniform", "quadratic"] = "linear"
     coordinates: float = Field(1.0, gt=0, le=1, description="share of the coordinates that is replayed")
     truncated: bool = Field(False, description="a step answers only for the losses of its own chunk of `unroll` steps")
     meta_loss: Literal["auto", "log_sum", "normalised", "log_gap"] = "auto"
+    sigma: float = Field(0.01, gt=0, description="es: standard deviation of the weights' perturbation")
+    pairs: int = Field(1, ge=1, description="es: antithetic pairs of episodes")
     clip: float = Field(1.0, gt=0, description="largest norm of one slot's meta-gradient")
 
 
@@ -227,8 +230,11 @@ class MetaTrainSettings(_Settings):
         if self.estimator.truncated and not self.unroll:
             raise ValueError("estimator.truncated needs unroll >= 1")
         replayed = self.estimator.truncated or self.unroll or self.estimator.coordinates < 1
-        if self.estimator.kind == "exact" and replayed:
-            raise ValueError("estimator.kind=exact takes no unroll, estimator.truncated or estimator.coordinates < 1")
+        kind = self.estimator.kind
+        if kind != "replay" and replayed:
+            raise ValueError(f"estimator.kind={kind} takes no unroll, estimator.truncated or estimator.coordinates < 1")
+        if kind == "exact" and self.rule.guard is not None:
+            raise ValueError("estimator.kind=exact cannot differentiate what rule.guard decides; use replay or es")
         if self.device.startswith("cuda") and not self.resources.num_gpus:
             raise ValueError(f"device={self.device} needs resources.num_gpus > 0 for the workers")
         if self.resources.min_workers > self.workers:

@@ -16,7 +16,9 @@ from torch import Tensor
 from ml2o_dist.config import GuardSettings
 from ml2o_dist.errors import UserError
 from ml2o_dist.problems.base import Batch
+from ml2o_dist.rules.aggregated import AggregatedRule, parse_optimizer_name
 from ml2o_dist.rules.base import Oracle, State, StepInfo, UpdateRule, look
+from ml2o_dist.rules.stochastic import DSSMG, SMG
 
 
 @dataclass(frozen=True)
@@ -157,6 +159,26 @@ class GML2O(UpdateRule):
             excess = worse.mean(dim=1) + settings.margin * error.where(error.isfinite(), 0)
         finite = ours.isfinite().all(dim=2).all(dim=1)
         return finite & (excess <= allowed).all(dim=1), *means
+
+
+def guarded(learned: UpdateRule, settings: GuardSettings | None) -> UpdateRule:
+    """Return `learned` under the guard that the settings describe, or as it is where there are none.
+
+    Raises:
+        UserError: an unknown fallback, or a hand-designed one without its learning rate.
+    """
+    if settings is None:
+        return learned
+    return GML2O(learned, _fallback(settings), settings)
+
+
+def _fallback(settings: GuardSettings) -> UpdateRule:
+    if settings.fallback in ("dssmg", "smg"):
+        return (DSSMG if settings.fallback == "dssmg" else SMG)(p=settings.p)
+    aggregator, optimizer, lr = parse_optimizer_name(settings.fallback)
+    if lr is None:
+        raise UserError(f"rule.guard.fallback={settings.fallback!r} needs its learning rate: {settings.fallback}@0.01")
+    return AggregatedRule(aggregator, optimizer, lr)
 
 
 def _paired_losses(oracle: Oracle, candidate: Tensor, safe: Tensor, batches: int) -> tuple[Tensor, Tensor, bool]:
