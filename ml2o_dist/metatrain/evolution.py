@@ -1,4 +1,4 @@
-"""The estimator `es`: a meta-gradient from losses alone, for what cannot be differentiated, such as a guard's choices."""
+"""The estimator `es`: a meta-gradient from losses alone, for what cannot be differentiated: a guard's choices."""
 
 from __future__ import annotations
 
