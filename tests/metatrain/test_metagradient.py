@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import torch
 from ml2o_dist.config import EstimatorSettings, GuardSettings, RuleSettings
 from ml2o_dist.errors import UserError
 from ml2o_dist.metatrain.episode import _choose, roll_out
-from ml2o_dist.metatrain.metagradient import Rollout, exact, meta_loss_kind, replay, step_weights
+from ml2o_dist.metatrain.metagradient import exact, meta_loss_kind, replay, step_weights
 from ml2o_dist.problems import ProblemContext, ProblemSpec
 from ml2o_dist.rules.aggregated import AggregatedRule
 from ml2o_dist.rules.base import Oracle
@@ -159,7 +160,7 @@ def test_subsampled_replay_is_unbiased():
         index = _choose(problem, 0.3, seed)
         assert index.shape == (2, 3)
         kept = rollout.gradients.gather(3, index[None, :, None].expand(HORIZON + 1, -1, 2, -1))
-        draws.append(flat(Rollout(rollout.losses, kept, rollout.agreement, 10 / 3)))
+        draws.append(flat(replace(rollout, gradients=kept, scale=10 / 3)))
     stacked = torch.stack(draws)
     variance = stacked.var(dim=0).sum()
     assert variance > 0
