@@ -119,6 +119,27 @@ def autograd_jacobian(
     return torch.stack(rows, dim=1), values
 
 
+def autograd_gradient(
+    losses: Callable[[Tensor, Batch], Tensor], parameters: Tensor, batch: Batch, weights: Tensor
+) -> Tensor:
+    """Differentiate the weighted sum of `losses(parameters, batch)` [P, m]; return J^T weights [P, n], detached.
+
+    `weights` [P, m]. One backward pass over the sum of the instances, which do not interact.
+
+    Raises:
+        UserError: no objective depends on the parameters.
+    """
+    with torch.enable_grad():
+        point = parameters.detach().requires_grad_(True)
+        total = (weights.detach() * losses(point, batch)).sum()
+        if not total.requires_grad:
+            raise UserError("the weighted objectives have no gradient with respect to the parameters")
+        (gradient,) = torch.autograd.grad(total, point, allow_unused=True)
+        if gradient is None:
+            raise UserError("the weighted objectives have no gradient with respect to the parameters")
+    return gradient
+
+
 @dataclass(frozen=True)
 class ProblemContext:
     """What a problem is built with besides its own settings.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ml2o_dist.problems.base import Batch, Problem
+from ml2o_dist.problems.base import Batch, Problem, autograd_gradient
 
 State = Any
 """A rule's state for P instances; a value, never changed in place by `step`."""
@@ -21,7 +21,7 @@ class Oracle:
     Attributes:
         problem: what is optimized.
         batches, forwards, backwards: how many were drawn or computed so far, for each instance. A Jacobian of m
-            objectives is one forward and m backwards.
+            objectives is one forward and m backwards, a gradient of their weighted sum one of each.
     """
 
     def __init__(self, problem: Problem, generator: torch.Generator) -> None:
@@ -39,6 +39,16 @@ class Oracle:
         self.forwards += 1
         self.backwards += self.problem.objectives
         return self.problem.jacobian(parameters, batch)
+
+    def gradient(self, parameters: Tensor, batch: Batch, weights: Tensor) -> Tensor:
+        """Return J^T weights [P, n] at `parameters` [P, n] on `batch`, detached; `weights` [P, m].
+
+        Raises:
+            UserError: no objective depends on the parameters.
+        """
+        self.forwards += 1
+        self.backwards += 1
+        return autograd_gradient(self.problem.losses, parameters, batch, weights)
 
     def losses(self, parameters: Tensor, batch: Batch) -> Tensor:
         """Return the losses [P, m] at `parameters` [P, n] on `batch`, detached."""
