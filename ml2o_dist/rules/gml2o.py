@@ -59,9 +59,9 @@ class GML2O(UpdateRule):
 
     **Exact losses** (noise-free problems): x_L is accepted iff f_i(x_L) <= f_i(x_D) + eps_t for EVERY objective, with
     eps_t = eps_0 (t + 1)^(-2p). So each step is no worse than the fallback's step from the same point by more than
-    eps_t in any objective. With DSSMG as fallback its bound (`ml2o_dist.rules.stochastic`) holds for the guarded run,
-    with sum_t eps_t < inf added, and nothing is assumed of the learned rule: in the proof, V_{t+1} is bounded by way of
-    lambda_t^T F(x_D), and lambda_t^T F(z_{t+1}) <= lambda_t^T F(x_D) + eps_t, since lambda_t lies in the simplex. It
+    eps_t in any objective. With DSSMG as fallback its bound (`ml2o_dist.rules.stochastic`) holds for the guarded run
+    with sum_t eps_t < inf added, and nothing is assumed of the learned rule: the proof bounds lambda^T F at x_D for a
+    fixed lambda of the simplex, and lambda^T F(z_{t+1}) <= lambda^T F(x_D) + eps_t. It
     does not say that the guarded run ends at a better place than the fallback's own run would have: from different
     points they may go to different places of the front.
 
@@ -173,8 +173,10 @@ def guarded(learned: UpdateRule, settings: GuardSettings | None) -> UpdateRule:
 
 
 def _fallback(settings: GuardSettings) -> UpdateRule:
-    if settings.fallback in ("dssmg", "smg"):
-        return (DSSMG if settings.fallback == "dssmg" else SMG)(p=settings.p)
+    if settings.fallback == "dssmg":
+        return DSSMG(settings.p)
+    if settings.fallback == "smg":
+        return SMG(settings.p)
     aggregator, optimizer, lr = parse_optimizer_name(settings.fallback)
     if lr is None:
         raise UserError(f"rule.guard.fallback={settings.fallback!r} needs its learning rate: {settings.fallback}@0.01")
