@@ -62,7 +62,7 @@ def test_no_step_is_worse_than_the_fallbacks_by_more_than_eps(text, name, eps):
 
 
 class Uphill(UpdateRule):
-    """z + beta J^T lambda_t, with the weights that DSSMG has at the same point: ascent where it hurts the guard most."""
+    """z + beta J^T lambda_t, with the weights that DSSMG has at the same point."""
 
     def __init__(self, fallback, beta):
         self.fallback, self.beta = fallback, beta
