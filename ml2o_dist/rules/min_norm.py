@@ -43,9 +43,9 @@ def min_norm(jacobian: Tensor) -> MinNorm:
     a = |J^T lambda|^2 / d_min^2, which grows with a. The weights need not be unique, v is. Where gradients vanish they
     share the weight alike. An instance with an entry that is not finite gets NaN.
 
-    Against exact arithmetic (60 digits; m <= 5, parallel, opposite, rank-deficient, lengths within 1e-8 .. 1e8) |v|^2
-    was off by at most 5e-16 min_i |g_i|^2. The gap is less sharp where lengths differ: it cannot be seen below the
-    rounding of its inner products, here up to 3e-14 max_i |g_i| min_i |g_i|.
+    Against rational arithmetic (m <= 4; parallel, opposite, rank-deficient, lengths within 1e-8 .. 1e8 of each other)
+    |v|^2 was off by at most 2e-15 min_i |g_i|^2. The gap was at most 4e-15 max_i |g_i| min_i |g_i| where lengths are
+    comparable, and up to 2e-10 times that product where they differ by many orders: the long rows' products round.
 
     Source: non-negative least squares for the distance of a hull, Lawson & Hanson 1974, chapter 23; the separation of
     lengths and cosines is ours.
