@@ -130,7 +130,10 @@ class ComparisonSettings(_Settings):
     seeds: int = Field(5, ge=2)
     tuning_seeds: int = Field(1, ge=1)
     learning_rates: tuple[Annotated[float, Field(gt=0)], ...] = Field((0.001, 0.003, 0.01, 0.03, 0.1), min_length=1)
-    baselines: tuple[str, ...] = ("mean+adam", "mgda+adam", "pcgrad+adam")
+    baselines: tuple[str, ...] = Field(
+        ("mean+adam", "mgda+adam", "pcgrad+adam"),
+        description="AGGREGATOR[+sgd|+momentum|+adam][@LR], names of rules/aggregators.py; without @LR it is tuned",
+    )
 
 
 class ResourceSettings(_Settings):

@@ -37,6 +37,6 @@ def unknown(kind: str, name: str, allowed: Iterable[str]) -> UserError:
     The line names the kind, the value, the nearest valid name and what is allowed.
     """
     names = sorted(allowed)
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    near = [match for text in (name, name.lower()) for match in difflib.get_close_matches(text, names, n=1, cutoff=0.5)]
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return UserError(f"unknown {kind} {name!r}{hint} (allowed: {', '.join(names) or 'none'})")

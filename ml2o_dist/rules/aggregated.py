@@ -1,4 +1,4 @@
-"""Hand-designed rules: a torchjd aggregator turns the Jacobian into one direction, a classical optimizer steps on it.
+"""Hand-designed rules: torchjd turns the Jacobian into one direction, a classical optimizer steps on it.
 
 `mean+adam` is Adam on the sum of the objectives: Adam does not see a constant factor (up to eps), so the mean serves.
 """
@@ -10,18 +10,20 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
-from torchjd.aggregation import MGDA, Mean, PCGrad
+from torch import Tensor, nn
 
 from ml2o_dist.errors import UserError, unknown
+from ml2o_dist.rules.aggregators import (
+    AGGREGATORS,
+    DWA_EPOCH,
+    after_step,
+    aggregate,
+    build_aggregator,
+    check_aggregator,
+    learned_parameters,
+)
 from ml2o_dist.rules.base import Oracle, StepInfo, UpdateRule
 from ml2o_dist.seeding import derive_seed
-
-Aggregator = Callable[[Tensor], Tensor]
-"""A map from a Jacobian [m, n] to a direction [n]."""
-
-AGGREGATORS: dict[str, Callable[[], Aggregator]] = {"mean": Mean, "mgda": MGDA, "pcgrad": PCGrad}
-"""Name -> constructor. A fresh one serves every call, so that nothing is remembered outside the state."""
 
 MOMENTUM = 0.9
 BETAS = (0.9, 0.999)
@@ -30,31 +32,35 @@ EPSILON = 1e-8
 
 @dataclass(frozen=True)
 class AggregatedState:
-    """What a hand-designed rule remembers: the steps taken, and running moments [P, n] of its direction.
+    """What a hand-designed rule remembers: the steps taken, running moments of its direction, torchjd's memory.
 
     `first` is the velocity of `momentum` or the first moment of `adam`; `second` the second moment of `adam`; both
-    stay zero where the optimizer has no use for them.
+    stay zero where the optimizer has no use for them. They are [P, n + k], k parameters of the aggregator's own among
+    those that the optimizer trains. `modules` has torchjd's object for each instance, which no step changes.
     """
 
     steps: int
     first: Tensor
     second: Tensor
+    modules: tuple[nn.Module, ...]
 
 
 class AggregatedRule(UpdateRule):
-    """z_{k+1} = z_k - lr * optimizer(aggregator(J_k)), instance by instance, projected onto the problem's box.
+    """z_{k+1} = z_k - lr * optimizer(aggregator(J_k, f_k)), instance by instance, projected onto the problem's box.
 
-    Aggregators are torchjd's, unchanged: its `mgda` solves the min-norm problem by Frank-Wolfe (Sener & Koltun 2018,
-    Algorithm 2; at most 100 iterations, tolerance 1e-3), so it is only nearly min-norm. `pcgrad` projects in random
-    order (Yu et al. 2020): here the order is a function of the step number alone, so that a run repeats, an instance
-    moves alike in any company, and the global random stream stays as it was.
+    `aggregators.AGGREGATORS` has the names. Whatever torchjd draws at random (the order of `pcgrad` and `gradvac`, the
+    masks of `graddrop`, `randomweights`) is a function of the step number alone, so that a run repeats, an instance
+    moves alike in any company, and the global random stream stays as it was. Log-variances of `uw` and scales of
+    `imtll` are trained by the same optimizer at the same learning rate, jointly with z, as their papers do.
     `sgd`, `momentum` (0.9) and `adam` (0.9, 0.999, eps 1e-8, bias-corrected) step as their namesakes in torch.optim.
 
+    A step is charged a Jacobian whatever the aggregator, m backward passes, though one would do for a method that
+    looks at the losses alone; `famo` one more forward.
     An instance whose Jacobian has an entry that is not finite gets NaN parameters: it has diverged, which is a result.
     """
 
     def __init__(self, aggregator: str, optimizer: str = "adam", lr: float = 0.01) -> None:
-        """Raises UserError for an unknown name or an `lr` that is not positive and finite."""
+        """Raises UserError for an unknown name, a missing solver, or an `lr` that is not positive and finite."""
         _check_names(aggregator, optimizer)
         if not (math.isfinite(lr) and lr > 0):
             raise UserError(f"learning rate {lr!r} of {aggregator}+{optimizer} must be a positive, finite number")
@@ -63,32 +69,46 @@ class AggregatedRule(UpdateRule):
         self.lr = lr
 
     def initial_state(self, instances: int, objectives: int, dimension: int) -> AggregatedState:
-        """Return zero moments [P, n]; the first step takes them to the device and precision of its Jacobian."""
-        zeros = torch.zeros(instances, dimension)
-        return AggregatedState(0, zeros, zeros)
+        """Return zero moments and fresh modules; the first step takes them to the device and precision of its Jacobian.
+
+        Raises:
+            UserError: the aggregator needs more objectives.
+        """
+        modules = tuple(build_aggregator(self.aggregator, objectives) for _ in range(instances))
+        own = sum(parameter.numel() for parameter in learned_parameters(self.aggregator, modules[0]))
+        zeros = torch.zeros(instances, dimension + own)
+        return AggregatedState(0, zeros, zeros, modules)
 
     def propose(
         self, oracle: Oracle, parameters: Tensor, state: AggregatedState, seen: StepInfo
     ) -> tuple[Tensor, AggregatedState]:
-        """Aggregate the Jacobian and step; nothing else is evaluated."""
-        direction = aggregate(self.aggregator, seen.jacobian, order=state.steps)
-        move, following = _OPTIMIZERS[self.optimizer](direction, state)
-        return oracle.problem.project(parameters - self.lr * move), following
+        """Aggregate the Jacobian and step; nothing else is evaluated (`famo`: the losses after the step).
 
-
-def aggregate(name: str, jacobian: Tensor, order: int = 0) -> Tensor:
-    """Aggregate J [P, m, n] to directions [P, n], each instance by itself; a non-finite one becomes NaN.
-
-    `order` names the random order in which `pcgrad` projects. The global random stream is left as it was.
-    """
-    finite = jacobian.isfinite().flatten(1).all(dim=1).tolist()
-    seed = derive_seed("aggregator", order)
-    return torch.stack(
-        [
-            _seeded(AGGREGATORS[name](), matrix, seed) if usable else torch.full_like(matrix[0], math.nan)
-            for matrix, usable in zip(jacobian, finite, strict=True)
+        Raises:
+            UserError: the aggregator needs losses that are positive by construction.
+        """
+        method = AGGREGATORS[self.aggregator]
+        if method.positive and not oracle.problem.positive:
+            raise UserError(
+                f"aggregator {self.aggregator!r} needs losses that are positive by construction, "
+                f"which those of {type(oracle.problem).__name__} are not"
+            )
+        seed = derive_seed("aggregator", state.steps)
+        pairs = [
+            aggregate(self.aggregator, module, matrix, values, seed)
+            for module, matrix, values in zip(state.modules, seen.jacobian, seen.losses, strict=True)
         ]
-    )
+        direction = torch.stack([each for each, _ in pairs])
+        modules = tuple(module for _, module in pairs)
+        move, first, second = _OPTIMIZERS[self.optimizer](direction, state)
+        move = self.lr * move
+        moved = oracle.problem.project(parameters - move[:, : parameters.shape[1]])
+        after = oracle.losses(moved, seen.batch) if method.looks_back else seen.losses
+        for p, finite in enumerate(direction.isfinite().all(dim=1).tolist()):
+            if finite:
+                own_move = move[p, parameters.shape[1] :]
+                after_step(self.aggregator, modules[p], own_move, after[p], (state.steps + 1) % DWA_EPOCH == 0)
+        return moved, AggregatedState(state.steps + 1, first, second, modules)
 
 
 def parse_optimizer_name(text: str) -> tuple[str, str, float | None]:
@@ -117,39 +137,32 @@ def parse_optimizer_name(text: str) -> tuple[str, str, float | None]:
 
 
 def _check_names(aggregator: str, optimizer: str) -> None:
-    if aggregator not in AGGREGATORS:
-        raise unknown("aggregator", aggregator, AGGREGATORS)
+    check_aggregator(aggregator)
     if optimizer not in _OPTIMIZERS:
         raise unknown(f"optimizer after {aggregator!r}+", optimizer, _OPTIMIZERS)
 
 
-def _seeded(aggregator: Aggregator, matrix: Tensor, seed: int) -> Tensor:
-    # torchjd draws from torch's global CPU generator; torch.manual_seed would reach the GPUs' streams as well.
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(seed)
-        return aggregator(matrix)
+def _sgd(direction: Tensor, state: AggregatedState) -> tuple[Tensor, Tensor, Tensor]:
+    return direction, state.first, state.second
 
 
-def _sgd(direction: Tensor, state: AggregatedState) -> tuple[Tensor, AggregatedState]:
-    return direction, AggregatedState(state.steps + 1, state.first, state.second)
-
-
-def _momentum(direction: Tensor, state: AggregatedState) -> tuple[Tensor, AggregatedState]:
+def _momentum(direction: Tensor, state: AggregatedState) -> tuple[Tensor, Tensor, Tensor]:
     velocity = MOMENTUM * state.first.to(direction) + direction
-    return velocity, AggregatedState(state.steps + 1, velocity, state.second)
+    return velocity, velocity, state.second
 
 
-def _adam(direction: Tensor, state: AggregatedState) -> tuple[Tensor, AggregatedState]:
+def _adam(direction: Tensor, state: AggregatedState) -> tuple[Tensor, Tensor, Tensor]:
     steps = state.steps + 1
     first = BETAS[0] * state.first.to(direction) + (1 - BETAS[0]) * direction
     second = BETAS[1] * state.second.to(direction) + (1 - BETAS[1]) * direction.square()
     unbiased = first / (1 - BETAS[0] ** steps)
     scale = (second / (1 - BETAS[1] ** steps)).sqrt()
-    return unbiased / (scale + EPSILON), AggregatedState(steps, first, second)
+    return unbiased / (scale + EPSILON), first, second
 
 
-_OPTIMIZERS: dict[str, Callable[[Tensor, AggregatedState], tuple[Tensor, AggregatedState]]] = {
+_OPTIMIZERS: dict[str, Callable[[Tensor, AggregatedState], tuple[Tensor, Tensor, Tensor]]] = {
     "sgd": _sgd,
     "momentum": _momentum,
     "adam": _adam,
 }
+"""Name -> (direction, state) -> what the learning rate multiplies, and both moments to go on with."""

@@ -1,154 +1,180 @@
-"""Hand-designed rules against torch.optim, torchjd and closed forms."""
+"""Hand-designed rules: every aggregator and scalarizer of torchjd, run as their authors run them in plain PyTorch."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+import math
 
 import pytest
 import torch
 from torch import Tensor
-from torchjd.aggregation import MGDA, Mean, PCGrad
 
 from ml2o_dist.errors import UserError
 from ml2o_dist.problems import Problem
-from ml2o_dist.rules.aggregated import AggregatedRule, aggregate, parse_optimizer_name
+from ml2o_dist.rules.aggregated import AggregatedRule, parse_optimizer_name
 from ml2o_dist.rules.base import Oracle
 from ml2o_dist.seeding import derive_seed, generator
+from tests.rules.torchjd_objects import (
+    FEWEST,
+    NAMES,
+    POSITIVE,
+    REMEMBERING,
+    RESCALED,
+    SCALARIZERS,
+    marked,
+    torchjd_object,
+)
+from tests.rules.toys import Broken, Linear, Positive, run
+
+EVERY = [marked(name) for name in NAMES]
+OPTIMIZERS = ["sgd", "momentum", "adam"]
+SHAPES = [(1, 1, 4), (2, 2, 3), (2, 3, 5), (2, 5, 1), (1, 2, 1)]
 
 
-class Linear(Problem):
-    """f_i(z) = <batch_i, z> with a fresh batch [P, m, n] each draw: the Jacobian is the batch, whatever z is."""
-
-    def __init__(self, instances: int, objectives: int, dimension: int, dtype: torch.dtype = torch.float64) -> None:
-        self.instances, self.objectives, self.dimension = instances, objectives, dimension
-        self.device, self.dtype = torch.device("cpu"), dtype
-
-    def initial_parameters(self, seeds: Sequence[int]) -> Tensor:
-        return torch.stack([torch.randn(self.dimension, generator=generator(s)).to(self.dtype) for s in seeds])
-
-    def sample_batch(self, generator: torch.Generator) -> Tensor:
-        shape = (self.instances, self.objectives, self.dimension)
-        return torch.randn(shape, generator=generator, dtype=self.dtype)
-
-    def sample_losses(self, parameters: Tensor, batch: Tensor) -> Tensor:
-        return torch.einsum("pmn,pn->pm", batch, parameters)[:, None]
-
-
-class Broken(Linear):
-    """`Linear`, but one entry of instance 1's Jacobian is `value`."""
-
-    value = float("nan")
-
-    def sample_batch(self, generator: torch.Generator) -> Tensor:
-        batch = super().sample_batch(generator)
-        batch[1, 0, 0] = self.value
-        return batch
-
-
-SHAPES = [(1, 1, 4), (1, 2, 3), (3, 3, 5), (2, 5, 1)]
-TORCHJD = {"mean": Mean, "mgda": MGDA, "pcgrad": PCGrad}
-
-
-def run(rule: AggregatedRule, problem: Problem, steps: int) -> list[Tensor]:
-    oracle = Oracle(problem, generator("test"))
-    parameters = problem.initial_parameters(range(problem.instances))
-    state = rule.initial_state(problem.instances, problem.objectives, problem.dimension)
-    points = [parameters]
-    for _ in range(steps):
-        parameters, state, _ = rule.step(oracle, parameters, state)
-        points.append(parameters)
+def plain_pytorch(name: str, optimizer: str, problem: Problem, instance: int, steps: int) -> list[Tensor]:
+    """Train one instance in the loop that torchjd documents; return z_0 .. z_steps."""
+    module = torchjd_object(name, problem.objectives).to(problem.dtype)
+    z = torch.nn.Parameter(problem.initial_parameters(range(problem.instances))[instance])
+    trained = [z, *(module.parameters() if name in ("uw", "imtll") else [])]
+    stepper = {
+        "sgd": lambda: torch.optim.SGD(trained, lr=0.03),
+        "momentum": lambda: torch.optim.SGD(trained, lr=0.03, momentum=0.9),
+        "adam": lambda: torch.optim.Adam(trained, lr=0.03),
+    }[optimizer]()
+    stream = generator("test")
+    points = [z.detach().clone()]
+    for k in range(steps):
+        batch = problem.sample_batch(stream)
+        stepper.zero_grad()
+        losses = problem.losses(z.expand(problem.instances, -1), batch)[instance]
+        torch.manual_seed(derive_seed("aggregator", k))
+        if name in SCALARIZERS:
+            module(losses).backward()
+        else:
+            jacobian = torch.stack([torch.autograd.grad(loss, z, retain_graph=True)[0] for loss in losses])
+            unit = 2.0 ** (math.floor(math.log2(jacobian.abs().max())) + 1) if name in RESCALED else 1.0
+            z.grad = module(jacobian / unit) * unit
+        stepper.step()
+        if name == "famo":
+            module.update(problem.losses(z.expand(problem.instances, -1), batch)[instance].detach())
+        if name == "dwa" and (k + 1) % 20 == 0:
+            module.step()
+        points.append(z.detach().clone())
     return points
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adam"])
-@pytest.mark.parametrize("aggregator", ["mean", "mgda"])
-def test_steps_equal_torch_optim(shape: tuple[int, int, int], optimizer: str, aggregator: str) -> None:
-    problem = Linear(*shape)
-    ours = run(AggregatedRule(aggregator, optimizer, lr=0.03), problem, steps=20)
-
-    parameter = torch.nn.Parameter(problem.initial_parameters(range(shape[0])))
-    theirs = {
-        "sgd": torch.optim.SGD([parameter], lr=0.03),
-        "momentum": torch.optim.SGD([parameter], lr=0.03, momentum=0.9),
-        "adam": torch.optim.Adam([parameter], lr=0.03),
-    }[optimizer]
-    stream = generator("test")
-    for k in range(20):
-        torch.testing.assert_close(ours[k], parameter.detach(), rtol=1e-12, atol=1e-12)
-        batch = problem.sample_batch(stream)
-        parameter.grad = torch.stack([TORCHJD[aggregator]()(matrix) for matrix in batch])
-        theirs.step()
-    torch.testing.assert_close(ours[20], parameter.detach(), rtol=1e-12, atol=1e-12)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("name", EVERY)
+def test_a_run_is_torchjd_in_plain_pytorch(name: str, optimizer: str, shape: tuple[int, int, int]) -> None:
+    if shape[1] < FEWEST.get(name, 1):
+        pytest.skip(f"{name} needs {FEWEST[name]} objectives")
+    if name == "krum" and shape[2] == 1:
+        pytest.skip("on a line the two middle points tie, and rounding decides")
+    problem = Positive(*shape)
+    steps = {"dwa": 45, "nashmtl": 3, "fairgrad": 3, "cagrad": 6}.get(name, 8)
+    ours = run(AggregatedRule(name, optimizer, lr=0.03), problem, steps)
+    for p in range(shape[0]):
+        theirs = plain_pytorch(name, optimizer, problem, p, steps)
+        for mine, other in zip(ours, theirs, strict=True):
+            torch.testing.assert_close(mine[p], other, rtol=1e-10, atol=1e-12)
+    if shape[2] > 1:  # on a line conflicting gradients leave nowhere to go
+        assert not torch.equal(ours[0], ours[-1])
 
 
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("name", list(TORCHJD))
-def test_aggregate_is_torchjd_per_instance(shape: tuple[int, int, int], name: str) -> None:
-    jacobian = Linear(*shape).sample_batch(generator("J"))
-    directions = aggregate(name, jacobian)
-    assert directions.shape == (shape[0], shape[2])
-    for direction, matrix in zip(directions, jacobian, strict=True):
-        torch.manual_seed(derive_seed("aggregator", 0))  # the stream that names PCGrad's order
-        torch.testing.assert_close(direction, TORCHJD[name]()(matrix))
-
-
-def test_pcgrad_of_two_objectives_is_its_closed_form() -> None:
-    first, second = torch.tensor([1.0, 0.0]), torch.tensor([-1.0, 1.0])  # <g1, g2> = -1: they conflict
-    expected = (first + second / 2) + (second + first)
-    torch.testing.assert_close(aggregate("pcgrad", torch.stack([first, second])[None])[0], expected)
-
-
-def test_pcgrad_repeats_varies_with_the_step_and_spares_the_global_stream() -> None:
-    jacobian = torch.randn(2, 4, 6, generator=generator("conflict"))
-    jacobian[:, 1:] -= jacobian.mean(dim=1, keepdim=True) * 3  # conflicting rows, so that the order matters
+@pytest.mark.parametrize("shape", [(1, 2, 1), (2, 3, 4), (2, 5, 1)])
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("name", EVERY)
+def test_runs_repeat_in_any_company_and_spare_the_global_stream(
+    name: str, optimizer: str, shape: tuple[int, int, int]
+) -> None:
+    if shape[1] < FEWEST.get(name, 1):
+        with pytest.raises(UserError, match="needs at least 3 objectives, not 2"):
+            run(AggregatedRule(name, optimizer), Positive(*shape), steps=1)
+        return
+    problem = Positive(*shape, dtype=torch.float32)
     torch.manual_seed(5)
     before = torch.random.get_rng_state()
-    results = [aggregate("pcgrad", jacobian, order=k) for k in range(8)]
+    first = run(AggregatedRule(name, optimizer), problem, steps=3)[-1]
     assert torch.equal(torch.random.get_rng_state(), before)
     torch.manual_seed(6)
-    assert torch.equal(aggregate("pcgrad", jacobian, order=3), results[3])
-    assert len({tuple(result.flatten().tolist()) for result in results}) > 1
-
-
-@pytest.mark.parametrize("name", list(TORCHJD))
-def test_an_instance_moves_alike_in_any_company(name: str) -> None:
-    jacobian = torch.randn(3, 4, 6, generator=generator("company"))
-    together = aggregate(name, jacobian, order=2)
-    alone = torch.cat([aggregate(name, jacobian[i : i + 1], order=2) for i in range(3)])
-    assert torch.equal(together, alone)
-
-
-@pytest.mark.parametrize("optimizer", ["sgd", "momentum", "adam"])
-@pytest.mark.parametrize("aggregator", list(TORCHJD))
-def test_state_and_parameters_are_values(aggregator: str, optimizer: str) -> None:
-    rule = AggregatedRule(aggregator, optimizer)
-    problem = Linear(2, 3, 4)
-    oracle = Oracle(problem, generator("values"))
-    start = problem.initial_parameters([0, 1])
-    parameters, state, _ = rule.step(oracle, start, rule.initial_state(2, 3, 4))
-    kept = (parameters.clone(), state.steps, state.first.clone(), state.second.clone())
-    batch = problem.sample_batch(generator("again"))
-    oracle.draw = lambda: batch  # type: ignore[method-assign]
-    once, _, _ = rule.step(oracle, parameters, state)
-    twice, _, _ = rule.step(oracle, parameters, state)
-    assert torch.equal(once, twice)
-    assert torch.equal(parameters, kept[0])
-    assert state.steps == kept[1] == 1
-    assert torch.equal(state.first, kept[2])
-    assert torch.equal(state.second, kept[3])
-    assert not torch.equal(start, parameters)
+    assert torch.equal(run(AggregatedRule(name, optimizer), problem, steps=3)[-1], first)
+    assert first.dtype == torch.float32
+    assert first.isfinite().all()
+    if shape[0] > 1:
+        broken = Broken(*shape, dtype=torch.float32)
+        company = run(AggregatedRule(name, optimizer), broken, steps=3)[-1]
+        assert torch.equal(company[0], first[0])
+        assert company[1].isnan().all()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-@pytest.mark.parametrize("aggregator", list(TORCHJD))
-def test_a_non_finite_jacobian_ends_its_own_instance_only(aggregator: str, value: float) -> None:
-    broken = Broken(3, 2, 4)
+@pytest.mark.parametrize("name", EVERY)
+def test_a_non_finite_jacobian_ends_its_own_instance_only(name: str, value: float) -> None:
+    broken = Broken(3, 3, 4)
     broken.value = value
-    rule = AggregatedRule(aggregator, "adam")
-    end, reference = (run(rule, problem, steps=3)[-1] for problem in (broken, Linear(3, 2, 4)))
+    rule = AggregatedRule(name, "adam")
+    end, reference = (run(rule, problem, steps=3)[-1] for problem in (broken, Positive(3, 3, 4)))
     assert end[1].isnan().all()
     assert torch.equal(end[[0, 2]], reference[[0, 2]])
+
+
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+@pytest.mark.parametrize("name", EVERY)
+def test_state_and_parameters_are_values(name: str, optimizer: str) -> None:
+    rule = AggregatedRule(name, optimizer)
+    problem = Positive(2, 3, 4)
+    oracle = Oracle(problem, generator("values"))
+    start = problem.initial_parameters([0, 1])
+    parameters, state, _ = rule.step(oracle, start, rule.initial_state(2, 3, 4))
+    kept = copy.deepcopy((parameters, state))
+    batch = problem.sample_batch(generator("again"))
+    oracle.draw = lambda: batch  # type: ignore[method-assign]
+    once, after, _ = rule.step(oracle, parameters, state)
+    twice, again, _ = rule.step(oracle, parameters, state)
+    restored, _, _ = rule.step(oracle, *kept)
+    assert torch.equal(once, twice)
+    assert torch.equal(once, restored)
+    assert torch.equal(parameters, kept[0])
+    assert state.steps == kept[1].steps == 1
+    assert torch.equal(state.first, kept[1].first)
+    assert torch.equal(state.second, kept[1].second)
+    assert not torch.equal(start, parameters)
+    # Whether the rule remembers shows in what the next step does with what the last one left.
+    later, _, _ = rule.step(oracle, once, after)
+    assert torch.equal(later, rule.step(oracle, once, again)[0])
+    forgetful = AggregatedRule(name, "sgd").step(oracle, once, rule.initial_state(2, 3, 4))[0]
+    if optimizer == "sgd" and name in set(REMEMBERING) - {"dwa", "pcd"}:  # dwa: 40 steps later; pcd: only a scale
+        assert not torch.equal(later, forgetful)
+
+
+def test_random_draws_vary_with_the_step() -> None:
+    for name in ("pcgrad", "gradvac", "graddrop", "randomweights"):
+        rule = AggregatedRule(name, "sgd")
+        problem = Linear(1, 4, 3)
+        oracle = Oracle(problem, generator("test"))
+        batch = problem.sample_batch(generator("conflict"))
+        batch[:, 1:] -= batch.mean(dim=1, keepdim=True) * 3  # conflicting rows, so that the order matters
+        oracle.draw = lambda batch=batch: batch  # type: ignore[method-assign, misc]
+        state = rule.initial_state(1, 4, 3)
+        moves = set()
+        for k in range(8):
+            moved, _, _ = rule.step(oracle, torch.zeros(1, 3, dtype=torch.float64), replaced(state, steps=k))
+            moves.add(tuple(moved.flatten().tolist()))
+        assert len(moves) > 1, name
+
+
+def replaced(state: object, **changes: int) -> object:
+    changed = copy.deepcopy(state)
+    for key, value in changes.items():
+        object.__setattr__(changed, key, value)
+    return changed
+
+
+@pytest.mark.parametrize("name", POSITIVE)
+def test_losses_that_may_be_negative_are_refused(name: str) -> None:
+    with pytest.raises(UserError, match=f"'{name}' needs losses that are positive by construction, .* Linear"):
+        run(AggregatedRule(name), Linear(1, 2, 3), steps=1)
 
 
 def test_the_step_is_projected_charged_and_reported() -> None:
@@ -165,9 +191,11 @@ def test_the_step_is_projected_charged_and_reported() -> None:
     assert torch.equal(info.losses, torch.zeros(2, 3, dtype=torch.float64))
 
 
-def test_precision_follows_the_problem() -> None:
-    for dtype in (torch.float32, torch.float64):
-        assert run(AggregatedRule("mgda", "adam"), Linear(1, 2, 3, dtype), steps=2)[-1].dtype == dtype
+def test_famo_is_charged_the_losses_after_the_step() -> None:
+    oracle = Oracle(Positive(1, 3, 4), generator("test"))
+    rule = AggregatedRule("famo")
+    rule.step(oracle, torch.zeros(1, 4, dtype=torch.float64), rule.initial_state(1, 3, 4))
+    assert (oracle.batches, oracle.forwards, oracle.backwards) == (1, 2, 3)
 
 
 @pytest.mark.parametrize(
@@ -177,6 +205,7 @@ def test_precision_follows_the_problem() -> None:
         ("mean+sgd", ("mean", "sgd", None)),
         (" pcgrad+momentum@0.1 ", ("pcgrad", "momentum", 0.1)),
         ("mgda@1e-3", ("mgda", "adam", 0.001)),
+        ("alignedmtl+adam@0.01", ("alignedmtl", "adam", 0.01)),
     ],
 )
 def test_names_are_read(text: str, expected: tuple[str, str, float | None]) -> None:
@@ -187,6 +216,8 @@ def test_names_are_read(text: str, expected: tuple[str, str, float | None]) -> N
     ("text", "said"),
     [
         ("mgad+adam", "unknown aggregator 'mgad'; did you mean 'mgda'"),
+        ("aligned_mtl", "unknown aggregator 'aligned_mtl'; did you mean 'alignedmtl'"),
+        ("Nash-MTL+adam", "unknown aggregator 'Nash-MTL'; did you mean 'nashmtl'"),
         ("mean+adm", "'adm'; did you mean 'adam'"),
         ("mean+", "unknown optimizer"),
         ("mean+adam+sgd", "unknown optimizer"),

@@ -1,0 +1,198 @@
+"""The hand-designed ways from m gradients to one direction: every torchjd method by name, with its settings.
+
+A name is torchjd's class name in lower case; settings are torchjd's defaults unless the table says otherwise. There
+are two kinds. An Aggregator looks at the Jacobian J [m, n]; a Scalarizer s looks at the losses f [m] alone, and its
+direction is the gradient of s(f(z)), J^T ds/df.
+
+Left out, with the reason:
+    Constant, COSMOS, PBI: they want a preference, which a name does not carry (`mean` has equal weights).
+    MoDoWeighting, SDMGradWeighting: they want Jacobians on two or three independent batches, so they are other rules.
+    Mean, Sum and Random as scalarizers: they repeat the aggregators.
+    Tchebycheff: torchjd has the smooth form only, `stch`.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torchjd import Stateful, aggregation, scalarization
+
+from ml2o_dist.errors import UserError, unknown
+
+DWA_EPOCH = 20
+"""Steps over which `dwa` averages losses. Ours: batches are drawn with replacement, so nothing else ends an epoch; 20
+are about one pass over the embedded default (1,437 pairs, batch 64)."""
+
+
+@dataclass(frozen=True)
+class Method:
+    """How torchjd is called for one name.
+
+    Attributes:
+        build: number of objectives -> a fresh Aggregator or Scalarizer.
+        objectives: the fewest it works with.
+        positive: it is defined for losses that are positive by construction only.
+        learned: its own parameters are trained by the optimizer that trains the network.
+        rescaled: by definition a multiple of J gives that multiple of the direction, but torchjd compares |J|^2 with
+            absolute thresholds (1e-4, 1e-8). So it is called with J / 2^k, largest entry in [1/2, 1), and its answer
+            multiplied by 2^k: exact, and the thresholds become relative (ours).
+        looks_back: it learns from the losses of the step's batch after the step: one more forward.
+    """
+
+    build: Callable[[int], nn.Module]
+    objectives: int = 1
+    positive: bool = False
+    learned: bool = False
+    rescaled: bool = False
+    looks_back: bool = False
+
+
+def _crmogm(objectives: int) -> nn.Module:
+    averaged = aggregation.CRMOGMWeighting(aggregation.MGDAWeighting(), alpha=0.9)
+    module: nn.Module = aggregation.GramianWeightedAggregator(averaged)
+    return module
+
+
+AGGREGATORS: dict[str, Method] = {
+    # Senushkin et al. 2023, Algorithm 1: smallest singular value as the common one.
+    "alignedmtl": Method(lambda m: aggregation.AlignedMTL()),
+    # Liu et al. 2021; c = 0.5 as in the paper's toy and in LibMTL. Solver: Clarabel.
+    "cagrad": Method(lambda m: aggregation.CAGrad(c=0.5), rescaled=True),
+    "config": Method(lambda m: aggregation.ConFIG()),  # Liu et al. 2024, equation 2
+    # Zhou et al. 2022: weights of mgda, averaged with alpha = 0.9 (their schedule needs a decaying step).
+    "crmogm": Method(_crmogm),
+    "dualproj": Method(lambda m: aggregation.DualProj(), rescaled=True),  # Lopez-Paz & Ranzato 2017; solver: quadprog
+    "dwa": Method(lambda m: scalarization.DWA(temperature=2.0), positive=True),  # Liu, Johns & Davison 2019, their T
+    # He et al. 2024; baseline = the first step's excess, no warm-up epochs.
+    "excessmtl": Method(lambda m: aggregation.ExcessMTL()),
+    # Ban & Ji 2024; alpha = 2 as in the authors' QM9 run. Solver: scipy. It is weak where |J| is far from 1.
+    "fairgrad": Method(lambda m: aggregation.FairGrad(alpha=2.0)),
+    # Liu et al. 2023, Algorithm 2: the weights' Adam has lr 0.025, decay 1e-3. One more forward a step, charged.
+    "famo": Method(lambda m: scalarization.FAMO(m), positive=True, looks_back=True),
+    "geometricmean": Method(lambda m: scalarization.GeometricMean(), positive=True),  # Chennupati et al. 2019
+    "graddrop": Method(lambda m: aggregation.GradDrop()),  # Chen et al. 2020, no leak
+    # Wang et al. 2021, whole model; torchjd's and LibMTL's beta = 0.5.
+    "gradvac": Method(lambda m: aggregation.GradVac(), rescaled=True),
+    "imtlg": Method(lambda m: aggregation.IMTLG()),  # Liu et al. 2021, "Towards impartial ..."
+    "imtll": Method(lambda m: scalarization.IMTLL(m), positive=True, learned=True),  # the same paper's loss balance
+    # Blanchard et al. 2017, no Byzantine row: the gradient that is nearest to its neighbours.
+    "krum": Method(lambda m: aggregation.Krum(n_byzantine=0), objectives=3),
+    # Sener & Koltun 2018, Algorithm 2: Frank-Wolfe, 100 iterations, tolerance 1e-3, so only nearly min-norm.
+    "mgda": Method(lambda m: aggregation.MGDA()),
+    "mean": Method(lambda m: aggregation.Mean()),
+    # Navon et al. 2022: norm at most 1, weights anew at every step, 20 iterations. Solver: ECOS, 40 ms a step.
+    "nashmtl": Method(lambda m: aggregation.NashMTL(n_tasks=m), objectives=2),
+    # Priority-Constrained Descent, arXiv 2606.29521, tau = 0.02: the first objective is the primary one.
+    "pcd": Method(lambda m: aggregation.PCD()),
+    "pcgrad": Method(lambda m: aggregation.PCGrad()),  # Yu et al. 2020
+    # Lin et al. 2022: softmax of a Gaussian. Not `random`, which names a random direction.
+    "randomweights": Method(lambda m: aggregation.Random()),
+    # Lin et al. 2024, equal weights, ideal point 0; mu = 0.1, the middle of the 0.01 .. 1 that the paper looks at.
+    "stch": Method(lambda m: scalarization.STCH(mu=0.1)),
+    "sum": Method(lambda m: aggregation.Sum()),
+    # Yin et al. 2018: without the largest and the smallest entry of each coordinate; the median for m = 3.
+    "trimmedmean": Method(lambda m: aggregation.TrimmedMean(trim_number=1), objectives=3),
+    "upgrad": Method(lambda m: aggregation.UPGrad(), rescaled=True),  # Quinton & Rey 2024; solver: quadprog
+    "uw": Method(lambda m: scalarization.UW(m), positive=True, learned=True),  # Kendall, Gal & Cipolla 2018
+}
+"""Name -> how torchjd is called."""
+
+
+def check_aggregator(name: str) -> Method:
+    """Return the method `name`; raise UserError where there is none or where torchjd lacks the solver it needs."""
+    if name not in AGGREGATORS:
+        raise unknown("aggregator", name, AGGREGATORS)
+    try:
+        AGGREGATORS[name].build(2)
+    except ImportError as error:
+        raise UserError(f"aggregator {name!r}: {error} (all solvers: pip install 'ml2o-dist[solvers]')") from error
+    return AGGREGATORS[name]
+
+
+def build_aggregator(name: str, objectives: int) -> nn.Module:
+    """Build torchjd's object for one instance; its buffers and parameters are all that the method remembers.
+
+    Raises:
+        UserError: as `check_aggregator`, or there are too few objectives.
+    """
+    method = check_aggregator(name)
+    if objectives < method.objectives:
+        raise UserError(f"aggregator {name!r} needs at least {method.objectives} objectives, not {objectives}")
+    return method.build(objectives)
+
+
+def learned_parameters(name: str, module: nn.Module) -> list[nn.Parameter]:
+    """Return the parameters of the method's own that the network's optimizer trains; [] for most methods."""
+    return list(module.parameters()) if AGGREGATORS[name].learned else []
+
+
+def aggregate(name: str, module: nn.Module, jacobian: Tensor, losses: Tensor, seed: int) -> tuple[Tensor, nn.Module]:
+    """Return one instance's direction for J [m, n] and f [m], and the module to go on with.
+
+    The direction is [n]; where the method has k `learned` parameters it is [n + k], their own gradient behind. `module`
+    is not changed, nor is the global random stream; what torchjd draws is a function of `seed`.
+
+    An instance whose J is not finite, or on whose finite J torchjd's solver gives up (ValueError, LinAlgError), gets
+    NaN, and `module` back. Where it gives up on J = 0 (`nashmtl`) the direction is 0.
+    """
+    own = learned_parameters(name, module)
+    if not jacobian.isfinite().all():
+        return jacobian.new_full((jacobian.shape[1] + sum(p.numel() for p in own),), math.nan), module
+    following = copy.deepcopy(module) if _remembers(module) else module
+    if isinstance(following, scalarization.Scalarizer):
+        return _scalarized(name, following.to(jacobian), jacobian, losses), following
+    unit = _power_of_two(jacobian) if AGGREGATORS[name].rescaled else 1.0
+    try:
+        return _seeded(following, jacobian / unit, seed) * unit, following
+    except (ValueError, torch.linalg.LinAlgError):  # type: ignore[attr-defined]
+        return torch.full_like(jacobian[0], math.nan if jacobian.any() else 0.0), module
+
+
+def after_step(name: str, module: nn.Module, own_move: Tensor, losses: Tensor, epoch_ends: bool) -> None:
+    """Tell a `module` that `aggregate` has just returned with a finite direction that the step is taken (in place).
+
+    `own_move` [k] is what its learned parameters lose; `losses` [m] are those of the same batch after the step, which
+    `famo` learns from; `epoch_ends` closes an epoch of `dwa`.
+    """
+    own = learned_parameters(name, module)
+    if own:
+        with torch.no_grad():
+            nn.utils.vector_to_parameters(nn.utils.parameters_to_vector(own) - own_move, own)
+    if isinstance(module, scalarization.FAMO):
+        module.update(losses)
+    if isinstance(module, scalarization.DWA) and epoch_ends:
+        module.step()
+
+
+def _scalarized(name: str, module: nn.Module, jacobian: Tensor, losses: Tensor) -> Tensor:
+    """Return J^T ds/df [n], the gradient of the learned parameters behind it, [n + k]."""
+    with torch.enable_grad():
+        values = losses.detach().to(jacobian).requires_grad_(True)
+        weights, *own = torch.autograd.grad(module(values), [values, *learned_parameters(name, module)])
+    return torch.cat([weights @ jacobian, *own])
+
+
+def _remembers(module: nn.Module) -> bool:
+    return any(isinstance(part, Stateful) for part in module.modules())
+
+
+def _power_of_two(matrix: Tensor) -> float:
+    """Return the 2^k with the largest entry of `matrix` / 2^k in [1/2, 1); 1 for a matrix of zeros."""
+    return math.ldexp(1.0, math.frexp(float(matrix.abs().max()))[1])
+
+
+def _seeded(aggregator: nn.Module, matrix: Tensor, seed: int) -> Tensor:
+    # torchjd draws from the global generator of the CPU or of the matrix's device. torch.manual_seed would reach the
+    # streams of all other devices as well.
+    devices = [matrix.device] if matrix.is_cuda else []
+    with torch.random.fork_rng(devices=devices):
+        torch.default_generator.manual_seed(seed)
+        for device in devices:
+            torch.cuda.default_generators[device.index].manual_seed(seed)
+        direction: Tensor = aggregator(matrix)
+    return direction
