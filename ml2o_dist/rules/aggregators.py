@@ -26,7 +26,7 @@ from ml2o_dist.errors import UserError, unknown
 
 DWA_EPOCH = 20
 """Steps over which `dwa` averages losses. Ours: batches are drawn with replacement, so nothing else ends an epoch; 20
-are about one pass over the embedded default (1,437 pairs, batch 64)."""
+damp the batches' noise and leave eight updates of the weights in the 200 steps of a comparison."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ def _crmogm(objectives: int) -> nn.Module:
 AGGREGATORS: dict[str, Method] = {
     # Senushkin et al. 2023, Algorithm 1: smallest singular value as the common one.
     "alignedmtl": Method(lambda m: aggregation.AlignedMTL()),
-    # Liu et al. 2021; c = 0.5 as in the paper's toy and in LibMTL. Solver: Clarabel.
+    # Liu et al. 2021; c = 0.5 is LibMTL's. Solver: Clarabel.
     "cagrad": Method(lambda m: aggregation.CAGrad(c=0.5), rescaled=True),
     "config": Method(lambda m: aggregation.ConFIG()),  # Liu et al. 2024, equation 2
     # Zhou et al. 2022: weights of mgda, averaged with alpha = 0.9 (their schedule needs a decaying step).
