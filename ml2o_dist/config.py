@@ -16,6 +16,21 @@ class _Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
+class GuardSettings(_Settings):
+    """How GML2O decides between the learned and the fallback's candidate (rules/gml2o.py has the theorem)."""
+
+    fallback: str = Field("dssmg", description="dssmg, smg, or without a theorem AGGREGATOR[+OPTIMIZER]@LR")
+    eps: float = Field(0.0, ge=0, description="eps_0: what a step may be worse at first; it decays as (t + 1)^(-2p)")
+    p: float = Field(0.55, gt=0.5, le=1, description="decay of the fallback's steps, alpha_t = alpha_0 / (t + 1)^p")
+    margin: float = Field(3.0, ge=0, description="standard errors of the paired differences that must be spared")
+    batches: int = Field(1, ge=1, description="guard batches a step, each of the problem's batch size")
+    growth: float = Field(0.0, ge=0, le=2, description="guard batches grow as (t + 1)^growth")
+    every: int = Field(1, ge=1, description="check every so many steps; above 1 without a theorem")
+    criterion: Literal["each", "sum"] = Field(
+        "each", description="every objective must pass, or (without a theorem) their sum"
+    )
+
+
 class RuleSettings(_Settings):
     """The ML2O network and how its output becomes a step (DESIGN section 5 has the formulas)."""
 
@@ -26,17 +41,20 @@ class RuleSettings(_Settings):
     hidden: int = Field(16, ge=1, le=1024, description="H, width of every LSTM")
     lr: float = Field(0.01, gt=0, description="scale of a residual or controlled step: Adam's learning rate")
     scale: float = Field(0.01, gt=0, description="scale of a `scaled` step, u = scale * out")
+    guard: GuardSettings | None = Field(None, description="GML2O: every step is checked against a fallback's")
 
 
 class EstimatorSettings(_Settings):
     """How an episode becomes a meta-gradient."""
 
-    kind: Literal["replay", "exact"] = "replay"
+    kind: Literal["replay", "exact", "es"] = "replay"
     gamma: float = Field(0.95, ge=0, le=1, description="a soft window of 1 / (1 - gamma) steps")
     step_weights: Literal["linear", "uniform", "quadratic"] = "linear"
     coordinates: float = Field(1.0, gt=0, le=1, description="share of the coordinates that is replayed")
     truncated: bool = Field(False, description="a step answers only for the losses of its own chunk of `unroll` steps")
     meta_loss: Literal["auto", "log_sum", "normalised", "log_gap"] = "auto"
+    sigma: float = Field(0.01, gt=0, description="es: standard deviation of the weights' perturbation")
+    pairs: int = Field(1, ge=1, description="es: antithetic pairs of episodes")
     clip: float = Field(1.0, gt=0, description="largest norm of one slot's meta-gradient")
 
 
@@ -215,8 +233,11 @@ class MetaTrainSettings(_Settings):
         if self.estimator.truncated and not self.unroll:
             raise ValueError("estimator.truncated needs unroll >= 1")
         replayed = self.estimator.truncated or self.unroll or self.estimator.coordinates < 1
-        if self.estimator.kind == "exact" and replayed:
-            raise ValueError("estimator.kind=exact takes no unroll, estimator.truncated or estimator.coordinates < 1")
+        kind = self.estimator.kind
+        if kind != "replay" and replayed:
+            raise ValueError(f"estimator.kind={kind} takes no unroll, estimator.truncated or estimator.coordinates < 1")
+        if kind == "exact" and self.rule.guard is not None:
+            raise ValueError("estimator.kind=exact cannot differentiate what rule.guard decides; use replay or es")
         if self.device.startswith("cuda") and not self.resources.num_gpus:
             raise ValueError(f"device={self.device} needs resources.num_gpus > 0 for the workers")
         if self.resources.min_workers > self.workers:

@@ -128,7 +128,9 @@ def _override(tree: dict[str, Any], override: str) -> None:
     *path, last = key.strip().split(".")
     node: Any = tree
     for part in path:
-        node = node.setdefault(part, {})
+        if node.get(part) is None:  # a group that is off, as a written-out configuration has it
+            node[part] = {}
+        node = node[part]
         if not isinstance(node, dict):
             raise UserError(f"--set {override!r}: {part!r} is a value, it has no keys below it")
     node[last] = value

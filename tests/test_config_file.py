@@ -129,3 +129,16 @@ def test_changed_settings_are_those_that_differ_from_the_defaults_and_the_family
     every = flat_settings(settings)
     assert changed.items() <= every.items()
     assert every["trajectories.meta_steps"] == 20
+
+
+def test_a_group_that_is_off_can_be_set_key_by_key(tmp_path):
+    file = tmp_path / "written.yaml"
+    file.write_text(dump_settings(load_settings()))
+    assert "guard: null" in file.read_text()
+    settings = load_settings(file, ["estimator.kind=replay", "rule.guard.eps=0.5", "rule.guard.margin=2"])
+    assert (settings.rule.guard.eps, settings.rule.guard.margin) == (0.5, 2.0)
+
+
+def test_what_a_guard_decides_cannot_be_differentiated():
+    with pytest.raises(UserError, match=r"estimator\.kind=exact cannot differentiate .* use replay or es"):
+        load_settings(None, ["rule.guard={}", "estimator.kind=exact"])

@@ -15,6 +15,7 @@ from ml2o_dist.errors import UserError
 from ml2o_dist.problems import ProblemContext, ProblemSpec
 from ml2o_dist.rules.aggregated import AggregatedRule, parse_optimizer_name
 from ml2o_dist.rules.base import Oracle, UpdateRule
+from ml2o_dist.rules.gml2o import guarded
 from ml2o_dist.rules.ml2o import ML2ORule
 from ml2o_dist.seeding import derive_seed, generator
 
@@ -80,7 +81,7 @@ class Learned:
 
     def rule(self, device: torch.device, dtype: torch.dtype) -> UpdateRule:
         """Build the rule from the weights."""
-        return ML2ORule.from_weights(self.settings, self.weights, device=device, dtype=dtype)
+        return guarded(ML2ORule.from_weights(self.settings, self.weights, device, dtype), self.settings.guard)
 
 
 @dataclass(frozen=True)

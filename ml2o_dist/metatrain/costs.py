@@ -19,11 +19,11 @@ class Costs:
     def learn(self, item: WorkItem, result: EpisodeResult) -> None:
         """Take in what an item took. The longest counts: a slow moment must not shorten anybody's deadline."""
         kind = _kind(item)
-        self._longest[kind] = max(self._longest.get(kind, 0.0), result.seconds / result.inner_steps)
+        self._longest[kind] = max(self._longest.get(kind, 0.0), result.seconds / _inner_steps(item))
 
     def expected(self, item: WorkItem) -> float:
         """Return the expected seconds; those of an unknown kind are infinite, so that it starts early."""
-        return self._longest.get(_kind(item), math.inf) * item.spec.horizon * item.spec.instances
+        return self._longest.get(_kind(item), math.inf) * _inner_steps(item)
 
     def allowed(self, item: WorkItem, overdue: int) -> float:
         """Return the seconds an item may take that was overdue so often: a multiple of the expected, doubled each time.
@@ -34,6 +34,10 @@ class Costs:
         faults, expected = self._faults, self.expected(item)
         known = max(faults.shortest_deadline_s, faults.deadline_factor * expected)
         return math.ldexp(known if math.isfinite(expected) else faults.first_deadline_s, overdue)
+
+
+def _inner_steps(item: WorkItem) -> int:
+    return item.spec.horizon * item.spec.instances
 
 
 def _kind(item: WorkItem) -> tuple[str, str]:

@@ -11,13 +11,16 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from ml2o_dist.config import EstimatorSettings, RuleSettings
 from ml2o_dist.metatrain import metagradient
+from ml2o_dist.metatrain.evolution import evolution_strategy
 from ml2o_dist.metatrain.metagradient import Rollout
 from ml2o_dist.metatrain.recorder import Trajectory, TrajectoryRecorder
 from ml2o_dist.problems import Problem, ProblemContext, ProblemSpec, Rescaled
-from ml2o_dist.rules.base import Oracle
+from ml2o_dist.rules.base import Oracle, UpdateRule
+from ml2o_dist.rules.gml2o import GuardedInfo, guarded
 from ml2o_dist.rules.ml2o import ML2ORule
 from ml2o_dist.seeding import derive_seed, generator
 
@@ -84,47 +87,68 @@ def failed_episode(error: str) -> EpisodeResult:
 def run_episode(weights: Weights, spec: EpisodeSpec) -> EpisodeResult:
     """Run K inner steps from fresh starting points; a pure function of its arguments (on one kind of device)."""
     began = time.perf_counter()
-    device = torch.device(spec.device)
-    rule = ML2ORule.from_weights(spec.rule, weights, device)
+    device, estimator = torch.device(spec.device), spec.estimator
     context = ProblemContext(spec.instances, derive_seed("problem", spec.seed), device, data_root=spec.data_root)
     problem = spec.problem.build(context)
     if spec.parameter_scale != 1:
         problem = Rescaled(problem, spec.parameter_scale)
     start = problem.initial_parameters([derive_seed("start", spec.seed, i) for i in range(spec.instances)])
-    oracle = Oracle(problem, generator("batches", spec.seed))
-    gradient: list[Tensor] | None = None
-    loss = torch.tensor(float("nan"))
     recorder = TrajectoryRecorder() if spec.record else None
-    estimator = spec.estimator
-    scored = metagradient.meta_loss_kind(estimator or EstimatorSettings(), problem)
-    if estimator is not None and estimator.kind == "exact":
-        batches = [oracle.draw() for _ in range(spec.horizon + 1)]
-        loss, gradient, losses = metagradient.exact(rule.network, problem, start, batches, estimator, recorder)
-    else:
-        chosen = None if estimator is None else _choose(problem, estimator.coordinates, spec.seed)
-        rollout = roll_out(rule, oracle, start, spec.horizon, chosen, recorder)
-        losses = rollout.losses
-        if estimator is not None and bool(losses.isfinite().all()):
-            loss, gradient = metagradient.replay(rule.network, rollout, estimator, scored, spec.unroll, problem.minima)
+    kind = metagradient.meta_loss_kind(estimator or EstimatorSettings(), problem)
+    loss, gradient, losses = _estimate(weights, spec, problem, start, kind, recorder)
     flat = None if gradient is None or estimator is None else _clipped(gradient, estimator.clip)
     finite = bool(losses.isfinite().all()) and (estimator is None or (flat is not None and bool(loss.isfinite())))
     tail = losses[-max(1, spec.horizon // 10) :]
-    score = metagradient.step_losses(scored, tail, losses[0], problem.minima).mean().item()
+    score = metagradient.step_losses(kind, tail, losses[0], problem.minima).mean().item()
+    episodes = 2 * estimator.pairs if estimator is not None and estimator.kind == "es" else 1
     return EpisodeResult(
         meta_loss=loss.item(),
         score=score,
         gradient=flat.cpu().numpy() if finite and flat is not None else None,
         losses=losses.mean(dim=1).float().cpu().numpy(),
         finite=finite,
-        inner_steps=spec.horizon * spec.instances,
+        inner_steps=episodes * spec.horizon * spec.instances,
         seconds=time.perf_counter() - began,
         trajectory=None if recorder is None else recorder.trajectory(),
     )
 
 
+def _estimate(
+    weights: Weights, spec: EpisodeSpec, problem: Problem, start: Tensor, kind: str, recorder: TrajectoryRecorder | None
+) -> tuple[Tensor, list[Tensor] | None, Tensor]:
+    """Return the meta-loss, its gradient in the order of the network's parameters, and the losses [K+1, P, m].
+
+    The first two are nan and None where there is no estimator, or nothing finite to estimate from.
+    """
+    estimator, device = spec.estimator, problem.device
+    network = ML2ORule.from_weights(spec.rule, weights, device).network
+    oracle = Oracle(problem, generator("batches", spec.seed))
+    if estimator is not None and estimator.kind == "exact":
+        batches = [oracle.draw() for _ in range(spec.horizon + 1)]
+        return metagradient.exact(network, problem, start, batches, estimator, recorder)
+    if estimator is not None and estimator.kind == "es":
+        recorders = iter([recorder])  # of the first trial
+
+        def trial(theta: Tensor) -> Tensor:
+            vector_to_parameters(theta.to(device), network.parameters())
+            paired = Oracle(problem, generator("batches", spec.seed))
+            rule = guarded(ML2ORule(network), spec.rule.guard)
+            return roll_out(rule, paired, start, spec.horizon, None, next(recorders, None)).losses
+
+        theta = parameters_to_vector(network.parameters()).detach().cpu()
+        loss, gradient, losses = evolution_strategy(theta, trial, estimator, kind, problem.minima, spec.seed)
+        return loss, [gradient], losses
+    rule = guarded(ML2ORule(network), spec.rule.guard)
+    chosen = None if estimator is None else _choose(problem, estimator.coordinates, spec.seed)
+    rollout = roll_out(rule, oracle, start, spec.horizon, chosen, recorder)
+    if estimator is None or not bool(rollout.losses.isfinite().all()):
+        return torch.tensor(math.nan), None, rollout.losses
+    return *metagradient.replay(network, rollout, estimator, kind, spec.unroll, problem.minima), rollout.losses
+
+
 @torch.no_grad()
 def roll_out(
-    rule: ML2ORule,
+    rule: UpdateRule,
     oracle: Oracle,
     start: Tensor,
     horizon: int,
@@ -134,6 +158,7 @@ def roll_out(
     """Take `horizon` steps from `start` [P, n] without an autograd graph, storing what replay needs.
 
     Args:
+        rule: an `ML2ORule`, or `GML2O` around one.
         chosen: indices [P, S] of the coordinates whose gradients are kept, drawn before the rollout; None: keep none.
     """
     instances, dimension = start.shape
@@ -141,7 +166,7 @@ def roll_out(
     index = start.new_zeros((instances, 0), dtype=torch.long) if chosen is None else chosen
     losses = start.new_empty((horizon + 1, instances, objectives))
     gradients = start.new_empty((horizon + 1, instances, objectives, index.shape[1]))
-    agreement = start.new_empty((horizon, instances))
+    agreement, accepted = start.new_empty((horizon, instances)), start.new_ones((horizon, instances))
     everywhere = index[:, None].expand(-1, objectives, -1)
     parameters, state = start, rule.initial_state(instances, objectives, dimension)
     for step in range(horizon):
@@ -149,14 +174,17 @@ def roll_out(
         parameters, state, info = rule.step(oracle, before, state)
         if recorder is not None:
             recorder.add(info.jacobian, info.losses, before, parameters)
-        losses[step], agreement[step] = info.losses, state.agreement.value
+        learned = state
+        if isinstance(info, GuardedInfo):
+            learned, accepted[step] = state.learned, info.accepted
+        losses[step], agreement[step] = info.losses, learned.agreement.value
         torch.gather(info.jacobian, 2, everywhere, out=gradients[step])
     if chosen is None:
         losses[horizon] = oracle.losses(parameters, oracle.draw())
     else:
         jacobian, losses[horizon] = oracle.jacobian(parameters, oracle.draw())
         torch.gather(jacobian, 2, everywhere, out=gradients[horizon])
-    return Rollout(losses, gradients, agreement, dimension / max(1, index.shape[1]))
+    return Rollout(losses, gradients, agreement, accepted, dimension / max(1, index.shape[1]))
 
 
 def _choose(problem: Problem, share: float, seed: int) -> Tensor:

@@ -32,7 +32,8 @@ keeps a step in the cache (measured: 700 to 2,000 are alike; no power of two, se
 @dataclass(frozen=True)
 class Rollout:
     """What replay needs: losses [K+1, P, m] and the chosen coordinates' gradients [K+1, P, m, S] at z_0 .. z_K, and
-    each instance's agreement at z_0 .. z_{K-1}, [K, P].
+    each instance's agreement at z_0 .. z_{K-1}, [K, P]; and which of its steps were the network's own, [K, P]: all of
+    them but those that a guard rejected.
 
     `scale` = n / S makes the sum over a random subset an unbiased estimate of the sum over all coordinates.
     """
@@ -40,6 +41,7 @@ class Rollout:
     losses: Tensor
     gradients: Tensor
     agreement: Tensor
+    accepted: Tensor
     scale: float
 
 
@@ -89,7 +91,8 @@ def replay(
     u_s; hence a_s = sum_{t > s} gamma^(t-s-1) w_t grad l_t, a reverse cumulative sum of gradients that the rollout has
     seen. One pass of the LSTMs over the sequence and one back through it give all of it (`Unrolled`); the task is never
     differentiated twice. gamma = 1 is first-order back-propagation through time over the whole episode (of the
-    steps as proposed: where a problem projects onto its box, replay does not see that; `exact` does).
+    steps as proposed: where a problem projects onto its box, replay does not see that; `exact` does). A step that a
+    guard rejected was not the network's: a_s = 0.
 
     Args:
         unroll: LSTM back-propagation is cut every so many steps, states carried (0: never).
@@ -102,6 +105,7 @@ def replay(
     chunk = unroll or horizon
     loss = episode_loss(kind, weights, rollout.losses, minima)
     answers = _answers(rollout, weights, kind, minima, settings.gamma, chunk if settings.truncated else horizon)
+    answers *= rollout.accepted.repeat_interleave(rollout.gradients.shape[3], dim=1)
     gradients = rollout.gradients[:-1].transpose(1, 2).flatten(start_dim=2)
     agreement = rollout.agreement.repeat_interleave(rollout.gradients.shape[3], dim=1)
     totals, counts = agreement.cumsum(dim=0), torch.arange(1, horizon + 1, device=agreement.device)[:, None]

@@ -79,10 +79,10 @@ class AggregatedRule(UpdateRule):
         zeros = torch.zeros(instances, dimension + own)
         return AggregatedState(0, zeros, zeros, modules)
 
-    def step(
-        self, oracle: Oracle, parameters: Tensor, state: AggregatedState
-    ) -> tuple[Tensor, AggregatedState, StepInfo]:
-        """Take one step from `parameters` [P, n]: one batch, one Jacobian (`famo`: and the losses after the step).
+    def propose(
+        self, oracle: Oracle, parameters: Tensor, state: AggregatedState, seen: StepInfo
+    ) -> tuple[Tensor, AggregatedState]:
+        """Aggregate the Jacobian and step; nothing else is evaluated (`famo`: the losses after the step).
 
         Raises:
             UserError: the aggregator needs losses that are positive by construction.
@@ -93,24 +93,22 @@ class AggregatedRule(UpdateRule):
                 f"aggregator {self.aggregator!r} needs losses that are positive by construction, "
                 f"which those of {type(oracle.problem).__name__} are not"
             )
-        batch = oracle.draw()
-        jacobian, losses = oracle.jacobian(parameters, batch)
         seed = derive_seed("aggregator", state.steps)
         pairs = [
             aggregate(self.aggregator, module, matrix, values, seed)
-            for module, matrix, values in zip(state.modules, jacobian, losses, strict=True)
+            for module, matrix, values in zip(state.modules, seen.jacobian, seen.losses, strict=True)
         ]
         direction = torch.stack([each for each, _ in pairs])
         modules = tuple(module for _, module in pairs)
         move, first, second = _OPTIMIZERS[self.optimizer](direction, state)
         move = self.lr * move
         moved = oracle.problem.project(parameters - move[:, : parameters.shape[1]])
-        after = oracle.losses(moved, batch) if method.looks_back else losses
+        after = oracle.losses(moved, seen.batch) if method.looks_back else seen.losses
         for p, finite in enumerate(direction.isfinite().all(dim=1).tolist()):
             if finite:
                 own_move = move[p, parameters.shape[1] :]
                 after_step(self.aggregator, modules[p], own_move, after[p], (state.steps + 1) % DWA_EPOCH == 0)
-        return moved, AggregatedState(state.steps + 1, first, second, modules), StepInfo(losses, jacobian)
+        return moved, AggregatedState(state.steps + 1, first, second, modules)
 
 
 def parse_optimizer_name(text: str) -> tuple[str, str, float | None]:

@@ -56,13 +56,20 @@ class Oracle:
         with torch.no_grad():
             return self.problem.losses(parameters, batch)
 
+    def sample_losses(self, parameters: Tensor, batch: Batch) -> Tensor:
+        """Return the losses of every sample [P, B, m] at `parameters` [P, n] on `batch`, detached."""
+        self.forwards += 1
+        with torch.no_grad():
+            return self.problem.sample_losses(parameters, batch)
+
 
 @dataclass(frozen=True)
 class StepInfo:
-    """What a step saw at the point it left: losses [P, m] and Jacobian [P, m, n] on the step's first batch."""
+    """What a step saw at the point it left: its first batch, and losses [P, m] and Jacobian [P, m, n] on it."""
 
     losses: Tensor
     jacobian: Tensor
+    batch: Batch
 
 
 class UpdateRule(ABC):
@@ -73,5 +80,29 @@ class UpdateRule(ABC):
         """Return the state before the first step for P instances, m objectives, n parameters."""
 
     @abstractmethod
+    def propose(self, oracle: Oracle, parameters: Tensor, state: State, seen: StepInfo) -> tuple[Tensor, State]:
+        """Return the next point [P, n] and the next state, from what was `seen` at `parameters` [P, n].
+
+        The point is feasible: projected onto the problem's box, if it has one. What else the rule needs to know, it
+        asks the oracle, on batches of its own.
+        """
+
+    def overruled(self, state: State, seen: StepInfo, update: Tensor, where: Tensor) -> State:
+        """Return the state that `propose` gave, told that the instances `where` [P] moved by `update` [P, n] instead.
+
+        Unchanged unless a rule remembers its own updates.
+        """
+        return state
+
     def step(self, oracle: Oracle, parameters: Tensor, state: State) -> tuple[Tensor, State, StepInfo]:
-        """Take one step from `parameters` [P, n]; the result is projected onto the problem's box, if it has one."""
+        """Take one step from `parameters` [P, n]: draw a batch, compute its Jacobian, go where the rule proposes."""
+        seen = look(oracle, parameters)
+        point, state = self.propose(oracle, parameters, state, seen)
+        return point, state, seen
+
+
+def look(oracle: Oracle, parameters: Tensor) -> StepInfo:
+    """Draw a batch and see what there is at `parameters` [P, n]: one forward, m backwards."""
+    batch = oracle.draw()
+    jacobian, losses = oracle.jacobian(parameters, batch)
+    return StepInfo(losses, jacobian, batch)

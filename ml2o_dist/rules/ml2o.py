@@ -6,7 +6,7 @@ Shapes: P instances, m objectives, n parameters, R = P * n coordinates, H hidden
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -201,11 +201,20 @@ class ML2ORule(UpdateRule):
         return ML2OState(0, agreement, tuple(self.network.initial_block(objectives, width) for width in widths))
 
     @torch.no_grad()
-    def step(self, oracle: Oracle, parameters: Tensor, state: ML2OState) -> tuple[Tensor, ML2OState, StepInfo]:
-        """Draw a batch, take the Jacobian J [P, m, n] and move every coordinate by the network's update."""
-        jacobian, losses = oracle.jacobian(parameters, oracle.draw())
-        update, state = self.update(jacobian, state)
-        return oracle.problem.project(parameters + update), state, StepInfo(losses, jacobian)
+    def propose(self, oracle: Oracle, parameters: Tensor, state: ML2OState, seen: StepInfo) -> tuple[Tensor, ML2OState]:
+        """Move every coordinate by the network's update for the Jacobian J [P, m, n]."""
+        update, state = self.update(seen.jacobian, state)
+        return oracle.problem.project(parameters + update), state
+
+    def overruled(self, state: ML2OState, seen: StepInfo, update: Tensor, where: Tensor) -> ML2OState:
+        """Let the agreement judge the step that was really taken; averages and LSTMs keep what they saw (ours).
+
+        The gradient at the point was real whoever chose the step from it; the promise of a step that was not taken
+        could only be judged wrongly.
+        """
+        taken = torch.where(where[:, None], update, state.agreement.update)
+        agreement = features.remember(state.agreement, seen.jacobian.sum(dim=1), taken)
+        return replace(state, agreement=agreement)
 
     @torch.no_grad()
     def update(self, jacobian: Tensor, state: ML2OState) -> tuple[Tensor, ML2OState]:

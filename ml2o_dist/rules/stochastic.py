@@ -6,15 +6,14 @@ Shapes: P instances, m objectives, n parameters. J_1, J_2 are Jacobians [P, m, n
 from __future__ import annotations
 
 import math
-from abc import abstractmethod
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ml2o_dist.errors import UserError
-from ml2o_dist.problems.base import Batch, Problem
-from ml2o_dist.rules.base import Oracle, State, StepInfo, UpdateRule
+from ml2o_dist.problems.base import Problem
+from ml2o_dist.rules.base import Oracle, StepInfo, UpdateRule
 from ml2o_dist.rules.line_search import first_step
 from ml2o_dist.rules.min_norm import min_norm_weights, project_to_simplex
 
@@ -62,22 +61,6 @@ class DecreasingSteps(UpdateRule):
         self.p = p
         self.alpha_0 = alpha_0
 
-    @abstractmethod
-    def propose(
-        self, oracle: Oracle, parameters: Tensor, state: State, jacobian: Tensor, losses: Tensor, batch: Batch
-    ) -> tuple[Tensor, State]:
-        """Return the next point [P, n] and state from `parameters` [P, n], given J_1 and the losses [P, m] on `batch`.
-
-        For a guard, which judges the candidate and shares J_1 with another rule.
-        """
-
-    def step(self, oracle: Oracle, parameters: Tensor, state: State) -> tuple[Tensor, State, StepInfo]:
-        """Draw a batch, take its Jacobian and losses, and go to the point that `propose` returns."""
-        batch = oracle.draw()
-        jacobian, losses = oracle.jacobian(parameters, batch)
-        candidate, following = self.propose(oracle, parameters, state, jacobian, losses, batch)
-        return candidate, following, StepInfo(losses, jacobian)
-
     def decay(self, state: SMGState) -> float:
         """Return alpha_t / alpha_0 = (t + 1)^-p of the step that starts from `state`."""
         return 1.0 / math.pow(state.steps + 1, self.p)
@@ -108,13 +91,11 @@ class SMG(DecreasingSteps):
         return SMGState(0, self._initial_alpha(instances))
 
     @torch.no_grad()
-    def propose(
-        self, oracle: Oracle, parameters: Tensor, state: SMGState, jacobian: Tensor, losses: Tensor, batch: Batch
-    ) -> tuple[Tensor, SMGState]:
+    def propose(self, oracle: Oracle, parameters: Tensor, state: SMGState, seen: StepInfo) -> tuple[Tensor, SMGState]:
         """Return the next point [P, n] and state; draws nothing."""
-        weights = min_norm_weights(jacobian)
-        direction = _combine(weights, jacobian)
-        alpha_0, _ = _settle(oracle, parameters, state, direction, weights, losses, batch)
+        weights = min_norm_weights(seen.jacobian)
+        direction = _combine(weights, seen.jacobian)
+        alpha_0, _ = _settle(oracle, parameters, state, direction, weights, seen)
         candidate = _move(oracle.problem, parameters, alpha_0 * self.decay(state), direction)
         return _diverge(candidate, direction), SMGState(state.steps + 1, alpha_0)
 
@@ -183,12 +164,12 @@ class DSSMG(DecreasingSteps):
 
     @torch.no_grad()
     def propose(
-        self, oracle: Oracle, parameters: Tensor, state: DSSMGState, jacobian: Tensor, losses: Tensor, batch: Batch
+        self, oracle: Oracle, parameters: Tensor, state: DSSMGState, seen: StepInfo
     ) -> tuple[Tensor, DSSMGState]:
         """Return the next point [P, n] and state; draws the second batch. The weights move at z_t, whatever follows."""
-        problem, weights = oracle.problem, state.weights.to(jacobian)
+        problem, jacobian, weights = oracle.problem, seen.jacobian, state.weights.to(seen.jacobian)
         direction = _combine(weights, jacobian)
-        alpha_0, steepening = _settle(oracle, parameters, state, direction, weights, losses, batch)
+        alpha_0, steepening = _settle(oracle, parameters, state, direction, weights, seen)
         lengths = torch.linalg.vector_norm(jacobian, dim=(1, 2), dtype=torch.float64) * steepening
         known = state.gamma_0.to(alpha_0)
         found = 1.0 / (self.c * lengths.square())
@@ -215,8 +196,7 @@ def _settle(
     state: SMGState,
     direction: Tensor,
     weights: Tensor,
-    losses: Tensor,
-    batch: Batch,
+    seen: StepInfo,
 ) -> tuple[Tensor, Tensor]:
     """Return alpha_0 [P], searched where it is still to be found, and the search's steepening [P] (1 elsewhere)."""
     known = state.alpha_0.to(parameters.device)
@@ -225,7 +205,7 @@ def _settle(
         return known, torch.ones_like(known)
     # A direction of zero has nothing to search: instances that have their alpha_0 cost no evaluation.
     wanted = torch.where(missing[:, None], direction, 0.0)
-    found = first_step(oracle, parameters, wanted, weights, losses, batch)
+    found = first_step(oracle, parameters, wanted, weights, seen.losses, seen.batch)
     return torch.where(missing, found.alpha, known), found.steepening
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from ml2o_dist.config import EstimatorSettings, RuleSettings
+from ml2o_dist.config import EstimatorSettings, GuardSettings, RuleSettings
 from ml2o_dist.metatrain.episode import EpisodeSpec, run_episode
 from ml2o_dist.problems import ProblemSpec
 from ml2o_dist.rules.ml2o import ML2ONetwork
@@ -74,3 +74,40 @@ def test_exact_and_replay_see_the_same_losses():
     exact = run_episode(weights(), replace(SPEC, estimator=EstimatorSettings(kind="exact")))
     np.testing.assert_allclose(exact.losses, run_episode(weights(), SPEC).losses, rtol=1e-4)
     assert exact.finite
+
+
+GUARDED = replace(SPEC, rule=RULE.model_copy(update={"guard": GuardSettings()}))
+
+
+@pytest.mark.parametrize("estimator", [EstimatorSettings(), EstimatorSettings(kind="es", sigma=0.1, pairs=2)])
+def test_guarded_episodes_repeat_bit_for_bit_and_differ_from_unguarded_ones(estimator):
+    spec = replace(GUARDED, estimator=estimator)
+    one, two = run_episode(weights(0.3), spec), run_episode(weights(0.3), spec)
+    assert np.array_equal(one.gradient, two.gradient)
+    assert np.array_equal(one.losses, two.losses)
+    assert one.finite
+    free = run_episode(weights(0.3), replace(SPEC, estimator=estimator))
+    assert not np.array_equal(one.losses, free.losses)
+    assert one.losses[-1].sum() < free.losses[-1].sum()
+
+
+def test_es_counts_its_episodes_and_meets_the_exact_gradient():
+    """With many pairs and a small sigma the estimate is that of `exact`, up to its sampling error."""
+    theirs = run_episode(weights(0.1), replace(SPEC, estimator=EstimatorSettings(kind="exact", clip=1e9)))
+    pairs = 300
+    estimator = EstimatorSettings(kind="es", sigma=0.003, pairs=pairs, clip=1e9)
+    ours = run_episode(weights(0.1), replace(SPEC, estimator=estimator))
+    assert ours.inner_steps == 2 * pairs * theirs.inner_steps
+    assert ours.meta_loss == pytest.approx(theirs.meta_loss, rel=1e-3)
+    # E|g - grad|^2 = (d + 1) |grad|^2 / pairs: along the gradient that is a standard error of sqrt(2 / pairs)
+    projection = ours.gradient @ theirs.gradient / (theirs.gradient @ theirs.gradient)
+    assert projection == pytest.approx(1, abs=4 * np.sqrt(2 / pairs))
+
+
+def test_a_guard_keeps_an_episode_finite_that_blows_up_without_it():
+    wild = replace(SPEC, rule=RULE.model_copy(update={"lr": 1e6}))
+    guarded = replace(wild, rule=wild.rule.model_copy(update={"guard": GuardSettings()}))
+    assert run_episode(weights(), replace(wild, estimator=None)).losses.max() > 1e6
+    kept = run_episode(weights(), guarded)
+    assert kept.finite
+    assert kept.losses[-1].sum() < kept.losses[0].sum()

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
 
-from ml2o_dist.config import EstimatorSettings, RuleSettings
+from ml2o_dist.config import EstimatorSettings, GuardSettings, RuleSettings
 from ml2o_dist.errors import UserError
 from ml2o_dist.metatrain.episode import _choose, roll_out
-from ml2o_dist.metatrain.metagradient import Rollout, exact, meta_loss_kind, replay, step_weights
+from ml2o_dist.metatrain.metagradient import exact, meta_loss_kind, replay, step_weights
 from ml2o_dist.problems import ProblemContext, ProblemSpec
+from ml2o_dist.rules.aggregated import AggregatedRule
 from ml2o_dist.rules.base import Oracle
+from ml2o_dist.rules.gml2o import GML2O
 from tests.metatrain.oracles import DOUBLE, WrittenOut, first_order, problem_for, random_rule
 
 HORIZON = 7
@@ -60,6 +63,35 @@ def test_replay_is_first_order_backpropagation(objectives, instances, form):
     expected_loss, expected = first_order(rule.network, problem, start, batches, weights)
     assert abs(loss.item() - expected_loss.item()) < 1e-10
     assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize("form", ["adam", "agreement"])
+@pytest.mark.parametrize("objectives", [2, 3])
+def test_replay_of_a_guarded_rollout_is_first_order_backpropagation_through_its_accepted_steps(form, objectives):
+    settings = RuleSettings(features=form, output="controlled", hidden=4, lr=0.5)
+    rule, problem = random_rule(settings), problem_for(objectives, 6)
+    fallback = AggregatedRule("mean", "sgd", 0.1)
+    guard = GML2O(rule, fallback, GuardSettings(margin=0, eps=0.5))
+    oracle, drawn = Oracle(problem, torch.Generator().manual_seed(11)), []
+    draw = oracle.draw
+    oracle.draw = lambda: drawn.append(draw()) or drawn[-1]
+    start = problem.initial_parameters(list(range(6)))
+    every = torch.arange(problem.dimension).expand(6, -1)
+    rollout = roll_out(guard, oracle, start, HORIZON, every)
+    assert 0.1 < rollout.accepted.mean() < 0.9
+    _, gradient = replay(rule.network, rollout, EstimatorSettings(gamma=1.0), "normalised", 0, problem.minima)
+    written, point, total = WrittenOut(rule.network), start, 0.0
+    initial = problem.losses(start, drawn[0]).detach()
+    for step, weight in enumerate(step_weights("linear", HORIZON, start)):
+        jacobian, _ = problem.jacobian(point.detach(), drawn[2 * step])
+        safe = -0.1 * jacobian.mean(dim=1)
+        update = torch.where(rollout.accepted[step][:, None] > 0, written.update(jacobian), safe)
+        written.last = (jacobian.sum(dim=1), update.detach())
+        point = point + update
+        losses = problem.losses(point, drawn[2 * step + 2])
+        torch.testing.assert_close(losses.detach(), rollout.losses[step + 1])
+        total = total + weight * (losses / (initial.abs() + 1e-8)).mean()
+    assert_close(gradient, torch.autograd.grad(total, list(rule.network.parameters())))
 
 
 @pytest.mark.parametrize("gamma", [0.0, 0.5, 0.95])
@@ -128,7 +160,7 @@ def test_subsampled_replay_is_unbiased():
         index = _choose(problem, 0.3, seed)
         assert index.shape == (2, 3)
         kept = rollout.gradients.gather(3, index[None, :, None].expand(HORIZON + 1, -1, 2, -1))
-        draws.append(flat(Rollout(rollout.losses, kept, rollout.agreement, 10 / 3)))
+        draws.append(flat(replace(rollout, gradients=kept, scale=10 / 3)))
     stacked = torch.stack(draws)
     variance = stacked.var(dim=0).sum()
     assert variance > 0

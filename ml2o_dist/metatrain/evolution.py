@@ -1,0 +1,51 @@
+"""The estimator `es`: a meta-gradient from losses alone, for what cannot be differentiated: a guard's choices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ml2o_dist.config import EstimatorSettings
+from ml2o_dist.metatrain import metagradient
+from ml2o_dist.seeding import generator
+
+
+def evolution_strategy(
+    theta: Tensor,
+    trial: Callable[[Tensor], Tensor],
+    settings: EstimatorSettings,
+    kind: str,
+    minima: Tensor | None,
+    seed: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Estimate the gradient of the meta-loss smoothed over theta + sigma * N(0, I), by antithetic pairs.
+
+    g = mean over the pairs of (L(theta + sigma e) - L(theta - sigma e)) / (2 sigma) * e, e ~ N(0, I) (Salimans et al.
+    2017; Metz et al. 2019 on learned optimizers); both episodes of a pair have the same starting points and batches.
+    Unbiased for the smoothed loss, whose gradient tends to that of L with sigma; the variance grows with the number of
+    weights and falls with `settings.pairs`.
+
+    Args:
+        theta: the flat weights, float32.
+        trial: the losses [K+1, P, m] of a whole episode under flat weights.
+        kind, minima: as for `metagradient.episode_loss`.
+        seed: names the perturbations.
+
+    Returns:
+        mean of L over all episodes, its estimated gradient shaped like theta, and the mean losses [K+1, P, m].
+    """
+    stream = generator("perturbations", seed)
+    gradient, seen, values = torch.zeros_like(theta), [], []
+    for _ in range(settings.pairs):
+        direction = torch.randn(theta.shape, generator=stream)
+        ends = []
+        for sign in (1, -1):
+            losses = trial(theta + sign * settings.sigma * direction)
+            weights = metagradient.step_weights(settings.step_weights, len(losses) - 1, losses)
+            ends.append(metagradient.episode_loss(kind, weights, losses, minima).cpu())
+            seen.append(losses)
+        gradient += (ends[0] - ends[1]) / (2 * settings.sigma * settings.pairs) * direction
+        values += ends
+    return torch.stack(values).mean(), gradient, torch.stack(seen).mean(dim=0)

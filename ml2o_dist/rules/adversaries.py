@@ -1,0 +1,69 @@
+"""Rules that no one should follow: what a learned rule may do at its worst, and what a guard must survive."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ml2o_dist.errors import unknown
+from ml2o_dist.rules.base import Oracle, StepInfo, UpdateRule
+from ml2o_dist.seeding import generator
+
+RATE = 0.05
+"""Step size of the adversaries along gradients, and length of a drift's step: what a usual learned step is like."""
+
+HUGE = 1e6
+TURNS_AT = 100
+"""How many steps a turncoat is good for."""
+
+
+class _Seen(NamedTuple):
+    """What an adversary goes by: mean gradient [P, n], step number, and a random stream of the step."""
+
+    gradient: Tensor
+    step: int
+
+    def noise(self) -> Tensor:
+        """Standard normal numbers [P, n] that depend on the step alone, so that a run repeats."""
+        shape, stream = self.gradient.shape, generator("adversary", self.step)
+        return torch.randn(shape[1:], generator=stream).to(self.gradient).expand(shape)
+
+
+ADVERSARIES: dict[str, Callable[[_Seen], Tensor]] = {
+    "random": lambda seen: seen.noise(),
+    "ascent": lambda seen: RATE * seen.gradient,
+    "huge": lambda seen: -HUGE * RATE * seen.gradient,
+    "nan": lambda seen: torch.full_like(seen.gradient, math.nan if seen.step % 2 else math.inf),
+    "frozen": lambda seen: torch.zeros_like(seen.gradient),
+    "drift": lambda seen: torch.full_like(seen.gradient, RATE / math.sqrt(seen.gradient.shape[1])),
+    "turncoat": lambda seen: seen.gradient * (-RATE if seen.step < TURNS_AT else RATE),
+}
+"""Name -> update [P, n] for the mean gradient.
+
+random: normal steps of size 1 a coordinate, whatever the gradient; ascent: up the mean gradient; huge: down it, a
+million times too far; nan: not a number or infinite, in turn; frozen: nowhere; drift: 0.05 along the all-ones diagonal
+at every step; turncoat: descent for 100 steps, then ascent.
+"""
+
+
+class AdversaryRule(UpdateRule):
+    """z_{k+1} = z_k + the update of the adversary `name`, projected onto the problem's box; its state counts steps."""
+
+    def __init__(self, name: str) -> None:
+        """Raises UserError for an unknown name."""
+        if name not in ADVERSARIES:
+            raise unknown("adversary", name, ADVERSARIES)
+        self.name = name
+
+    def initial_state(self, instances: int, objectives: int, dimension: int) -> int:
+        """Return 0 steps."""
+        return 0
+
+    def propose(self, oracle: Oracle, parameters: Tensor, state: int, seen: StepInfo) -> tuple[Tensor, int]:
+        """Do harm."""
+        update = ADVERSARIES[self.name](_Seen(seen.jacobian.mean(dim=1), state))
+        return oracle.problem.project(parameters + update), state + 1

@@ -1,0 +1,201 @@
+"""GML2O: a learned rule guarded by a convergent one, which takes over wherever the learned step would be worse.
+
+The seed paper (Yang, Tang, Yang 2023) guards ML2O by a step that is known to converge; the test below, its margin and
+what is claimed for them are ours.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ml2o_dist.config import GuardSettings
+from ml2o_dist.errors import UserError
+from ml2o_dist.problems.base import Batch
+from ml2o_dist.rules.aggregated import AggregatedRule, parse_optimizer_name
+from ml2o_dist.rules.base import Oracle, State, StepInfo, UpdateRule, look
+from ml2o_dist.rules.stochastic import DSSMG, SMG
+
+
+@dataclass(frozen=True)
+class GML2OState:
+    """After `step` steps: the states of both rules."""
+
+    step: int
+    learned: State
+    fallback: State
+
+
+@dataclass(frozen=True)
+class GuardedInfo(StepInfo):
+    """What a guarded step saw and decided.
+
+    Attributes:
+        accepted: [P], which instances took the learned candidate.
+        checked: whether the candidates were compared (`GuardSettings.every`); where not, the losses below are nan.
+        learned_losses, fallback_losses: [P, m], the candidates' losses that decided.
+        forwards, backwards: evaluations that the step used, the Jacobian included, for each instance.
+        guard_seconds: wall time of the fallback's candidate and of the comparison.
+    """
+
+    accepted: Tensor
+    checked: bool
+    learned_losses: Tensor
+    fallback_losses: Tensor
+    forwards: int
+    backwards: int
+    guard_seconds: float
+
+
+class GML2O(UpdateRule):
+    """z_{t+1} = x_L, the learned candidate, where it passes the guard; else x_D, the fallback's candidate.
+
+    Both candidates start at z_t and share the Jacobian of the first batch; the fallback's state is advanced at every
+    checked step, whoever wins. Instances decide for themselves.
+
+    **Exact losses** (noise-free problems): x_L is accepted iff f_i(x_L) <= f_i(x_D) + eps_t for EVERY objective, with
+    eps_t = eps_0 (t + 1)^(-2p). So each step is no worse than the fallback's step from the same point by more than
+    eps_t in any objective. With DSSMG as fallback its bound (`ml2o_dist.rules.stochastic`) holds for the guarded run
+    with sum_t eps_t < inf added, and nothing is assumed of the learned rule: the proof bounds lambda^T F at x_D for a
+    fixed lambda of the simplex, and lambda^T F(z_{t+1}) <= lambda^T F(x_D) + eps_t. It
+    does not say that the guarded run ends at a better place than the fallback's own run would have: from different
+    points they may go to different places of the front.
+
+    **Mini-batches**: one noisy comparison is fooled by a rule that drifts slowly. So x_L is accepted iff
+    mean_s d_is + margin * sd_s(d_is) / sqrt(B) <= eps_t for every objective, d_is = f_is(x_L) - f_is(x_D) the paired
+    differences over the B samples of guard batches that neither candidate depends on. What is then proved carries a
+    term: with the probability of a normal tail beyond `margin` a step may still be worse, by the order of
+    |x_L - x_D| sigma / sqrt(B), sigma the deviation of the gradients of single samples; the bound gets the sum of these
+    terms, which does not vanish unless B grows or the candidates meet.
+
+    **Without any theorem**: `every` > 1 (steps between are taken unchecked), `criterion: sum` (one objective may pay
+    for another), any other fallback (`mgda+sgd@0.01`).
+
+    A candidate with a parameter or loss that is not finite is never accepted; a loss of the fallback's that is not
+    counts as infinitely bad. After a rejected step the learned rule keeps what it saw, and is told what was done
+    (`UpdateRule.overruled`).
+
+    Costs, with DSSMG, beside the shared Jacobian: one gradient, and two forwards for each guard batch.
+    """
+
+    def __init__(self, learned: UpdateRule, fallback: UpdateRule, settings: GuardSettings | None = None) -> None:
+        self.learned = learned
+        self.fallback = fallback
+        self.settings = settings or GuardSettings()
+
+    def initial_state(self, instances: int, objectives: int, dimension: int) -> GML2OState:
+        """Return the states of both rules before their first step."""
+        shape = (instances, objectives, dimension)
+        return GML2OState(0, self.learned.initial_state(*shape), self.fallback.initial_state(*shape))
+
+    def step(self, oracle: Oracle, parameters: Tensor, state: GML2OState) -> tuple[Tensor, GML2OState, GuardedInfo]:
+        """Take one guarded step from `parameters` [P, n]."""
+        return self._choose(oracle, parameters, state, look(oracle, parameters))
+
+    def propose(
+        self, oracle: Oracle, parameters: Tensor, state: GML2OState, seen: StepInfo
+    ) -> tuple[Tensor, GML2OState]:
+        """Return the candidate that passes and the state after it."""
+        point, state, _ = self._choose(oracle, parameters, state, seen)
+        return point, state
+
+    def overruled(self, state: GML2OState, seen: StepInfo, update: Tensor, where: Tensor) -> GML2OState:
+        """Tell both rules."""
+        learned = self.learned.overruled(state.learned, seen, update, where)
+        return GML2OState(state.step, learned, self.fallback.overruled(state.fallback, seen, update, where))
+
+    def _choose(
+        self, oracle: Oracle, parameters: Tensor, state: GML2OState, seen: StepInfo
+    ) -> tuple[Tensor, GML2OState, GuardedInfo]:
+        forwards, backwards = oracle.forwards - 1, oracle.backwards - oracle.problem.objectives  # before the Jacobian
+        candidate, learned = self.learned.propose(oracle, parameters, state.learned, seen)
+        accepted = candidate.isfinite().all(dim=1)
+        began = _now(candidate)
+        point, fallback, checked = candidate, state.fallback, state.step % self.settings.every == 0
+        losses = theirs = torch.full_like(seen.losses, math.nan)
+        if checked or not bool(accepted.all()):
+            safe, fallback = self.fallback.propose(oracle, parameters, state.fallback, seen)
+            if checked:
+                passed, losses, theirs = self._compare(oracle, candidate, safe, state.step)
+                accepted = accepted & passed
+            point = torch.where(accepted[:, None], candidate, safe)
+            learned = self.learned.overruled(learned, seen, point - parameters, ~accepted)
+        info = GuardedInfo(
+            seen.losses,
+            seen.jacobian,
+            seen.batch,
+            accepted,
+            checked,
+            losses,
+            theirs,
+            oracle.forwards - forwards,
+            oracle.backwards - backwards,
+            _now(candidate) - began,
+        )
+        return point, GML2OState(state.step + 1, learned, fallback), info
+
+    def _compare(self, oracle: Oracle, candidate: Tensor, safe: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Return which instances' candidates pass [P], and the losses of both, [P, m]."""
+        settings = self.settings
+        ours, theirs, exact = _paired_losses(
+            oracle, candidate, safe, math.ceil(settings.batches * (step + 1) ** settings.growth)
+        )
+        means = ours.mean(dim=1), theirs.mean(dim=1)
+        if settings.criterion == "sum":
+            ours, theirs = ours.sum(dim=2, keepdim=True), theirs.sum(dim=2, keepdim=True)
+        worse = ours - theirs.where(theirs.isfinite(), math.inf)
+        allowed = settings.eps * (step + 1) ** (-2 * settings.p)
+        if exact:
+            excess = worse.mean(dim=1)
+        else:
+            count = worse.shape[1]
+            if count < 2:
+                raise UserError("the guard needs 2 samples or more: raise the problem's batch or rule.guard.batches")
+            error = worse.std(dim=1) / math.sqrt(count)
+            excess = worse.mean(dim=1) + settings.margin * error.where(error.isfinite(), 0)
+        finite = ours.isfinite().all(dim=2).all(dim=1)
+        return finite & (excess <= allowed).all(dim=1), *means
+
+
+def guarded(learned: UpdateRule, settings: GuardSettings | None) -> UpdateRule:
+    """Return `learned` under the guard that the settings describe, or as it is where there are none.
+
+    Raises:
+        UserError: an unknown fallback, or a hand-designed one without its learning rate.
+    """
+    if settings is None:
+        return learned
+    return GML2O(learned, _fallback(settings), settings)
+
+
+def _fallback(settings: GuardSettings) -> UpdateRule:
+    if settings.fallback == "dssmg":
+        return DSSMG(settings.p)
+    if settings.fallback == "smg":
+        return SMG(settings.p)
+    aggregator, optimizer, lr = parse_optimizer_name(settings.fallback)
+    if lr is None:
+        raise UserError(f"rule.guard.fallback={settings.fallback!r} needs its learning rate: {settings.fallback}@0.01")
+    return AggregatedRule(aggregator, optimizer, lr)
+
+
+def _paired_losses(oracle: Oracle, candidate: Tensor, safe: Tensor, batches: int) -> tuple[Tensor, Tensor, bool]:
+    """Return both candidates' losses of the same samples [P, B, m] in float64; and whether they are exact."""
+    ours, theirs = [], []
+    for _ in range(batches):
+        batch: Batch = oracle.draw()
+        ours.append(oracle.sample_losses(candidate, batch).double())
+        theirs.append(oracle.sample_losses(safe, batch).double())
+        if batch is None:
+            return ours[0], theirs[0], True
+    return torch.cat(ours, dim=1), torch.cat(theirs, dim=1), False
+
+
+def _now(like: Tensor) -> float:
+    if like.device.type == "cuda":
+        torch.cuda.synchronize(like.device)
+    return time.perf_counter()
