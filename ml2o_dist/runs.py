@@ -26,6 +26,7 @@ from ml2o_dist.problems.images import load_pairs
 from ml2o_dist.problems.multitask import MultiTaskImages
 from ml2o_dist.progress import StepDisplay
 from ml2o_dist.rules.aggregated import parse_optimizer_name
+from ml2o_dist.rules.gml2o import fallback_rule
 from ml2o_dist.run_directory import check_fresh, check_writable, written_to
 from ml2o_dist.run_storage import RunStorage, StorageError, open_storage
 from ml2o_dist.stopping import StopRequest, stop_on_signals
@@ -202,6 +203,8 @@ def check_problems(settings: MetaTrainSettings) -> dict[str, str]:
     """
     for baseline in settings.comparison.baselines:
         parse_optimizer_name(baseline)
+    if settings.rule.guard is not None:
+        fallback_rule(settings.rule.guard)
     data: dict[str, str] = {}
     family = settings.family
     training = [spec for member in family.training().members for spec in islice(member.specs(), MOST_CHECKED)]

@@ -203,6 +203,24 @@ def test_a_comparison_that_breaks_costs_neither_weights_nor_version_and_exits_wi
     assert "a solver gave up" in (home / "runs/d/run.log").read_text()
 
 
+@pytest.mark.parametrize(
+    ("fallback", "line"),
+    [("dsmg", "unknown aggregator 'dsmg'"), ("mgda+sgd", "rule.guard.fallback='mgda+sgd' needs its learning rate")],
+)
+def test_a_wrong_fallback_of_the_guard_is_said_before_ray_is_asked_for(home, monkeypatch, fallback, line):
+    monkeypatch.setattr("ml2o_dist.runs.connected", lambda address: pytest.fail("Ray was asked for"))
+    words = ["--set", "estimator.kind=replay", "--set", f"rule.guard.fallback={fallback}", "--run-dir", "runs/f"]
+    result = ml2o("--config", str(CONFIG), *words)
+    assert result.exit_code == 2, result.output
+    assert line in result.stderr
+
+
+def test_workers_without_a_guard_import_neither_scipy_nor_torchjd():
+    code = "import sys, ml2o_dist.metatrain.worker; print({'scipy.optimize', 'torchjd'} & sys.modules.keys())"
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert shown.stdout.strip() == "set()"
+
+
 def test_an_error_in_mid_run_aborts_with_a_checkpoint_and_exit_code_4(cluster, home, monkeypatch):
     real, calls = WorkerPool.run, []
 

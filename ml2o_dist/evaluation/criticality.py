@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ml2o_dist.errors import UserError
 from ml2o_dist.problems import Problem
-from ml2o_dist.rules.min_norm import MinNorm, min_norm
+from ml2o_dist.rules.min_norm import MinNorm, min_norm, normalised
 from ml2o_dist.seeding import generator
 
 BATCHES = 64
@@ -137,8 +137,7 @@ def _weights_with_multipliers(gradients: NDArray[np.float64], mixed: NDArray[np.
     lengths = np.linalg.norm(gradients, axis=1)
     smallest = lengths.min()
     if smallest == 0.0:
-        zero = (lengths == 0.0).astype(np.float64)
-        return _normalised(zero)
+        return normalised((lengths == 0.0).astype(np.float64))
     directions = (gradients / lengths[:, None]).T
     others = np.linalg.qr(directions[~mixed], mode="r")
     count = int(mixed.sum())
@@ -153,9 +152,4 @@ def _weights_with_multipliers(gradients: NDArray[np.float64], mixed: NDArray[np.
     target = np.zeros(len(system))
     target[-1] = 1.0
     solution, _ = nnls(system, target, maxiter=30 * system.shape[1])
-    return _normalised(solution[: len(shares)] * shares)
-
-
-def _normalised(weights: NDArray[np.float64]) -> NDArray[np.float64]:
-    total: np.float64 = weights.sum()
-    return weights / total
+    return normalised(solution[: len(shares)] * shares)

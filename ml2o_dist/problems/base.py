@@ -132,11 +132,9 @@ def autograd_gradient(
     with torch.enable_grad():
         point = parameters.detach().requires_grad_(True)
         total = (weights.detach() * losses(point, batch)).sum()
-        if not total.requires_grad:
-            raise UserError("the weighted objectives have no gradient with respect to the parameters")
-        (gradient,) = torch.autograd.grad(total, point, allow_unused=True)
-        if gradient is None:
-            raise UserError("the weighted objectives have no gradient with respect to the parameters")
+        gradient = torch.autograd.grad(total, point, allow_unused=True)[0] if total.requires_grad else None
+    if gradient is None:
+        raise UserError("the weighted objectives have no gradient with respect to the parameters")
     return gradient
 
 

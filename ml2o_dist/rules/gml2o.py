@@ -16,9 +16,7 @@ from torch import Tensor
 from ml2o_dist.config import GuardSettings
 from ml2o_dist.errors import UserError
 from ml2o_dist.problems.base import Batch
-from ml2o_dist.rules.aggregated import AggregatedRule, parse_optimizer_name
 from ml2o_dist.rules.base import Oracle, State, StepInfo, UpdateRule, look
-from ml2o_dist.rules.stochastic import DSSMG, SMG
 
 
 @dataclass(frozen=True)
@@ -61,9 +59,9 @@ class GML2O(UpdateRule):
     eps_t = eps_0 (t + 1)^(-2p). So each step is no worse than the fallback's step from the same point by more than
     eps_t in any objective. With DSSMG as fallback its bound (`ml2o_dist.rules.stochastic`) holds for the guarded run
     with sum_t eps_t < inf added, and nothing is assumed of the learned rule: the proof bounds lambda^T F at x_D for a
-    fixed lambda of the simplex, and lambda^T F(z_{t+1}) <= lambda^T F(x_D) + eps_t. It
-    does not say that the guarded run ends at a better place than the fallback's own run would have: from different
-    points they may go to different places of the front.
+    fixed lambda of the simplex, and lambda^T F(z_{t+1}) <= lambda^T F(x_D) + eps_t. It does not say that the guarded
+    run ends at a better place than the fallback's own run would have: from different points they may go to different
+    places of the front.
 
     **Mini-batches**: one noisy comparison is fooled by a rule that drifts slowly. So x_L is accepted iff
     mean_s d_is + margin * sd_s(d_is) / sqrt(B) <= eps_t for every objective, d_is = f_is(x_L) - f_is(x_D) the paired
@@ -169,10 +167,15 @@ def guarded(learned: UpdateRule, settings: GuardSettings | None) -> UpdateRule:
     """
     if settings is None:
         return learned
-    return GML2O(learned, _fallback(settings), settings)
+    return GML2O(learned, fallback_rule(settings), settings)
 
 
-def _fallback(settings: GuardSettings) -> UpdateRule:
+def fallback_rule(settings: GuardSettings) -> UpdateRule:
+    """Build the fallback that the settings name; raises UserError as `guarded`."""
+    # late: workers without a guard need neither scipy nor torchjd, whose imports take a second
+    from ml2o_dist.rules.aggregated import AggregatedRule, parse_optimizer_name
+    from ml2o_dist.rules.stochastic import DSSMG, SMG
+
     if settings.fallback == "dssmg":
         return DSSMG(settings.p)
     if settings.fallback == "smg":

@@ -92,14 +92,15 @@ def _simplex_weights(cosines: NDArray[np.float64], lengths: NDArray[np.float64])
     """Return the min-norm weights [m] for gradients with these cosines [m, m] and lengths [m]."""
     smallest = lengths.min()
     if smallest == 0.0:
-        return _normalised((lengths == 0.0).astype(np.float64))
+        return normalised((lengths == 0.0).astype(np.float64))
     values, vectors = np.linalg.eigh(cosines)
     factor = vectors * np.sqrt(values.clip(min=0.0))
     shares = smallest / lengths
     solution, _ = nnls(np.vstack([factor.T, shares]), np.append(np.zeros(len(lengths)), 1.0))
-    return _normalised(solution * shares)
+    return normalised(solution * shares)
 
 
-def _normalised(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+def normalised(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Return the multiple of `weights` [m] whose sum is 1."""
     total: np.float64 = weights.sum()
     return weights / total
