@@ -16,6 +16,8 @@ from ml2o_dist.rules.stochastic import DSSMG, SMG, DecreasingSteps, DSSMGState, 
 from ml2o_dist.seeding import generator
 from tests.rules.stochastic_reference import run, weights_of
 
+pytestmark = pytest.mark.long
+
 RULES = [SMG, DSSMG]
 
 
