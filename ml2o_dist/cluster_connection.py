@@ -11,6 +11,7 @@ from contextlib import contextmanager
 import ray
 
 from ml2o_dist.errors import UserError
+from ml2o_dist.stopping import own_handlers_kept
 
 PROBE_S = 5.0
 """How long a cluster may take to accept a connection; Ray itself would try for many minutes."""
@@ -41,9 +42,13 @@ def connected(address: str = "auto") -> Iterator[str]:
     try:
         # None: RAY_ADDRESS, else a cluster that `ray start` began here, else a new one; never a stranger's ray.init().
         target = None if address == "auto" else address
-        context = ray.init(address=target, include_dashboard=False, logging_level=logging.ERROR)
+        with own_handlers_kept():
+            context = ray.init(address=target, include_dashboard=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise UserError(f"--address {address!r}: no Ray cluster answers there ({_first_line(error)})") from error
+    except BaseException:  # stopped when half of it was there
+        ray.shutdown()
+        raise
     try:
         total = ray.cluster_resources()
         yield f"{context.address_info['address']}: {total.get('CPU', 0):g} CPU, {total.get('GPU', 0):g} GPU"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import shlex
-import signal
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from itertools import islice
@@ -18,6 +17,7 @@ from ml2o_dist.config import DataSettings, MetaTrainSettings
 from ml2o_dist.config_file import flat_settings, settings_hash
 from ml2o_dist.errors import Aborted, Incomplete, Interrupted, UserError
 from ml2o_dist.finishing import finish, git_commit
+from ml2o_dist.metatrain.checkpoint import newest_manifest
 from ml2o_dist.metatrain.pool import PoolError, Stopped, WorkerPool
 from ml2o_dist.metatrain.trainer import Row, Trainer, TrainingError
 from ml2o_dist.problems import ProblemContext, ProblemSpec
@@ -84,12 +84,17 @@ def meta_train(
         raise UserError(storage.named(str(error))) from error
     console.print(f"run directory  {storage.name}", highlight=False, soft_wrap=True)
     console.print(f"tracking URI   {redacted(uri)}", highlight=False, soft_wrap=True)
-    with connected(address) as where, stop_on_signals() as stop:
+
+    def last_words() -> str:
+        return _how_to_go_on(trainer, storage)
+
+    with stop_on_signals(at_once=True, last_words=last_words) as stop, connected(address) as where:
         console.print(f"Ray            {where}", highlight=False, soft_wrap=True)
+        stop.at_once = False
         try:
             pool = WorkerPool(settings.workers, settings.resources, settings.faults, stop_requested=stop)
         except Stopped:
-            raise Interrupted(stop.signal_number, "stopped before the first meta-step") from None
+            raise Interrupted(stop.signal_number, f"stopped by {stop.name}; {last_words()}") from None
         with (
             closing(pool),
             _committed(storage),
@@ -127,6 +132,13 @@ def _resume(storage: RunStorage) -> str:
     return f"ml2o meta-train --run-dir {shlex.quote(storage.name)} --resume"
 
 
+def _how_to_go_on(trainer: Trainer, storage: RunStorage) -> str:
+    newest = newest_manifest(trainer.run_dir / "checkpoints")
+    if newest is None:
+        return "there is no checkpoint yet"
+    return f"the last checkpoint is {storage.named(str(newest.parent))}; go on with: {_resume(storage)}"
+
+
 @contextmanager
 def _saved(trainer: Trainer, storage: RunStorage, stop: StopRequest) -> Iterator[None]:
     """Write a checkpoint first of all when the `with` block is cut short, and say how to go on."""
@@ -145,9 +157,8 @@ def _saved(trainer: Trainer, storage: RunStorage, stop: StopRequest) -> Iterator
             if isinstance(error, OSError | Stopped):
                 raise Aborted(f"{what}; go on from the one before with: {_resume(storage)}") from error
         if isinstance(error, Stopped):
-            name = signal.Signals(stop.signal_number).name
-            log.info("stopped by %s; %s", name, what)  # before anything else is waited for
-            raise Interrupted(stop.signal_number, f"stopped by {name}; {what}") from None
+            log.info("stopped by %s; %s", stop.name, what)  # before anything else is waited for
+            raise Interrupted(stop.signal_number, f"stopped by {stop.name}; {what}") from None
         if isinstance(error, UserError):
             raise
         log.info("aborted", exc_info=True)  # the traceback belongs into run.log, the line on the screen

@@ -99,7 +99,9 @@ def test_the_wheel_leaves_out_no_file_of_the_package(project: dict[str, Any]) ->
 
 @pytest.mark.parametrize("module", ["ml2o_dist", "ml2o_dist.artifact", "ml2o_dist.metatrain.worker"])
 def test_the_hot_path_imports_neither_mlflow_nor_matplotlib_nor_tune(module: str) -> None:
-    script = f"import sys; from {module} import *; print(*sorted({{'mlflow', 'matplotlib', 'ray.tune'}} & set(sys.modules)))"
+    script = (
+        f"import sys; from {module} import *; print(*sorted({{'mlflow', 'matplotlib', 'ray.tune'}} & set(sys.modules)))"
+    )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == []
