@@ -16,7 +16,7 @@ from ml2o_dist.cluster_connection import connected
 from ml2o_dist.config import DataSettings, MetaTrainSettings
 from ml2o_dist.config_file import flat_settings, settings_hash
 from ml2o_dist.errors import Aborted, Incomplete, Interrupted, UserError
-from ml2o_dist.finishing import finish, git_commit
+from ml2o_dist.finishing import finish, finished_answer, git_commit, say_unsent, show_finished
 from ml2o_dist.metatrain.checkpoint import newest_manifest
 from ml2o_dist.metatrain.pool import PoolError, Stopped, WorkerPool
 from ml2o_dist.metatrain.trainer import Row, Trainer, TrainingError
@@ -33,7 +33,6 @@ from ml2o_dist.stopping import StopRequest, stop_on_signals
 from ml2o_dist.tracking.records import Status
 from ml2o_dist.tracking.sink import MlflowSink
 from ml2o_dist.tracking.store import redacted, resolve_tracking_uri
-from ml2o_dist.tracking.sync import sync_command
 
 MOST_CHECKED = 1000
 """How many combinations of a training member's choices are tried before the run."""
@@ -76,6 +75,11 @@ def meta_train(
             for refusal in trainer.resume():
                 line = f"[yellow]checkpoint refused:[/] {storage.named(refusal)}"
                 console.print(line, highlight=False, soft_wrap=True)
+            if (answer := finished_answer(trainer)) is not None:
+                console.print(f"run directory  {storage.name}", highlight=False, soft_wrap=True)
+                show_finished(answer, trainer, storage, uri, console)
+                _settle(storage, "the run is done, but")
+                return answer | {"run_dir": storage.name}
         else:
             same_run = check_fresh(storage.folder, settings)
         check_writable(storage.folder)
@@ -84,6 +88,10 @@ def meta_train(
         raise UserError(storage.named(str(error))) from error
     console.print(f"run directory  {storage.name}", highlight=False, soft_wrap=True)
     console.print(f"tracking URI   {redacted(uri)}", highlight=False, soft_wrap=True)
+    step = trainer.learner.version
+    begins = f"checkpoints/step_{step:06d} (meta-step {step} of {settings.meta_steps})" if resume else ""
+    if begins:
+        console.print(f"resuming from  {begins}", highlight=False, soft_wrap=True)
 
     def last_words() -> str:
         return _how_to_go_on(trainer, storage)
@@ -102,6 +110,8 @@ def meta_train(
             _tracked(trainer, storage, uri, console, stop, same_run) as sink,
             _saved(trainer, storage, stop),
         ):
+            if begins:
+                log.info("resuming from %s", begins)
             storage.commit()
             _train(trainer, pool, sink, console)
             pool.close()
@@ -198,12 +208,7 @@ def _tracked(
     finally:
         unsent = sink.close(status, STOP_LIMIT_S if stop() else CLOSE_LIMIT_S)
         if sink.spool:
-            console.print(
-                f"[yellow]not sent to MLflow:[/] {unsent} values wait in {sink.spool}; when {redacted(uri)} answers: "
-                f"{sync_command(trainer.run_dir, uri)}",
-                highlight=False,
-                soft_wrap=True,
-            )
+            say_unsent(console, unsent, sink.spool, trainer.run_dir, uri)
 
 
 def check_problems(settings: MetaTrainSettings) -> dict[str, str]:
