@@ -187,7 +187,8 @@ def _compare(trainer: Trainer, console: Console, stop: StopRequest) -> Compariso
     began = time.monotonic()
 
     def run_cells(cells: Sequence[Cell]) -> list[CellResult]:
-        with StepDisplay(console, "compare", len(cells)) as display:
+        title = "tune baselines" if all(cell.stream == "tuning" for cell in cells) else "compare"
+        with StepDisplay(console, title, len(cells)) as display:
 
             def on_done(done: int, total: int) -> None:
                 if stop():

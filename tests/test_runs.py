@@ -69,7 +69,9 @@ def test_a_run_answers_in_json_and_leaves_what_the_design_promises(finished):
         assert (run_dir / name).stat().st_size > 0 or name == "run.log"
     assert printed.splitlines()[0] == f"run directory  {run_dir}"
     assert printed.splitlines()[1] == f"tracking URI   sqlite:///{home}/mlflow.db"
-    assert "6/6" in printed
+    assert "meta-train 6/6" in printed
+    assert "tune baselines 2/2" in printed
+    assert "compare 4/4" in printed
 
 
 def test_the_comparison_has_every_contestant_on_every_problem(finished):
