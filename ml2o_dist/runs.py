@@ -12,11 +12,12 @@ from typing import Any
 
 from rich.console import Console
 
-from ml2o_dist.cluster_connection import connected
+from ml2o_dist.cluster_connection import connected, own_capacity
 from ml2o_dist.config import DataSettings, MetaTrainSettings
 from ml2o_dist.config_file import flat_settings, settings_hash
 from ml2o_dist.errors import Aborted, Incomplete, Interrupted, UserError
 from ml2o_dist.finishing import finish, finished_answer, git_commit, say_unsent, show_finished
+from ml2o_dist.metatrain.capacity import check_capacity
 from ml2o_dist.metatrain.checkpoint import newest_manifest
 from ml2o_dist.metatrain.pool import PoolError, Stopped, WorkerPool
 from ml2o_dist.metatrain.trainer import Row, Trainer, TrainingError
@@ -27,7 +28,7 @@ from ml2o_dist.problems.multitask import MultiTaskImages
 from ml2o_dist.progress import StepDisplay
 from ml2o_dist.rules.aggregated import parse_optimizer_name
 from ml2o_dist.rules.gml2o import fallback_rule
-from ml2o_dist.run_directory import check_fresh, check_writable, written_to
+from ml2o_dist.run_directory import check_folder, check_fresh, check_writable, written_to
 from ml2o_dist.run_storage import RunStorage, StorageError, open_storage
 from ml2o_dist.stopping import StopRequest, stop_on_signals
 from ml2o_dist.tracking.records import Status
@@ -68,6 +69,7 @@ def meta_train(
             "give such a URI in the environment variable MLFLOW_TRACKING_URI"
         )
     storage = run_dir if isinstance(run_dir, RunStorage) else open_storage(run_dir, resume=resume)
+    check_folder(storage.folder)
     trainer = Trainer(settings, storage.folder, on_saved=storage.commit)
     same_run = resume
     try:
@@ -92,6 +94,7 @@ def meta_train(
     begins = f"checkpoints/step_{step:06d} (meta-step {step} of {settings.meta_steps})" if resume else ""
     if begins:
         console.print(f"resuming from  {begins}", highlight=False, soft_wrap=True)
+    check_capacity(settings.workers, settings.resources, own_capacity(address), "this machine")
 
     def last_words() -> str:
         return _how_to_go_on(trainer, storage)
