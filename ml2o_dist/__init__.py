@@ -1,12 +1,16 @@
 """Learned multi-objective optimizers, meta-trained on Ray and versioned in MLflow."""
 
-from ml2o_dist.artifact import Artifact, load_artifact, save_artifact
-from ml2o_dist.config import MetaTrainSettings, RuleSettings
-from ml2o_dist.config_file import load_settings
-from ml2o_dist.errors import UserError
-from ml2o_dist.problems import Problem, ProblemContext, ProblemFamily, ProblemSpec
-from ml2o_dist.rules.base import Oracle, UpdateRule
-from ml2o_dist.rules.ml2o import ML2ONetwork, ML2ORule
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ml2o_dist.artifact import Artifact, load_artifact, save_artifact
+    from ml2o_dist.config import MetaTrainSettings, RuleSettings
+    from ml2o_dist.config_file import load_settings
+    from ml2o_dist.errors import UserError
+    from ml2o_dist.problems import Problem, ProblemContext, ProblemFamily, ProblemSpec
+    from ml2o_dist.rules.base import Oracle, UpdateRule
+    from ml2o_dist.rules.ml2o import ML2ONetwork, ML2ORule
 
 __all__ = [
     "Artifact",
@@ -25,3 +29,34 @@ __all__ = [
     "load_settings",
     "save_artifact",
 ]
+
+_HOME = {
+    "Artifact": "artifact",
+    "ML2ONetwork": "rules.ml2o",
+    "ML2ORule": "rules.ml2o",
+    "MetaTrainSettings": "config",
+    "Oracle": "rules.base",
+    "Problem": "problems",
+    "ProblemContext": "problems",
+    "ProblemFamily": "problems",
+    "ProblemSpec": "problems",
+    "RuleSettings": "config",
+    "UpdateRule": "rules.base",
+    "UserError": "errors",
+    "load_artifact": "artifact",
+    "load_settings": "config_file",
+    "save_artifact": "artifact",
+}
+"""The module of each public name. They are imported when first asked for: torch alone takes seconds, --help none."""
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import json
-import signal
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -18,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ml2o_dist.errors import Aborted, Incomplete, Interrupted, MissingData, UserError
+from ml2o_dist.stopping import exit_on_signals, stop_on_signals
 
 USAGE, INCOMPLETE, ABORTED = 2, 3, 4
 
@@ -31,12 +31,12 @@ def command(body: Callable[..., Any]) -> Callable[..., None]:
     def run(*args: Any, as_json: bool, quiet: bool, **kwargs: Any) -> None:
         console = Console(stderr=as_json, quiet=quiet, width=None if sys.stdout.isatty() else 120)
         try:
-            answer = body(*args, console=console, **kwargs)
+            with stop_on_signals(at_once=True):
+                answer = body(*args, console=console, **kwargs)
         except UserError as error:
             _fail(str(error), USAGE)
-        except KeyboardInterrupt:
-            _fail("stopped by SIGINT", 128 + signal.SIGINT)
         except Interrupted as error:
+            exit_on_signals(128 + error.signal_number)
             _fail(str(error), 128 + error.signal_number)
         except Aborted as error:
             _fail(str(error), ABORTED)

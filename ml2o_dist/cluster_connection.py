@@ -9,14 +9,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import ray
+from ray._private.services import find_bootstrap_address  # what ray.init looks for; no public name has it
 
 from ml2o_dist.errors import UserError
+from ml2o_dist.stopping import own_handlers_kept
 
 PROBE_S = 5.0
 """How long a cluster may take to accept a connection; Ray itself would try for many minutes."""
 
 DEFAULT_PORT = 6379
 """Where `ray start --head` listens."""
+
+log = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -41,14 +45,35 @@ def connected(address: str = "auto") -> Iterator[str]:
     try:
         # None: RAY_ADDRESS, else a cluster that `ray start` began here, else a new one; never a stranger's ray.init().
         target = None if address == "auto" else address
-        context = ray.init(address=target, include_dashboard=False, logging_level=logging.ERROR)
+        with own_handlers_kept():
+            context = ray.init(
+                address=target,
+                include_dashboard=False,
+                logging_level=logging.ERROR,
+                log_to_driver=log.isEnabledFor(logging.DEBUG),  # paragraphs on each worker that dies; we say it shorter
+            )
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise UserError(f"--address {address!r}: no Ray cluster answers there ({_first_line(error)})") from error
+    except BaseException:  # stopped when half of it was there
+        ray.shutdown()
+        raise
     try:
         total = ray.cluster_resources()
         yield f"{context.address_info['address']}: {total.get('CPU', 0):g} CPU, {total.get('GPU', 0):g} GPU"
     finally:
         ray.shutdown()
+
+
+def own_capacity(address: str) -> dict[str, float]:
+    """Return the most that a Ray of our own would have at `address`; {} where Ray is there, or where that is not known.
+
+    Ray counts the machine's CPUs, or fewer where a container has fewer.
+    """
+    if ray.is_initialized() or os.environ.get("RAY_OVERRIDE_RESOURCES"):
+        return {}
+    begun = address == "auto" and (os.environ.get("RAY_ADDRESS") or find_bootstrap_address(None))
+    count = os.cpu_count()
+    return {"CPU": float(count)} if address in ("auto", "local") and not begun and count else {}
 
 
 def _check_answers(address: str, source: str) -> None:
@@ -58,10 +83,23 @@ def _check_answers(address: str, source: str) -> None:
     if not (host and port.isdigit() and int(port) < 2**16):
         raise UserError(f"{source} {address!r} is not auto, local or HOST:PORT")
     try:
-        socket.create_connection((host.strip("[]"), int(port)), PROBE_S).close()
+        with socket.create_connection((host.strip("[]"), int(port)), PROBE_S) as probe:
+            speaks = os.environ.get("RAY_USE_TLS", "0") != "0" or _speaks_http2(probe)
     except OSError as error:
         reason = error.strerror or error
         raise UserError(f"{source} {address!r}: no Ray cluster answers there ({reason})") from error
+    if not speaks:
+        raise UserError(f"{source} {address!r}: what answers there is no Ray cluster (its port is {DEFAULT_PORT})")
+
+
+def _speaks_http2(probe: socket.socket) -> bool:
+    """Tell whether a gRPC server, as Ray is one, is at the other end: both begin with a SETTINGS frame (RFC 9113, 3.4).
+
+    Of another server Ray would wait for minutes, and log lines of its own.
+    """
+    settings = bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+    probe.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + settings)
+    return probe.recv(4)[3:] == settings[3:4]
 
 
 def _first_line(error: Exception) -> str:

@@ -6,13 +6,14 @@ import json
 import logging
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from ml2o_dist import artifact
+from ml2o_dist.config import MetaTrainSettings
 from ml2o_dist.config_file import settings_hash
 from ml2o_dist.errors import Aborted, Incomplete, UserError
 from ml2o_dist.evaluation.benchmark import Comparison, compare
@@ -28,7 +29,12 @@ from ml2o_dist.run_storage import RunStorage
 from ml2o_dist.stopping import StopRequest
 from ml2o_dist.tracking.registry import register_version
 from ml2o_dist.tracking.sink import MlflowSink
-from ml2o_dist.tracking.store import StoreAway
+from ml2o_dist.tracking.spool import SPOOL_FOLDER, unsent_values
+from ml2o_dist.tracking.store import StoreAway, redacted
+from ml2o_dist.tracking.sync import sync_command
+
+RESULT_FILE = "result.json"
+"""What `ml2o meta-train --json` printed, and what it was asked for: where this is, the run is finished."""
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +105,69 @@ def finish(
     }
     if failure:
         raise Incomplete(failure, answer)
+    _keep(answer, trainer)
     return answer
+
+
+def finished_answer(trainer: Trainer) -> dict[str, Any] | None:
+    """Return what `finish` returned of the resumed `trainer`, where that left nothing to do; None: `finish` it (again).
+
+    There is something to do where the settings now ask for another comparison or another place in MLflow, or where
+    the version could not be registered and does not wait in the spool.
+    """
+    settings, run_dir = trainer.settings, trainer.run_dir
+    try:
+        kept = json.loads((run_dir / RESULT_FILE).read_bytes())
+        answer: dict[str, Any] = kept["answer"]
+        same = (kept["asked"], answer["meta_steps"], answer["weights_sha256"]) == (
+            _asked(settings),
+            trainer.learner.version,
+            artifact.load_artifact(run_dir).weights_sha256,
+        )
+        lacks_version = settings.tracking.register_version and answer["registered_version"] is None
+    except (OSError, ValueError, TypeError, KeyError):  # not there, or not whole: it can be had again
+        return None
+    if not same or settings.meta_steps != trainer.learner.version:
+        return None
+    return None if lacks_version and not (run_dir / SPOOL_FOLDER).exists() else answer
+
+
+def show_finished(answer: Mapping[str, Any], trainer: Trainer, storage: RunStorage, uri: str, console: Console) -> None:
+    """Say that the run is finished, and print its table again."""
+    run_dir, tracking = trainer.run_dir, trainer.settings.tracking
+    console.print(f"finished       {answer['meta_steps']} meta-steps, nothing is left to do", highlight=False)
+    if answer["comparison"] is not None:
+        console.print(comparison_table(Comparison.from_json(answer["comparison"])))
+    if answer["registered_version"] is not None:
+        console.print(f"registered     {tracking.model} version {answer['registered_version']}", highlight=False)
+    weights = storage.named(str(run_dir / artifact.WEIGHTS_FILE))
+    console.print(f"weights        {weights}", highlight=False, soft_wrap=True)
+    if (run_dir / SPOOL_FOLDER).exists():
+        say_unsent(console, unsent_values(run_dir / SPOOL_FOLDER), run_dir / SPOOL_FOLDER, run_dir, uri)
+
+
+def say_unsent(console: Console, values: int, spool: Path, run_dir: Path, uri: str) -> None:
+    """Say what waits in the spool, and how to send it."""
+    console.print(
+        f"[yellow]not sent to MLflow:[/] {values} values wait in {spool}; when {redacted(uri)} answers: "
+        f"{sync_command(run_dir, uri)}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _keep(answer: Mapping[str, Any], trainer: Trainer) -> None:
+    """Write down, last of all, that the run is finished; a disk that takes nothing only has it finished again."""
+    try:
+        with replacing(trainer.run_dir / RESULT_FILE) as stream:
+            stream.write((json.dumps({"answer": answer, "asked": _asked(trainer.settings)}, indent=1) + "\n").encode())
+    except OSError as error:
+        log.warning("%s cannot be written: %s", trainer.run_dir / RESULT_FILE, error.strerror or error)
+
+
+def _asked(settings: MetaTrainSettings) -> dict[str, Any]:
+    """Return the settings, as JSON has them, that the end of a run depends on and that a resumed run may change."""
+    return settings.model_dump(mode="json", by_alias=True, include={"compare", "comparison", "tracking"})
 
 
 def _report(run_dir: Path, sink: MlflowSink) -> None:
@@ -119,7 +187,8 @@ def _compare(trainer: Trainer, console: Console, stop: StopRequest) -> Compariso
     began = time.monotonic()
 
     def run_cells(cells: Sequence[Cell]) -> list[CellResult]:
-        with StepDisplay(console, "compare", len(cells)) as display:
+        title = "tune baselines" if all(cell.stream == "tuning" for cell in cells) else "compare"
+        with StepDisplay(console, title, len(cells)) as display:
 
             def on_done(done: int, total: int) -> None:
                 if stop():

@@ -4,34 +4,42 @@ from __future__ import annotations
 
 import math
 import time
+from collections import deque
+from collections.abc import Callable, Iterable
 from types import TracebackType
 
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Column
+from rich.text import Text
 
 PLAIN_EVERY_S = 10.0
 """Seconds between two plain lines."""
+
+RECENT = 10
+"""How many of the last steps the time that is left is reckoned from: enough for an even pace, few enough to forget."""
 
 
 class StepDisplay:
     """Shows one counted piece of work; use it as a context manager and call `update` after each step."""
 
-    def __init__(self, console: Console, title: str, total: int, done: int = 0) -> None:
-        self._console, self._title, self._total = console, title, total
-        self._began, self._first, self._last_line = time.monotonic(), done, -math.inf
+    def __init__(
+        self, console: Console, title: str, total: int, done: int = 0, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._console, self._title, self._total, self._clock = console, title, total, clock
+        self._last_line = -math.inf
+        self._pace = Pace(clock(), done)
         self._live: Progress | None = None
         if console.is_terminal and not console.quiet:
-            self._live = Progress(
-                TextColumn("{task.description}"),
+            self._live = _LiveLines(
+                TextColumn("{task.description}", table_column=Column(no_wrap=True)),
                 BarColumn(bar_width=24),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TextColumn("left"),
-                TimeRemainingColumn(),
-                TextColumn("{task.fields[figures]}"),
+                MofNCompleteColumn(table_column=Column(no_wrap=True)),
+                TimeElapsedColumn(table_column=Column(no_wrap=True)),
+                TextColumn("left {task.fields[left]}", table_column=Column(no_wrap=True)),
                 console=console,
             )
-            self._task = self._live.add_task(title, total=total, completed=done, figures="")
+            self._task = self._live.add_task(title, total=total, completed=done, figures="", left="?")
 
     def __enter__(self) -> StepDisplay:
         if self._live:
@@ -46,16 +54,47 @@ class StepDisplay:
 
     def update(self, done: int, figures: str = "") -> None:
         """Show that `done` of the total are done; `figures` is a short text beside it."""
+        now = self._clock()
+        self._pace.add(now, done)
+        left = _minutes(self._pace.seconds_for(self._total - done))
         if self._live:
-            self._live.update(self._task, completed=done, figures=figures)
-        elif not self._console.quiet and (done >= self._total or time.monotonic() - self._last_line > PLAIN_EVERY_S):
-            self._last_line = time.monotonic()
-            self._console.print(
-                f"{self._title} {done}/{self._total}  {figures}  left {self._left(done)}", highlight=False
-            )
+            self._live.update(self._task, completed=done, figures=figures, left=left)
+        elif not self._console.quiet and (done >= self._total or now - self._last_line > PLAIN_EVERY_S):
+            self._last_line = now
+            self._console.print(f"{self._title} {done}/{self._total}  {figures}  left {left}", highlight=False)
 
-    def _left(self, done: int) -> str:
-        if done <= self._first:
-            return "?"
-        seconds = (time.monotonic() - self._began) / (done - self._first) * (self._total - done)
-        return f"{int(seconds) // 60}:{int(seconds) % 60:02d}"
+
+class Pace:
+    """How fast the last `RECENT` steps were; the first of all, in which much is started, counts only while alone."""
+
+    def __init__(self, now: float, done: int) -> None:
+        self._points = deque([(now, done)], maxlen=RECENT + 1)
+        self._starting = True
+
+    def add(self, now: float, done: int) -> None:
+        """Note that `done` are done; nothing changes where they were done already."""
+        if done <= self._points[-1][1]:
+            return
+        if self._starting and len(self._points) == 2:
+            self._points.popleft()
+            self._starting = False
+        self._points.append((now, done))
+
+    def seconds_for(self, steps: int) -> float:
+        """Return how long `steps` more will take at this pace; nan where none was done yet."""
+        (began, first), (ended, last) = self._points[0], self._points[-1]
+        return (ended - began) / (last - first) * steps if last > first else math.nan
+
+
+class _LiveLines(Progress):
+    """A bar, and below it the figures, which beside it would leave no room for the times."""
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        for task in self.tasks:
+            yield self.make_tasks_table([task])
+            if task.fields["figures"]:
+                yield Text(task.fields["figures"], no_wrap=True, overflow="ellipsis")
+
+
+def _minutes(seconds: float) -> str:
+    return "?" if math.isnan(seconds) else f"{int(seconds) // 60}:{int(seconds) % 60:02d}"

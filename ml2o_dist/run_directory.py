@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from rich.console import Console
-from rich.logging import RichHandler
+from rich.text import Text
 
 from ml2o_dist.config import MetaTrainSettings
 from ml2o_dist.config_file import dump_settings, first_difference, load_settings, parse_settings
@@ -24,6 +24,7 @@ from ml2o_dist.tracking.spool import SPOOL_FOLDER, unsent_values
 
 def resumed_settings(storage: RunStorage, overrides: Sequence[str]) -> MetaTrainSettings:
     """Read the settings of a run, to go on with it; raises UserError where there is none."""
+    check_folder(storage.folder)
     file = storage.folder / "config.yaml"
     if not file.exists():
         raise UserError(f"nothing to resume: {storage.name} holds no config.yaml")
@@ -45,7 +46,7 @@ def check_fresh(run_dir: Path, settings: MetaTrainSettings) -> bool:
 
 
 def _holds_start_of(run_dir: Path, settings: MetaTrainSettings) -> bool:
-    identity = load_identity(run_dir)
+    identity = load_identity(run_dir, "a new MLflow run begins")
     if identity is None:
         return False
     try:
@@ -58,6 +59,13 @@ def _holds_start_of(run_dir: Path, settings: MetaTrainSettings) -> bool:
             f"({difference}); send them with `ml2o sync {run_dir}`, or choose another --run-dir"
         )
     return not difference
+
+
+def check_folder(run_dir: Path) -> None:
+    """Raise UserError where `run_dir`, or something above it, is a file."""
+    there = next(path for path in (run_dir, *run_dir.parents) if path.exists())
+    if not there.is_dir():
+        raise UserError(f"run directory {str(run_dir)!r}: {str(there)!r} is a file; choose another --run-dir")
 
 
 def check_writable(run_dir: Path) -> None:
@@ -79,7 +87,7 @@ def written_to(run_dir: Path, settings: MetaTrainSettings, console: Console) -> 
     except OSError as error:
         raise _unwritable(run_dir, error) from error
     file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
-    screen = RichHandler(logging.WARNING, console, show_time=False, show_path=False)
+    screen = _Screen(logging.WARNING, console)
     ours = logging.getLogger("ml2o_dist")
     level = ours.level
     ours.setLevel(logging.INFO)
@@ -92,6 +100,18 @@ def written_to(run_dir: Path, settings: MetaTrainSettings, console: Console) -> 
             ours.removeHandler(handler)
             handler.close()
         ours.setLevel(level)
+
+
+class _Screen(logging.Handler):
+    """Shows a record as one line, which the terminal may break but nothing pads."""
+
+    def __init__(self, level: int, console: Console) -> None:
+        super().__init__(level)
+        self._console = console
+
+    def emit(self, record: logging.LogRecord) -> None:
+        line = Text.assemble((record.levelname, "yellow"), " ", " ".join(record.getMessage().split()))
+        self._console.print(line, soft_wrap=True)
 
 
 class _RunLog(logging.FileHandler):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import shlex
-import signal
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from itertools import islice
@@ -13,11 +12,13 @@ from typing import Any
 
 from rich.console import Console
 
-from ml2o_dist.cluster_connection import connected
+from ml2o_dist.cluster_connection import connected, own_capacity
 from ml2o_dist.config import DataSettings, MetaTrainSettings
 from ml2o_dist.config_file import flat_settings, settings_hash
 from ml2o_dist.errors import Aborted, Incomplete, Interrupted, UserError
-from ml2o_dist.finishing import finish, git_commit
+from ml2o_dist.finishing import finish, finished_answer, git_commit, say_unsent, show_finished
+from ml2o_dist.metatrain.capacity import check_capacity
+from ml2o_dist.metatrain.checkpoint import newest_manifest
 from ml2o_dist.metatrain.pool import PoolError, Stopped, WorkerPool
 from ml2o_dist.metatrain.trainer import Row, Trainer, TrainingError
 from ml2o_dist.problems import ProblemContext, ProblemSpec
@@ -27,13 +28,12 @@ from ml2o_dist.problems.multitask import MultiTaskImages
 from ml2o_dist.progress import StepDisplay
 from ml2o_dist.rules.aggregated import parse_optimizer_name
 from ml2o_dist.rules.gml2o import fallback_rule
-from ml2o_dist.run_directory import check_fresh, check_writable, written_to
+from ml2o_dist.run_directory import check_folder, check_fresh, check_writable, written_to
 from ml2o_dist.run_storage import RunStorage, StorageError, open_storage
 from ml2o_dist.stopping import StopRequest, stop_on_signals
 from ml2o_dist.tracking.records import Status
 from ml2o_dist.tracking.sink import MlflowSink
 from ml2o_dist.tracking.store import redacted, resolve_tracking_uri
-from ml2o_dist.tracking.sync import sync_command
 
 MOST_CHECKED = 1000
 """How many combinations of a training member's choices are tried before the run."""
@@ -69,6 +69,7 @@ def meta_train(
             "give such a URI in the environment variable MLFLOW_TRACKING_URI"
         )
     storage = run_dir if isinstance(run_dir, RunStorage) else open_storage(run_dir, resume=resume)
+    check_folder(storage.folder)
     trainer = Trainer(settings, storage.folder, on_saved=storage.commit)
     same_run = resume
     try:
@@ -76,6 +77,11 @@ def meta_train(
             for refusal in trainer.resume():
                 line = f"[yellow]checkpoint refused:[/] {storage.named(refusal)}"
                 console.print(line, highlight=False, soft_wrap=True)
+            if (answer := finished_answer(trainer)) is not None:
+                console.print(f"run directory  {storage.name}", highlight=False, soft_wrap=True)
+                show_finished(answer, trainer, storage, uri, console)
+                _settle(storage, "the run is done, but")
+                return answer | {"run_dir": storage.name}
         else:
             same_run = check_fresh(storage.folder, settings)
         check_writable(storage.folder)
@@ -84,12 +90,22 @@ def meta_train(
         raise UserError(storage.named(str(error))) from error
     console.print(f"run directory  {storage.name}", highlight=False, soft_wrap=True)
     console.print(f"tracking URI   {redacted(uri)}", highlight=False, soft_wrap=True)
-    with connected(address) as where, stop_on_signals() as stop:
+    step = trainer.learner.version
+    begins = f"checkpoints/step_{step:06d} (meta-step {step} of {settings.meta_steps})" if resume else ""
+    if begins:
+        console.print(f"resuming from  {begins}", highlight=False, soft_wrap=True)
+    check_capacity(settings.workers, settings.resources, own_capacity(address), "this machine")
+
+    def last_words() -> str:
+        return _how_to_go_on(trainer, storage)
+
+    with stop_on_signals(at_once=True, last_words=last_words) as stop, connected(address) as where:
         console.print(f"Ray            {where}", highlight=False, soft_wrap=True)
+        stop.at_once = False
         try:
             pool = WorkerPool(settings.workers, settings.resources, settings.faults, stop_requested=stop)
         except Stopped:
-            raise Interrupted(stop.signal_number, "stopped before the first meta-step") from None
+            raise Interrupted(stop.signal_number, f"stopped by {stop.name}; {last_words()}") from None
         with (
             closing(pool),
             _committed(storage),
@@ -97,6 +113,8 @@ def meta_train(
             _tracked(trainer, storage, uri, console, stop, same_run) as sink,
             _saved(trainer, storage, stop),
         ):
+            if begins:
+                log.info("resuming from %s", begins)
             storage.commit()
             _train(trainer, pool, sink, console)
             pool.close()
@@ -128,6 +146,13 @@ def _resume(storage: RunStorage) -> str:
     return f"ml2o meta-train --run-dir {shlex.quote(storage.name)} --resume"
 
 
+def _how_to_go_on(trainer: Trainer, storage: RunStorage) -> str:
+    newest = newest_manifest(trainer.run_dir / "checkpoints")
+    if newest is None:
+        return "there is no checkpoint yet"
+    return f"the last checkpoint is {storage.named(str(newest.parent))}; go on with: {_resume(storage)}"
+
+
 @contextmanager
 def _saved(trainer: Trainer, storage: RunStorage, stop: StopRequest) -> Iterator[None]:
     """Write a checkpoint first of all when the `with` block is cut short, and say how to go on."""
@@ -146,9 +171,8 @@ def _saved(trainer: Trainer, storage: RunStorage, stop: StopRequest) -> Iterator
             if isinstance(error, OSError | Stopped):
                 raise Aborted(f"{what}; go on from the one before with: {_resume(storage)}") from error
         if isinstance(error, Stopped):
-            name = signal.Signals(stop.signal_number).name
-            log.info("stopped by %s; %s", name, what)  # before anything else is waited for
-            raise Interrupted(stop.signal_number, f"stopped by {name}; {what}") from None
+            log.info("stopped by %s; %s", stop.name, what)  # before anything else is waited for
+            raise Interrupted(stop.signal_number, f"stopped by {stop.name}; {what}") from None
         if isinstance(error, UserError):
             raise
         log.info("aborted", exc_info=True)  # the traceback belongs into run.log, the line on the screen
@@ -188,12 +212,7 @@ def _tracked(
     finally:
         unsent = sink.close(status, STOP_LIMIT_S if stop() else CLOSE_LIMIT_S)
         if sink.spool:
-            console.print(
-                f"[yellow]not sent to MLflow:[/] {unsent} values wait in {sink.spool}; when {redacted(uri)} answers: "
-                f"{sync_command(trainer.run_dir, uri)}",
-                highlight=False,
-                soft_wrap=True,
-            )
+            say_unsent(console, unsent, sink.spool, trainer.run_dir, uri)
 
 
 def check_problems(settings: MetaTrainSettings) -> dict[str, str]:

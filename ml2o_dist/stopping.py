@@ -1,39 +1,128 @@
-"""Turning Ctrl-C and SIGTERM into a request that long work looks at when it can stop cleanly."""
+"""Turning Ctrl-C and SIGTERM into a clear end: work is asked to stop where it can, the second signal does not ask."""
 
 from __future__ import annotations
 
+import os
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
+from typing import NoReturn
+
+from ml2o_dist.errors import Interrupted
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 @dataclass
 class StopRequest:
-    """Set by Ctrl-C or SIGTERM; the run looks at it between results."""
+    """Set by Ctrl-C or SIGTERM; the work looks at it between results.
+
+    Attributes:
+        signal_number: of the signal that came; 0: none.
+        at_once: a signal does not wait to be looked at, but raises where the work is.
+    """
 
     signal_number: int = 0
+    at_once: bool = False
 
     def __call__(self) -> bool:
         return self.signal_number != 0
 
+    @property
+    def name(self) -> str:
+        """`SIGINT` or `SIGTERM`."""
+        return signal.Signals(self.signal_number).name
+
 
 @contextmanager
-def stop_on_signals() -> Iterator[StopRequest]:
-    """Turn SIGINT and SIGTERM into a request for the time of a `with` block; a second signal acts at once."""
-    request = StopRequest()
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+def stop_on_signals(*, at_once: bool = False, last_words: Callable[[], str] = lambda: "") -> Iterator[StopRequest]:
+    """Turn SIGINT and SIGTERM into a request for the time of a `with` block.
+
+    A second signal ends the process there and then, as SIGKILL would, but with a line on stderr and exit code
+    128 + signal: whatever the work waits for may never answer.
+
+    Args:
+        at_once: the first signal raises, too, until the request's `at_once` is taken back.
+        last_words: say what is left of the work and how to go on; asked when a signal does not wait.
+
+    Raises:
+        Interrupted: a signal came while `at_once`.
+    """
+    request = StopRequest(at_once=at_once)
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+
+    def line() -> str:
+        return "; ".join(filter(None, [f"stopped by {request.name}", last_words()]))
 
     def receive(number: int, frame: FrameType | None) -> None:
-        request.signal_number = number
-        for each in before:
-            signal.signal(each, signal.SIG_DFL)
+        again, request.signal_number = request(), number
+        if again:
+            shown = "\x1b[?25h\n" if os.isatty(2) else ""  # the cursor, which a progress bar hides
+            os.write(2, f"{shown}ml2o: {line()}\n".encode())  # sys.stderr may be in use where the signal found us
+            _kill_descendants()
+            os._exit(128 + number)
+        if request.at_once:
+            raise KeyboardInterrupt  # of another kind it would be lost where Ray looks for signals as it waits
 
-    for number in before:
+    for number in STOP_SIGNALS:
         signal.signal(number, receive)
     try:
         yield request
+    except KeyboardInterrupt:
+        request.signal_number = request.signal_number or signal.SIGINT
+        raise Interrupted(request.signal_number, line()) from None
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+@contextmanager
+def own_handlers_kept() -> Iterator[None]:
+    """Put the handlers back after a `with` block that sets its own; what came in between is given to ours.
+
+    `ray.init` sets one for SIGTERM, which raises SystemExit.
+    """
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    received = 0
+    try:
+        yield
+    except SystemExit as end:
+        if end.code != signal.SIGTERM:
+            raise
+        received = signal.SIGTERM
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if received:
+        signal.raise_signal(received)
+        raise SystemExit(128 + received)  # the block was left half done, whatever our handler made of it
+
+
+def _kill_descendants() -> None:
+    """Kill what this process has started and what that has: some of Ray's agents outlive their parents (Ray 2.60).
+
+    Only where there is a /proc; elsewhere it is left to Ray.
+    """
+    parents: dict[int, int] = {}
+    for file in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # it has ended meanwhile
+            parents[int(file.parent.name)] = int(file.read_text(errors="replace").rpartition(")")[2].split()[1])
+    ours = [os.getpid()]
+    for pid in ours:  # grows meanwhile, parents before their children
+        ours += [child for child, parent in parents.items() if parent == pid]
+    for pid in ours[1:]:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+
+
+def exit_on_signals(code: int) -> None:
+    """Let a signal that comes while the process is ending anyway end it at once, with its own exit code."""
+
+    def leave(number: int, frame: FrameType | None) -> NoReturn:
+        os._exit(code)
+
+    for number in STOP_SIGNALS:
+        signal.signal(number, leave)

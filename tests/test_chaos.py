@@ -137,6 +137,43 @@ def until(done, seconds, why=lambda: ""):
         time.sleep(0.05)
 
 
+@pytest.mark.parametrize("seconds", [0.5, 2.0, 3.5])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_command_stopped_while_ray_starts_ends_with_a_line_and_leaves_no_process(tmp_path, number, code, seconds):
+    child = drive(tmp_path, "--config", str(CONFIG), "--run-dir", "runs/early")
+    try:
+        assert any(line.startswith("tracking URI") for line in child.stdout)
+        time.sleep(seconds)
+        child.send_signal(number)
+        assert child.wait(timeout=60) == code
+    finally:
+        child.kill()
+    line = f"ml2o: stopped by {number.name}; there is no checkpoint yet\n"
+    assert (tmp_path / "stderr").read_text() == line
+    until(lambda: not started_with(tmp_path), 30, lambda: started_with(tmp_path))
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_second_signal_ends_the_command_at_once_and_says_how_to_go_on(tmp_path, number, code):
+    child = drive(tmp_path, *WORDS[:-1])
+    checkpoints = tmp_path / "runs/killed/checkpoints"
+    try:
+        until(lambda: (checkpoints / "step_000004").exists() or child.poll(), 120)
+        child.send_signal(number)
+        time.sleep(0.3)
+        child.send_signal(number)
+        began = time.monotonic()
+        assert child.wait(timeout=60) == code
+        assert time.monotonic() - began < 3
+    finally:
+        child.kill()
+    said = (tmp_path / "stderr").read_text()
+    last = newest_checkpoint(checkpoints)[0].meta_step
+    assert f"ml2o: stopped by {number.name}; the last checkpoint is {checkpoints}/step_{last:06d}; go on with: " in said
+    assert said.endswith(f"ml2o meta-train --run-dir {tmp_path}/runs/killed --resume\n")
+    until(lambda: not started_with(tmp_path), 30, lambda: started_with(tmp_path))
+
+
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory):
     home = tmp_path_factory.mktemp("calm")

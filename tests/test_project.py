@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import tomllib
+from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,10 @@ from typing import Any
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+import ml2o_dist
+from ml2o_dist import artifact
+from ml2o_dist.rules import ml2o
 
 ROOT = Path(__file__).parent.parent
 
@@ -94,10 +99,34 @@ def test_the_wheel_leaves_out_no_file_of_the_package(project: dict[str, Any]) ->
 
 @pytest.mark.parametrize("module", ["ml2o_dist", "ml2o_dist.artifact", "ml2o_dist.metatrain.worker"])
 def test_the_hot_path_imports_neither_mlflow_nor_matplotlib_nor_tune(module: str) -> None:
-    script = f"import sys, {module}; print(*sorted({{'mlflow', 'matplotlib', 'ray.tune'}} & set(sys.modules)))"
+    script = (
+        f"import sys; from {module} import *; print(*sorted({{'mlflow', 'matplotlib', 'ray.tune'}} & set(sys.modules)))"
+    )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == []
+
+
+@pytest.mark.parametrize(
+    "words", [["-c", "import ml2o_dist"], ["-m", "ml2o_dist", "--help"], ["-m", "ml2o_dist", "meta-train", "--help"]]
+)
+def test_a_help_text_waits_for_no_library_that_takes_seconds(words: list[str]) -> None:
+    command = [sys.executable, "-X", "importtime", *words]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
+    assert "ml2o_dist" in imported
+    assert imported & {"torch", "ray", "mlflow", "pyarrow", "numpy", "pydantic"} == set()
+
+
+def test_every_public_name_is_found_where_it_lives_and_no_other() -> None:
+    assert ml2o_dist.load_artifact is artifact.load_artifact
+    assert ml2o_dist.ML2ORule is ml2o.ML2ORule
+    assert set(ml2o_dist.__all__) == set(ml2o_dist._HOME) <= set(dir(ml2o_dist))
+    for name, home in ml2o_dist._HOME.items():
+        assert getattr(ml2o_dist, name) is getattr(import_module(f"ml2o_dist.{home}"), name)
+    with pytest.raises(AttributeError, match=r"module 'ml2o_dist' has no attribute 'load_artefact'"):
+        _ = ml2o_dist.load_artefact
 
 
 def test_what_ci_calls_is_there() -> None:

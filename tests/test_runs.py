@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,9 +17,12 @@ from mlflow.tracking import MlflowClient
 
 from ml2o_dist.artifact import load_artifact
 from ml2o_dist.cli import main
+from ml2o_dist.config_file import load_settings
 from ml2o_dist.errors import UserError
+from ml2o_dist.finishing import finished_answer
 from ml2o_dist.metatrain.checkpoint import newest_checkpoint
 from ml2o_dist.metatrain.pool import WorkerPool
+from ml2o_dist.metatrain.trainer import Trainer
 
 CONFIG = Path(__file__).parent / "small_run.yaml"
 QUICK = ["--config", str(CONFIG), "--set", "compare=false", "--set", "tracking.register=false", "--quiet"]
@@ -60,12 +64,14 @@ def test_a_run_answers_in_json_and_leaves_what_the_design_promises(finished):
     assert answer["inner_steps_per_s"] > 0
     assert answer["weights_sha256"] == load_artifact(run_dir).weights_sha256
     for name in ("config.yaml", "weights.safetensors", "weights.json", "metrics.parquet", "run.log", "comparison.md",
-                 "comparison.json", "report.html", "trajectories/step_000000.parquet",
+                 "comparison.json", "report.html", "result.json", "trajectories/step_000000.parquet",
                  "plots/meta_loss.png", "plots/comparison.png", "checkpoints/step_000006/manifest.json"):  # fmt: skip
         assert (run_dir / name).stat().st_size > 0 or name == "run.log"
     assert printed.splitlines()[0] == f"run directory  {run_dir}"
     assert printed.splitlines()[1] == f"tracking URI   sqlite:///{home}/mlflow.db"
-    assert "6/6" in printed
+    assert "meta-train 6/6" in printed
+    assert "tune baselines 2/2" in printed
+    assert "compare 4/4" in printed
 
 
 def test_the_comparison_has_every_contestant_on_every_problem(finished):
@@ -147,11 +153,59 @@ def test_models_list_shows_the_version(finished, monkeypatch):
     assert answer["weights_sha256"][:12] in table
 
 
+def test_resuming_a_finished_run_says_so_and_needs_neither_ray_nor_the_registry(finished, monkeypatch):
+    home, answer, _ = finished
+    monkeypatch.setenv("ML2O_HOME", str(home))
+    monkeypatch.setattr("ml2o_dist.runs.connected", lambda address: pytest.fail("Ray was asked for"))
+    monkeypatch.setattr("ml2o_dist.finishing.register_version", lambda *a, **k: pytest.fail("registered again"))
+    again = ml2o("--run-dir", "runs/a", "--resume", "--json")
+    assert again.exit_code == 0, again.output
+    assert json.loads(again.stdout) == answer
+    assert "finished       6 meta-steps, nothing is left to do" in again.stderr
+    assert "registered     ml2o version 1" in again.stderr
+    assert "not sent" not in again.stderr
+    for row in answer["comparison"]["problems"][0]["rows"]:
+        assert f"{row['loss']:#.4g}" in again.stderr
+
+
+def test_a_run_whose_end_is_not_all_there_or_not_what_is_asked_for_is_not_finished(finished, tmp_path):
+    home, answer, _ = finished
+
+    def found(change=lambda folder: None, *overrides):
+        folder = tmp_path / str(len(list(tmp_path.iterdir())))
+        shutil.copytree(home / "runs" / "a", folder)
+        change(folder)
+        trainer = Trainer(load_settings(folder / "config.yaml", overrides), folder)
+        trainer.resume()
+        return finished_answer(trainer)
+
+    def without_version(folder):
+        kept = json.loads((folder / "result.json").read_text())
+        kept["answer"]["registered_version"] = None
+        (folder / "result.json").write_text(json.dumps(kept))
+
+    def version_in_spool(folder):
+        without_version(folder)
+        (folder / "spool").mkdir()
+
+    assert found() == found(lambda folder: None, "workers=1", "checkpoint_every=9") == answer
+    for torn in ("{", "[]", '{"answer": {}}'):
+        assert found(lambda folder, torn=torn: (folder / "result.json").write_text(torn)) is None
+    for name in ("result.json", "weights.json", "weights.safetensors"):
+        assert found(lambda folder, name=name: (folder / name).unlink()) is None
+    for other in ("comparison.seeds=3", "tracking.model=other", "tracking.uri=sqlite:///x.db", "compare=false"):
+        assert found(lambda folder: None, other) is None
+    assert found(without_version) is None
+    assert found(version_in_spool) == answer | {"registered_version": None}
+
+
 def test_resuming_a_finished_run_registers_no_second_version(finished, monkeypatch):
     home, answer, _ = finished
     monkeypatch.setenv("ML2O_HOME", str(home))
-    again = ml2o("--run-dir", "runs/a", "--resume", "--set", "compare=false", "--json")
+    shutil.copytree(home / "runs" / "a", home / "runs" / "again")
+    again = ml2o("--run-dir", "runs/again", "--resume", "--set", "compare=false", "--json")
     assert again.exit_code == 0, again.output
+    assert "resuming from  checkpoints/step_000006 (meta-step 6 of 6)" in again.stderr
     assert json.loads(again.stdout)["registered_version"] == answer["registered_version"]
     assert json.loads(again.stdout)["weights_sha256"] == answer["weights_sha256"]
 
@@ -182,6 +236,10 @@ def test_stopped_by_a_signal_and_resumed_in_the_same_mlflow_run(finished, home, 
     result = ml2o("--run-dir", "runs/b", "--resume", "--json")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["weights_sha256"] == finished[1]["weights_sha256"]
+    step = checkpoint.meta_step
+    assert f"resuming from  checkpoints/step_{step:06d} (meta-step {step} of 6)\n" in result.stderr
+    log = (home / "runs/b/run.log").read_text()
+    assert log.count(f"resuming from checkpoints/step_{step:06d} (meta-step {step} of 6)\n") == 1
     client = MlflowClient(f"sqlite:///{home}/mlflow.db")
     (run,) = client.search_runs([client.get_experiment_by_name("ml2o/meta-train").experiment_id])
     assert metric_steps(home, run.info.run_id, "meta_loss") == [1, 2, 3, 4, 5, 6]
@@ -240,6 +298,7 @@ def test_an_error_in_mid_run_aborts_with_a_checkpoint_and_exit_code_4(cluster, h
 
 def test_resume_refuses_other_image_data(cluster, home, monkeypatch):
     assert ml2o(*QUICK, "--run-dir", "runs/f", "--set", "meta_steps=2").exit_code == 0
+    (home / "runs/f/result.json").unlink()  # else there is nothing to do, with whatever data
     monkeypatch.setattr("ml2o_dist.runs.check_problems", lambda settings: {"multidigits[size=0]": "0" * 64})
     assert "multidigits[size=0] has sha256 000000000000, it was" in refusal("--run-dir", "runs/f", "--resume")
 
@@ -248,6 +307,7 @@ def test_a_resumed_run_sends_mlflow_what_it_may_have_missed(cluster, home):
     words = [*QUICK, "--run-dir", "runs/g"]
     assert ml2o(*words).exit_code == 0
     (home / "mlflow.db").unlink()
+    (home / "runs/g/result.json").unlink()  # as if it had been killed just before its end
     assert ml2o("--run-dir", "runs/g", "--resume").exit_code == 0
     client = MlflowClient(f"sqlite:///{home}/mlflow.db")
     (run,) = client.search_runs([client.get_experiment_by_name("ml2o/meta-train").experiment_id])

@@ -25,6 +25,7 @@ from torch import Tensor
 from ml2o_dist.files import flush_folder, flush_to_disk
 
 FORMAT = 2
+MANIFEST = "manifest.json"
 _NAME = re.compile(r"step_(\d{6,})")
 
 
@@ -75,7 +76,7 @@ def _write_folder(target: Path, checkpoint: Checkpoint) -> None:
             "state.json": _json({"meta_step": checkpoint.meta_step, **checkpoint.state}),
         }
         hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
-        files["manifest.json"] = _json({"format": FORMAT, "sha256": hashes})
+        files[MANIFEST] = _json({"format": FORMAT, "sha256": hashes})
         for name, content in files.items():
             _write(temporary / name, content)
         flush_folder(temporary)
@@ -91,14 +92,12 @@ def _write_folder(target: Path, checkpoint: Checkpoint) -> None:
 
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read one checkpoint folder; raises CheckpointError, naming the file, unless every hash in it holds."""
-    manifest = _parsed(path / "manifest.json", _read(path / "manifest.json"))
+    manifest = _parsed(path / MANIFEST, _read(path / MANIFEST))
     if manifest.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{path / 'manifest.json'}: format {manifest.get('format')!r}, this version reads {FORMAT}"
-        )
+        raise CheckpointError(f"{path / MANIFEST}: format {manifest.get('format')!r}, this version reads {FORMAT}")
     hashes = manifest.get("sha256")
     if not isinstance(hashes, dict):
-        raise CheckpointError(f"{path / 'manifest.json'}: lists no sha256")
+        raise CheckpointError(f"{path / MANIFEST}: lists no sha256")
     contents = {}
     for name, expected in hashes.items():
         contents[name] = _read(path / name)
@@ -106,7 +105,7 @@ def load_checkpoint(path: Path) -> Checkpoint:
             raise CheckpointError(f"{path / name}: its sha256 differs from the manifest's; the file was cut or altered")
     missing = {"tensors.safetensors", "state.json"} - contents.keys()
     if missing:
-        raise CheckpointError(f"{path / 'manifest.json'}: names no {sorted(missing)[0]}")
+        raise CheckpointError(f"{path / MANIFEST}: names no {sorted(missing)[0]}")
     try:
         tensors = load(contents["tensors.safetensors"])
     except SafetensorError as error:
@@ -124,6 +123,11 @@ def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
         except CheckpointError as error:
             refused.append(str(error))
     return None, refused
+
+
+def newest_manifest(folder: Path) -> Path | None:
+    """Return the manifest of the newest checkpoint, whether it is valid or not, in no time; None: there is none."""
+    return next((path / MANIFEST for path in _paths(folder) if (path / MANIFEST).is_file()), None)
 
 
 def _paths(folder: Path) -> list[Path]:

@@ -11,25 +11,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
-from ray.exceptions import (
-    NodeDiedError,
-    ObjectLostError,
-    OutOfMemoryError,
-    OwnerDiedError,
-    RayActorError,
-    RayTaskError,
-    WorkerCrashedError,
-)
+from ray.exceptions import RayTaskError
 
 from ml2o_dist.config import FaultSettings, ResourceSettings
 from ml2o_dist.errors import UserError
+from ml2o_dist.metatrain.capacity import check_capacity, cluster_total, free_room
 from ml2o_dist.metatrain.costs import Costs
 from ml2o_dist.metatrain.episode import EpisodeResult, Weights, failed_episode
 from ml2o_dist.metatrain.schedule import WorkItem
 from ml2o_dist.metatrain.worker import RolloutWorker
-
-LOST = (RayActorError, ObjectLostError, OwnerDiedError, WorkerCrashedError, OutOfMemoryError, NodeDiedError)
-"""What Ray raises when a result died with its worker or node."""
+from ml2o_dist.metatrain.worker_loss import LOST, reason
 
 POLL_S = 0.2
 """How often the driver looks whether it was asked to stop."""
@@ -53,10 +44,14 @@ class PoolError(Exception):
 
 @dataclass(eq=False)
 class _Worker:
-    """One actor; `pid` is known once it is up."""
+    """One actor; `pid` is known once it is up. Who replaces it has its number, counted from 1."""
 
     actor: Any
+    number: int
     pid: int = 0
+
+    def __str__(self) -> str:
+        return f"worker {self.number} (pid {self.pid})" if self.pid else f"worker {self.number}"
 
 
 @dataclass(eq=False)
@@ -110,13 +105,13 @@ class WorkerPool:
         self._replaced_at: deque[float] = deque()
         self._short_since = math.inf
         self.restarts = 0
-        _check_capacity(workers, resources)
+        check_capacity(workers, resources, cluster_total(), "the cluster")
         self._up: list[_Worker] = []
         self._idle: list[_Worker] = []
         self._starting: dict[Any, _Worker] = {}
         try:
-            for _ in range(workers):
-                self._start()
+            for number in range(1, workers + 1):
+                self._start(number)
             self._await_start()
         except BaseException:
             self.close()
@@ -203,8 +198,9 @@ class WorkerPool:
             self._idle.append(worker)
             return self._raised(task, worker, error)
         except LOST as error:
-            log.warning("a worker died in %s; it runs again elsewhere", task.item.key)
-            self._replace(worker, _first_line(error))
+            log.warning("%s: %s is lost: %s; it runs again elsewhere", task.item.key, worker, reason(error))
+            log.debug("the whole of it: %s", error)
+            self._replace(worker, f"{worker}: {reason(error)}")
             return None
         self._idle.append(worker)
         self._costs.learn(task.item, result)
@@ -229,18 +225,17 @@ class WorkerPool:
         for future, flight in late:
             task = flight.task
             log.warning(
-                "%s did not end in %.0f s (worker pid %d): the worker is ended, the episode runs elsewhere, with twice "
-                "the time",
+                "%s did not end in %.0f s: %s is ended, the episode runs elsewhere, with twice the time",
                 task.item.key,
                 self._costs.allowed(task.item, task.overdue),
-                flight.worker.pid,
+                flight.worker,
             )
             task.overdue += 1
             del in_flight[future]
             self._replace(flight.worker, f"{task.item.key} did not end in time")
         return [flight.task for _, flight in late]
 
-    def _start(self) -> None:
+    def _start(self, number: int) -> None:
         resources = self._resources
         actor = (
             ray.remote(RolloutWorker)
@@ -253,7 +248,7 @@ class WorkerPool:
             )
             .remote()
         )
-        self._starting[actor.pid.remote()] = _Worker(actor)
+        self._starting[actor.pid.remote()] = _Worker(actor, number)
 
     def _replace(self, worker: _Worker, cause: str) -> None:
         """Start a worker in place of `worker`; it is given work once it answers."""
@@ -270,7 +265,7 @@ class WorkerPool:
                 f"resources.max_restarts={self._resources.max_restarts}; the last: {cause}"
             )
         self.restarts += 1
-        self._start()
+        self._start(worker.number)
 
     def _started(self, future: Any) -> list[_Worker]:
         """Return the worker behind `future` in a list; an empty one where it died and was replaced again."""
@@ -278,7 +273,7 @@ class WorkerPool:
         try:
             return [self._come_up(worker, future)]
         except LOST as error:
-            self._replace(worker, _first_line(error))
+            self._replace(worker, f"{worker}: {reason(error)}")
             return []
 
     def _come_up(self, worker: _Worker, future: Any) -> _Worker:
@@ -295,11 +290,11 @@ class WorkerPool:
         missing = f"{self.alive} workers are up, resources.min_workers={resources.min_workers}"
         if self._short_since == math.inf:
             self._short_since = now
-            log.warning("%s: waiting up to %g s for more; %s", missing, resources.start_timeout_s, _room(resources))
+            log.warning("%s: waiting up to %g s for more; %s", missing, resources.start_timeout_s, free_room(resources))
         elif now - self._short_since > resources.start_timeout_s:
             raise PoolError(
                 f"{missing}, and no other came up in resources.start_timeout_s={resources.start_timeout_s:g}: "
-                f"{_room(resources)}"
+                f"{free_room(resources)}"
             )
 
     def _await_start(self) -> None:
@@ -310,33 +305,13 @@ class WorkerPool:
                 raise Stopped
             ready, _ = ray.wait(list(self._starting), num_returns=1, timeout=POLL_S)
             for future in ready:
+                worker = self._starting.pop(future)
                 try:
-                    self._come_up(self._starting.pop(future), future)
+                    self._come_up(worker, future)
                 except LOST as error:
-                    raise UserError(f"a worker died while it started: {_first_line(error)}") from error
+                    raise UserError(f"{worker} died while it started: {reason(error)}") from error
             if self._starting and not ready and time.monotonic() > limit:
                 raise UserError(
                     f"only {self.alive} of workers={total} could be placed in resources.start_timeout_s="
-                    f"{self._resources.start_timeout_s:g}: {_room(self._resources)}; ask for fewer workers"
+                    f"{self._resources.start_timeout_s:g}: {free_room(self._resources)}; ask for fewer workers"
                 )
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-def _room(resources: ResourceSettings) -> str:
-    need = f"{resources.num_cpus:g} CPU" + (f" and {resources.num_gpus:g} GPU" if resources.num_gpus else "")
-    free = ray.available_resources()
-    return f"each needs {need}, the cluster has {free.get('CPU', 0):g} CPU and {free.get('GPU', 0):g} GPU free"
-
-
-def _check_capacity(workers: int, resources: ResourceSettings) -> None:
-    total = ray.cluster_resources()
-    for kind, each in (("CPU", resources.num_cpus), ("GPU", resources.num_gpus)):
-        have = total.get(kind, 0.0)
-        if workers * each > have:
-            raise UserError(
-                f"workers={workers} needs {workers * each:g} {kind} ({each:g} each), the cluster has {have:g}: "
-                f"{workers * each - have:g} missing; lower workers or resources.num_{kind.lower()}s, or add nodes"
-            )

@@ -43,15 +43,18 @@ class RunIdentity:
     config: Mapping[str, Any] = field(default_factory=dict)
 
 
-def load_identity(run_dir: Path) -> RunIdentity | None:
-    """Return the identity kept in `run_dir`; None where there is none, or none that can be read (with a warning)."""
+def load_identity(run_dir: Path, otherwise: str = "") -> RunIdentity | None:
+    """Return the identity kept in `run_dir`; None where there is none, or none that can be read.
+
+    Of the latter it warns, and says what happens `otherwise`.
+    """
     file = run_dir / IDENTITY_FILE
     try:
         return RunIdentity(**json.loads(file.read_text(encoding="utf-8")))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, TypeError) as error:
-        _log.warning("%s cannot be read: %s", file, error)
+        _log.warning("%s cannot be read: %s%s", file, error, otherwise and f"; {otherwise}")
         return None
 
 

@@ -107,7 +107,8 @@ class MlflowSink:
             UserError: the server answered, and refused (a deleted experiment, no permission), the URI is unusable, or
                 another process is writing the spool.
         """
-        known = load_identity(run_dir) if run_dir and go_on else None
+        otherwise = f"the run goes on in MLflow run {run_id}" if run_id else "a new MLflow run begins"
+        known = load_identity(run_dir, otherwise) if run_dir and go_on else None
         new = RunIdentity(redacted(uri), experiment, run_name, run_id or "", config=config or {})
         identity = (
             replace(known, uri=new.uri, experiment=experiment, run_id=known.run_id or new.run_id) if known else new

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
+import re
 import signal
 import threading
 import time
@@ -270,8 +272,21 @@ def test_a_hung_episode_runs_elsewhere_and_its_worker_is_ended(pool, faults, wor
     assert made.restarts == 1
     hung, other = faults.pids(items[3])
     assert hung != other
-    assert f"train step 0 slot 3 did not end in 6 s (worker pid {hung})" in caplog.text
+    assert re.search(rf"train step 0 slot 3 did not end in 6 s: worker [12] \(pid {hung}\) is ended", caplog.text)
     until(lambda: not _alive(int(hung)))
+
+
+def test_a_lost_worker_is_one_short_line(pool, caplog):
+    made = pool(2)
+    killed = made.pids()[0]
+    os.kill(killed, signal.SIGKILL)
+    made.run(training_items(small(), 0, "cpu"), Trainer(small(), "unused").learner.weights)
+    (said,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert re.fullmatch(
+        rf"train step 0 slot \d+: worker [12] \(pid {killed}\) is lost: its process was killed or crashed; "
+        "it runs again elsewhere",
+        said,
+    )
 
 
 def test_below_the_floor_the_run_says_what_it_waits_for_and_gives_up(pool, monkeypatch, caplog):

@@ -1,0 +1,85 @@
+"""What is said of an address before Ray is asked, and what a Ray of our own could have."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+import time
+
+import pytest
+import ray
+
+from ml2o_dist import cluster_connection
+from ml2o_dist.cluster_connection import connected, own_capacity
+from ml2o_dist.errors import UserError
+from ml2o_dist.metatrain.capacity import check_capacity
+
+
+@pytest.fixture
+def no_ray(monkeypatch):
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", lambda **options: pytest.fail("Ray was asked for"))
+
+
+@pytest.fixture(params=[b"HTTP/1.1 400 Bad Request\r\n\r\n", b"SSH-2.0-OpenSSH_9.6\r\n", b""])
+def stranger(request):
+    """The address of a server that answers to anything with these bytes, and hangs up."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+
+        def answer():
+            link, _ = server.accept()
+            with link:
+                link.recv(100)
+                link.sendall(request.param)
+
+        thread = threading.Thread(target=answer, daemon=True)
+        thread.start()
+        yield f"127.0.0.1:{server.getsockname()[1]}"
+        thread.join(10)
+
+
+def test_another_server_at_the_address_is_said_at_once(no_ray, stranger):
+    began = time.monotonic()
+    with pytest.raises(UserError, match=rf"^--address '{stranger}': what answers there is no Ray cluster"):
+        connected(stranger).__enter__()
+    assert time.monotonic() - began < cluster_connection.PROBE_S
+
+
+def test_a_server_that_says_nothing_is_waited_for_some_seconds_only(no_ray, monkeypatch):
+    monkeypatch.setattr(cluster_connection, "PROBE_S", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"127.0.0.1:{server.getsockname()[1]}"
+        with pytest.raises(UserError, match=r"no Ray cluster answers there \(timed out\)"):
+            connected(address).__enter__()
+
+
+def test_a_real_cluster_passes(cluster):
+    cluster_connection._check_answers(ray.get_runtime_context().gcs_address, "--address")
+
+
+def test_a_ray_of_our_own_has_at_most_the_cpus_of_this_machine(no_ray, monkeypatch):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(cluster_connection, "find_bootstrap_address", lambda folder: None)
+    here = {"CPU": float(os.cpu_count())}
+    assert own_capacity("auto") == own_capacity("local") == here
+    assert own_capacity("10.0.0.1:6379") == {}
+    monkeypatch.setattr(cluster_connection, "find_bootstrap_address", lambda folder: "10.0.0.1:6379")  # `ray start`
+    assert (own_capacity("auto"), own_capacity("local")) == ({}, here)
+    monkeypatch.setattr(cluster_connection, "find_bootstrap_address", lambda folder: None)
+    monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
+    assert (own_capacity("auto"), own_capacity("local")) == ({}, here)
+    monkeypatch.setenv("RAY_OVERRIDE_RESOURCES", '{"CPU": 99}')
+    assert own_capacity("local") == {}
+    monkeypatch.delenv("RAY_OVERRIDE_RESOURCES")
+    monkeypatch.setattr(ray, "is_initialized", lambda: True)
+    assert own_capacity("local") == {}
+
+
+def test_what_is_not_known_is_not_refused():
+    from ml2o_dist.config import ResourceSettings
+
+    check_capacity(99, ResourceSettings(num_gpus=1), {}, "this machine")
+    check_capacity(4, ResourceSettings(num_cpus=0.5), {"CPU": 2.0}, "this machine")
+    with pytest.raises(UserError, match=r"workers=5 needs 2\.5 CPU \(0\.5 each\), this machine has 2: 0\.5 missing"):
+        check_capacity(5, ResourceSettings(num_cpus=0.5), {"CPU": 2.0}, "this machine")
