@@ -10,17 +10,15 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
 from ml2o_dist.config import MetaTrainSettings
 from ml2o_dist.config_file import first_difference, parse_settings
 from ml2o_dist.errors import UserError
-from ml2o_dist.files import replacing
 from ml2o_dist.metatrain.checkpoint import Checkpoint, newest_checkpoint, save_checkpoint
 from ml2o_dist.metatrain.episode import EpisodeResult, Weights
+from ml2o_dist.metatrain.history import write_history
 from ml2o_dist.metatrain.learner import Learner, UpdateInfo
 from ml2o_dist.metatrain.schedule import WorkItem, horizon, training_items, validates, validation_items
 from ml2o_dist.metatrain.trajectories import TrajectoryWriter
@@ -150,7 +148,7 @@ class Trainer:
             return
         # first: a run that goes on from this checkpoint does not write them again
         self._trajectories.flush()
-        self._write_metrics()
+        write_history(self.run_dir, self.progress.history)
         best = {f"best/{name}": tensor for name, tensor in self.best_weights.items()}
         history = {f"history/{name}": column for name, column in self.progress.columns().items()}
         config = self.settings.model_dump(mode="json", by_alias=True)
@@ -243,12 +241,6 @@ class Trainer:
         if self.settings.checkpoint_every:
             return step > 0 and step % self.settings.checkpoint_every == 0
         return time.monotonic() - self._saved_at > CHECKPOINT_SECONDS
-
-    def _write_metrics(self) -> None:
-        columns = self.progress.columns()
-        table = pa.table({name: pa.array(column.numpy(), from_pandas=True) for name, column in columns.items()})
-        with replacing(self.run_dir / "metrics.parquet") as stream:
-            pq.write_table(table, stream)
 
 
 def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

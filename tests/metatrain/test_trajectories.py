@@ -139,7 +139,7 @@ def test_a_checkpoint_is_not_written_before_what_was_recorded(tmp_path, monkeypa
     monkeypatch.setattr("ml2o_dist.metatrain.trajectories.pq.write_table", slow)
     settings = small(meta_steps=3, checkpoint_every=3, trajectories={"meta_steps": 3})
     trainer = Trainer(settings, tmp_path)
-    monkeypatch.setattr(trainer, "_write_metrics", lambda: seen.append("metrics"))
+    monkeypatch.setattr("ml2o_dist.metatrain.trainer.write_history", lambda *arguments: seen.append("metrics"))
     trainer.run(in_process)
     assert seen == ["metrics", 0, 1, 2, "metrics"], "the first ones are written before anything is computed"
 
