@@ -7,7 +7,6 @@ import logging
 import subprocess
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -85,7 +84,7 @@ def finish(
     for picture in sorted(plots.glob("*.png")):
         sink.log_artifact(picture, "plots")
     sink.log_artifact(run_dir / "config.yaml")
-    _report(run_dir, sink)
+    _report(storage, sink)
     sink.flush()
     version = _register(trainer, sink, uri, comparison, console)
     console.print(f"weights        {storage.named(str(saved.path))}", highlight=False, soft_wrap=True)
@@ -102,15 +101,15 @@ def finish(
     return answer
 
 
-def _report(run_dir: Path, sink: MlflowSink) -> None:
+def _report(storage: RunStorage, sink: MlflowSink) -> None:
     """Write the run's page; a page that cannot be made costs a line, not the run."""
     try:
-        write_report(run_dir)
+        write_report(storage.folder, place=storage.name)
     except Exception as error:
-        log.warning("no report.html: %s: %s; try again: ml2o report %s", type(error).__name__, error, run_dir)
+        log.warning("no report.html: %s: %s; try again: ml2o report %s", type(error).__name__, error, storage.name)
         log.info("the report failed", exc_info=True)
     else:
-        sink.log_artifact(run_dir / "report.html")
+        sink.log_artifact(storage.folder / "report.html")
 
 
 def _compare(trainer: Trainer, console: Console, stop: StopRequest) -> Comparison:

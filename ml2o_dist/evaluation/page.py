@@ -58,13 +58,15 @@ class Warned:
 
 @dataclass(frozen=True)
 class RunRecord:
-    """What is known of a run; what is not there (yet) is None or empty, and `unread` says what could not be read.
+    """What is known of a run; what is not there (yet) is None or empty.
 
     Attributes:
-        name: of the run.  path: of its folder.
+        name: of the run.  path: of its folder, or its URI.
         history: a mapping for each meta-step, as in metrics.parquet.
-        card: of the weights, as artifact.py writes it.  progress: of the newest checkpoint.
-        trajectories: what `read_trajectories` returns.
+        card: of the weights, as artifact.py writes it.
+        checkpoint_step: of the newest checkpoint that holds.  progress: what it says besides.
+        trajectories: rows as `read_trajectories` returns them.
+        unread: by name in the run's folder, what cannot be read of it and why, a line for each file.
     """
 
     name: str
@@ -73,15 +75,28 @@ class RunRecord:
     history: Sequence[Mapping[str, Any]] = ()
     comparison: Comparison | None = None
     card: Mapping[str, Any] | None = None
+    checkpoint_step: int | None = None
     progress: Mapping[str, Any] = field(default_factory=dict)
     trajectories: pa.Table | None = None
     warnings: Sequence[Warned] = ()
-    unread: Sequence[str] = ()
+    unread: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
     @property
-    def meta_steps(self) -> int:
-        """Meta-steps done, as far as metrics are written."""
-        return int(max((row["meta_step"] for row in self.history), default=0))
+    def meta_steps(self) -> int | None:
+        """Meta-steps done, as far as metrics or a checkpoint say; None where neither is there."""
+        written = [row["meta_step"] for row in self.history]
+        return max(written) if written else self.checkpoint_step
+
+    @property
+    def unread_lines(self) -> list[str]:
+        """What cannot be read, line by line."""
+        return [line for lines in self.unread.values() for line in lines]
+
+    def why_not(self, name: str, otherwise: str) -> str:
+        """Say why there is nothing of the file or folder `name`: it cannot be read, or `otherwise`."""
+        lines = self.unread.get(name, ())
+        more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
+        return f"{lines[0]}{more}" if lines else otherwise
 
 
 @dataclass(frozen=True)
@@ -109,7 +124,7 @@ def page_sections(record: RunRecord) -> list[Section]:
 def render_page(record: RunRecord, sections: Sequence[Section]) -> str:
     """Return the whole document."""
     links = "".join(f'<a href="#{s.name}">{_text(s.title)}</a>' for s in sections)
-    unread = "".join(f'<p class="alert">{_text(line)}</p>' for line in record.unread)
+    unread = "".join(f'<p class="alert">{_text(line)}</p>' for line in record.unread_lines)
     parts = "".join(
         f'<section id="{s.name}"><h2>{_text(s.title)}</h2>{_missing(s.missing)}{s.body}</section>' for s in sections
     )
@@ -125,12 +140,14 @@ def render_page(record: RunRecord, sections: Sequence[Section]) -> str:
 
 
 def _state(record: RunRecord) -> str:
-    total = f" of {record.settings.meta_steps}" if record.settings else ""
+    done = record.meta_steps
+    steps = "" if done is None else f"{done}{f' of {record.settings.meta_steps}' if record.settings else ''}"
     if record.card is not None:
-        return f"Finished after {record.meta_steps}{total} meta-steps."
-    if not record.history:
-        return "Not finished: no checkpoint has been written yet."
-    return f"Not finished: meta-step {record.meta_steps}{total} at the last checkpoint."
+        return f"Finished after {steps} meta-steps." if steps else "Finished."
+    state = "Not known to be finished" if "weights.json" in record.unread else "Not finished"
+    if steps:
+        return f"{state}: meta-step {steps} at the last checkpoint."
+    return f"{state}{'' if record.unread else ': no checkpoint has been written yet'}."
 
 
 def _summary(record: RunRecord) -> str:
@@ -156,7 +173,11 @@ def _summary(record: RunRecord) -> str:
 def _curves(record: RunRecord) -> Section:
     title = "Curves"
     if not record.history:
-        return Section("curves", title, missing="No metrics yet: they are written with each checkpoint.")
+        return Section(
+            "curves",
+            title,
+            missing=record.why_not("metrics.parquet", "No metrics yet: they are written with each checkpoint."),
+        )
     pictures = []
     for key, what in CURVES.items():
         given = [row[key] for row in record.history if row.get(key) is not None]
@@ -175,7 +196,7 @@ def _comparison(record: RunRecord) -> Section:
         switched_off = record.settings is not None and not record.settings.compare
         why = "it is made when meta-training is done" if record.card is None else "if it failed, run.log says why"
         why = "compare=false" if switched_off else why
-        return Section("comparison", title, missing=f"No comparison: {why}.")
+        return Section("comparison", title, missing=record.why_not("comparison.json", f"No comparison: {why}."))
     colours = optimizer_colours(comparison)
     shown = {row.optimizer for problem in comparison.problems for row in problem.rows}
     keys = "".join(
@@ -211,7 +232,7 @@ def _trajectories(record: RunRecord) -> Section:
     if table is None:
         none = record.settings is not None and record.settings.trajectories.meta_steps == 0
         why = "trajectories.meta_steps=0" if none else "no file is written yet"
-        return Section("trajectories", title, missing=f"No trajectories: {why}.")
+        return Section("trajectories", title, missing=record.why_not("trajectories", f"No trajectories: {why}."))
     problems = recorded_problems(table)
     most = sorted(problems, key=lambda each: (-len(each.meta_steps), -each.episodes, each.problem))[:MOST_PROBLEMS]
     body = (
@@ -248,7 +269,7 @@ def _problem_trajectories(recorded: RecordedProblem, table: pa.Table, identity: 
 def _configuration(record: RunRecord) -> Section:
     title = "Configuration"
     if record.settings is None:
-        return Section("configuration", title, missing="The configuration could not be read.")
+        return Section("configuration", title, missing=record.why_not("config.yaml", "No configuration."))
     changed, every = changed_settings(record.settings), flat_settings(record.settings)
     return Section(
         "configuration",
@@ -278,14 +299,15 @@ def _origin(record: RunRecord) -> Section:
         **{f"sha256 of {name}": digest for name, digest in data.items()},
     }
     known = [(key, value) for key, value in pairs.items() if value not in (None, "")]
-    missing = "" if record.card is not None else "No weights yet: they are written when meta-training is done."
+    none = record.why_not("weights.json", "No weights yet: they are written when meta-training is done.")
+    missing = "" if record.card is not None else none
     return Section("origin", title, _pairs(title, known) if known else "", missing)
 
 
 def _warnings(record: RunRecord) -> Section:
     title = "Warnings"
     if not record.warnings:
-        return Section("warnings", title, missing="None in run.log.")
+        return Section("warnings", title, missing=record.why_not("run.log", "None in run.log."))
     newest = record.warnings[-MOST_WARNINGS:]
     rows = [("", [each.time, each.level, each.message]) for each in newest]
     left_out = len(record.warnings) - len(newest)

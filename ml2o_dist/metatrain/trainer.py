@@ -129,7 +129,7 @@ class Trainer:
         """
         self._try_to_save()
         self._saved_at = time.monotonic()
-        self._trajectories.discard_from(self.learner.version)
+        self._trajectories.discard_from(self.learner.version + 1)
         while True:
             step = self.learner.version
             if validates(self.settings, step) and self.progress.validated_step < step:
@@ -177,7 +177,7 @@ class Trainer:
         items = training_items(self.settings, step, self.settings.device)
         results = execute(items, self.learner.weights)
         seconds = time.monotonic() - began
-        self._trajectories.add(step, items, results)
+        self._trajectories.add(step + 1, items, results)
         inner_steps = sum(r.inner_steps for r in results)
         failed = sum(bool(r.error) for r in results)
         update = self._update(results)

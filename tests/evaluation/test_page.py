@@ -24,7 +24,7 @@ from tests.metatrain.test_trainer import in_process
 
 HISTORY = [
     {
-        "meta_step": float(k),
+        "meta_step": k,
         "meta_loss": math.nan if k == 3 else 2 - k / 20,
         "gradient_norm": 0.5,
         "learning_rate": 0.01,
@@ -216,7 +216,8 @@ def test_everything_of_a_user_s_is_escaped(whole):
     renamed = table.set_column(column, table.schema.field(column), pa.array([evil] * len(table)).dictionary_encode())
     record = replace(
         whole, name=evil, path=evil, comparison=replace(COMPARISON, problems=(named,)), trajectories=renamed,
-        warnings=[Warned(evil, evil, evil)], unread=[evil], card={"weights_sha256": evil, "provenance": {"git": evil}},
+        warnings=[Warned(evil, evil, evil)], unread={evil: [evil]},
+        card={"weights_sha256": evil, "provenance": {"git": evil}},
     )  # fmt: skip
     text, page = rendered(record)
     assert page.count("script") == 0

@@ -42,12 +42,12 @@ def lines_of(panel):
 
 def test_early_and_late_are_the_outer_thirds():
     early, late = stages(table(2, list(range(9)), instances=2))
-    assert early.label == "early: meta-steps 0 to 2, 6 trajectories"
-    assert late.label == "late: meta-steps 6 to 8, 6 trajectories"
+    assert early.label == "early: meta-steps 1 to 3, 6 trajectories"
+    assert late.label == "late: meta-steps 7 to 9, 6 trajectories"
     assert [len(each) for each in early.values["losses"]] == [20, 20, 10, 10, 20, 20]
     np.testing.assert_allclose(late.values["losses"][0][0], [7, 7])
     (only,) = stages(table(2, [4]))
-    assert only.label == "recorded: meta-step 4, 1 trajectory"
+    assert only.label == "recorded: meta-step 5, 1 trajectory"
 
 
 def test_the_thick_line_is_the_median_of_those_that_reach_the_step():
