@@ -25,7 +25,7 @@ from ml2o_dist.evaluation.plots import (
     optimizer_colours,
 )
 from ml2o_dist.evaluation.report import OPTIMIZER, caption, is_contestant, notes, row_figures, shown_columns, verdicts
-from ml2o_dist.evaluation.trajectory_plots import stages, trajectory_panels
+from ml2o_dist.evaluation.trajectory_plots import CAPTION, stages, trajectory_panels
 from ml2o_dist.metatrain.trajectories import RecordedProblem, recorded_problems
 
 CURVES = {
@@ -236,8 +236,8 @@ def _trajectories(record: RunRecord) -> Section:
     problems = recorded_problems(table)
     most = sorted(problems, key=lambda each: (-len(each.meta_steps), -each.episodes, each.problem))[:MOST_PROBLEMS]
     body = (
-        "<p>Recorded training episodes of the problems met most often. Thin lines are single episodes, smoothed; the "
-        "thick one is their median.</p>"
+        "<p>Recorded training episodes of the problems met most often, one trajectory for each instance. "
+        f"{_text(CAPTION)}</p>"
     )
     names = table["problem"].cast(pa.string())
     for i, each in enumerate(most):
