@@ -17,6 +17,7 @@ from ml2o_dist.config_file import changed_settings, flat_settings
 from ml2o_dist.evaluation.benchmark import INITIAL, LEARNED, Comparison, ProblemComparison
 from ml2o_dist.evaluation.page_style import STYLE
 from ml2o_dist.evaluation.plots import (
+    HISTORY_CAPTION,
     PAGE_COLOURS,
     draw_history,
     draw_learning_curves,
@@ -29,14 +30,14 @@ from ml2o_dist.evaluation.trajectory_plots import CAPTION, stages, trajectory_pa
 from ml2o_dist.metatrain.trajectories import RecordedProblem, recorded_problems
 
 CURVES = {
+    "validation": "Look here: validation (lower is better)",
     "meta_loss": "Meta-loss of the rollouts (lower is better)",
-    "validation": "Validation (lower is better)",
     "gradient_norm": "Norm of the meta-gradient, before clipping",
     "learning_rate": "Meta-learning rate",
     "inner_steps_per_s": "Inner steps per second",
     "skipped_episodes": "Episodes skipped because they were not finite",
 }
-"""The curves of a run by key of its history."""
+"""The curves of a run by key of its history, what to look at first."""
 
 MOST_PROBLEMS = 2
 """Problems whose trajectories are drawn: those recorded at the most meta-steps."""
@@ -184,9 +185,10 @@ def _curves(record: RunRecord) -> Section:
         lost = sum(not is_finite(value) for value in given)
         left_out = f" ({lost} of {len(given)} not finite, left out)" if lost else ""
         svg = inline_svg(partial(draw_history, history=record.history, key=key), what, f"curve-{key}")
-        pictures.append(_figure(_text(what + left_out), svg))
+        pictures.append(_figure(_text(what + left_out), svg, "main" if key == "validation" else ""))
     keys = _key("strong", "average, or the figure itself") + _key("muted-0", "each meta-step")
-    return Section("curves", title, f'<p class="keys">{keys}</p><div class="grid">{"".join(pictures)}</div>')
+    body = f'<p>{_text(HISTORY_CAPTION)}</p><p class="keys">{keys}</p><div class="grid">{"".join(pictures)}</div>'
+    return Section("curves", title, body)
 
 
 def _comparison(record: RunRecord) -> Section:
@@ -334,8 +336,8 @@ def _table(label: str, columns: Sequence[str], rows: Sequence[tuple[str, Sequenc
     return f"{box}<table>{head}<tbody>{body}</tbody></table></div>"
 
 
-def _figure(caption_html: str, svg: str) -> str:
-    return f"<figure><figcaption>{caption_html}</figcaption>{svg}</figure>"
+def _figure(caption_html: str, svg: str, kind: str = "") -> str:
+    return f'<figure class="{kind}"><figcaption>{caption_html}</figcaption>{svg}</figure>'
 
 
 def _key(colour: str, what: str, line: int = 0) -> str:

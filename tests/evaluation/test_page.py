@@ -115,6 +115,7 @@ def test_a_whole_run_shows_everything(whole):
         "Finished after 20 of 20 meta-steps.",
         "1.0345 at meta-step 20",
         "Meta-loss of the rollouts (lower is better) (1 of 21 not finite, left out)",
+        "every meta-step draws its horizon and its problems anew",
         "0.5000 ± 0.012",
         "91.2 / 91.2 %",
         "2 of 3 diverged",
@@ -131,6 +132,13 @@ def test_a_whole_run_shows_everything(whole):
     ]:
         assert said in page.text, said
     assert "a worker died 2 " not in page.text
+
+
+def test_validation_comes_first_and_is_marked_as_what_to_look_at(whole):
+    body = next(s.body for s in page_sections(whole) if s.name == "curves")
+    assert body.count('<figure class="main">') == 1
+    first = body[body.index("<figure") :]
+    assert first.startswith('<figure class="main"><figcaption>Look here: validation')
 
 
 def test_the_comparison_is_a_real_table_with_the_best_and_the_learned_row_marked(whole):
