@@ -7,6 +7,7 @@ import logging
 import subprocess
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from rich.console import Console
@@ -22,6 +23,7 @@ from ml2o_dist.files import replacing
 from ml2o_dist.metatrain.pool import Stopped
 from ml2o_dist.metatrain.trainer import Trainer
 from ml2o_dist.progress import StepDisplay
+from ml2o_dist.run_log import COMPARISON_FAILED
 from ml2o_dist.run_report import write_report
 from ml2o_dist.run_storage import RunStorage
 from ml2o_dist.stopping import StopRequest
@@ -79,8 +81,9 @@ def finish(
     except Stopped:
         raise
     except Exception as error:  # a cell or a picture that broke must not cost the finished weights
-        log.info("the comparison failed", exc_info=True)
-        failure = f"the comparison failed ({type(error).__name__}: {error}), the weights are saved and registered"
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        log.info("%s: %s", COMPARISON_FAILED, reason, exc_info=True)
+        failure = f"{COMPARISON_FAILED} ({reason}), the weights are saved and registered"
     for picture in sorted(plots.glob("*.png")):
         sink.log_artifact(picture, "plots")
     sink.log_artifact(run_dir / "config.yaml")
@@ -127,8 +130,8 @@ def _compare(trainer: Trainer, console: Console, stop: StopRequest) -> Compariso
 
             return run_cells_on_ray(cells, num_cpus=resources.num_cpus, num_gpus=resources.num_gpus, on_done=on_done)
 
-    comparison = compare(settings, contestants, run_cells)
-    console.print(f"compared in {time.monotonic() - began:.0f} s", highlight=False)
+    comparison = replace(compare(settings, contestants, run_cells), seconds=time.monotonic() - began)
+    console.print(f"compared in {comparison.seconds:.0f} s", highlight=False)
     console.print(comparison_table(comparison))
     return comparison
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
@@ -14,17 +13,17 @@ import pyarrow as pa
 from ml2o_dist.config_file import load_settings
 from ml2o_dist.errors import UserError
 from ml2o_dist.evaluation.benchmark import Comparison
-from ml2o_dist.evaluation.page import RunRecord, Warned, page_sections, render_page
+from ml2o_dist.evaluation.page import page_sections, render_page
+from ml2o_dist.evaluation.run_record import RunRecord
 from ml2o_dist.files import replacing
 from ml2o_dist.metatrain.checkpoint import newest_checkpoint
 from ml2o_dist.metatrain.history import FILE as HISTORY
 from ml2o_dist.metatrain.history import read_history
 from ml2o_dist.metatrain.trajectories import FOLDER, Recorded, read_trajectories
+from ml2o_dist.run_log import RunLog, read_log
 from ml2o_dist.run_storage import is_uri
 
 PAGE = "report.html"
-_LINE = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)\S* (WARNING|ERROR|CRITICAL) \S+: (.*)")
-
 Found = TypeVar("Found")
 
 
@@ -94,7 +93,7 @@ def load_record(run_dir: Path, place: str = "") -> RunRecord:
         checkpoint_step=checkpoint.meta_step if checkpoint else None,
         progress=checkpoint.state.get("progress", {}) if checkpoint else {},
         trajectories=recorded.rows if recorded else None,
-        warnings=read("run.log", _warnings) or (),
+        log=read("run.log", read_log) or RunLog(),
         unread=unread,
     )
 
@@ -108,8 +107,3 @@ def _card(path: Path) -> dict[str, Any]:
 
 def _recorded(folder: Path) -> Recorded | None:
     return read_trajectories(folder.parent) if any(folder.glob("step_*.parquet")) else None
-
-
-def _warnings(path: Path) -> list[Warned]:
-    lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
-    return [Warned(*match.groups()) for line in lines if (match := _LINE.fullmatch(line))]

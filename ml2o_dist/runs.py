@@ -252,10 +252,12 @@ def _resolved(settings: MetaTrainSettings) -> MetaTrainSettings:
 
 def _train(trainer: Trainer, pool: WorkerPool, sink: MlflowSink, console: Console) -> None:
     settings, progress = trainer.settings, trainer.progress
+    restarts, repeated = progress.worker_restarts, progress.repeated_episodes  # before this process
     with StepDisplay(console, "meta-train", settings.meta_steps, trainer.learner.version) as display:
 
         def on_row(step: int, row: Row) -> None:
             progress.tracking_run = progress.tracking_run or sink.run_id or ""
+            progress.worker_restarts, progress.repeated_episodes = restarts + pool.restarts, repeated + pool.repeated
             sink.log(row | {"workers": float(pool.alive), "worker_restarts": float(pool.restarts)}, step)
             last = next((r["meta_loss"] for r in reversed(progress.history) if "meta_loss" in r), float("nan"))
             shown = f"{last:.4f}" if last == last else "-"

@@ -40,10 +40,19 @@ Row = dict[str, float]
 
 @dataclass
 class Progress:
-    """What a run has done so far, saved with every checkpoint: the history as columns, the rest as plain values."""
+    """What a run has done so far, saved with every checkpoint: the history as columns, the rest as plain values.
+
+    Attributes:
+        inner_steps, rollout_seconds: of training alone.
+        seconds: wall time of meta-training, validation and checkpoints included, over all its processes.
+        worker_restarts, repeated_episodes: workers replaced and episodes run again, where workers run them.
+    """
 
     inner_steps: int = 0
     rollout_seconds: float = 0.0
+    seconds: float = 0.0
+    worker_restarts: int = 0
+    repeated_episodes: int = 0
     skipped_episodes: int = 0
     failed_episodes: int = 0
     best_score: float = math.inf
@@ -93,7 +102,7 @@ class Trainer:
         self.best_weights: dict[str, Tensor] = self.learner.weights
         self._trajectories = TrajectoryWriter(run_dir)
         self._saved = (-1, -1)
-        self._saved_at = time.monotonic()
+        self._saved_at = self._timed_at = time.monotonic()
         self._unwritable = False
 
     def resume(self) -> list[str]:
@@ -127,6 +136,7 @@ class Trainer:
         Raises:
             TrainingError: the weights or all episodes of `LOST_STEPS` meta-steps are not finite.
         """
+        self._timed_at = time.monotonic()
         self._try_to_save()
         self._saved_at = time.monotonic()
         self._trajectories.discard_from(self.learner.version + 1)
@@ -146,6 +156,9 @@ class Trainer:
         state = (self.learner.version, self.progress.validated_step)
         if state == self._saved:
             return
+        now = time.monotonic()
+        self.progress.seconds += now - self._timed_at
+        self._timed_at = now
         # first: a run that goes on from this checkpoint does not write them again
         self._trajectories.flush()
         write_history(self.run_dir, self.progress.history)

@@ -217,7 +217,7 @@ def test_an_error_in_an_episode_is_tried_once_more_on_another_worker(pool, fault
     made = pool(workers)
     results = made.run(items, weights)
     assert equal(results, [run_episode(weights, item.spec) for item in items])
-    assert made.restarts == 0
+    assert (made.restarts, made.repeated) == (0, 1)
     first, second = faults.pids(items[1])
     assert (first != second) == (workers == 2)
     assert "meta-step 1 slot 1" in caplog.text
@@ -267,7 +267,7 @@ def test_a_hung_episode_runs_elsewhere_and_its_worker_is_ended(pool, faults, wor
     faults.order(items[3], "hang")
     results = made.run(items, weights)
     assert equal(results, [run_episode(weights, item.spec) for item in items])
-    assert made.restarts == 1
+    assert (made.restarts, made.repeated) == (1, 1)
     hung, other = faults.pids(items[3])
     assert hung != other
     assert f"meta-step 1 slot 3 did not end in 6 s (worker pid {hung})" in caplog.text
