@@ -20,8 +20,8 @@ from ml2o_dist.metatrain.checkpoint import newest_checkpoint
 from ml2o_dist.metatrain.history import FILE as HISTORY
 from ml2o_dist.metatrain.history import read_history
 from ml2o_dist.metatrain.trajectories import FOLDER, Recorded, read_trajectories
+from ml2o_dist.remote_files import is_uri
 from ml2o_dist.run_log import RunLog, read_log
-from ml2o_dist.run_storage import is_uri
 
 PAGE = "report.html"
 Found = TypeVar("Found")
