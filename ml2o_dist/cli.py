@@ -50,8 +50,13 @@ def command(body: Callable[..., Any]) -> Callable[..., None]:
     return run
 
 
-def _fail(message: str, code: int) -> None:
+def _say(message: str) -> None:
+    """Print one line on stderr: what went wrong, whether or not the command goes on."""
     click.echo(f"ml2o: {' '.join(message.split())}", err=True)
+
+
+def _fail(message: str, code: int) -> None:
+    _say(message)
     sys.stderr.flush()
     sys.exit(code)
 
@@ -152,6 +157,7 @@ def report(console: Console, run_dir: str, output: str | None) -> dict[str, Any]
     """Write RUN_DIR/report.html: a run's curves, comparison and configuration as one page that loads nothing.
 
     `ml2o meta-train` writes it when it is done; for a run that is not, it shows what is there and says what is missing.
+    A file that cannot be read is named on stderr and on the page, which shows the rest.
     """
     from ml2o_dist.files import home_folder
     from ml2o_dist.remote_files import is_uri
@@ -160,7 +166,9 @@ def report(console: Console, run_dir: str, output: str | None) -> dict[str, Any]
 
     place = output or (PAGE if is_uri(run_dir) else None)
     with read_run(run_dir) as folder:
-        answer = write_report(folder, home_folder() / place if place else None)
+        answer = write_report(folder, home_folder() / place if place else None, run_dir if is_uri(run_dir) else "")
+    for line in answer["unread"]:
+        _say(line)
     console.print(f"report         {answer['path']}", markup=False, highlight=False, soft_wrap=True)
     for name, why in answer["missing"].items():
         console.print(f"  {name}: {why}", markup=False, highlight=False)
@@ -188,12 +196,14 @@ def trajectories(
 
     with read_run(run_dir) as folder:
         recorded = read_trajectories(folder, problem)
-    summaries = recorded_problems(recorded)
+    for line in recorded.unread:
+        _say(f"{line.replace(str(folder), run_dir) if is_uri(run_dir) else line}; the other files are used")
+    summaries = recorded_problems(recorded.rows)
     if problem is not None:
         path = trajectories_file(folder, summaries[0].problem)
         if output or is_uri(run_dir):
             path = home_folder() / (output or path.name)
-        plot_trajectories(recorded, path)
+        plot_trajectories(recorded.rows, path)
         console.print(f"picture        {path}", markup=False, highlight=False, soft_wrap=True)
         return {**asdict(summaries[0]), "path": str(path)}
     if output is not None:

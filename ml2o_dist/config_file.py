@@ -17,6 +17,9 @@ from ml2o_dist.errors import UserError, unknown
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "digits.yaml"
 """The embedded default: needs no download."""
 
+_PROBLEMS = ("train", "validation", "test")
+"""The keys of `family` that name problems."""
+
 _OPERATIONAL = (
     "workers",
     "resources",
@@ -79,11 +82,25 @@ def flat_settings(settings: MetaTrainSettings) -> dict[str, Any]:
     return _flat(settings.model_dump(mode="json", by_alias=True))
 
 
-def changed_settings(settings: MetaTrainSettings) -> dict[str, Any]:
-    """Return, by dotted key, what differs from the defaults of config.py; the family, which has none, is all there."""
-    defaults = flat_settings(MetaTrainSettings(family=settings.family))
-    ours = flat_settings(settings)
-    return {key: ours[key] for key in ours if key.startswith("family.") or ours[key] != defaults[key]}
+def changed_settings(settings: MetaTrainSettings) -> tuple[str, dict[str, Any]]:
+    """Return what the settings of a run are compared with, in words, and by dotted key what differs from it.
+
+    Settings that share problems with the embedded default were made from it, and are compared with it; others with the
+    defaults of config.py, and the family, which has none there, is all among them. What a run writes out by itself,
+    `data.root` and the device behind `auto`, is no difference.
+    """
+    embedded = load_settings()
+    shared = any(getattr(settings.family, part) == getattr(embedded.family, part) for part in _PROBLEMS)
+    base = embedded if shared else MetaTrainSettings(family=settings.family)
+    ours, theirs = flat_settings(settings), flat_settings(base)
+    if ours["device"] == ("cuda" if settings.resources.num_gpus > 0 else "cpu"):
+        theirs["device"] = ours["device"]
+    changed = {
+        key: value
+        for key, value in ours.items()
+        if key != "data.root" and (theirs.get(key) != value or (key.startswith("family.") and not shared))
+    }
+    return ("the embedded default" if shared else "the defaults of config.py"), changed
 
 
 def _read_tree(source: Path, extended: tuple[Path, ...] = ()) -> dict[str, Any]:

@@ -7,6 +7,7 @@ import logging
 import subprocess
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from ml2o_dist.files import replacing
 from ml2o_dist.metatrain.pool import Stopped
 from ml2o_dist.metatrain.trainer import Trainer
 from ml2o_dist.progress import StepDisplay
+from ml2o_dist.run_log import COMPARISON_FAILED
 from ml2o_dist.run_report import write_report
 from ml2o_dist.run_storage import RunStorage
 from ml2o_dist.stopping import StopRequest
@@ -86,12 +88,13 @@ def finish(
     except Stopped:
         raise
     except Exception as error:  # a cell or a picture that broke must not cost the finished weights
-        log.info("the comparison failed", exc_info=True)
-        failure = f"the comparison failed ({type(error).__name__}: {error}), the weights are saved and registered"
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+        log.info("%s: %s", COMPARISON_FAILED, reason, exc_info=True)
+        failure = f"{COMPARISON_FAILED} ({reason}), the weights are saved and registered"
     for picture in sorted(plots.glob("*.png")):
         sink.log_artifact(picture, "plots")
     sink.log_artifact(run_dir / "config.yaml")
-    _report(run_dir, sink)
+    _report(storage, sink)
     sink.flush()
     version = _register(trainer, sink, uri, comparison, console)
     console.print(f"weights        {storage.named(str(saved.path))}", highlight=False, soft_wrap=True)
@@ -170,15 +173,15 @@ def _asked(settings: MetaTrainSettings) -> dict[str, Any]:
     return settings.model_dump(mode="json", by_alias=True, include={"compare", "comparison", "tracking"})
 
 
-def _report(run_dir: Path, sink: MlflowSink) -> None:
+def _report(storage: RunStorage, sink: MlflowSink) -> None:
     """Write the run's page; a page that cannot be made costs a line, not the run."""
     try:
-        write_report(run_dir)
+        write_report(storage.folder, place=storage.name)
     except Exception as error:
-        log.warning("no report.html: %s: %s; try again: ml2o report %s", type(error).__name__, error, run_dir)
+        log.warning("no report.html: %s: %s; try again: ml2o report %s", type(error).__name__, error, storage.name)
         log.info("the report failed", exc_info=True)
     else:
-        sink.log_artifact(run_dir / "report.html")
+        sink.log_artifact(storage.folder / "report.html")
 
 
 def _compare(trainer: Trainer, console: Console, stop: StopRequest) -> Comparison:
@@ -197,8 +200,8 @@ def _compare(trainer: Trainer, console: Console, stop: StopRequest) -> Compariso
 
             return run_cells_on_ray(cells, num_cpus=resources.num_cpus, num_gpus=resources.num_gpus, on_done=on_done)
 
-    comparison = compare(settings, contestants, run_cells)
-    console.print(f"compared in {time.monotonic() - began:.0f} s", highlight=False)
+    comparison = replace(compare(settings, contestants, run_cells), seconds=time.monotonic() - began)
+    console.print(f"compared in {comparison.seconds:.0f} s", highlight=False)
     console.print(comparison_table(comparison))
     return comparison
 

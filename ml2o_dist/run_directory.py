@@ -17,6 +17,7 @@ from ml2o_dist.config_file import dump_settings, first_difference, load_settings
 from ml2o_dist.errors import UserError
 from ml2o_dist.files import replacing
 from ml2o_dist.metatrain.checkpoint import newest_checkpoint
+from ml2o_dist.run_log import BEGUN, FORM
 from ml2o_dist.run_storage import RunStorage
 from ml2o_dist.tracking.identity import load_identity
 from ml2o_dist.tracking.spool import SPOOL_FOLDER, unsent_values
@@ -86,13 +87,14 @@ def written_to(run_dir: Path, settings: MetaTrainSettings, console: Console) -> 
         file = _RunLog(run_dir / "run.log", console)
     except OSError as error:
         raise _unwritable(run_dir, error) from error
-    file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    file.setFormatter(logging.Formatter(FORM))
     screen = _Screen(logging.WARNING, console)
     ours = logging.getLogger("ml2o_dist")
     level = ours.level
     ours.setLevel(logging.INFO)
     for handler in (file, screen):
         ours.addHandler(handler)
+    ours.info(BEGUN)
     try:
         yield
     finally:

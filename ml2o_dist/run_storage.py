@@ -100,15 +100,20 @@ def working_copy(uri: str) -> Path:
 def read_run(run_dir: Path | str) -> Iterator[Path]:
     """Give a local folder with the files of a run for the time of a `with` block; the run may be at a URI.
 
-    A run at a URI is downloaded for the occasion: a run that writes there meanwhile is not disturbed. Raises UserError.
+    A run at a URI is downloaded for the occasion: a run that writes there meanwhile is not disturbed. Raises UserError;
+    one that the block raises names the URI, not the folder.
     """
     if not is_uri(run_dir):
         yield home_folder() / run_dir
         return
     uri, filesystem, base = connect(str(run_dir), "run directory")
     with tempfile.TemporaryDirectory(prefix="ml2o-run-") as folder:
-        RemoteRunStorage(uri, filesystem, base, Path(folder)).download(Path(folder))
-        yield Path(folder)
+        storage = RemoteRunStorage(uri, filesystem, base, Path(folder))
+        storage.download(Path(folder))
+        try:
+            yield Path(folder)
+        except UserError as error:
+            raise UserError(storage.named(str(error))) from error
 
 
 class RemoteRunStorage(RunStorage):

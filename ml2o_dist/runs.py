@@ -72,11 +72,10 @@ def meta_train(
     check_folder(storage.folder)
     trainer = Trainer(settings, storage.folder, on_saved=storage.commit)
     same_run = resume
+    refused: list[str] = []
     try:
         if resume:
-            for refusal in trainer.resume():
-                line = f"[yellow]checkpoint refused:[/] {storage.named(refusal)}"
-                console.print(line, highlight=False, soft_wrap=True)
+            refused = trainer.resume()
             if (answer := finished_answer(trainer)) is not None:
                 console.print(f"run directory  {storage.name}", highlight=False, soft_wrap=True)
                 show_finished(answer, trainer, storage, uri, console)
@@ -113,6 +112,8 @@ def meta_train(
             _tracked(trainer, storage, uri, console, stop, same_run) as sink,
             _saved(trainer, storage, stop),
         ):
+            for refusal in refused:
+                log.warning("checkpoint refused: %s", storage.named(refusal))
             if begins:
                 log.info("resuming from %s", begins)
             storage.commit()
@@ -272,10 +273,12 @@ def _resolved(settings: MetaTrainSettings) -> MetaTrainSettings:
 
 def _train(trainer: Trainer, pool: WorkerPool, sink: MlflowSink, console: Console) -> None:
     settings, progress = trainer.settings, trainer.progress
+    restarts, repeated = progress.worker_restarts, progress.repeated_episodes  # before this process
     with StepDisplay(console, "meta-train", settings.meta_steps, trainer.learner.version) as display:
 
         def on_row(step: int, row: Row) -> None:
             progress.tracking_run = progress.tracking_run or sink.run_id or ""
+            progress.worker_restarts, progress.repeated_episodes = restarts + pool.restarts, repeated + pool.repeated
             sink.log(row | {"workers": float(pool.alive), "worker_restarts": float(pool.restarts)}, step)
             last = next((r["meta_loss"] for r in reversed(progress.history) if "meta_loss" in r), float("nan"))
             shown = f"{last:.4f}" if last == last else "-"

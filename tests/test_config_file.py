@@ -124,17 +124,44 @@ def test_settings_cannot_be_changed_afterwards():
         load_settings(None).workers = 5
 
 
-def test_changed_settings_are_those_that_differ_from_the_defaults_and_the_family():
-    settings = load_settings(None, ["learner.lr=0.003", "rule.hidden=9", "tracking.register=false"])
-    changed = changed_settings(settings)
-    assert changed["rule.hidden"] == 9
-    assert changed["tracking.register"] is False
-    assert "learner.lr" not in changed, "0.003 is the default of config.py"
-    assert "learner.final_lr" in changed, "set by the embedded configuration"
+def test_changed_settings_of_a_run_without_options_are_none():
+    """What a run writes out by itself, where its data is and the device, is no difference."""
+    run = load_settings(None, ["data.root=/somewhere", "device=cpu"])
+    assert changed_settings(run) == ("the embedded default", {})
+
+
+def test_changed_settings_of_a_run_with_options_are_the_options():
+    options = ["learner.lr=0.003", "rule.hidden=9", "tracking.register=false", "device=cuda:1", "resources.num_gpus=1"]
+    base, changed = changed_settings(load_settings(None, [*options, "family.rescale=1"]))
+    assert base == "the embedded default"
+    assert changed == {
+        "learner.lr": 0.003,
+        "rule.hidden": 9,
+        "tracking.register": False,
+        "device": "cuda:1",
+        "resources.num_gpus": 1.0,
+        "family.rescale": 1.0,
+    }
+
+
+def test_changed_settings_of_a_configuration_of_one_s_own_are_against_the_defaults_of_the_library():
+    settings = load_settings(Path("jobs/configs/multimnist.yaml"), ["workers=2", "data.root=/somewhere"])
+    base, changed = changed_settings(settings)
+    assert base == "the defaults of config.py"
+    assert "workers" not in changed, "2 is the default of config.py"
+    assert changed["rule.features"] == "agreement"
+    assert "learner.clip" not in changed
     assert changed["family.test"] == list(settings.family.test)
     every = flat_settings(settings)
     assert changed.items() <= every.items()
     assert every["trajectories.meta_steps"] == 20
+
+
+def test_changed_settings_name_every_key_of_a_group_that_is_off_by_default():
+    settings = load_settings(None, ["rule.guard.margin=2", "estimator.kind=replay"])
+    _, changed = changed_settings(settings)
+    assert changed["rule.guard.margin"] == 2.0
+    assert changed["estimator.kind"] == "replay"
 
 
 def test_a_group_that_is_off_can_be_set_key_by_key(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -52,6 +53,7 @@ def test_everything_in_the_folder_is_in_the_page(run_dir):
         "path": str(run_dir / "report.html"),
         "sections": ["curves", "comparison", "trajectories", "configuration", "origin", "warnings"],
         "missing": {},
+        "unread": [],
     }
     page = Page((run_dir / "report.html").read_text())
     for said in [
@@ -92,19 +94,74 @@ def test_a_run_that_was_cut_off_says_what_it_has_and_what_not(tmp_path):
     assert "No weights yet" in page.text
 
 
-@pytest.mark.parametrize("name", ["config.yaml", "metrics.parquet", "comparison.json", "weights.json", "trajectories"])
-def test_a_file_that_cannot_be_read_is_named_and_the_rest_is_shown(run_dir, name):
-    broken = run_dir / name
-    if broken.is_dir():
-        broken = broken / "step_000000.parquet"
-    broken.write_bytes(b"\x00 nothing of use")
-    result = call("report", str(run_dir), "--json")
+SECTIONS = {
+    "config.yaml": "configuration",
+    "metrics.parquet": "curves",
+    "comparison.json": "comparison",
+    "weights.json": "origin",
+    "trajectories": "trajectories",
+}
+
+
+@pytest.mark.parametrize("cut", [lambda content: content[:-50], lambda content: b"", lambda content: b"\x00 no use"])
+@pytest.mark.parametrize("name", SECTIONS)
+def test_a_file_that_cannot_be_read_is_named_with_its_cause_and_the_rest_is_shown(run_dir, name, cut):
+    broken = sorted(path for path in (run_dir / name, *(run_dir / name).glob("*")) if path.is_file())
+    for file in broken:
+        file.write_bytes(cut(file.read_bytes()))
+    if name == "config.yaml" and load_record(run_dir).settings is not None:
+        pytest.skip("YAML that was cut may be whole YAML")
+    result = call("report", str(run_dir), "--json", "--quiet")
     assert result.exit_code == 0, result.output
-    assert len(json.loads(result.stdout)["sections"]) >= 4
+    answer = json.loads(result.stdout)
+    assert set(answer["missing"]) == {SECTIONS[name]}
+    said = answer["missing"][SECTIONS[name]]
+    assert str(broken[0]) in said.replace("'", "")
+    assert answer["unread"] == [said]
+    assert result.stderr.splitlines() == [f"ml2o: {said}"]
     page = Page((run_dir / "report.html").read_text())
-    assert str(broken) in page.text.replace("'", "")
-    (line,) = load_record(run_dir).unread
-    assert len(line.splitlines()) == 1
+    assert page.text.count(said) == 2, "at the top, and where it is missed"
+    assert "yet" not in said
+    assert page.text.count("No weights yet") == page.text.count("Not finished") == 0
+    assert ("Finished after 4 of 4 meta-steps." in page.text) == (name not in ("config.yaml", "weights.json"))
+
+
+def test_a_trajectory_file_that_cannot_be_read_hides_no_other(run_dir):
+    before = json.loads(call("trajectories", str(run_dir), "--json", "--quiet").stdout)
+    broken = run_dir / "trajectories" / "step_000002.parquet"
+    broken.write_bytes(broken.read_bytes()[:-50])
+    result = call("report", str(run_dir), "--json", "--quiet")
+    assert result.exit_code == 0
+    answer = json.loads(result.stdout)
+    assert "trajectories" in answer["sections"]
+    assert answer["missing"] == {}
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"ml2o: {broken} cannot be read: ")
+    assert line.removeprefix("ml2o: ") in Page((run_dir / "report.html").read_text()).text
+    listed = call("trajectories", str(run_dir), "--json", "--quiet")
+    assert listed.exit_code == 0
+    assert listed.stderr.splitlines() == [f"{line}; the other files are used"]
+    assert sum(each["episodes"] for each in json.loads(listed.stdout)) == sum(e["episodes"] for e in before) - 4
+    drawn = call("trajectories", str(run_dir), "--problem", "fonseca")
+    assert drawn.exit_code == 0
+    assert len(drawn.stderr.splitlines()) == 1
+    for file in (run_dir / "trajectories").iterdir():
+        file.write_bytes(b"")
+    failed = call("trajectories", str(run_dir))
+    assert failed.exit_code == 2
+    (line,) = failed.stderr.splitlines()
+    assert "step_000001.parquet cannot be read" in line
+
+
+def test_metrics_without_any_checkpoint_are_not_said_to_be_unwritten(run_dir):
+    shutil.rmtree(run_dir / "checkpoints")
+    (run_dir / "weights.json").unlink()
+    (run_dir / "metrics.parquet").write_bytes(b"")
+    write_report(run_dir)
+    text = Page((run_dir / "report.html").read_text()).text
+    assert "Not finished." in text
+    assert "no checkpoint has been written yet" not in text
+    assert "metrics.parquet cannot be read" in text
 
 
 def test_a_refused_checkpoint_is_named(run_dir):
@@ -122,6 +179,27 @@ def test_a_folder_that_is_no_run_is_one_line_and_exit_code_2(tmp_path, command):
         assert len(result.stderr.splitlines()) == 1
         assert str(folder) in result.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("command", ["report", "trajectories"])
+@pytest.mark.parametrize("inside", ["", "trajectories/step_000001.parquet"])
+def test_what_is_wrong_at_a_uri_is_said_of_the_uri(tmp_path, monkeypatch, command, inside):
+    """Not of the temporary folder that it was downloaded to."""
+    monkeypatch.setenv("ML2O_HOME", str(tmp_path))
+    uri = f"file://{tmp_path}/runs/nope"
+    if inside:
+        for name in ("config.yaml", inside):
+            (tmp_path / "runs/nope" / name).parent.mkdir(exist_ok=True, parents=True)
+            (tmp_path / "runs/nope" / name).write_bytes(b"")
+    result = call(command, uri)
+    page = tmp_path / "report.html"
+    assert result.exit_code == (0 if inside and command == "report" else 2)
+    assert page.exists() == (result.exit_code == 0)
+    assert f"{uri}/{inside} cannot be read" in result.stderr if inside else f"{uri}" in result.stderr
+    assert "ml2o-run-" not in result.output + (page.read_text() if page.exists() else "")
+    if page.exists():
+        assert "<h1>nope</h1>" in page.read_text()
+        assert f"{uri}/{inside} cannot be read" in page.read_text()
 
 
 def test_a_relative_run_directory_is_looked_for_in_ml2o_home(run_dir, monkeypatch):

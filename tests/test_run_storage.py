@@ -340,7 +340,9 @@ def test_meta_train_at_a_uri_is_resumed_on_another_machine(cluster, home, monkey
     (remote / "weights.safetensors").unlink()
     again = ml2o("--run-dir", uri, "--resume", "--json")
     assert again.exit_code == 0, again.output
-    assert f"checkpoint refused: {uri}/checkpoints/step_000006/state.json" in again.stderr
+    refused = f"checkpoint refused: {uri}/checkpoints/step_000006/state.json"
+    assert refused in again.stderr
+    assert refused in (remote / "run.log").read_text()
     assert json.loads(again.stdout)["weights_sha256"] == answer["weights_sha256"]
     with read_run(uri) as folder:
         assert load_artifact(folder).weights_sha256 == answer["weights_sha256"]

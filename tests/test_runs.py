@@ -64,7 +64,7 @@ def test_a_run_answers_in_json_and_leaves_what_the_design_promises(finished):
     assert answer["inner_steps_per_s"] > 0
     assert answer["weights_sha256"] == load_artifact(run_dir).weights_sha256
     for name in ("config.yaml", "weights.safetensors", "weights.json", "metrics.parquet", "run.log", "comparison.md",
-                 "comparison.json", "report.html", "result.json", "trajectories/step_000000.parquet",
+                 "comparison.json", "report.html", "result.json", "trajectories/step_000001.parquet",
                  "plots/meta_loss.png", "plots/comparison.png", "checkpoints/step_000006/manifest.json"):  # fmt: skip
         assert (run_dir / name).stat().st_size > 0 or name == "run.log"
     assert printed.splitlines()[0] == f"run directory  {run_dir}"
@@ -114,7 +114,7 @@ def test_what_was_recorded_on_workers_can_be_listed_and_drawn(finished, monkeypa
 
 
 def test_a_page_that_cannot_be_made_costs_a_line_not_the_run(cluster, home, monkeypatch):
-    def broken(run_dir):
+    def broken(run_dir, place):
         raise RuntimeError("no fonts")
 
     monkeypatch.setattr("ml2o_dist.finishing.write_report", broken)

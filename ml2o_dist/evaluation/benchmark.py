@@ -105,13 +105,14 @@ class ProblemComparison:
 
 @dataclass(frozen=True)
 class Comparison:
-    """The result of `compare`: a table per problem, and how it was made."""
+    """The result of `compare`: a table per problem, and how it was made; `seconds` is what it took, where known."""
 
     steps: int
     seeds: int
     tuning_seeds: int
     learning_rates: tuple[float, ...]
     problems: tuple[ProblemComparison, ...]
+    seconds: float | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return it as plain dicts, lists, strings and finite numbers; what is not finite becomes None."""
@@ -140,6 +141,7 @@ class Comparison:
                 )
                 for each in tree["problems"]
             ),
+            seconds=tree.get("seconds"),
         )
 
 

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import html
-import json
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from ml2o_dist.config import MetaTrainSettings
 from ml2o_dist.config_file import changed_settings, flat_settings
-from ml2o_dist.evaluation.benchmark import INITIAL, LEARNED, Comparison, ProblemComparison
+from ml2o_dist.evaluation.benchmark import INITIAL, LEARNED, ProblemComparison
+from ml2o_dist.evaluation.page_elements import figure, key, missing, pairs, table, text
 from ml2o_dist.evaluation.page_style import STYLE
 from ml2o_dist.evaluation.plots import (
+    HISTORY_CAPTION,
     PAGE_COLOURS,
     draw_history,
     draw_learning_curves,
@@ -25,18 +24,20 @@ from ml2o_dist.evaluation.plots import (
     optimizer_colours,
 )
 from ml2o_dist.evaluation.report import OPTIMIZER, caption, is_contestant, notes, row_figures, shown_columns, verdicts
-from ml2o_dist.evaluation.trajectory_plots import stages, trajectory_panels
+from ml2o_dist.evaluation.run_record import RunRecord
+from ml2o_dist.evaluation.trajectory_plots import CAPTION, stages, trajectory_panels
 from ml2o_dist.metatrain.trajectories import RecordedProblem, recorded_problems
+from ml2o_dist.run_log import COMPARISON_FAILED
 
 CURVES = {
+    "validation": "Look here: validation (lower is better)",
     "meta_loss": "Meta-loss of the rollouts (lower is better)",
-    "validation": "Validation (lower is better)",
     "gradient_norm": "Norm of the meta-gradient, before clipping",
     "learning_rate": "Meta-learning rate",
     "inner_steps_per_s": "Inner steps per second",
     "skipped_episodes": "Episodes skipped because they were not finite",
 }
-"""The curves of a run by key of its history."""
+"""The curves of a run by key of its history, what to look at first."""
 
 MOST_PROBLEMS = 2
 """Problems whose trajectories are drawn: those recorded at the most meta-steps."""
@@ -45,43 +46,6 @@ MOST_WARNINGS = 100
 
 POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 """The browser is told, too, that the page may load nothing."""
-
-
-@dataclass(frozen=True)
-class Warned:
-    """One line of a run's log."""
-
-    time: str
-    level: str
-    message: str
-
-
-@dataclass(frozen=True)
-class RunRecord:
-    """What is known of a run; what is not there (yet) is None or empty, and `unread` says what could not be read.
-
-    Attributes:
-        name: of the run.  path: of its folder.
-        history: a mapping for each meta-step, as in metrics.parquet.
-        card: of the weights, as artifact.py writes it.  progress: of the newest checkpoint.
-        trajectories: what `read_trajectories` returns.
-    """
-
-    name: str
-    path: str
-    settings: MetaTrainSettings | None = None
-    history: Sequence[Mapping[str, Any]] = ()
-    comparison: Comparison | None = None
-    card: Mapping[str, Any] | None = None
-    progress: Mapping[str, Any] = field(default_factory=dict)
-    trajectories: pa.Table | None = None
-    warnings: Sequence[Warned] = ()
-    unread: Sequence[str] = ()
-
-    @property
-    def meta_steps(self) -> int:
-        """Meta-steps done, as far as metrics are written."""
-        return int(max((row["meta_step"] for row in self.history), default=0))
 
 
 @dataclass(frozen=True)
@@ -108,92 +72,142 @@ def page_sections(record: RunRecord) -> list[Section]:
 
 def render_page(record: RunRecord, sections: Sequence[Section]) -> str:
     """Return the whole document."""
-    links = "".join(f'<a href="#{s.name}">{_text(s.title)}</a>' for s in sections)
-    unread = "".join(f'<p class="alert">{_text(line)}</p>' for line in record.unread)
+    links = "".join(f'<a href="#{s.name}">{text(s.title)}</a>' for s in sections)
+    unread = "".join(f'<p class="alert">{text(line)}</p>' for line in record.unread_lines)
     parts = "".join(
-        f'<section id="{s.name}"><h2>{_text(s.title)}</h2>{_missing(s.missing)}{s.body}</section>' for s in sections
+        f'<section id="{s.name}"><h2>{text(s.title)}</h2>{missing(s.missing)}{s.body}</section>' for s in sections
     )
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{_text(record.name)}: meta-training</title><style>{STYLE}</style></head><body>"
-        f'<header><p class="kind">Meta-training run</p><h1>{_text(record.name)}</h1><p>{_text(_state(record))}</p>'
+        f"<title>{text(record.name)}: meta-training</title><style>{STYLE}</style></head><body>"
+        f'<header><p class="kind">Meta-training run</p><h1>{text(record.name)}</h1><p>{text(_state(record))}</p>'
         f"{unread}{_summary(record)}<nav>{links}</nav></header><main>{parts}</main>"
-        f"<footer>Made by ml2o report from {_text(record.path)}</footer></body></html>\n"
+        f"<footer>Made by ml2o report from {text(record.path)}</footer></body></html>\n"
     )
 
 
 def _state(record: RunRecord) -> str:
-    total = f" of {record.settings.meta_steps}" if record.settings else ""
+    done = record.meta_steps
+    steps = "" if done is None else f"{done}{f' of {record.settings.meta_steps}' if record.settings else ''}"
     if record.card is not None:
-        return f"Finished after {record.meta_steps}{total} meta-steps."
-    if not record.history:
-        return "Not finished: no checkpoint has been written yet."
-    return f"Not finished: meta-step {record.meta_steps}{total} at the last checkpoint."
+        return f"Finished after {steps} meta-steps." if steps else "Finished."
+    state = "Not known to be finished" if "weights.json" in record.unread else "Not finished"
+    ended = f"; {record.log.ended}" if record.log.ended else ""
+    if steps:
+        return f"{state}: meta-step {steps} at the last checkpoint{ended}."
+    return f"{state}{'' if record.unread else ': no checkpoint has been written yet'}{ended}."
 
 
 def _summary(record: RunRecord) -> str:
-    tiles: list[tuple[str, str]] = []
+    tiles = [*_learning_tiles(record), *_faults_tiles(record), *_comparison_tiles(record)]
+    return f"<dl class=tiles>{''.join(f'<div><dt>{text(k)}</dt><dd>{text(v)}</dd></div>' for k, v in tiles)}</dl>"
+
+
+def _learning_tiles(record: RunRecord) -> list[tuple[str, str]]:
+    tiles = []
     scores = [(row["validation"], row["meta_step"]) for row in record.history if is_finite(row.get("validation"))]
     if scores:
         score, step = min(scores)
-        tiles.append(("Best validation", f"{score:.4f} at meta-step {step:.0f}"))
+        tiles.append(("Best validation", f"{score:.4f} at meta-step {step}"))
+    seconds = record.progress.get("seconds")
+    if seconds:
+        compared = record.comparison.seconds if record.comparison is not None else None
+        parts = f" ({_duration(seconds)} meta-training, {_duration(compared)} comparison)" if compared else ""
+        tiles.append(("Time", f"{_duration(seconds + (compared or 0))}{parts or ' of meta-training'}"))
     speeds = [row["inner_steps_per_s"] for row in record.history if is_finite(row.get("inner_steps_per_s"))]
     if speeds:
         tiles.append(("Inner steps per second, median", f"{sorted(speeds)[len(speeds) // 2]:,.0f}"))
-        skipped = sum(row.get("skipped_episodes") or 0 for row in record.history)
-        tiles.append(("Episodes skipped", f"{skipped:.0f}"))
-    if record.comparison is not None:
-        said = [p.versus_baseline.verdict for p in record.comparison.problems if p.versus_baseline is not None]
-        if said:
-            better = sum(verdict.startswith("better") for verdict in said)
-            level = sum(verdict.startswith("no worse") for verdict in said)
-            tiles.append(("Against the best tuned baseline", f"better on {better}, level on {level} of {len(said)}"))
-    return f"<dl class=tiles>{''.join(f'<div><dt>{_text(k)}</dt><dd>{_text(v)}</dd></div>' for k, v in tiles)}</dl>"
+    return tiles
+
+
+def _faults_tiles(record: RunRecord) -> list[tuple[str, str]]:
+    """What went wrong on the way and was dealt with; 0 is said too."""
+    tiles = []
+    if any(row.get("skipped_episodes") is not None for row in record.history):
+        skipped, failed = (
+            sum(row.get(name) or 0 for row in record.history) for name in ("skipped_episodes", "failed_episodes")
+        )
+        causes = f" ({failed:.0f} failed, {skipped - failed:.0f} not finite)" if skipped else ""
+        tiles.append(("Episodes skipped", f"{skipped:.0f}{causes}"))
+    counts = {"Episodes run again": "repeated_episodes", "Workers replaced": "worker_restarts"}
+    tiles += [(what, str(record.progress[name])) for what, name in counts.items() if name in record.progress]
+    return tiles
+
+
+def _comparison_tiles(record: RunRecord) -> list[tuple[str, str]]:
+    problems = record.comparison.problems if record.comparison is not None else ()
+    said = [problem.versus_baseline.verdict for problem in problems if problem.versus_baseline is not None]
+    if not said:
+        return []
+    better, level = (sum(verdict.startswith(word) for verdict in said) for word in ("better", "no worse"))
+    return [("Against the best tuned baseline", f"better on {better}, level on {level} of {len(said)}")]
+
+
+def _duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    if hours:
+        return f"{hours} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
 
 
 def _curves(record: RunRecord) -> Section:
     title = "Curves"
     if not record.history:
-        return Section("curves", title, missing="No metrics yet: they are written with each checkpoint.")
+        return Section(
+            "curves",
+            title,
+            missing=record.why_not("metrics.parquet", "No metrics yet: they are written with each checkpoint."),
+        )
     pictures = []
-    for key, what in CURVES.items():
-        given = [row[key] for row in record.history if row.get(key) is not None]
+    for name, what in CURVES.items():
+        given = [row[name] for row in record.history if row.get(name) is not None]
         lost = sum(not is_finite(value) for value in given)
         left_out = f" ({lost} of {len(given)} not finite, left out)" if lost else ""
-        svg = inline_svg(partial(draw_history, history=record.history, key=key), what, f"curve-{key}")
-        pictures.append(_figure(_text(what + left_out), svg))
-    keys = _key("strong", "average, or the figure itself") + _key("muted-0", "each meta-step")
-    return Section("curves", title, f'<p class="keys">{keys}</p><div class="grid">{"".join(pictures)}</div>')
+        svg = inline_svg(partial(draw_history, history=record.history, key=name), what, f"curve-{name}")
+        pictures.append(figure(text(what + left_out), svg, "main" if name == "validation" else ""))
+    keys = key("strong", "average, or the figure itself") + key("muted-0", "each meta-step")
+    body = f'<p>{text(HISTORY_CAPTION)}</p><p class="keys">{keys}</p><div class="grid">{"".join(pictures)}</div>'
+    return Section("curves", title, body)
 
 
 def _comparison(record: RunRecord) -> Section:
     title = "Comparison"
     comparison = record.comparison
     if comparison is None:
-        switched_off = record.settings is not None and not record.settings.compare
-        why = "it is made when meta-training is done" if record.card is None else "if it failed, run.log says why"
-        why = "compare=false" if switched_off else why
-        return Section("comparison", title, missing=f"No comparison: {why}.")
+        return Section("comparison", title, missing=record.why_not("comparison.json", _why_no_comparison(record)))
     colours = optimizer_colours(comparison)
     shown = {row.optimizer for problem in comparison.problems for row in problem.rows}
     keys = "".join(
-        _key(PAGE_COLOURS[colour], name, line=int(name == INITIAL)) for name, colour in colours.items() if name in shown
+        key(PAGE_COLOURS[colour], name, line=int(name == INITIAL)) for name, colour in colours.items() if name in shown
     )
     parts = []
     for i, problem in enumerate(comparison.problems):
         draw = partial(draw_learning_curves, problem=problem, colours=colours, steps=comparison.steps)
         svg = inline_svg(draw, f"Learning curves on {problem.problem}", f"comparison-{i}")
-        said = "".join(f"<li>{_text(line)}</li>" for line in verdicts(problem) + notes(problem))
+        said = "".join(f"<li>{text(line)}</li>" for line in verdicts(problem) + notes(problem))
         parts.append(
-            f'<article><h3>{_text(problem.problem)}</h3><div class="beside">'
-            f"{_figure('Summed loss on the step&#39;s batch, over steps', svg)}"
+            f'<article><h3>{text(problem.problem)}</h3><div class="beside">'
+            f"{figure('Summed loss on the step&#39;s batch, over steps', svg)}"
             f"<div>{_rows_table(problem)}<ul>{said}</ul></div></div></article>"
         )
-    return Section(
-        "comparison", title, f'<p>{_text(caption(comparison))}</p><p class="keys">{keys}</p>{"".join(parts)}'
-    )
+    return Section("comparison", title, f'<p>{text(caption(comparison))}</p><p class="keys">{keys}</p>{"".join(parts)}')
+
+
+def _why_no_comparison(record: RunRecord) -> str:
+    if record.settings is not None and not record.settings.compare:
+        return "No comparison: it was not asked for (compare=false)."
+    if record.card is None:
+        return "No comparison: it is made when meta-training is done."
+    ended = record.log.ended
+    again = f"ml2o meta-train --run-dir {shlex.quote(record.path)} --resume"
+    if ended.startswith(COMPARISON_FAILED):
+        return f"No comparison: it failed{ended.removeprefix(COMPARISON_FAILED)}; run.log has more. Again: {again}"
+    if ended:
+        return f"No comparison: the run was {ended} before its end. To make it: {again}"
+    return f"No comparison: it is being made, or its process was killed; run.log says nothing. To make it: {again}"
 
 
 def _rows_table(problem: ProblemComparison) -> str:
@@ -203,59 +217,59 @@ def _rows_table(problem: ProblemComparison) -> str:
         cells = row_figures(row) | {OPTIMIZER: row.label + (" *" if row.note else "")}
         kind = " ".join(["best"] * (i == 0) + ["learned"] * is_contestant(row, LEARNED))
         rows.append((kind, [cells[name] for name in columns]))
-    return _table(f"Results on {problem.problem}", columns, rows)
+    return table(f"Results on {problem.problem}", columns, rows)
 
 
 def _trajectories(record: RunRecord) -> Section:
-    title, table = "Trajectories", record.trajectories
-    if table is None:
+    title, recorded = "Trajectories", record.trajectories
+    if recorded is None:
         none = record.settings is not None and record.settings.trajectories.meta_steps == 0
         why = "trajectories.meta_steps=0" if none else "no file is written yet"
-        return Section("trajectories", title, missing=f"No trajectories: {why}.")
-    problems = recorded_problems(table)
+        return Section("trajectories", title, missing=record.why_not("trajectories", f"No trajectories: {why}."))
+    problems = recorded_problems(recorded)
     most = sorted(problems, key=lambda each: (-len(each.meta_steps), -each.episodes, each.problem))[:MOST_PROBLEMS]
     body = (
-        "<p>Recorded training episodes of the problems met most often. Thin lines are single episodes, smoothed; the "
-        "thick one is their median.</p>"
+        "<p>Recorded training episodes of the problems met most often, one trajectory for each instance. "
+        f"{text(CAPTION)}</p>"
     )
-    names = table["problem"].cast(pa.string())
+    names = recorded["problem"].cast(pa.string())
     for i, each in enumerate(most):
-        body += _problem_trajectories(each, table.filter(pc.equal(names, each.problem)), f"trajectory-{i}")
+        body += _problem_trajectories(each, recorded.filter(pc.equal(names, each.problem)), f"trajectory-{i}")
     rows = [
         ("", [each.problem, str(each.objectives), str(each.episodes), str(len(each.meta_steps)), str(each.inner_steps)])
         for each in problems
     ]
     columns = ["problem", "objectives", "episodes", "meta-steps", "inner steps"]
-    listed = _table("Recorded problems", columns, rows)
+    listed = table("Recorded problems", columns, rows)
     body += f"<details><summary>All {len(problems)} recorded problems</summary>{listed}</details>"
     return Section("trajectories", title, body)
 
 
-def _problem_trajectories(recorded: RecordedProblem, table: pa.Table, identity: str) -> str:
-    parts = stages(table)
-    keys = "".join(_key(PAGE_COLOURS[part.colour], part.label) for part in parts)
+def _problem_trajectories(recorded: RecordedProblem, rows: pa.Table, identity: str) -> str:
+    parts = stages(rows)
+    keys = "".join(key(PAGE_COLOURS[part.colour], part.label) for part in parts)
     pictures = []
     for j, panel in enumerate(trajectory_panels(parts)):
-        said = _text(panel.title)
+        said = text(panel.title)
         if len(panel.lines) > 1:
-            said += "".join(f' <span class="key line-{k}">{_text(name)}</span>' for k, name in enumerate(panel.lines))
+            said += "".join(f' <span class="key line-{k}">{text(name)}</span>' for k, name in enumerate(panel.lines))
         label = f"{panel.title}, {recorded.problem}"
-        pictures.append(_figure(said, inline_svg(panel.draw, label, f"{identity}-{j}")))
+        pictures.append(figure(said, inline_svg(panel.draw, label, f"{identity}-{j}")))
     grid = f'<div class="grid">{"".join(pictures)}</div>'
-    return f'<article><h3>{_text(recorded.problem)}</h3><p class="keys">{keys}</p>{grid}</article>'
+    return f'<article><h3>{text(recorded.problem)}</h3><p class="keys">{keys}</p>{grid}</article>'
 
 
 def _configuration(record: RunRecord) -> Section:
     title = "Configuration"
     if record.settings is None:
-        return Section("configuration", title, missing="The configuration could not be read.")
-    changed, every = changed_settings(record.settings), flat_settings(record.settings)
+        return Section("configuration", title, missing=record.why_not("config.yaml", "No configuration."))
+    (base, changed), every = changed_settings(record.settings), flat_settings(record.settings)
+    said = f"What differs from {base}." if changed else f"Nothing differs from {base}."
     return Section(
         "configuration",
         title,
-        "<p>What differs from the defaults; and the problems.</p>"
-        f"{_pairs('Changed settings', changed.items())}<details><summary>All {len(every)} settings</summary>"
-        f"{_pairs('All settings', every.items())}</details>",
+        f"<p>{said}</p>{pairs('Changed settings', changed.items()) if changed else ''}"
+        f"<details><summary>All {len(every)} settings</summary>{pairs('All settings', every.items())}</details>",
     )
 
 
@@ -264,7 +278,7 @@ def _origin(record: RunRecord) -> Section:
     card = record.card or {}
     said = card.get("provenance", {})
     data = said.get("data_sha256") or record.progress.get("data_sha256") or {}
-    pairs = {
+    facts = {
         "weights sha256": card.get("weights_sha256"),
         "parameters": card.get("parameters"),
         "best of meta-steps": said.get("best_meta_step"),
@@ -277,52 +291,17 @@ def _origin(record: RunRecord) -> Section:
         "MLflow run": said.get("mlflow_run") or record.progress.get("tracking_run"),
         **{f"sha256 of {name}": digest for name, digest in data.items()},
     }
-    known = [(key, value) for key, value in pairs.items() if value not in (None, "")]
-    missing = "" if record.card is not None else "No weights yet: they are written when meta-training is done."
-    return Section("origin", title, _pairs(title, known) if known else "", missing)
+    known = [(name, value) for name, value in facts.items() if value not in (None, "")]
+    none = record.why_not("weights.json", "No weights yet: they are written when meta-training is done.")
+    return Section("origin", title, pairs(title, known) if known else "", "" if record.card is not None else none)
 
 
 def _warnings(record: RunRecord) -> Section:
     title = "Warnings"
-    if not record.warnings:
-        return Section("warnings", title, missing="None in run.log.")
-    newest = record.warnings[-MOST_WARNINGS:]
+    if not record.log.warnings:
+        return Section("warnings", title, missing=record.why_not("run.log", "None in run.log."))
+    newest = record.log.warnings[-MOST_WARNINGS:]
     rows = [("", [each.time, each.level, each.message]) for each in newest]
-    left_out = len(record.warnings) - len(newest)
+    left_out = len(record.log.warnings) - len(newest)
     said = f"<p>The newest {len(newest)}; {left_out} older ones are in run.log.</p>" if left_out else ""
-    return Section("warnings", title, said + _table("Warnings", ["time", "level", "message"], rows, "words tall"))
-
-
-def _pairs(label: str, pairs: Iterable[tuple[str, Any]]) -> str:
-    rows = [
-        ("", [key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)]) for key, value in pairs
-    ]
-    return _table(label, ["", ""], rows, "words")
-
-
-def _table(label: str, columns: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]], kind: str = "") -> str:
-    """Return a table in a box of its own that scrolls; each row comes with its CSS classes. Everything is escaped."""
-    head = "".join(f"<th scope=col>{_text(name)}</th>" for name in columns) if any(columns) else ""
-    body = "".join(
-        f'<tr class="{kind_of_row}">{"".join(f"<td>{_text(cell)}</td>" for cell in cells)}</tr>'
-        for kind_of_row, cells in rows
-    )
-    box = f'<div class="scroll {kind}" role="region" tabindex="0" aria-label="{_text(label)}">'
-    head = f"<thead><tr>{head}</tr></thead>" if head else ""
-    return f"{box}<table>{head}<tbody>{body}</tbody></table></div>"
-
-
-def _figure(caption_html: str, svg: str) -> str:
-    return f"<figure><figcaption>{caption_html}</figcaption>{svg}</figure>"
-
-
-def _key(colour: str, what: str, line: int = 0) -> str:
-    return f'<span class="key line-{line}" style="--key: var(--{colour})">{_text(what)}</span>'
-
-
-def _missing(why: str) -> str:
-    return f'<p class="missing">{_text(why)}</p>' if why else ""
-
-
-def _text(value: str) -> str:
-    return html.escape(value)
+    return Section("warnings", title, said + table("Warnings", ["time", "level", "message"], rows, "words tall"))

@@ -31,6 +31,8 @@ footer { margin-top: 2rem; font-size: .85rem; overflow-wrap: anywhere }
 .beside { display: grid; grid-template-columns: minmax(0, 4fr) minmax(0, 7fr); gap: 1.2rem; align-items: start }
 @media (max-width: 56rem) { .beside { grid-template-columns: minmax(0, 1fr) } }
 figure { margin: 0; background: var(--card); border-radius: .5rem; padding: .7rem .7rem .3rem }
+.main { outline: 2px solid var(--strong) }
+.main figcaption { font-weight: 650 }
 figcaption { font-size: .85rem; line-height: 1.35; margin-bottom: .3rem }
 svg { display: block; width: 100%; height: auto; stroke-linejoin: round; stroke-linecap: butt }
 .keys { display: flex; flex-wrap: wrap; gap: .2rem 1.1rem; font-size: .9rem; max-width: none }

@@ -6,6 +6,7 @@ import html
 import io
 import math
 import re
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,6 +28,13 @@ MUTED = ("#5b8db8", "#7aa974", "#c9a24b", "#9a86b5", "#6fb0aa", "#b58a7a")
 """Baselines and further contestants, in the order in which they first appear."""
 PAGE_COLOURS = {PLAIN: "ink", GRID: "grid", STRONG: "strong"} | {colour: f"muted-{i}" for i, colour in enumerate(MUTED)}
 """The style sheet's names for these colours: a page shows them according to its light or dark scheme."""
+
+HISTORY_CAPTION = (
+    "Validation tells whether meta-training helps: it is always on the same problems, starting points and batches. The "
+    "meta-loss does not, by itself: every meta-step draws its horizon and its problems anew, so it goes up and down "
+    "with what was drawn."
+)
+"""What a reader must know of the two curves of a run; every form of the picture says it."""
 
 
 def plot_comparison(comparison: Comparison, path: Path) -> None:
@@ -64,18 +72,21 @@ def plot_comparison(comparison: Comparison, path: Path) -> None:
 
 
 def plot_meta_loss(history: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """Draw a run's meta-loss and validation against the meta-step, to a PNG at `path`.
+    """Draw a run's validation and meta-loss against the meta-step, to a PNG at `path`, with `HISTORY_CAPTION` below.
 
     Args:
         history: one mapping per meta-step: `meta_step`, `meta_loss`, `validation` (None where there was none).
     """
-    figure = new_figure(9.2, 3.7)
-    left, right = figure.subplots(1, 2, sharex=True)
-    for panel, key, title in ((left, "meta_loss", "Meta-loss of the rollouts"), (right, "validation", "Validation")):
+    figure = new_figure(9.2, 4.1)
+    panels = figure.subplots(1, 2, sharex=True)
+    titles = {"validation": "Look here: validation", "meta_loss": "Meta-loss of the rollouts"}
+    for panel, (key, title) in zip(panels, titles.items(), strict=True):
         draw_history(panel, history, key)
         if panel.get_legend_handles_labels()[0]:
             panel.legend(frameon=False, fontsize=9)
-        panel.set_title(f"{title} (lower is better)", loc="left", fontsize=10, color=PLAIN)
+        weight = "bold" if key == "validation" else "normal"
+        panel.set_title(f"{title} (lower is better)", loc="left", fontsize=10, color=PLAIN, fontweight=weight)
+    figure.supxlabel(textwrap.fill(HISTORY_CAPTION, 125), x=0.02, ha="left", fontsize=8.5, color=PLAIN)
     save_figure(figure, path)
 
 
@@ -83,7 +94,7 @@ def draw_history(panel: Axes, history: Sequence[Mapping[str, Any]], key: str) ->
     """Draw one figure of a run, a key of its history, against the meta-step; what is not finite is left out.
 
     Validation is a line of marks with the best one ringed, a count and a schedule are plain, anything else is drawn as
-    it is and as its exponential average (span 1/15 of the run). A gradient norm has a logarithmic axis.
+    points and as their exponential average (span 1/15 of the run). A gradient norm has a logarithmic axis.
     """
     from matplotlib.ticker import MaxNLocator
 
@@ -102,7 +113,8 @@ def draw_history(panel: Axes, history: Sequence[Mapping[str, Any]], key: str) ->
         if key == "skipped_episodes":
             panel.yaxis.set_major_locator(MaxNLocator("auto", steps=[1, 2, 5, 10], integer=True))
     else:
-        panel.plot(steps, values, color=MUTED[0], alpha=0.45, linewidth=1, label="each meta-step")
+        each: dict[str, Any] = {"marker": "o", "markersize": 3, "markeredgewidth": 0, "linestyle": "", "alpha": 0.6}
+        panel.plot(steps, values, color=MUTED[0], label="each meta-step", **each)
         smooth = exponential_average(values, span=max(1.0, len(values) / 15))
         panel.plot(steps, smooth, color=STRONG, linewidth=2, label="average")
     if key == "gradient_norm" and points and min(values) > 0:

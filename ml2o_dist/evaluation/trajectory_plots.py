@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import re
+import textwrap
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
@@ -23,7 +25,13 @@ if TYPE_CHECKING:
 STYLES = ("-", "--", ":")
 """Lines of the first, second and third objective or pair; where there are more, their mean and range are drawn."""
 MOST_THIN = 12
-"""Single episodes drawn behind each median."""
+"""Single trajectories drawn behind the medians of a stage."""
+
+CAPTION = (
+    "Thick: medians of the trajectories of equal length, one line for each length, which ends where they end. "
+    "Thin: single trajectories, smoothed."
+)
+"""What a reader must know of the lines; every form of the picture says it."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +69,9 @@ def stages(table: pa.Table) -> list[Stage]:
 def trajectory_panels(parts: list[Stage]) -> list[TrajectoryPanel]:
     """Return the panels of one problem: losses, gradient norms and cosines, update norm and direction.
 
-    Thin lines are single episodes, exponential averages (span 1/20 of their steps); the thick one is their median at
-    each step that at least half of them reach. A panel of cosines is left out where there is only one objective.
+    Thin lines are single trajectories, exponential averages (span 1/20 of their steps); thick ones are the medians of
+    all of one horizon, so that no median loses some of them on its way (`CAPTION`). A panel of cosines is left out
+    where there is only one objective.
     """
     objectives = parts[0].values["losses"][0].shape[1]
     names = tuple(f"objective {i + 1}" for i in range(objectives))
@@ -98,7 +107,9 @@ def plot_trajectories(table: pa.Table, path: Path) -> None:
     for panel in axes[len(panels) :]:
         panel.set_axis_off()
     colours = [Line2D([], [], color=part.colour, linewidth=2.4) for part in parts]
-    axes[-1].legend(colours, [part.label for part in parts], loc="center left", frameon=False, fontsize=10)
+    labels = [part.label.replace(" (", "\n(") for part in parts]
+    axes[-1].legend(colours, labels, loc="center left", frameon=False, fontsize=10)
+    axes[-1].text(0.02, 0.95, textwrap.fill(CAPTION, 52), va="top", color=PLAIN, fontsize=9)
     problem = table["problem"][0].as_py()
     figure.suptitle(problem, fontsize=12, fontweight="bold", color=PLAIN, parse_math=False)
     try:
@@ -124,7 +135,9 @@ def _stage(table: pa.Table, name: str, colour: str, meta_steps: list[int]) -> St
     count = len(starts) + 1
     first, last = min(meta_steps), max(meta_steps)
     span = f"meta-step {first}" if first == last else f"meta-steps {first} to {last}"
-    return Stage(f"{name}: {span}, {count} {'trajectory' if count == 1 else 'trajectories'}", colour, values)
+    lengths = sorted(Counter(len(each) for each in values["losses"]).items())
+    several = f" ({', '.join(f'{number} of {steps}' for steps, number in lengths)} steps)" if len(lengths) > 1 else ""
+    return Stage(f"{name}: {span}, {count} {'trajectory' if count == 1 else 'trajectories'}{several}", colour, values)
 
 
 def _panel(parts: list[Stage], title: str, column: str, names: tuple[str, ...]) -> TrajectoryPanel:
@@ -134,14 +147,15 @@ def _panel(parts: list[Stage], title: str, column: str, names: tuple[str, ...]) 
         seen: list[float] = []
         for part in parts:
             smooth = [_smooth(each) for each in part.values[column]]
-            middle = _median(smooth)
+            middles = _medians(smooth)
             if several:
-                panel.plot(middle.mean(axis=1), color=part.colour, linewidth=2)
-                low, high = middle.min(axis=1), middle.max(axis=1)
-                panel.fill_between(range(len(middle)), low, high, color=part.colour, alpha=0.2, linewidth=0)
+                for middle in middles:
+                    panel.plot(middle.mean(axis=1), color=part.colour, linewidth=2)
+                    low, high = middle.min(axis=1), middle.max(axis=1)
+                    panel.fill_between(range(len(middle)), low, high, color=part.colour, alpha=0.2, linewidth=0)
             else:
-                _lines(panel, smooth, middle, part.colour)
-            seen += [value for each in [*smooth, middle] for value in each.flatten().tolist() if math.isfinite(value)]
+                _lines(panel, smooth, middles, part.colour)
+            seen += [value for each in smooth for value in each.flatten().tolist() if math.isfinite(value)]
         if "cosine" in column:
             panel.set_ylim(-1.08, 1.08)
             panel.set_yticks((-1, -0.5, 0, 0.5, 1))
@@ -155,13 +169,13 @@ def _panel(parts: list[Stage], title: str, column: str, names: tuple[str, ...]) 
     return TrajectoryPanel(title, lines, draw)
 
 
-def _lines(panel: Axes, smooth: list[NDArray[np.float64]], middle: NDArray[np.float64], colour: str) -> None:
-    for i, style in zip(range(middle.shape[1]), STYLES, strict=False):
+def _lines(panel: Axes, smooth: list[NDArray[np.float64]], middles: list[NDArray[np.float64]], colour: str) -> None:
+    for i, style in zip(range(smooth[0].shape[1]), STYLES, strict=False):
         if len(smooth) > 1:
-            for each in smooth[:MOST_THIN]:
+            for each in smooth[:: math.ceil(len(smooth) / MOST_THIN)]:
                 panel.plot(each[:, i], color=colour, linewidth=0.7, alpha=0.3, linestyle=style)
-        strong: Any = {"color": colour, "linewidth": 2.2, "linestyle": style, "zorder": 3}
-        panel.plot(middle[:, i], **strong)
+        for middle in middles:
+            panel.plot(middle[:, i], color=colour, linewidth=1.9, linestyle=style, zorder=3)
 
 
 def _smooth(values: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -169,9 +183,10 @@ def _smooth(values: NDArray[np.float64]) -> NDArray[np.float64]:
     return np.array([exponential_average(column.tolist(), span) for column in values.T]).reshape(values.shape[::-1]).T
 
 
-def _median(trajectories: list[NDArray[np.float64]]) -> NDArray[np.float64]:
-    """Return the median over the trajectories [K_t, L] at each step that at least half of them reach."""
-    lengths = sorted((len(each) for each in trajectories), reverse=True)
-    reached = lengths[(len(lengths) - 1) // 2]
-    middle = [np.median([each[k] for each in trajectories if len(each) > k], axis=0) for k in range(reached)]
-    return np.array(middle)
+def _medians(trajectories: list[NDArray[np.float64]]) -> list[NDArray[np.float64]]:
+    """Return for each horizon K, the shortest first, the median [K, L] over the trajectories [K, L] that have it.
+
+    Over trajectories of several horizons the median would jump where the short ones end, with nothing behind it.
+    """
+    horizons = sorted({len(each) for each in trajectories})
+    return [np.median([each for each in trajectories if len(each) == horizon], axis=0) for horizon in horizons]

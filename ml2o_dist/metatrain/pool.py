@@ -56,10 +56,11 @@ class _Worker:
 
 @dataclass(eq=False)
 class _Task:
-    """An item on its way to a result: where it failed last, how often it raised, how often it was overdue."""
+    """An item on its way to a result: how often it ran, where it failed last, how often it raised or was overdue."""
 
     index: int
     item: WorkItem
+    runs: int = 0
     avoid: _Worker | None = None
     errors: int = 0
     overdue: int = 0
@@ -82,6 +83,7 @@ class WorkerPool:
 
     Attributes:
         restarts: workers replaced so far.
+        repeated: episodes run again so far, after their worker was lost or they raised.
     """
 
     def __init__(
@@ -105,6 +107,7 @@ class WorkerPool:
         self._replaced_at: deque[float] = deque()
         self._short_since = math.inf
         self.restarts = 0
+        self.repeated = 0
         check_capacity(workers, resources, cluster_total(), "the cluster")
         self._up: list[_Worker] = []
         self._idle: list[_Worker] = []
@@ -184,6 +187,8 @@ class WorkerPool:
             worker = others[-1]
             self._idle.remove(worker)
             waiting.remove(task)
+            task.runs += 1
+            self.repeated += task.runs > 1
             future = worker.actor.run.remote(reference, task.item.spec)
             in_flight[future] = _Flight(task, worker, time.monotonic() + self._costs.allowed(task.item, task.overdue))
 

@@ -13,14 +13,28 @@ from ml2o_dist.seeding import derive_seed
 
 @dataclass(frozen=True, order=True)
 class Key:
-    """Names a work item. `purpose` is `train` or `validate`; the episode behind it is the same wherever it runs."""
+    """Names a work item; the episode behind it is the same wherever it runs.
+
+    Attributes:
+        meta_step: updates of the weights before the episode, so 0 for the first meta-step.
+        slot: number of the episode within its meta-step, from 0.
+        purpose: `train` or `validate`.
+    """
 
     meta_step: int
     slot: int
     purpose: str = "train"
 
+    @property
+    def number(self) -> int:
+        """The meta-step as users know it, in every file and line: training is counted from 1.
+
+        A validation has the number of the last meta-step before it, 0 before the first.
+        """
+        return self.meta_step + (self.purpose == "train")
+
     def __str__(self) -> str:
-        return f"{self.purpose} step {self.meta_step} slot {self.slot}"
+        return f"{'' if self.purpose == 'train' else 'validation at '}meta-step {self.number} slot {self.slot}"
 
 
 @dataclass(frozen=True)

@@ -10,17 +10,15 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
 from ml2o_dist.config import MetaTrainSettings
 from ml2o_dist.config_file import first_difference, parse_settings
 from ml2o_dist.errors import UserError
-from ml2o_dist.files import replacing
 from ml2o_dist.metatrain.checkpoint import Checkpoint, newest_checkpoint, save_checkpoint
 from ml2o_dist.metatrain.episode import EpisodeResult, Weights
+from ml2o_dist.metatrain.history import write_history
 from ml2o_dist.metatrain.learner import Learner, UpdateInfo
 from ml2o_dist.metatrain.schedule import WorkItem, horizon, training_items, validates, validation_items
 from ml2o_dist.metatrain.trajectories import TrajectoryWriter
@@ -42,10 +40,19 @@ Row = dict[str, float]
 
 @dataclass
 class Progress:
-    """What a run has done so far, saved with every checkpoint: the history as columns, the rest as plain values."""
+    """What a run has done so far, saved with every checkpoint: the history as columns, the rest as plain values.
+
+    Attributes:
+        inner_steps, rollout_seconds: of training alone.
+        seconds: wall time of meta-training, validation and checkpoints included, over all its processes.
+        worker_restarts, repeated_episodes: workers replaced and episodes run again, where workers run them.
+    """
 
     inner_steps: int = 0
     rollout_seconds: float = 0.0
+    seconds: float = 0.0
+    worker_restarts: int = 0
+    repeated_episodes: int = 0
     skipped_episodes: int = 0
     failed_episodes: int = 0
     best_score: float = math.inf
@@ -95,7 +102,7 @@ class Trainer:
         self.best_weights: dict[str, Tensor] = self.learner.weights
         self._trajectories = TrajectoryWriter(run_dir)
         self._saved = (-1, -1)
-        self._saved_at = time.monotonic()
+        self._saved_at = self._timed_at = time.monotonic()
         self._unwritable = False
 
     def resume(self) -> list[str]:
@@ -129,9 +136,10 @@ class Trainer:
         Raises:
             TrainingError: the weights or all episodes of `LOST_STEPS` meta-steps are not finite.
         """
+        self._timed_at = time.monotonic()
         self._try_to_save()
         self._saved_at = time.monotonic()
-        self._trajectories.discard_from(self.learner.version)
+        self._trajectories.discard_from(self.learner.version + 1)
         while True:
             step = self.learner.version
             if validates(self.settings, step) and self.progress.validated_step < step:
@@ -148,9 +156,12 @@ class Trainer:
         state = (self.learner.version, self.progress.validated_step)
         if state == self._saved:
             return
+        now = time.monotonic()
+        self.progress.seconds += now - self._timed_at
+        self._timed_at = now
         # first: a run that goes on from this checkpoint does not write them again
         self._trajectories.flush()
-        self._write_metrics()
+        write_history(self.run_dir, self.progress.history)
         best = {f"best/{name}": tensor for name, tensor in self.best_weights.items()}
         history = {f"history/{name}": column for name, column in self.progress.columns().items()}
         config = self.settings.model_dump(mode="json", by_alias=True)
@@ -179,7 +190,7 @@ class Trainer:
         items = training_items(self.settings, step, self.settings.device)
         results = execute(items, self.learner.weights)
         seconds = time.monotonic() - began
-        self._trajectories.add(step, items, results)
+        self._trajectories.add(step + 1, items, results)
         inner_steps = sum(r.inner_steps for r in results)
         failed = sum(bool(r.error) for r in results)
         update = self._update(results)
@@ -243,12 +254,6 @@ class Trainer:
         if self.settings.checkpoint_every:
             return step > 0 and step % self.settings.checkpoint_every == 0
         return time.monotonic() - self._saved_at > CHECKPOINT_SECONDS
-
-    def _write_metrics(self) -> None:
-        columns = self.progress.columns()
-        table = pa.table({name: pa.array(column.numpy(), from_pandas=True) for name, column in columns.items()})
-        with replacing(self.run_dir / "metrics.parquet") as stream:
-            pq.write_table(table, stream)
 
 
 def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -41,9 +41,13 @@ _FLOATS = pa.list_(pa.field("element", pa.float32(), nullable=False))
 
 SCHEMA = pa.schema(
     [
-        _column("meta_step", pa.int32(), "updates of the weights before this episode: 0 is the untrained network"),
-        _column("slot", pa.int32(), "number of the episode within its meta-step"),
-        _column("instance", pa.int32(), "number of the problem instance within its episode"),
+        _column(
+            "meta_step",
+            pa.int32(),
+            "number of the meta-step, from 1, as in metrics.parquet: the weights had meta_step - 1 updates before it",
+        ),
+        _column("slot", pa.int32(), "number of the episode within its meta-step, from 0"),
+        _column("instance", pa.int32(), "number of the problem instance within its episode, from 0"),
         _column("problem", pa.dictionary(pa.int32(), pa.string()), "the problem with its settings, as --problem"),
         _column("seed", pa.int64(), "names all randomness of the episode"),
         _column("step", pa.int32(), "inner step k, from 0: the step leads from z_k to z_{k+1}"),
@@ -61,9 +65,25 @@ SCHEMA = pa.schema(
             "cos(z_{k+1} - z_k, -mean_i g_i): 1 is straight descent of the mean objective; 0 where either is zero",
         ),
     ],
-    metadata={"description": "ml2o_dist: inner steps of recorded meta-training episodes", "format": "1"},
+    metadata={"description": "ml2o_dist: inner steps of recorded meta-training episodes", "format": "2"},
 )
-"""The columns of every file. Not a number stays not a number: an episode that blew up is recorded as it was."""
+"""The columns of every file. Not a number stays not a number: an episode that blew up is recorded as it was.
+
+In format 1 meta-steps were counted from 0, and the files named so.
+"""
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What could be read of a run's trajectories.
+
+    Attributes:
+        rows: inner steps with `SCHEMA`, ordered by meta-step, slot, instance and step.
+        unread: for each file that is left out, a line that names it and says why.
+    """
+
+    rows: pa.Table
+    unread: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -87,7 +107,7 @@ class TrajectoryWriter:
     """Writes recorded episodes from a thread of its own; the training loop only hands them over.
 
     A file is whole or not there, and a meta-step that is done again replaces its file by an equal one. What cannot be
-    written is warned of once: it never costs the run.
+    written is warned of once: it never costs the run. Meta-steps are counted from 1.
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -135,24 +155,35 @@ class TrajectoryWriter:
         self._warned = True
 
 
-def read_trajectories(run_dir: Path, problem: str | None = None) -> pa.Table:
-    """Return the recorded inner steps of a run, all or one problem's, ordered by meta-step, slot, instance and step.
+def read_trajectories(run_dir: Path, problem: str | None = None) -> Recorded:
+    """Return the recorded inner steps of a run, all or one problem's.
+
+    Files that cannot be read are left out and named.
 
     Raises:
-        UserError: nothing is recorded in `run_dir`, the problem is not among what is, or a file cannot be read.
+        UserError: nothing is recorded in `run_dir`, no file can be read, or the problem is not among what is recorded.
     """
     files = _files(run_dir / FOLDER)
     if not files:
         raise UserError(f"no trajectories in {run_dir / FOLDER}: not a run, or one with trajectories.meta_steps=0")
-    table = pa.concat_tables([_read(file) for _, file in files]).unify_dictionaries().combine_chunks()
-    if problem is None:
-        return table
-    name = _recorded_name(problem, pc.unique(table["problem"]).to_pylist())
-    return table.filter(pc.equal(table["problem"].cast(pa.string()), name))
+    tables, unread = [], []
+    for _, file in files:
+        try:
+            tables.append(_read(file))
+        except UserError as error:
+            unread.append(str(error))
+    if not tables:
+        others = f"; nor can the other {len(files) - 1} files" if len(files) > 1 else ""
+        raise UserError(f"{unread[0]}{others}")
+    table = pa.concat_tables(tables).unify_dictionaries().combine_chunks()
+    if problem is not None:
+        name = _recorded_name(problem, pc.unique(table["problem"]).to_pylist())
+        table = table.filter(pc.equal(table["problem"].cast(pa.string()), name))
+    return Recorded(table, tuple(unread))
 
 
 def recorded_problems(table: pa.Table) -> list[RecordedProblem]:
-    """Summarise what `read_trajectories` returned, by problem, in name order."""
+    """Summarise the rows that `read_trajectories` returned, by problem, in name order."""
     names = np.array(table["problem"].cast(pa.string()).to_pylist(), dtype=object)
     meta_steps, slots = table["meta_step"].to_numpy(), table["slot"].to_numpy()
     objectives = pc.list_value_length(table["losses"]).to_numpy()
@@ -188,10 +219,13 @@ def _files(folder: Path) -> list[tuple[int, Path]]:
 def _read(file: Path) -> pa.Table:
     try:
         table = pq.ParquetFile(file).read()
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, ValueError, pa.ArrowException) as error:
         raise UserError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
     if not table.schema.equals(SCHEMA):
-        raise UserError(f"{file} has other columns than this version of ml2o_dist writes")
+        raise UserError(f"{file} cannot be read: it has other columns than this version of ml2o_dist writes")
+    if (written := (table.schema.metadata or {}).get(b"format")) != SCHEMA.metadata[b"format"]:
+        given, wanted = (written or b"?").decode(errors="replace"), SCHEMA.metadata[b"format"].decode()
+        raise UserError(f"{file} cannot be read: its format is {given}, this version of ml2o_dist reads {wanted}")
     return table
 
 
@@ -206,7 +240,7 @@ def _episode_table(item: WorkItem, trajectory: Trajectory) -> pa.Table:
         return np.ascontiguousarray(values.swapaxes(0, 1)).reshape(count, -1)
 
     columns = {
-        "meta_step": same(item.key.meta_step),
+        "meta_step": same(item.key.number),
         "slot": same(item.key.slot),
         "instance": np.repeat(np.arange(instances), steps),
         "problem": pa.DictionaryArray.from_arrays(np.zeros(count, dtype=np.int32), [str(item.spec.problem)]),

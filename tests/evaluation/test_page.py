@@ -14,17 +14,19 @@ import pytest
 
 from ml2o_dist.config import MetaTrainSettings
 from ml2o_dist.config_file import load_settings
-from ml2o_dist.evaluation.page import RunRecord, Warned, page_sections, render_page
+from ml2o_dist.evaluation.page import page_sections, render_page
+from ml2o_dist.evaluation.run_record import RunRecord
 from ml2o_dist.metatrain.schedule import training_items
 from ml2o_dist.metatrain.trajectories import episodes_table
 from ml2o_dist.rules.ml2o import ML2ONetwork
+from ml2o_dist.run_log import RunLog, Warned
 from tests.evaluation.comparisons import COMPARISON, DIGITS
 from tests.metatrain.settings import small
 from tests.metatrain.test_trainer import in_process
 
 HISTORY = [
     {
-        "meta_step": float(k),
+        "meta_step": k,
         "meta_loss": math.nan if k == 3 else 2 - k / 20,
         "gradient_norm": 0.5,
         "learning_rate": 0.01,
@@ -93,7 +95,7 @@ def whole() -> RunRecord:
     warnings = [Warned("2026-11-24 20:00:00", "WARNING", f"a worker died {i}") for i in range(103)]
     return RunRecord(
         name="first", path="/runs/first", settings=settings, history=HISTORY, comparison=COMPARISON, card=CARD,
-        trajectories=trajectories(settings), warnings=warnings,
+        trajectories=trajectories(settings), log=RunLog(tuple(warnings)),
     )  # fmt: skip
 
 
@@ -115,6 +117,7 @@ def test_a_whole_run_shows_everything(whole):
         "Finished after 20 of 20 meta-steps.",
         "1.0345 at meta-step 20",
         "Meta-loss of the rollouts (lower is better) (1 of 21 not finite, left out)",
+        "every meta-step draws its horizon and its problems anew",
         "0.5000 ± 0.012",
         "91.2 / 91.2 %",
         "2 of 3 diverged",
@@ -133,6 +136,58 @@ def test_a_whole_run_shows_everything(whole):
     assert "a worker died 2 " not in page.text
 
 
+def test_validation_comes_first_and_is_marked_as_what_to_look_at(whole):
+    body = next(s.body for s in page_sections(whole) if s.name == "curves")
+    assert body.count('<figure class="main">') == 1
+    first = body[body.index("<figure") :]
+    assert first.startswith('<figure class="main"><figcaption>Look here: validation')
+
+
+def tiles(record):
+    text = render_page(record, [])
+    return dict(re.findall(r"<div><dt>(.*?)</dt><dd>(.*?)</dd></div>", text))
+
+
+def test_time_and_what_went_wrong_on_the_way_are_on_the_page(whole):
+    progress = {"seconds": 2105.4, "worker_restarts": 3, "repeated_episodes": 5}
+    compared = replace(COMPARISON, seconds=158.0)
+    shown = tiles(replace(whole, progress=progress, comparison=compared))
+    assert shown["Time"] == "37 min 43 s (35 min 05 s meta-training, 2 min 38 s comparison)"
+    assert shown["Workers replaced"] == "3"
+    assert shown["Episodes run again"] == "5"
+    assert shown["Episodes skipped"] == "1 (0 failed, 1 not finite)"
+    failed = [{**row, "skipped_episodes": 2, "failed_episodes": 1} for row in HISTORY[1:3]]
+    shown = tiles(replace(whole, history=failed, comparison=None, progress={"seconds": 7384.0}))
+    assert shown["Time"] == "2 h 03 min of meta-training"
+    assert shown["Episodes skipped"] == "4 (2 failed, 2 not finite)"
+    assert "Workers replaced" not in shown, "a checkpoint of before does not say"
+    calm = [{**row, "skipped_episodes": 0} for row in HISTORY]
+    shown = tiles(replace(whole, history=calm, progress={"worker_restarts": 0, "repeated_episodes": 0}))
+    assert (shown["Episodes skipped"], shown["Episodes run again"], shown["Workers replaced"]) == ("0", "0", "0")
+    assert "Time" not in shown
+
+
+@pytest.mark.parametrize(
+    ("ended", "said"),
+    [
+        ("stopped by SIGINT", "the run was stopped by SIGINT before its end. To make it: ml2o meta-train --run-dir"),
+        ("the comparison failed: ValueError: no", "it failed: ValueError: no; run.log has more."),
+        ("aborted", "the run was aborted before its end."),
+        ("", "it is being made, or its process was killed"),
+    ],
+)
+def test_why_there_is_no_comparison_is_said_as_far_as_it_is_known(ended, said):
+    done = RunRecord("u", "/runs/a b", settings=small(), history=HISTORY[:13], card=CARD, log=RunLog((), ended))
+    (missing,) = [s.missing for s in page_sections(done) if s.name == "comparison"]
+    assert missing.startswith(f"No comparison: {said}")
+    assert missing.endswith("ml2o meta-train --run-dir '/runs/a b' --resume")
+    asked = replace(done, settings=small(compare=False))
+    assert "it was not asked for (compare=false)" in {s.name: s.missing for s in page_sections(asked)}["comparison"]
+    early = replace(done, card=None)
+    assert "it is made when meta-training is done" in {s.name: s.missing for s in page_sections(early)}["comparison"]
+    assert f"meta-step 12 of 12 at the last checkpoint{'; ' if ended else ''}{ended}." in rendered(early)[1].text
+
+
 def test_the_comparison_is_a_real_table_with_the_best_and_the_learned_row_marked(whole):
     _, page = rendered(whole)
     tables = page.count("table")
@@ -144,8 +199,23 @@ def test_the_comparison_is_a_real_table_with_the_best_and_the_learned_row_marked
     assert rows.count("best") == 1
 
 
+def configuration(record):
+    return next(s.body for s in page_sections(record) if s.name == "configuration")
+
+
+def test_of_a_run_without_options_no_setting_is_said_to_differ():
+    body = configuration(RunRecord("u", "/runs/u", settings=load_settings(None, ["data.root=/data", "device=cpu"])))
+    first, every = body.split("<details>")
+    assert first == "<p>Nothing differs from the embedded default.</p>"
+    assert "rule.features" in every
+    first, _ = configuration(RunRecord("u", "/runs/u", settings=load_settings(None, ["seed=7"]))).split("<details>")
+    assert "What differs from the embedded default." in first
+    assert first.count("<tr") == 1
+    assert "seed" in first
+
+
 def test_only_what_differs_from_the_defaults_comes_first(whole):
-    body = next(s.body for s in page_sections(whole) if s.name == "configuration")
+    body = configuration(whole)
     first, every = body.split("<details>")
     assert "learner.lr" in first
     assert "learner.clip" not in first
@@ -216,7 +286,8 @@ def test_everything_of_a_user_s_is_escaped(whole):
     renamed = table.set_column(column, table.schema.field(column), pa.array([evil] * len(table)).dictionary_encode())
     record = replace(
         whole, name=evil, path=evil, comparison=replace(COMPARISON, problems=(named,)), trajectories=renamed,
-        warnings=[Warned(evil, evil, evil)], unread=[evil], card={"weights_sha256": evil, "provenance": {"git": evil}},
+        log=RunLog((Warned(evil, evil, evil),), evil), unread={evil: [evil]},
+        card={"weights_sha256": evil, "provenance": {"git": evil}},
     )  # fmt: skip
     text, page = rendered(record)
     assert page.count("script") == 0

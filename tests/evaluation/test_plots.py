@@ -16,7 +16,14 @@ import numpy as np
 import pytest
 
 from ml2o_dist.evaluation import plots
-from ml2o_dist.evaluation.plots import STRONG, draw_history, inline_svg, plot_comparison, plot_meta_loss
+from ml2o_dist.evaluation.plots import (
+    HISTORY_CAPTION,
+    STRONG,
+    draw_history,
+    inline_svg,
+    plot_comparison,
+    plot_meta_loss,
+)
 from tests.evaluation.comparisons import COMPARISON, DIGITS, LOST, MANY, STEPS
 
 
@@ -74,6 +81,20 @@ def test_the_meta_loss_is_drawn(tmp_path: Path) -> None:
     assert with_both > with_one > strong_pixels(tmp_path / "meta.png") == 0
 
 
+def test_the_picture_says_that_validation_is_what_to_look_at(tmp_path: Path, monkeypatch) -> None:
+    drawn = []
+    monkeypatch.setattr(plots, "save_figure", lambda figure, path: drawn.append(figure))
+    plot_meta_loss([{"meta_step": k, "meta_loss": 1.0, "validation": 1.0} for k in range(3)], tmp_path / "meta.png")
+    (figure,) = drawn
+    first, second = (panel.get_title("left") for panel in figure.axes)
+    assert first == "Look here: validation (lower is better)"
+    assert second == "Meta-loss of the rollouts (lower is better)"
+    caption = " ".join(figure.get_supxlabel().split())
+    assert caption == HISTORY_CAPTION
+    assert "always on the same problems" in caption
+    assert "every meta-step draws its horizon and its problems anew" in caption
+
+
 def test_drawing_does_not_load_pyplot(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path\n"
@@ -112,6 +133,7 @@ def test_the_drawn_curve_goes_where_the_history_goes() -> None:
     each, average = panel.get_lines()
     assert list(each.get_xdata()) == list(range(30))
     assert list(each.get_ydata()) == [2 - k / 20 for k in range(30)]
+    assert each.get_linestyle() == "None", "each meta-step has other problems: nothing leads from one to the next"
     assert average.get_ydata()[0] == 2
     assert average.get_ydata()[-1] > each.get_ydata()[-1]
     panel = Figure().subplots()

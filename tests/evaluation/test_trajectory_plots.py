@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import matplotlib.image
 import numpy as np
 import pytest
@@ -42,21 +44,53 @@ def lines_of(panel):
 
 def test_early_and_late_are_the_outer_thirds():
     early, late = stages(table(2, list(range(9)), instances=2))
-    assert early.label == "early: meta-steps 0 to 2, 6 trajectories"
-    assert late.label == "late: meta-steps 6 to 8, 6 trajectories"
+    assert early.label == "early: meta-steps 1 to 3, 6 trajectories (2 of 10, 4 of 20 steps)"
+    assert late.label == "late: meta-steps 7 to 9, 6 trajectories (2 of 10, 4 of 20 steps)"
     assert [len(each) for each in early.values["losses"]] == [20, 20, 10, 10, 20, 20]
     np.testing.assert_allclose(late.values["losses"][0][0], [7, 7])
     (only,) = stages(table(2, [4]))
-    assert only.label == "recorded: meta-step 4, 1 trajectory"
+    assert only.label == "recorded: meta-step 5, 1 trajectory"
 
 
-def test_the_thick_line_is_the_median_of_those_that_reach_the_step():
-    early, _ = stages(table(1, list(range(9))))
+def test_a_thick_line_is_the_median_of_all_trajectories_of_its_length_up_to_their_end():
+    early, _ = stages(table(1, list(range(12))))  # first losses 1 and 3 for 20 steps, 2 and 4 for 10
     axes = lines_of(trajectory_panels([early])[0])
-    middle = axes.get_lines()[-1].get_ydata()
-    assert len(middle) == 20  # two of three go on to step 20
-    assert middle[0] == pytest.approx(2)  # of 1, 2, 3
+    thin, thick = axes.get_lines()[:-2], axes.get_lines()[-2:]
+    assert sorted(len(line.get_ydata()) for line in thin) == [10, 10, 20, 20]
+    assert [len(line.get_ydata()) for line in thick] == [10, 20]
+    assert [line.get_ydata()[0] for line in thick] == pytest.approx([3, 2])
+    for middle in thick:
+        members = [line.get_ydata() for line in thin if len(line.get_ydata()) == len(middle.get_ydata())]
+        np.testing.assert_allclose(middle.get_ydata(), np.mean(members, axis=0))  # the median of two
     assert axes.get_yscale() == "log"
+
+
+@pytest.mark.parametrize("objectives", [2, 5])
+def test_no_median_jumps_where_short_episodes_end(objectives):
+    """Every trajectory is level, the long ones far above: a median over both would leap at step 10."""
+    (part,) = stages(table(objectives, [0]))
+    levels = [(20, 10.0), (10, 1.0), (20, 11.0), (10, 2.0), (20, 12.0), (10, 3.0)]
+    level = [np.full((steps, objectives), value) for steps, value in levels]
+    axes = lines_of(trajectory_panels([replace(part, values={**part.values, "losses": level})])[0])
+    thick = [line.get_ydata() for line in axes.get_lines() if line.get_linewidth() > 1]
+    assert {len(middle) for middle in thick} == {10, 20}
+    for middle in thick:
+        np.testing.assert_allclose(middle, {10: 2, 20: 11}[len(middle)])
+
+
+def test_of_many_objectives_the_mean_and_range_end_with_the_length_too():
+    axes = lines_of(trajectory_panels(stages(table(5, list(range(12)))))[0])
+    assert sorted(len(line.get_ydata()) for line in axes.get_lines()) == [10, 10, 20, 20]
+    assert len(axes.collections) == 4
+
+
+def test_thin_lines_are_spread_over_the_stage():
+    early, _ = stages(table(1, list(range(0, 150, 2))))
+    axes = lines_of(trajectory_panels([early])[0])
+    firsts = [line.get_ydata()[0] for line in axes.get_lines()[:-1]]
+    assert 8 <= len(firsts) <= 12
+    assert firsts[0] == pytest.approx(1)
+    assert firsts[-1] > 1 + 2 * 20  # of 25: 1, 3, ..., 49
 
 
 @pytest.mark.parametrize(("objectives", "panels", "pairs"), [(1, 4, 0), (2, 5, 1), (3, 5, 3), (5, 5, 1)])

@@ -219,17 +219,17 @@ def test_an_error_in_an_episode_is_tried_once_more_on_another_worker(pool, fault
     made = pool(workers)
     results = made.run(items, weights)
     assert equal(results, [run_episode(weights, item.spec) for item in items])
-    assert made.restarts == 0
+    assert (made.restarts, made.repeated) == (0, 1)
     first, second = faults.pids(items[1])
     assert (first != second) == (workers == 2)
-    assert "train step 0 slot 1" in caplog.text
+    assert "meta-step 1 slot 1" in caplog.text
     assert "OSError('no space left on this node'); it runs once more" in caplog.text
 
 
 def test_an_error_that_comes_again_ends_the_run_and_names_the_key(pool, faults):
     items = training_items(small(), 0, "cpu")
     faults.order(items[2], "always")
-    with pytest.raises(PoolError, match=r"train step 0 slot 2 \(.*\) failed: FloatingPointError.*on_error=skip"):
+    with pytest.raises(PoolError, match=r"^meta-step 1 slot 2 \(.*\) failed: FloatingPointError.*on_error=skip"):
         pool(2).run(items, Trainer(small(), "unused").learner.weights)
 
 
@@ -255,7 +255,7 @@ def test_a_validation_that_fails_is_never_the_best(pool, faults, tmp_path):
     settings = small(meta_steps=1, validation={"every": 1})
     faults.order(validation_items(settings, 1, "cpu")[0], "always")
     trainer = Trainer(settings, tmp_path / "run")
-    with pytest.raises(PoolError, match=r"validate step 0 slot 0"):
+    with pytest.raises(PoolError, match=r"^validation at meta-step 0 slot 0"):
         trainer.run(pool(2).run)
     trainer.run(pool(2, faults=FaultSettings(on_error="skip")).run)
     assert trainer.progress.best_step == -1
@@ -269,10 +269,10 @@ def test_a_hung_episode_runs_elsewhere_and_its_worker_is_ended(pool, faults, wor
     faults.order(items[3], "hang")
     results = made.run(items, weights)
     assert equal(results, [run_episode(weights, item.spec) for item in items])
-    assert made.restarts == 1
+    assert (made.restarts, made.repeated) == (1, 1)
     hung, other = faults.pids(items[3])
     assert hung != other
-    assert re.search(rf"train step 0 slot 3 did not end in 6 s: worker [12] \(pid {hung}\) is ended", caplog.text)
+    assert re.search(rf"meta-step 1 slot 3 did not end in 6 s: worker [12] \(pid {hung}\) is ended", caplog.text)
     until(lambda: not _alive(int(hung)))
 
 
@@ -283,7 +283,7 @@ def test_a_lost_worker_is_one_short_line(pool, caplog):
     made.run(training_items(small(), 0, "cpu"), Trainer(small(), "unused").learner.weights)
     (said,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     assert re.fullmatch(
-        rf"train step 0 slot \d+: worker [12] \(pid {killed}\) is lost: its process was killed or crashed; "
+        rf"meta-step 1 slot \d+: worker [12] \(pid {killed}\) is lost: its process was killed or crashed; "
         "it runs again elsewhere",
         said,
     )

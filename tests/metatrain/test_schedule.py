@@ -91,3 +91,12 @@ def test_nothing_is_recorded_of_validation_or_when_switched_off():
     assert not any(item.spec.record for t in (0, 4, 12) for item in validation_items(settings, t, "cpu"))
     off = small(trajectories={"meta_steps": 0})
     assert not any(recorded(off, t, slot) for t in range(12) for slot in range(4))
+
+
+def test_keys_are_named_as_users_count_meta_steps():
+    assert [str(item.key) for item in training_items(small(slots=2), 0, "cpu")] == [
+        "meta-step 1 slot 0",
+        "meta-step 1 slot 1",
+    ]
+    (validation,) = validation_items(small(), 4, "cpu")
+    assert str(validation.key) == "validation at meta-step 4 slot 0", "as in metrics.parquet"

@@ -176,6 +176,34 @@ def test_a_checkpoint_that_cannot_be_written_is_warned_of_once_and_the_next_one_
     assert f"no checkpoint could be written to {tmp_path} at meta-step 4: No space left on device" in warnings[0]
 
 
+def test_the_time_of_all_processes_is_in_the_checkpoint(tmp_path, monkeypatch):
+    now = [1000.0]
+    monkeypatch.setattr("ml2o_dist.metatrain.trainer.time.monotonic", lambda: now[0])
+
+    def slow(items, weights):
+        now[0] += 7.0
+        return in_process(items, weights)
+
+    def cut_off(items, weights):
+        if items[0].key.meta_step >= 2:
+            raise Cut
+        return slow(items, weights)
+
+    settings = small(meta_steps=4, validation={"every": 4}, checkpoint_every=1)
+    first = Trainer(settings, tmp_path)
+    with pytest.raises(Cut):
+        first.run(cut_off)
+    now[0] += 5.0
+    first.save()  # there already
+    now[0] += 5000.0
+    second = Trainer(settings, tmp_path)
+    second.resume()
+    now[0] += 60.0  # Ray starts
+    second.run(slow)
+    state = newest_checkpoint(tmp_path / "checkpoints")[0].state["progress"]
+    assert state["seconds"] == 6 * 7.0, "four meta-steps and two validations"
+
+
 def test_the_last_checkpoint_must_be_written(tmp_path, monkeypatch):
     failing_saves(monkeypatch, {3})
     trainer = Trainer(small(meta_steps=4, checkpoint_every=2), tmp_path)
@@ -187,7 +215,7 @@ def test_the_last_checkpoint_must_be_written(tmp_path, monkeypatch):
 
 def test_metrics_are_written_with_one_row_for_each_meta_step(calm):
     table = pq.read_table(calm.run_dir / "metrics.parquet").to_pydict()
-    assert table["meta_step"] == [float(step) for step in range(13)]
+    assert table["meta_step"] == list(range(13))
     assert all(math.isfinite(value) for value in table["meta_loss"][1:])
     assert table["inner_steps_per_s"][0] is None
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import logging
 import math
 import re
+import shutil
+from dataclasses import replace
 
 import duckdb
 import numpy as np
 import pandas as pd
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
@@ -51,14 +54,14 @@ def expected_rows(settings):
 
 
 def test_rows_are_the_recorded_episodes(recorded):
-    table = read_trajectories(recorded.run_dir)
+    table = read_trajectories(recorded.run_dir).rows
     assert table.schema.equals(SCHEMA, check_metadata=True)
     rows = table.to_pylist()
     keys = [(row["meta_step"], row["slot"], row["instance"], row["step"]) for row in rows]
     assert keys == sorted(keys)
     assert len(set(keys)) == len(keys)
-    assert {(row["meta_step"], row["slot"]) for row in rows} == {(t, s) for t in (0, 3, 7, 11) for s in range(3)}
-    of_first = [row for row in rows if row["meta_step"] == 0]
+    assert {(row["meta_step"], row["slot"]) for row in rows} == {(t, s) for t in (1, 4, 8, 12) for s in range(3)}
+    of_first = [row for row in rows if row["meta_step"] == 1]
     first = iter(of_first)
     for item, trajectory in expected_rows(recorded.settings):
         for instance in range(2):
@@ -79,6 +82,32 @@ def test_every_column_says_what_it_holds():
     assert b"description" in SCHEMA.metadata
 
 
+def test_meta_steps_have_one_number_everywhere(tmp_path, caplog):
+    """In metrics.parquet, in trajectories, in the names of their files and of checkpoints, in warnings: from 1."""
+
+    def spoiled(items, weights):
+        results = in_process(items, weights)
+        lost = (items[0].key.purpose, items[0].key.meta_step) == ("train", 1)  # updates before it: the second meta-step
+        return [replace(r, gradient=None, finite=False) if lost and i == 2 else r for i, r in enumerate(results)]
+
+    trainer = Trainer(small(meta_steps=3, checkpoint_every=1, trajectories={"meta_steps": 3}), tmp_path)
+    trainer.run(spoiled)
+    figures = pq.read_table(tmp_path / "metrics.parquet").to_pylist()
+    horizons = {row["meta_step"]: row["horizon"] for row in figures if row["horizon"] is not None}
+    assert sorted(horizons) == [1, 2, 3]
+    recorded = read_trajectories(tmp_path).rows.to_pylist()
+    assert {row["meta_step"]: row["step"] + 1 for row in recorded} == horizons, "rows end with the last step"
+    assert [path.name for path in sorted((tmp_path / "trajectories").iterdir())] == [
+        f"step_{number:06d}.parquet" for number in horizons
+    ]
+    assert max(path.name for path in (tmp_path / "checkpoints").iterdir()) == "step_000003"
+    assert [row["meta_step"] for row in figures if row["skipped_episodes"]] == [2]
+    assert "meta-step 2: 1 of 4 episodes skipped" in caplog.text
+    items = training_items(trainer.settings, 1, "cpu")
+    assert str(items[2].key) == "meta-step 2 slot 2"
+    assert {row["seed"] for row in recorded if (row["meta_step"], row["slot"]) == (2, 2)} == {items[2].spec.seed}
+
+
 def test_the_size_is_bounded_by_the_settings(recorded, tmp_path):
     """20 meta-steps x 8 slots x P x K by default, whatever meta_steps and slots of the run are; 0 records nothing."""
     settings = small(slots=12, meta_steps=1000)
@@ -87,7 +116,7 @@ def test_the_size_is_bounded_by_the_settings(recorded, tmp_path):
     assert (kept[0], kept[-1]) == (0, 999)
     assert set(np.diff(kept)) <= {52, 53}
     assert sum(item.spec.record for item in training_items(settings, 0, "cpu")) == 8
-    assert len(read_trajectories(recorded.run_dir)) <= 4 * 3 * 2 * 8
+    assert len(read_trajectories(recorded.run_dir).rows) <= 4 * 3 * 2 * 8
     none = Trainer(small(meta_steps=2, trajectories={"meta_steps": 0}), tmp_path)
     none.run(in_process)
     assert not (tmp_path / "trajectories").exists()
@@ -139,9 +168,9 @@ def test_a_checkpoint_is_not_written_before_what_was_recorded(tmp_path, monkeypa
     monkeypatch.setattr("ml2o_dist.metatrain.trajectories.pq.write_table", slow)
     settings = small(meta_steps=3, checkpoint_every=3, trajectories={"meta_steps": 3})
     trainer = Trainer(settings, tmp_path)
-    monkeypatch.setattr(trainer, "_write_metrics", lambda: seen.append("metrics"))
+    monkeypatch.setattr("ml2o_dist.metatrain.trainer.write_history", lambda *arguments: seen.append("metrics"))
     trainer.run(in_process)
-    assert seen == ["metrics", 0, 1, 2, "metrics"], "the first ones are written before anything is computed"
+    assert seen == ["metrics", 1, 2, 3, "metrics"], "the first ones are written before anything is computed"
 
 
 def test_a_run_begun_anew_keeps_nothing_of_one_that_was_killed_before_its_first_checkpoint(recorded, tmp_path):
@@ -165,7 +194,7 @@ def test_a_full_disk_is_said_once_and_costs_only_the_trajectories(recorded, tmp_
     assert digests(trainer) == digests(recorded)
     said = [record.message for record in caplog.records if "trajectories" in record.message]
     assert len(said) == 1
-    assert "meta-step 0 cannot be written: No space left on device; the run goes on" in said[0]
+    assert "meta-step 1 cannot be written: No space left on device; the run goes on" in said[0]
     assert not (tmp_path / "trajectories").exists()
 
 
@@ -180,18 +209,18 @@ def test_a_folder_that_cannot_be_made_is_said_too(tmp_path, caplog):
 
 
 def test_one_problem_s_rows_and_the_summary(recorded):
-    everything = read_trajectories(recorded.run_dir)
+    everything = read_trajectories(recorded.run_dir).rows
     summaries = recorded_problems(everything)
     assert sum(each.inner_steps for each in summaries) == len(everything)
     assert sum(each.episodes for each in summaries) == 12
     one = next(each for each in summaries if each.objectives == 3)
-    rows = read_trajectories(recorded.run_dir, one.problem)
+    rows = read_trajectories(recorded.run_dir, one.problem).rows
     assert set(rows["problem"].to_pylist()) == {one.problem}
     assert len(rows) == one.inner_steps
     assert set(rows["meta_step"].to_pylist()) == set(one.meta_steps)
     name, inside = re.fullmatch(r"(\w+)\[(.*)\]", one.problem).groups()
     turned = f"{name}[{','.join(reversed(inside.split(',')))}]"
-    assert read_trajectories(recorded.run_dir, turned).equals(rows)
+    assert read_trajectories(recorded.run_dir, turned).rows.equals(rows)
 
 
 def test_what_is_not_there_is_said_in_one_line(recorded, tmp_path):
@@ -199,19 +228,65 @@ def test_what_is_not_there_is_said_in_one_line(recorded, tmp_path):
         read_trajectories(tmp_path)
     with pytest.raises(UserError, match=r"nothing is recorded of problem 'fonsecca'; the nearest of \d+ .*: 'fonseca'"):
         read_trajectories(recorded.run_dir, "fonsecca")
-    broken = tmp_path / "trajectories" / "step_000001.parquet"
-    broken.parent.mkdir()
-    broken.write_bytes(next(iter(files(recorded.run_dir).values()))[:-100])
-    with pytest.raises(UserError, match=r"step_000001\.parquet cannot be read"):
+    empty = tmp_path / "trajectories"
+    empty.mkdir()
+    with pytest.raises(UserError, match="no trajectories in"):
         read_trajectories(tmp_path)
-    pq.write_table(pa.table({"step": [1]}), broken)
-    with pytest.raises(UserError, match=r"step_000001\.parquet has other columns"):
+
+
+def cut(content):
+    return content[:-100]
+
+
+def flipped(content):
+    """The footer's length, and so all of its words, cannot be found."""
+    return content[:-8] + bytes([content[-8] ^ 0xFF]) + content[-7:]
+
+
+def foreign(content):
+    sink = pa.BufferOutputStream()
+    pq.write_table(pa.table({"step": [1]}), sink)
+    return sink.getvalue().to_pybytes()
+
+
+def of_before(content):
+    table = pq.read_table(pa.BufferReader(content))
+    sink = pa.BufferOutputStream()
+    pq.write_table(table.replace_schema_metadata({"format": "1"}), sink)
+    return sink.getvalue().to_pybytes()
+
+
+DAMAGE = [
+    (cut, "cannot be read: "),
+    (flipped, "cannot be read: "),
+    (lambda content: b"", "cannot be read: "),
+    (foreign, "cannot be read: it has other columns"),
+    (of_before, "cannot be read: its format is 1, this version of ml2o_dist reads 2"),
+]
+
+
+@pytest.mark.parametrize(("damage", "why"), DAMAGE)
+def test_a_file_that_cannot_be_read_is_named_and_the_others_are_used(recorded, tmp_path, damage, why):
+    whole = read_trajectories(recorded.run_dir)
+    assert whole.unread == ()
+    shutil.copytree(recorded.run_dir / "trajectories", tmp_path / "trajectories")
+    damaged = tmp_path / "trajectories" / "step_000004.parquet"
+    damaged.write_bytes(damage(damaged.read_bytes()))
+    rest = read_trajectories(tmp_path)
+    assert rest.rows.equals(whole.rows.filter(pc.not_equal(whole.rows["meta_step"], 4)))
+    (line,) = rest.unread
+    assert line.startswith(f"{damaged} {why}")
+    assert len(line.splitlines()) == 1
+    for file in (tmp_path / "trajectories").iterdir():
+        if file != damaged:
+            file.write_bytes(damage(file.read_bytes()))
+    with pytest.raises(UserError, match=r"step_000001\.parquet cannot be read: .*; nor can the other 3 files"):
         read_trajectories(tmp_path)
 
 
 def test_pandas_reads_the_folder(recorded):
     frame = pd.read_parquet(recorded.run_dir / "trajectories")
-    ours = read_trajectories(recorded.run_dir)
+    ours = read_trajectories(recorded.run_dir).rows
     assert len(frame) == len(ours)
     assert list(frame.columns) == SCHEMA.names
     assert sorted(set(frame["problem"])) == sorted(set(ours["problem"].to_pylist()))
@@ -220,15 +295,15 @@ def test_pandas_reads_the_folder(recorded):
 
 def test_duckdb_reads_the_files(recorded):
     source = f"'{recorded.run_dir}/trajectories/*.parquet'"
-    ours = read_trajectories(recorded.run_dir)
+    ours = read_trajectories(recorded.run_dir).rows
     counted = duckdb.sql(f"SELECT problem, count(*), max(len(losses)) FROM {source} GROUP BY problem ORDER BY 1")
     assert counted.fetchall() == [(r.problem, r.inner_steps, r.objectives) for r in recorded_problems(ours)]
     # the question one records for: how far does the first objective fall, early and late?
     fallen = duckdb.sql(f"""
         SELECT meta_step, avg(losses[1]) FILTER (step = 0), avg(losses[1]) FILTER (step = 4)
         FROM {source} GROUP BY meta_step ORDER BY meta_step""").fetchall()
-    assert [row[0] for row in fallen] == [0, 3, 7, 11]
-    first = [r["losses"][0] for r in ours.to_pylist() if r["meta_step"] == 0 and r["step"] == 0]
+    assert [row[0] for row in fallen] == [1, 4, 8, 12]
+    first = [r["losses"][0] for r in ours.to_pylist() if r["meta_step"] == 1 and r["step"] == 0]
     assert fallen[0][1] == pytest.approx(np.mean(first), rel=1e-5)
 
 
@@ -238,7 +313,7 @@ def test_ray_data_reads_the_folder(cluster, recorded):
 
     data = ray.data.read_parquet(str(recorded.run_dir / "trajectories"))
     rows = sorted(data.take_all(), key=lambda r: (r["meta_step"], r["slot"], r["instance"], r["step"]))
-    ours = read_trajectories(recorded.run_dir).to_pylist()
+    ours = read_trajectories(recorded.run_dir).rows.to_pylist()
     assert [{**r, **{k: list(r[k]) for k in ("losses", "gradient_norms", "gradient_cosines")}} for r in rows] == ours
 
 
@@ -250,6 +325,6 @@ def test_not_a_number_stays_not_a_number(tmp_path):
     writer = TrajectoryWriter(tmp_path)
     writer.add(0, items, in_process(items, weights))
     writer.flush()
-    (last,) = read_trajectories(tmp_path).slice(11).to_pylist()
+    (last,) = read_trajectories(tmp_path).rows.slice(11).to_pylist()
     assert not all(map(math.isfinite, last["losses"]))
     assert math.isnan(last["descent_cosine"])

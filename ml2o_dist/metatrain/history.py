@@ -1,0 +1,69 @@
+"""The figures of a run as Parquet, `RUN_DIR/metrics.parquet`: one row for each meta-step, and one for the start.
+
+What a column holds stands in the `description` of its Arrow field (`SCHEMA`), which the file carries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ml2o_dist.errors import UserError
+from ml2o_dist.files import replacing
+
+FILE = "metrics.parquet"
+
+
+def _column(name: str, kind: pa.DataType, description: str, *, nullable: bool = True) -> pa.Field:
+    return pa.field(name, kind, nullable=nullable, metadata={"description": description})
+
+
+SCHEMA = pa.schema(
+    [
+        _column(
+            "meta_step",
+            pa.int64(),
+            "number of the meta-step, from 1; the row of 0 is the untrained network, with its validation alone",
+            nullable=False,
+        ),
+        _column("horizon", pa.int64(), "K, inner steps of every training episode of the meta-step"),
+        _column("meta_loss", pa.float64(), "mean of the training episodes that were finite; other problems each time"),
+        _column("validation", pa.float64(), "mean score on family.validation of the average weights after the step"),
+        _column("gradient_norm", pa.float64(), "of the reduced meta-gradient, before learner.clip"),
+        _column("learning_rate", pa.float64(), "of the meta-optimizer in this step"),
+        _column("skipped_episodes", pa.int64(), "training episodes left out: those that failed or were not finite"),
+        _column("failed_episodes", pa.int64(), "those of them that raised twice (faults.on_error=skip)"),
+        _column("inner_steps_per_s", pa.float64(), "inner steps of training per second, over all workers"),
+    ],
+    metadata={"description": "ml2o_dist: figures of a meta-training by meta-step"},
+)
+"""The columns of the file. What was not measured is null: validation at most meta-steps, all else in the row of 0."""
+
+
+def write_history(run_dir: Path, rows: Sequence[Mapping[str, float]]) -> None:
+    """Write the rows, keyed as in `SCHEMA`, in their order; OSError: it is not possible."""
+    table = pa.Table.from_pylist(list(rows), schema=SCHEMA)
+    with replacing(run_dir / FILE) as stream:
+        pq.write_table(table, stream)
+
+
+def read_history(file: Path) -> list[dict[str, Any]]:
+    """Return the rows of a file, keyed as in `SCHEMA`; what is not there is None.
+
+    Raises:
+        UserError: it is something else.
+        OSError, pyarrow.ArrowException: it cannot be read.
+    """
+    table = pq.ParquetFile(file).read()
+    if "meta_step" not in table.column_names:
+        raise UserError(f"{file} cannot be read: no column meta_step")
+    columns = [
+        table[field.name].cast(field.type) if field.name in table.column_names else pa.nulls(len(table), field.type)
+        for field in SCHEMA
+    ]
+    rows: list[dict[str, Any]] = pa.Table.from_arrays(columns, schema=SCHEMA).to_pylist()
+    return rows

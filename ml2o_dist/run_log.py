@@ -1,0 +1,54 @@
+"""What a run's log says to somebody who comes later: its warnings, and how the run last ended."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+FORM = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+BEGUN = "begun, or gone on with"
+"""The first line of each process that writes to the log; what stood there before is another one's."""
+COMPARISON_FAILED = "the comparison failed"
+
+_LINE = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)\S* ([A-Z]+) \S+: (.*)")
+_END = re.compile(rf"stopped by \w+|aborted|{COMPARISON_FAILED}.*")
+
+
+@dataclass(frozen=True)
+class Warned:
+    """One line of a run's log."""
+
+    time: str
+    level: str
+    message: str
+
+
+@dataclass(frozen=True)
+class RunLog:
+    """What is of use of a log.
+
+    Attributes:
+        warnings: lines at WARNING or above, all processes', the newest last.
+        ended: how the last process ended, if it said so: "stopped by SIGINT", "aborted", "the comparison failed: ...".
+    """
+
+    warnings: tuple[Warned, ...] = ()
+    ended: str = ""
+
+
+def read_log(file: Path) -> RunLog:
+    """Read a log as `written_to` of run_directory.py has it written; raises OSError."""
+    warnings, ended = [], ""
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+        match = _LINE.fullmatch(line)
+        if match is None:  # of a traceback
+            continue
+        warned = Warned(*match.groups())
+        if warned.level in ("WARNING", "ERROR", "CRITICAL"):
+            warnings.append(warned)
+        if warned.message == BEGUN:
+            ended = ""
+        elif end := _END.match(warned.message):
+            ended = end.group()
+    return RunLog(tuple(warnings), ended)

@@ -1,0 +1,78 @@
+"""metrics.parquet: whole numbers are whole, every figure has its described column, and others' files are named."""
+
+from __future__ import annotations
+
+import math
+
+import duckdb
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from ml2o_dist.errors import UserError
+from ml2o_dist.metatrain.checkpoint import newest_checkpoint
+from ml2o_dist.metatrain.history import FILE, SCHEMA, read_history, write_history
+from ml2o_dist.metatrain.schedule import horizon
+from ml2o_dist.metatrain.trainer import Trainer
+from tests.metatrain.settings import small
+from tests.metatrain.test_trainer import in_process
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    trainer = Trainer(small(), tmp_path_factory.mktemp("trained"))
+    trainer.run(in_process)
+    return trainer
+
+
+def test_counts_and_numbers_of_meta_steps_are_integers(trained):
+    schema = pq.read_schema(trained.run_dir / FILE)
+    whole = {field.name for field in schema if field.type == pa.int64()}
+    assert whole == {"meta_step", "horizon", "skipped_episodes", "failed_episodes"}
+    assert {field.type for field in schema if field.name not in whole} == {pa.float64()}
+    rows = duckdb.sql(f"SELECT meta_step, horizon, skipped_episodes FROM '{trained.run_dir / FILE}'").fetchall()
+    drawn = [horizon(trained.settings, step) for step in range(12)]
+    assert rows == [(0, None, None), *((step + 1, drawn[step], 0) for step in range(12))]
+    assert {type(x) for row in rows[1:] for x in row} == {int}
+
+
+def test_every_figure_of_a_run_has_a_column_that_says_what_it_holds(trained):
+    assert {name for row in trained.progress.history for name in row} == set(SCHEMA.names)
+    written = pq.read_schema(trained.run_dir / FILE)
+    assert written.equals(SCHEMA, check_metadata=True)
+    assert all(len(field.metadata[b"description"]) > 20 for field in written)
+
+
+def test_what_is_read_is_what_the_run_knows(trained):
+    rows = [{name: x for name, x in row.items() if x is not None} for row in read_history(trained.run_dir / FILE)]
+    assert rows == trained.progress.history
+
+
+def test_a_checkpoint_keeps_its_history_in_float64(trained):
+    checkpoint, _ = newest_checkpoint(trained.run_dir / "checkpoints")
+    columns = {name: tensor for name, tensor in checkpoint.tensors.items() if name.startswith("history/")}
+    assert {tensor.dtype for tensor in columns.values()} == {torch.float64}
+    assert columns["history/meta_step"].tolist() == list(range(13))
+
+
+def test_an_infinite_validation_and_no_row_at_all_are_written(tmp_path):
+    write_history(tmp_path, [{"meta_step": 0.0, "validation": math.inf}])
+    assert read_history(tmp_path / FILE)[0]["validation"] == math.inf
+    write_history(tmp_path, [])
+    assert read_history(tmp_path / FILE) == []
+    assert pq.read_schema(tmp_path / FILE).names == SCHEMA.names
+
+
+def test_a_file_of_before_with_float64_alone_is_read(tmp_path):
+    pq.write_table(pa.table({"meta_step": [0.0, 1.0], "horizon": [None, 50.0], "other": ["a", "b"]}), tmp_path / FILE)
+    first, second = read_history(tmp_path / FILE)
+    assert (first["meta_step"], first["horizon"]) == (0, None)
+    assert (second["meta_step"], second["horizon"], second["validation"]) == (1, 50, None)
+    assert isinstance(second["meta_step"], int)
+
+
+def test_a_file_of_something_else_is_named(tmp_path):
+    pq.write_table(pa.table({"x": [1]}), tmp_path / FILE)
+    with pytest.raises(UserError, match=r"metrics\.parquet cannot be read: no column meta_step"):
+        read_history(tmp_path / FILE)
