@@ -30,7 +30,7 @@ from ml2o_dist.run_storage import RunStorage, StorageError, open_storage
 from ml2o_dist.stopping import StopRequest, stop_on_signals
 from ml2o_dist.tracking.records import Status
 from ml2o_dist.tracking.sink import MlflowSink
-from ml2o_dist.tracking.store import redacted, resolve_tracking_uri
+from ml2o_dist.tracking.store import redacted, tracking_uri_to_keep
 from ml2o_dist.tracking.sync import sync_command
 
 MOST_CHECKED = 1000
@@ -60,12 +60,7 @@ def meta_train(
     """
     console = console or Console(stderr=True)
     settings = resolve_settings(settings)
-    uri = resolve_tracking_uri(settings.tracking.uri)
-    if redacted(settings.tracking.uri) != settings.tracking.uri:
-        raise UserError(
-            f"tracking.uri is {redacted(uri)!r}: the password would be written into config.yaml; "
-            "give such a URI in the environment variable MLFLOW_TRACKING_URI"
-        )
+    uri = tracking_uri_to_keep(settings.tracking.uri)
     storage = run_dir if isinstance(run_dir, RunStorage) else open_storage(run_dir, resume=resume)
     trainer = Trainer(settings, storage.folder, on_saved=storage.commit)
     same_run = resume

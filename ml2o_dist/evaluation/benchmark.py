@@ -113,7 +113,7 @@ class Comparison:
 
     def to_json(self) -> dict[str, Any]:
         """Return it as plain dicts, lists, strings and finite numbers; what is not finite becomes None."""
-        plain: dict[str, Any] = _plain(asdict(self))
+        plain: dict[str, Any] = plain_json(asdict(self))
         return plain
 
     @classmethod
@@ -272,11 +272,12 @@ def _versus(learned: Row | None, reference: Row | None) -> Versus | None:
     )
 
 
-def _plain(value: Any) -> Any:
+def plain_json(value: Any) -> Any:
+    """Return dicts, lists, strings and finite numbers only; what is not finite becomes None."""
     if isinstance(value, Mapping):
-        return {f"{key:g}" if isinstance(key, float) else str(key): _plain(item) for key, item in value.items()}
+        return {f"{key:g}" if isinstance(key, float) else str(key): plain_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain_json(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -76,9 +76,9 @@ class Learned:
 
 @dataclass(frozen=True)
 class Stochastic:
-    """SMG or DSSMG with steps that fall as (t + 1)^-p."""
+    """SMG or DSSMG, as `label` says (smg, dssmg), with steps that fall as (t + 1)^-p."""
 
-    label: Literal["smg", "dssmg"]
+    label: str
     p: float
 
     def rule(self, device: torch.device, dtype: torch.dtype) -> UpdateRule:

@@ -66,7 +66,7 @@ def _entrant(text: str, settings: EvaluateSettings, resolve: Resolve) -> Entrant
         return _always(text, Learned(name, settings.rule, None), guard)
     if name in ADVERSARIES:
         return _always(text, Adversary(name), guard)
-    if name == "dssmg" or name == "smg":
+    if name in ("dssmg", "smg"):
         return _always(text, Stochastic(name, settings.guard.p), guard)
     if name == PRETRAINED:
         raise UserError(

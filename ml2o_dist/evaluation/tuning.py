@@ -27,11 +27,13 @@ class Tuned:
         lr: the best learning rate.
         scores: learning rate -> criterion on the tuning seeds, infinite where a run diverged or failed.
         note: what a reader must know about it; "" where all is well.
+        failures: learning rate -> why a run failed there.
     """
 
     lr: float
     scores: Mapping[float, float]
     note: str
+    failures: Mapping[float, str]
 
 
 def tune(
@@ -51,13 +53,14 @@ def tune(
     cells = [cell for part in trials for cell in part]
     outcomes = iter(run_cells(cells) if cells else ())
     scores: dict[tuple[str, ProblemSpec], dict[float, float]] = {}
-    failed: dict[tuple[str, ProblemSpec], list[float]] = {}
+    failures: dict[tuple[str, ProblemSpec], dict[float, str]] = {}
     for (each, problem, lr), part in zip(keys, trials, strict=True):
         found = [next(outcomes) for _ in part]
         scores.setdefault((each.name, problem), {})[lr] = _criterion(found)
-        if any(isinstance(outcome, CellFailure) for outcome in found):
-            failed.setdefault((each.name, problem), []).append(lr)
-    return {key: _best(values, failed.get(key, [])) for key, values in scores.items()}
+        for outcome in found:
+            if isinstance(outcome, CellFailure):
+                failures.setdefault((each.name, problem), {})[lr] = outcome.reason
+    return {key: _best(values, failures.get(key, {})) for key, values in scores.items()}
 
 
 def _criterion(outcomes: Sequence[Outcome]) -> float:
@@ -69,13 +72,13 @@ def _criterion(outcomes: Sequence[Outcome]) -> float:
     return sum(losses) / len(losses)
 
 
-def _best(scores: Mapping[float, float], failed: Sequence[float]) -> Tuned:
+def _best(scores: Mapping[float, float], failures: Mapping[float, str]) -> Tuned:
     lr = min(scores, key=lambda rate: (scores[rate], rate))
     note = ""
-    if failed:
-        note = f"failed at learning rate {', '.join(f'{rate:g}' for rate in failed)}"
+    if failures:
+        note = f"tuning failed at learning rate {', '.join(f'{rate:g}' for rate in failures)}"
     elif not math.isfinite(scores[lr]):
         note = "diverged at every learning rate of the grid"
     elif len(scores) > 1 and lr in (min(scores), max(scores)):
         note = f"best learning rate {lr:g} is at the edge of the grid"
-    return Tuned(lr, scores, note)
+    return Tuned(lr, scores, note, failures)
