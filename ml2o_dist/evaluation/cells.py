@@ -12,7 +12,7 @@ from torch import Tensor
 from ml2o_dist.evaluation.contestants import Contestant
 from ml2o_dist.evaluation.criticality import Criticality, criticality
 from ml2o_dist.evaluation.metrics import gradient_conflict
-from ml2o_dist.problems import ProblemContext, ProblemSpec
+from ml2o_dist.problems import Batch, Problem, ProblemContext, ProblemSpec
 from ml2o_dist.rules.base import Oracle
 from ml2o_dist.rules.gml2o import GuardedInfo
 from ml2o_dist.seeding import derive_seed, generator
@@ -126,6 +126,32 @@ class CellFailure:
 Outcome = CellResult | CellFailure
 
 
+class PairedOracle(Oracle):
+    """An oracle whose j-th batch of step k is the same for every rule, however many batches a step of theirs draws.
+
+    So a guarded run sees the batches that the fallback alone would see, and all methods the same first ones.
+    """
+
+    def __init__(self, problem: Problem, *names: str | int) -> None:
+        """`names` name the batches; `begin_step` goes before each step."""
+        super().__init__(problem, generator("batches", *names))
+        self._names = names
+        self._streams = [self._generator]
+        self._drawn = 0
+
+    def begin_step(self) -> None:
+        """Say that a step begins."""
+        self._drawn = 0
+
+    def draw(self) -> Batch:
+        """Draw the step's next batch from the stream of its place in the step."""
+        if self._drawn == len(self._streams):
+            self._streams.append(generator("batches", *self._names, "in one step", self._drawn))
+        self._generator = self._streams[self._drawn]
+        self._drawn += 1
+        return super().draw()
+
+
 def run_cell(cell: Cell) -> CellResult:
     """Run one cell: a pure function of it, but for the time that a step takes.
 
@@ -137,7 +163,7 @@ def run_cell(cell: Cell) -> CellResult:
     problem_seed = derive_seed("problem", *names) if cell.problem_seed is None else cell.problem_seed
     context = ProblemContext(len(cell.seeds), problem_seed, device, cell.dtype, cell.data_root)
     problem = cell.problem.build(context)
-    oracle = Oracle(problem, generator("batches", *names))
+    oracle = PairedOracle(problem, *names)
     rule = cell.contestant.rule(device, cell.dtype)
     parameters = problem.initial_parameters(cell.seeds)
     state = rule.initial_state(problem.instances, problem.objectives, problem.dimension)
@@ -145,6 +171,7 @@ def run_cell(cell: Cell) -> CellResult:
     seen, times, accepted, conflicts = [], [], [], []
     guard_seconds = 0.0
     for step in range(cell.steps):
+        oracle.begin_step()
         start = time.perf_counter()
         parameters, state, info = rule.step(oracle, parameters, state)
         if device.type == "cuda":

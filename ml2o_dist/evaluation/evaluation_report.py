@@ -12,26 +12,41 @@ from rich.text import Text
 from ml2o_dist.evaluation.evaluated import Evaluation, Row
 from ml2o_dist.evaluation.report import NOTHING, number, several
 
-OPTIMIZER = "optimizer"
-GUARD = ("accepted", "guard's share")
+OPTIMIZER, LOSS, OBJECTIVES, ACCURACY = "optimizer", "loss, last tenth", "per objective", "test accuracy"
+CRITICALITY, EVALUATIONS, TIME = "criticality", "evaluations", "ms/step"
+ACCEPTED, SHARE = "accepted", "guard's share"
+ALWAYS = (OPTIMIZER, LOSS, CRITICALITY, EVALUATIONS, TIME)
+"""Columns that are shown though there is nothing in them."""
 FRONT = ("hypervolume", "IGD+", "epsilon", "outside")
+"""Columns of a table of their own on the terminal: all would not fit."""
 
 
 def evaluation_table(evaluation: Evaluation) -> Group:
-    """Return tables for the terminal, one for each problem, in the order in which the optimizers were named."""
+    """Return tables for the terminal, one for each problem, in the order in which the optimizers were named.
+
+    They fit in 120 columns; where the problem's front is known, a second one compares with it.
+    """
     parts: list[Table | Text] = [Text(caption(evaluation), style="dim")]
     for problem in dict.fromkeys(row.problem for row in evaluation.rows):
         rows = [row for row in evaluation.rows if row.problem == problem]
         columns = _columns(rows)
-        table = Table(box=box.SIMPLE_HEAD, show_edge=False)
-        for name in columns:
-            table.add_column(name, justify="left" if name == OPTIMIZER else "right")
-        for row in rows:
-            figures = row_figures(row)
-            table.add_row(*(Text(figures[name]) for name in columns))
-        parts += [Text(), Text(problem, style="bold underline"), table]
+        parts += [Text(), Text(problem, style="bold underline")]
+        parts.append(_table(rows, [name for name in columns if name not in FRONT]))
+        if any(name in columns for name in FRONT):
+            parts += [Text(), _table(rows, [OPTIMIZER, *FRONT])]
         parts += [Text("  " + line) for line in _notes(rows)]
     return Group(*parts)
+
+
+def _table(rows: Sequence[Row], columns: Sequence[str]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False)
+    for name in columns:
+        wraps = name in (OBJECTIVES, ACCURACY, SHARE)
+        table.add_column(name, justify="left" if name == OPTIMIZER else "right", no_wrap=not wraps)
+    for row in rows:
+        figures = row_figures(row)
+        table.add_row(*(Text(figures[name]) for name in columns))
+    return table
 
 
 def evaluation_markdown(evaluation: Evaluation) -> str:
@@ -55,27 +70,34 @@ def evaluation_markdown(evaluation: Evaluation) -> str:
 
 def row_figures(row: Row) -> dict[str, str]:
     """Return the cells of a row as text, by column."""
-    loss = f"{number(row.loss)} ± {number(row.loss_standard_error, '#.2g')}"
+    loss = _with_error(row.loss, row.loss_standard_error, "#.4g")
     if row.diverged:
         loss = f"{row.diverged} of {row.seeds} diverged"
     if not row.seeds:
         loss = "failed"
     learning_rate = "" if row.learning_rate is None or "@" in row.optimizer else f"@{row.learning_rate:g}"
     front = row.front
+    indicators = (
+        (NOTHING,) * len(FRONT)
+        if front is None
+        else (
+            number(front.hypervolume),
+            number(front.igd_plus, "#.3g"),
+            number(front.additive_epsilon, "#.3g"),
+            f"{front.outside} of {row.seeds}",
+        )
+    )
     return {
         OPTIMIZER: row.optimizer + learning_rate + (" *" if _notes([row]) else ""),
-        "loss, last tenth": loss,
-        "per objective": several(row.losses, "#.3g"),
-        "test accuracy": several([100 * value for value in row.test_accuracy or ()], ".1f"),
-        "criticality": f"{number(row.criticality, '#.3g')} ± {number(row.criticality_standard_error, '#.2g')}",
-        GUARD[0]: _share(row.acceptance),
-        "evaluations": number(row.evaluations, ".0f"),
-        "ms/step": number(row.ms_per_step, ".2f"),
-        GUARD[1]: _share(row.guard_share),
-        FRONT[0]: NOTHING if front is None else number(front.hypervolume),
-        FRONT[1]: NOTHING if front is None else number(front.igd_plus, "#.3g"),
-        FRONT[2]: NOTHING if front is None else number(front.additive_epsilon, "#.3g"),
-        FRONT[3]: NOTHING if front is None else str(front.outside),
+        LOSS: loss,
+        OBJECTIVES: several(row.losses, "#.3g"),
+        ACCURACY: several([100 * value for value in row.test_accuracy or ()], ".1f"),
+        CRITICALITY: _with_error(row.criticality, row.criticality_standard_error, "#.3g"),
+        ACCEPTED: _share(row.acceptance),
+        EVALUATIONS: number(row.evaluations, ".0f"),
+        TIME: number(row.ms_per_step, ".2f"),
+        SHARE: _share(row.guard_share),
+        **dict(zip(FRONT, indicators, strict=True)),
     }
 
 
@@ -102,8 +124,7 @@ def caption(evaluation: Evaluation) -> str:
 def _columns(rows: Sequence[Row]) -> list[str]:
     """Return the columns of which some row has something to show."""
     figures = [row_figures(row) for row in rows]
-    always = {OPTIMIZER, "loss, last tenth", "criticality", "evaluations", "ms/step"}
-    return [name for name in figures[0] if name in always or any(each[name] != NOTHING for each in figures)]
+    return [name for name in figures[0] if name in ALWAYS or any(each[name] != NOTHING for each in figures)]
 
 
 def _notes(rows: Sequence[Row]) -> list[str]:
@@ -112,6 +133,11 @@ def _notes(rows: Sequence[Row]) -> list[str]:
         failed = f"{row.failed} of {row.seeds + row.failed} cells failed" if row.failed else ""
         notes += [f"* {row.optimizer}: {'; '.join(filter(None, (failed, row.note)))}"] if failed or row.note else []
     return notes
+
+
+def _with_error(mean: float, error: float, form: str) -> str:
+    shown = number(mean, form)
+    return shown if shown == NOTHING else f"{shown} ± {number(error, '#.2g')}"
 
 
 def _share(value: float | None) -> str:
