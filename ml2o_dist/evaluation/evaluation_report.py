@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rich import box
-from rich.console import Group
+from rich.console import Group, JustifyMethod
 from rich.table import Table
 from rich.text import Text
 
@@ -14,26 +14,31 @@ from ml2o_dist.evaluation.report import NOTHING, number, several
 
 OPTIMIZER, LOSS, OBJECTIVES, ACCURACY = "optimizer", "loss, last tenth", "per objective", "test accuracy"
 CRITICALITY, EVALUATIONS, TIME = "criticality", "evaluations", "ms/step"
-ACCEPTED, SHARE = "accepted", "guard's share"
+ACCEPTED, SHARE = "accepted", "guard"
 ALWAYS = (OPTIMIZER, LOSS, CRITICALITY, EVALUATIONS, TIME)
 """Columns that are shown though there is nothing in them."""
+STAR = " *"
 FRONT = ("hypervolume", "IGD+", "epsilon", "outside")
-"""Columns of a table of their own on the terminal: all would not fit."""
+SECOND = (ACCEPTED, SHARE, *FRONT)
+"""Columns of a second table on the terminal: all would not fit."""
+NARROWEST = {OPTIMIZER: 16, OBJECTIVES: 9, ACCURACY: 8}
+"""Of the columns that may be broken into lines."""
 
 
 def evaluation_table(evaluation: Evaluation) -> Group:
     """Return tables for the terminal, one for each problem, in the order in which the optimizers were named.
 
-    They fit in 120 columns; where the problem's front is known, a second one compares with it.
+    They fit in 100 columns; what the guard did and how far the known front is are in a second one.
     """
     parts: list[Table | Text] = [Text(caption(evaluation), style="dim")]
     for problem in dict.fromkeys(row.problem for row in evaluation.rows):
         rows = [row for row in evaluation.rows if row.problem == problem]
         columns = _columns(rows)
         parts += [Text(), Text(problem, style="bold underline")]
-        parts.append(_table(rows, [name for name in columns if name not in FRONT]))
-        if any(name in columns for name in FRONT):
-            parts += [Text(), _table(rows, [OPTIMIZER, *FRONT])]
+        parts.append(_table(rows, [name for name in columns if name not in SECOND]))
+        second = [name for name in columns if name in SECOND]
+        if second:
+            parts += [Text(), _table(rows, [OPTIMIZER, *second])]
         parts += [Text("  " + line) for line in _notes(rows)]
     return Group(*parts)
 
@@ -41,8 +46,9 @@ def evaluation_table(evaluation: Evaluation) -> Group:
 def _table(rows: Sequence[Row], columns: Sequence[str]) -> Table:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False)
     for name in columns:
-        wraps = name in (OBJECTIVES, ACCURACY, SHARE)
-        table.add_column(name, justify="left" if name == OPTIMIZER else "right", no_wrap=not wraps)
+        justify: JustifyMethod = "left" if name == OPTIMIZER else "right"
+        narrowest = NARROWEST.get(name)
+        table.add_column(name, justify=justify, no_wrap=narrowest is None, overflow="fold", min_width=narrowest)
     for row in rows:
         figures = row_figures(row)
         table.add_row(*(Text(figures[name]) for name in columns))
@@ -60,7 +66,10 @@ def evaluation_markdown(evaluation: Evaluation) -> str:
     ]
     shown = ""
     for row in evaluation.rows:
-        figures = row_figures(row) | {OPTIMIZER: f"`{row.optimizer}`"}
+        figures = row_figures(row)
+        figures[OPTIMIZER] = (
+            f"`{figures[OPTIMIZER].removesuffix(STAR)}`{STAR if figures[OPTIMIZER].endswith(STAR) else ''}"
+        )
         problem = f"`{row.problem}`" if row.problem != shown else ""
         shown = row.problem
         lines.append(f"| {problem} | {' | '.join(figures[name] for name in columns)} |")
@@ -88,7 +97,7 @@ def row_figures(row: Row) -> dict[str, str]:
         )
     )
     return {
-        OPTIMIZER: row.optimizer + learning_rate + (" *" if _notes([row]) else ""),
+        OPTIMIZER: row.optimizer + learning_rate + (STAR if _notes([row]) else ""),
         LOSS: loss,
         OBJECTIVES: several(row.losses, "#.3g"),
         ACCURACY: several([100 * value for value in row.test_accuracy or ()], ".1f"),
@@ -108,7 +117,7 @@ def caption(evaluation: Evaluation) -> str:
         f"Summed loss over the last tenth of {settings.steps} steps and criticality of the end point on a large fixed "
         f"batch, mean ± standard error of {settings.seeds} paired seed{'' if settings.seeds == 1 else 's'}; lower is "
         "better. Criticality alone says little: it is small on flat stretches too. Evaluations: forward + backward "
-        "passes of a run."
+        "passes of a run. Guard: its share of the steps' time."
     )
     if any(row.tuning for row in evaluation.rows):
         grid, seeds = ", ".join(f"{lr:g}" for lr in settings.learning_rates), settings.tuning_seeds
