@@ -28,7 +28,7 @@ NARROWEST = {OPTIMIZER: 16, OBJECTIVES: 9, ACCURACY: 8}
 def evaluation_table(evaluation: Evaluation) -> Group:
     """Return tables for the terminal, one for each problem, in the order in which the optimizers were named.
 
-    They fit in 100 columns; what the guard did and how far the known front is are in a second one.
+    They fit in 110 columns; what the guard did and how far the known front is are in a second one.
     """
     parts: list[Table | Text] = [Text(caption(evaluation), style="dim")]
     for problem in dict.fromkeys(row.problem for row in evaluation.rows):
@@ -57,7 +57,7 @@ def _table(rows: Sequence[Row], columns: Sequence[str]) -> Table:
 
 def evaluation_markdown(evaluation: Evaluation) -> str:
     """Return the same as plain Markdown: a table for all problems, then the notes."""
-    columns = _columns(evaluation.rows)
+    columns = _columns(evaluation.rows) if evaluation.rows else list(ALWAYS)
     lines = [
         caption(evaluation),
         "",
