@@ -4,7 +4,7 @@ RUN_DIR ?= runs/digits-$(shell date +%Y%m%d-%H%M%S)
 BIN := .venv/bin
 STAMP := .venv/.installed
 
-# One thread per process: tests start several workers on few cores.
+# Two files of tests at a time, one thread per process: tests start several workers on few cores.
 TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 RAY_USAGE_STATS_ENABLED=0 MLFLOW_DISABLE_TELEMETRY=true
 
 .PHONY: install train test test-full check
@@ -23,10 +23,10 @@ train: $(STAMP)
 	$(BIN)/ml2o meta-train --run-dir $(RUN_DIR)
 
 test: $(STAMP)
-	$(TEST_ENV) $(BIN)/python -m pytest -m "not long"
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile -m "not long"
 
 test-full: $(STAMP)
-	$(TEST_ENV) $(BIN)/python -m pytest
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(STAMP)
 	$(BIN)/ruff check .

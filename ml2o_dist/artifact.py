@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -25,7 +25,8 @@ from torch import Tensor
 
 from ml2o_dist.config import RuleSettings
 from ml2o_dist.errors import UserError
-from ml2o_dist.files import replacing
+from ml2o_dist.files import cache_folder, replacing
+from ml2o_dist.remote_files import answering, connect, is_uri
 
 FORMAT = 1
 """Version of the layout. A reader refuses a newer one and reads every older one."""
@@ -53,12 +54,12 @@ class Artifact:
         weights: the tensors by name, on the CPU.
         rule: the settings of the rule that the weights belong to.
         card: everything in the JSON file; `card["provenance"]` is what the writer said about their origin.
-        path: absolute path of the .safetensors file.
+        path: absolute path of the .safetensors file; one from a URI lies in the cache folder.
     """
 
-    weights: dict[str, Tensor]
+    weights: dict[str, Tensor] = field(repr=False)
     rule: RuleSettings
-    card: dict[str, Any]
+    card: dict[str, Any] = field(repr=False)
     path: Path
 
     @property
@@ -139,12 +140,21 @@ def load_artifact(path: Path | str) -> Artifact:
     """Read and verify a learned optimizer.
 
     Args:
-        path: the .safetensors file, or the folder that holds `weights.safetensors`.
+        path: the .safetensors file, or the folder that holds `weights.safetensors`, a run directory for one; as a
+            path or a URI (`s3://bucket/runs/x`); or a registered version, `models:/NAME@ALIAS` or
+            `models:/NAME/VERSION`, of the registry that `resolve_tracking_uri` names.
 
     Raises:
         UserError: a file is missing or altered, the format is newer, or the tensors do not fit the card's rule;
             the line names the file and what differs.
     """
+    if str(path).startswith("models:/"):
+        from ml2o_dist.tracking.registry import resolve_model  # late: only who asks for a registry needs MLflow
+        from ml2o_dist.tracking.store import resolve_tracking_uri
+
+        path = resolve_model(resolve_tracking_uri(), str(path))
+    elif is_uri(path):
+        path = _fetched(str(path))
     file = _weights_file(path)
     content = _read(file, "weights")
     card_file = _card_file(file)
@@ -172,6 +182,21 @@ def load_artifact(path: Path | str) -> Artifact:
     return Artifact(weights, rule, card, file)
 
 
+def _fetched(place: str) -> Path:
+    """Copy an artifact from a URI into the cache folder; return the copy's .safetensors file. Raises UserError."""
+    uri, filesystem, path = connect(place, "weights")
+    folder = cache_folder() / "weights" / hashlib.sha256(uri.encode()).hexdigest()[:16]
+    if not path.endswith(".safetensors"):
+        path += f"/{WEIGHTS_FILE}"
+    file = folder / path.rpartition("/")[2]
+    for source, target in ((path, file), (path.removesuffix(".safetensors") + ".json", _card_file(file))):
+        with answering(f"{target.name} of {uri!r} cannot be read"), filesystem.open_input_stream(source) as stream:
+            content = stream.read()
+        with replacing(target) as copy:
+            copy.write(content)
+    return file
+
+
 def _finite(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _finite(entry) for key, entry in value.items()}
@@ -193,7 +218,9 @@ def _read(file: Path, what: str) -> bytes:
     try:
         return file.read_bytes()
     except FileNotFoundError as error:
-        raise UserError(f"{what} file {str(file)!r} is missing") from error
+        unfinished = (file.parent / "checkpoints").is_dir()
+        hint = f": the run is not finished, go on with: ml2o meta-train --run-dir {file.parent} --resume"
+        raise UserError(f"{what} file {str(file)!r} is missing{hint if unfinished else ''}") from error
     except OSError as error:
         raise UserError(f"{what} file {str(file)!r} cannot be read: {error.strerror or error}") from error
 

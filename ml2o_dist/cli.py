@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ml2o_dist.errors import Aborted, Incomplete, Interrupted, UserError
+from ml2o_dist.errors import Aborted, Incomplete, Interrupted, MissingData, UserError
 
 USAGE, INCOMPLETE, ABORTED = 2, 3, 4
 
@@ -162,19 +162,30 @@ def evaluate(
 
 
 @main.command("sync")
-@click.argument("run_dir", type=click.Path(path_type=Path))
+@click.argument("run_dir")
 @click.option("--tracking-uri", default="", help="MLflow [default: where the run was tracked].")
 @command
-def sync(console: Console, run_dir: Path, tracking_uri: str) -> dict[str, Any]:
+def sync(console: Console, run_dir: str, tracking_uri: str) -> dict[str, Any]:
     """Send MLflow what it has not got of a run, because it was away.
 
     A run says at its end if this is needed. It goes into the same MLflow run, each value once, and so does the
-    learned optimizer into the registry. Exit code 2: no spool there, or MLflow does not answer; nothing is lost.
+    learned optimizer into the registry. What a run at a URI has to send lies on the machine that ran it: run this
+    there. Exit code 2: no run there, or MLflow does not answer; nothing is lost.
     """
     from ml2o_dist.files import home_folder
+    from ml2o_dist.remote_files import is_uri
+    from ml2o_dist.run_storage import working_copy
     from ml2o_dist.tracking.sync import sync as send
 
-    answer = send(home_folder() / run_dir, tracking_uri)
+    folder = working_copy(run_dir) if is_uri(run_dir) else home_folder() / run_dir
+    if is_uri(run_dir) and not folder.exists():
+        raise UserError(f"this machine has nothing to send of {run_dir}: what MLflow misses lies where the run ran")
+    answer = send(folder, tracking_uri)
+    if answer["status"] is None:
+        console.print(
+            f"MLflow at {answer['tracking_uri']} has everything of {run_dir}", highlight=False, soft_wrap=True
+        )
+        return dict(answer)
     version = answer["registered_version"]
     console.print(
         f"sent {answer['values']} values, {answer['records']} records in all, to run {answer['run_id']} at "
@@ -195,8 +206,9 @@ def report(console: Console, run_dir: str, output: str | None) -> dict[str, Any]
     `ml2o meta-train` writes it when it is done; for a run that is not, it shows what is there and says what is missing.
     """
     from ml2o_dist.files import home_folder
+    from ml2o_dist.remote_files import is_uri
     from ml2o_dist.run_report import PAGE, write_report
-    from ml2o_dist.run_storage import is_uri, read_run
+    from ml2o_dist.run_storage import read_run
 
     place = output or (PAGE if is_uri(run_dir) else None)
     with read_run(run_dir) as folder:
@@ -223,7 +235,8 @@ def trajectories(
     from ml2o_dist.evaluation.trajectory_plots import plot_trajectories, trajectories_file
     from ml2o_dist.files import home_folder
     from ml2o_dist.metatrain.trajectories import read_trajectories, recorded_problems
-    from ml2o_dist.run_storage import is_uri, read_run
+    from ml2o_dist.remote_files import is_uri
+    from ml2o_dist.run_storage import read_run
 
     with read_run(run_dir) as folder:
         recorded = read_trajectories(folder, problem)
@@ -255,18 +268,21 @@ def models() -> None:
 @click.option("--name", default="", help="Only the versions of this model.")
 @command
 def models_list(console: Console, tracking_uri: str, name: str) -> list[dict[str, Any]]:
-    """List every registered version."""
+    """List every registered version; `candidate` is the newest one, whatever its validation score (lower is better)."""
     from ml2o_dist.tracking.registry import list_versions
     from ml2o_dist.tracking.store import redacted, resolve_tracking_uri
 
     uri = resolve_tracking_uri(tracking_uri)
     versions = list_versions(uri, name)
-    table = Table("name", "version", "aliases", "best of meta-steps", "weights", title=f"models in {redacted(uri)}")
+    columns = ("name", "version", "aliases", "made", "validation", "best of meta-steps", "MLflow run", "weights")
+    table = Table(*columns, title=f"models in {redacted(uri)}")
     for version in versions:
         tags = version["tags"]
         aliases, digest = ", ".join(version["aliases"]), tags.get("weights_sha256", "")[:12]
         steps = f"{tags.get('best_meta_step', '?')} of {tags.get('meta_steps', '?')}"
-        table.add_row(version["name"], str(version["version"]), aliases, steps, digest)
+        score, made = tags.get("validation_score", ""), version["created"].replace("T", " ")[:16]
+        name, number, run = version["name"], str(version["version"]), version["run_id"][:8]
+        table.add_row(name, number, aliases, made, score[:7], steps, run, digest)
     console.print(table if versions else f"no registered models in {redacted(uri)}")
     return [dict(version) for version in versions]
 
@@ -297,24 +313,33 @@ def problems_list(console: Console) -> list[dict[str, Any]]:
 @click.option("--data-root", default="", help="Folder of the image data [default: ML2O_DATA].")
 @command
 def problems_show(console: Console, name: str, data_root: str) -> dict[str, Any]:
-    """Show one problem: `fonseca`, `quadratic[m=3]`, `multimnist[net=lenet5]`."""
+    """Show one problem: `fonseca`, `quadratic[m=3]`, `multimnist[net=lenet5]`.
+
+    The sizes of a problem of images are known only where its data is.
+    """
     from ml2o_dist.problems import ProblemContext, ProblemSpec, problem_description, problem_settings
 
     spec = ProblemSpec.parse(name)
-    problem = spec.build(ProblemContext(data_root=data_root))
     settings = {**problem_settings(spec.name), **dict(spec.settings)}
-    answer = {
+    answer: dict[str, Any] = {
         "name": spec.name,
         "settings": settings,
-        "objectives": problem.objectives,
-        "parameters": problem.dimension,
-        "bounded": problem.bounds is not None,
-        "reference_point": None if problem.reference_point is None else problem.reference_point.tolist(),
         "description": problem_description(spec.name),
     }
-    console.print(
-        f"[bold]{spec}[/]: {problem.objectives} objectives, {problem.dimension:,} parameters", highlight=False
-    )
+    try:
+        problem = spec.build(ProblemContext(data_root=data_root))
+    except MissingData as error:
+        answer["missing"] = str(error)
+        console.print(f"[bold]{spec}[/]: its sizes are not known: {error}", highlight=False, soft_wrap=True)
+    else:
+        answer |= {
+            "objectives": problem.objectives,
+            "parameters": problem.dimension,
+            "bounded": problem.bounds is not None,
+            "reference_point": None if problem.reference_point is None else problem.reference_point.tolist(),
+        }
+        sizes = f"{problem.objectives} objectives, {problem.dimension:,} parameters"
+        console.print(f"[bold]{spec}[/]: {sizes}", highlight=False)
     console.print(", ".join(f"{key}={value}" for key, value in settings.items()), markup=False, highlight=False)
     console.print(problem_description(spec.name), markup=False, highlight=False)
     return answer

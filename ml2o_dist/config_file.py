@@ -177,10 +177,16 @@ def _one_line(kind: type[BaseModel], error: ValidationError) -> UserError:
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, UserError):
         return UserError(f"{place}: {cause}")
-    message = first["msg"].removeprefix("Value error, ")
     where = f"setting {place!r}" if place else "settings"
-    given = "" if first["type"] in ("missing", "value_error") else f", not {first['input']!r}"
-    return UserError(f"{where}: {message[0].lower()}{message[1:]}{given}")
+    if first["type"] == "missing":
+        return UserError(
+            f"{where} is missing: a config file says everything that has no default, or begins with `extends: FILE`, "
+            f"another file that it only changes, as {DEFAULT_CONFIG}"
+        )
+    message = first["msg"].removeprefix("Value error, ").removeprefix("Input should ")
+    given = "" if first["type"] == "value_error" else f", not {first['input']!r}"
+    verb = "must " if message.startswith("be ") else ""
+    return UserError(f"{where}: {verb}{message[0].lower()}{message[1:]}{given}")
 
 
 def _model_at(model: type[BaseModel], path: tuple[int | str, ...]) -> type[BaseModel]:

@@ -11,6 +11,10 @@ class UserError(ValueError):
     """Wrong words, a wrong setting or missing input: one clear line, exit code 2, no traceback."""
 
 
+class MissingData(UserError):
+    """Image data that is not there."""
+
+
 class Aborted(Exception):
     """A run could not go on; what it had is in a checkpoint. Exit code 4."""
 

@@ -157,7 +157,7 @@ def _register(
         if isinstance(error, StoreAway):
             sink.register_later(tracking.model, trainer.run_dir, description)
             later = "; done with what is sent later"
-        console.print(f"[yellow]not registered:[/] {error}{later}", highlight=False)
+        console.print(f"[yellow]not registered:[/] {error}{later}", highlight=False, soft_wrap=True)
         return None
     console.print(f"registered     {tracking.model} version {version}, alias candidate", highlight=False)
     return version

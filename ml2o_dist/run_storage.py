@@ -18,24 +18,17 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from hashlib import sha256
 from pathlib import Path, PurePosixPath
-from urllib.parse import urlsplit
 
-import pyarrow as pa
 from pyarrow.fs import FileSelector, FileSystem, FileType
 
 from ml2o_dist.config_file import dump_settings, first_difference, parse_settings
 from ml2o_dist.errors import UserError
 from ml2o_dist.files import cache_folder, home_folder, replacing
 from ml2o_dist.metatrain.checkpoint import Checkpoint, newest_checkpoint
+from ml2o_dist.remote_files import answering, bare, connect, is_uri, reason
 
 LOCAL_ONLY = "spool"
 """The folder of a working copy that is neither committed nor replaced: what this machine has yet to send to MLflow."""
-
-GS_RETRY_S = 30
-"""How long Google's client asks again before it fails, unless the URI says so; its own default is 15 minutes."""
-
-LONGEST_REASON = 240
-"""Characters of a file system's own words that are shown: some hand on whole stacks."""
 
 _CHECKPOINT = re.compile(r"checkpoints/(step_(\d{6,}))/(.+)")
 
@@ -76,10 +69,8 @@ class RunStorage:
     def settle(self) -> None:
         """Return when the remote place has everything; raises StorageError where it cannot be had there."""
 
-
-def is_uri(run_dir: Path | str) -> bool:
-    """Say whether a run directory is given as a URI: `s3://bucket/runs/x`."""
-    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", str(run_dir)) is not None
+    def forget(self) -> None:
+        """Remove a working copy whose content is at the remote place, unless it has something to send to MLflow."""
 
 
 def open_storage(run_dir: Path | str, *, resume: bool = False) -> RunStorage:
@@ -93,12 +84,16 @@ def open_storage(run_dir: Path | str, *, resume: bool = False) -> RunStorage:
     if not is_uri(run_dir):
         folder = home_folder() / run_dir
         return RunStorage(str(folder), folder)
-    uri, filesystem, base = _connected(str(run_dir))
-    working_copy = cache_folder() / "runs" / sha256(uri.encode()).hexdigest()[:16]
-    storage = RemoteRunStorage(uri, filesystem, base, working_copy)
+    uri, filesystem, base = connect(str(run_dir), "run directory")
+    storage = RemoteRunStorage(uri, filesystem, base, working_copy(uri))
     storage.check_writable()
     storage.refresh(resume=resume)
     return storage
+
+
+def working_copy(uri: str) -> Path:
+    """Return the folder in which a run at `uri` is written on this machine; its spool stays there until it is sent."""
+    return cache_folder() / "runs" / sha256(bare(uri).encode()).hexdigest()[:16]
 
 
 @contextmanager
@@ -110,7 +105,7 @@ def read_run(run_dir: Path | str) -> Iterator[Path]:
     if not is_uri(run_dir):
         yield home_folder() / run_dir
         return
-    uri, filesystem, base = _connected(str(run_dir))
+    uri, filesystem, base = connect(str(run_dir), "run directory")
     with tempfile.TemporaryDirectory(prefix="ml2o-run-") as folder:
         RemoteRunStorage(uri, filesystem, base, Path(folder)).download(Path(folder))
         yield Path(folder)
@@ -136,7 +131,7 @@ class RemoteRunStorage(RunStorage):
 
     def check_writable(self) -> None:
         """Raise UserError unless a file can be written and removed at the remote place."""
-        with self._answers("cannot be written"):
+        with answering(f"run directory {self.name!r} cannot be written"):
             self._write(".writable", b"")
             self._filesystem.delete_file(f"{self._base}/.writable")
 
@@ -173,7 +168,7 @@ class RemoteRunStorage(RunStorage):
     def download(self, folder: Path) -> dict[str, Stamp]:
         """Fetch the run's files into `folder`; return their stamps by relative path. Raises UserError."""
         stamps = {}
-        with self._answers("cannot be read"):
+        with answering(f"run directory {self.name!r} cannot be read"):
             selector = FileSelector(self._base, allow_not_found=True, recursive=True)
             for info in self._filesystem.get_file_info(selector):
                 path = PurePosixPath(info.path).relative_to(self._base)
@@ -198,9 +193,13 @@ class RemoteRunStorage(RunStorage):
         try:
             self._thread.submit(self._commit).result()
         except Exception as error:  # as in _try_to_commit
-            raise StorageError(_one_line(error)) from error
+            raise StorageError(reason(error)) from error
         finally:
             self._thread.shutdown()
+
+    def forget(self) -> None:
+        if not (self.folder / LOCAL_ONLY).exists():
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def _try_to_commit(self) -> None:
         """Commit, or say once per outage that it was not possible and leave it to the next time."""
@@ -212,12 +211,12 @@ class RemoteRunStorage(RunStorage):
                     "%s cannot be written; training goes on in %s and tries again at each checkpoint: %s",
                     self.name,
                     self.folder,
-                    _one_line(error),
+                    reason(error),
                 )
             self._away = True
         else:
             if self._away:
-                log.info("%s can be written again", self.name)
+                log.warning("%s can be written again", self.name)  # where the outage was said
             self._away = False
 
     def _commit(self) -> None:
@@ -275,38 +274,6 @@ class RemoteRunStorage(RunStorage):
         for name in [name for name in self._committed if name.startswith(f"checkpoints/{step}/")]:
             del self._committed[name]
 
-    @contextmanager
-    def _answers(self, what: str) -> Iterator[None]:
-        """Turn what a file system raises into one line that names the place."""
-        try:
-            yield
-        except (OSError, pa.ArrowException, NotImplementedError) as error:
-            raise UserError(f"run directory {self.name!r} {what}: {_one_line(error)}") from error
-
-
-def _connected(run_dir: str) -> tuple[str, FileSystem, str]:
-    """Return a run's URI without a slash at its end, its file system and the path in it; raises UserError."""
-    uri = re.sub(r"(?<=[^:/])/+$", "", run_dir)
-    parts = urlsplit(uri)
-    if parts.password:
-        raise UserError(
-            f"run directory {parts.scheme}://{parts.username}:***@...: the password would be written into the log; "
-            "give credentials in the environment or the provider's configuration file"
-        )
-    asked = uri
-    if parts.scheme in ("gs", "gcs") and "retry_limit_seconds" not in parts.query:
-        asked += f"{'&' if parts.query else '?'}retry_limit_seconds={GS_RETRY_S}"
-    try:
-        filesystem, base = FileSystem.from_uri(asked)
-        base = filesystem.normalize_path(base).rstrip("/")
-    except (OSError, pa.ArrowException) as error:
-        raise UserError(
-            f"run directory {uri!r}: {_one_line(error)} (allowed: a folder, or file://, s3://, gs://, abfs://, hdfs://)"
-        ) from error
-    if not base:
-        raise UserError(f"run directory {uri!r} names no folder, as in {parts.scheme}://bucket/runs/first")
-    return uri, filesystem, base
-
 
 def _is_further(here: Path, there: Path, whole: Checkpoint | None, resume: bool) -> bool:
     """Say whether the folder `here` goes on from the run in `there`, whose newest whole checkpoint is `whole`.
@@ -340,8 +307,3 @@ def _commit_order(name: str) -> tuple[bool, int, int, str]:
 def _stamp(file: Path) -> Stamp:
     status = file.stat()
     return status.st_ino, status.st_size, status.st_mtime_ns
-
-
-def _one_line(error: Exception) -> str:
-    line = next(iter(str(error).splitlines()), "") or type(error).__name__
-    return line if len(line) <= LONGEST_REASON else f"{line[:LONGEST_REASON]}..."

@@ -105,6 +105,7 @@ def _committed(storage: RunStorage) -> Iterator[None]:
         _settle(storage, f"{error}; but")
         raise
     _settle(storage, "the run is done, but")
+    storage.forget()
 
 
 def _settle(storage: RunStorage, so_far: str) -> None:

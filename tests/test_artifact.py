@@ -65,6 +65,23 @@ def test_a_named_file_has_its_card_beside_it(tmp_path: Path) -> None:
     assert load_artifact(tmp_path / "new" / "best.safetensors").card == written.card
 
 
+def test_a_uri_is_read_and_verified_like_a_folder(folder: Path) -> None:
+    uri = folder.as_uri()
+    for place in (uri, f"{uri}/", f"{uri}/weights.safetensors"):
+        there = load_artifact(place)
+        assert there.weights_sha256 == load_artifact(folder).weights_sha256
+        assert folder not in there.path.parents
+    (folder / "weights.json").unlink()
+    with pytest.raises(UserError, match=rf"weights\.json of '{uri}' cannot be read"):
+        load_artifact(uri)
+
+
+def test_a_run_that_is_not_finished_is_said_to_be(tmp_path: Path) -> None:
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(UserError, match=r"is missing: the run is not finished, go on with: .*--resume"):
+        load_artifact(tmp_path)
+
+
 def test_saving_again_replaces_both_files_and_leaves_nothing_else(folder: Path) -> None:
     state = {name: tensor + 1 for name, tensor in ML2ONetwork(RULE).state_dict().items()}
     save_artifact(folder, state, RULE, {})

@@ -41,6 +41,15 @@ def test_problems_show_counts_objectives_and_parameters():
     assert "3 objectives, 20 parameters" in call("problems", "show", "quadratic[m=3,n=20]").stdout
 
 
+def test_problems_show_says_what_it_can_without_image_data(tmp_path):
+    words = ("problems", "show", "multimnist[net=cnn]", "--data-root", str(tmp_path))
+    shown = json.loads(call(*words, "--json").stdout)
+    assert shown["settings"]["net"] == "cnn"
+    assert "parameters" not in shown
+    assert f"{tmp_path}/MNIST" in shown["missing"]
+    assert "its sizes are not known" in call(*words).stdout
+
+
 def test_an_unknown_problem_is_one_line_on_stderr_and_exit_code_2():
     result = call("problems", "show", "fonsecca")
     assert result.exit_code == 2

@@ -35,8 +35,8 @@ def refused(*overrides: str) -> str:
     [
         ("meta_stps=5", ["'meta_stps'", "did you mean 'meta_steps'?", "allowed:", "horizon"]),
         ("rule.ouput=scaled", ["'rule.ouput'", "did you mean 'rule.output'?", "rule.hidden"]),
-        ("rule.output=cubic", ["'rule.output'", "'cubic'", "'residual'", "'scaled'"]),
-        ("workers=0", ["'workers'", "greater than or equal to 1", "0"]),
+        ("rule.output=cubic", ["'rule.output': must be", "'cubic'", "'residual'", "'scaled'"]),
+        ("workers=0", ["'workers': must be greater than or equal to 1", "0"]),
         ("workers=many", ["'workers'", "valid integer", "'many'"]),
         ("estimator.gamma=1.5", ["'estimator.gamma'", "less than or equal to 1", "1.5"]),
         ("staleness=2", ["'staleness'", "0", "2"]),
@@ -72,6 +72,12 @@ def test_a_missing_file_a_broken_file_and_a_list_are_refused(tmp_path):
         (tmp_path / "bad.yaml").write_text(content)
         with pytest.raises(UserError, match=why):
             load_settings(tmp_path / "bad.yaml")
+
+
+def test_a_file_that_says_too_little_is_told_how_to_build_on_another(tmp_path):
+    (tmp_path / "part.yaml").write_text("rule: {hidden: 8}\n")
+    with pytest.raises(UserError, match=r"'family' is missing: .* `extends: FILE`.*digits\.yaml"):
+        load_settings(tmp_path / "part.yaml")
 
 
 def test_a_file_can_extend_another(tmp_path):

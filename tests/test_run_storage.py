@@ -15,7 +15,9 @@ from ml2o_dist.cli import main
 from ml2o_dist.config_file import dump_settings, load_settings
 from ml2o_dist.metatrain.checkpoint import newest_checkpoint
 from ml2o_dist.metatrain.trainer import Trainer
-from ml2o_dist.run_storage import RemoteRunStorage, RunStorage, StorageError, open_storage, read_run
+from ml2o_dist.run_storage import RemoteRunStorage, RunStorage, StorageError, open_storage, read_run, working_copy
+from ml2o_dist.tracking.sink import MlflowSink
+from ml2o_dist.tracking.store import connect
 from tests.faulty_store import FaultyStore
 from tests.metatrain.faulty_disk import Killed
 from tests.metatrain.settings import small
@@ -322,6 +324,7 @@ def test_meta_train_at_a_uri_is_resumed_on_another_machine(cluster, home, monkey
     assert result.stderr.splitlines()[0] == f"run directory  {uri}"
     assert f"weights        {uri}/weights.safetensors" in result.stderr
     assert load_artifact(remote).weights_sha256 == answer["weights_sha256"]
+    assert list((home / "cache" / "runs").iterdir()) == []
     assert pq.read_table(remote / "metrics.parquet").num_rows == 7
     names = {path.relative_to(remote).as_posix() for path in remote.rglob("*") if path.is_file()}
     assert {"config.yaml", "run.log", "weights.json", "plots/meta_loss.png"} <= names
@@ -341,6 +344,21 @@ def test_meta_train_at_a_uri_is_resumed_on_another_machine(cluster, home, monkey
     assert json.loads(again.stdout)["weights_sha256"] == answer["weights_sha256"]
     with read_run(uri) as folder:
         assert load_artifact(folder).weights_sha256 == answer["weights_sha256"]
+
+
+def test_what_a_run_at_a_uri_has_to_send_is_found_by_its_uri(home):
+    uri, mlflow = "s3://bucket/runs/x", f"sqlite:///{home}/mlflow.db"
+    sink = MlflowSink.open("http://127.0.0.1:9", "ml2o/meta-train", run_dir=working_copy(uri))
+    sink.log({"meta_loss": 1.0}, 3)
+    sink.close()
+    assert CliRunner().invoke(main, ["sync", "s3://bucket/runs/y"]).exit_code == 2
+    for values, status in ((1, "FINISHED"), (0, None)):
+        result = CliRunner().invoke(main, ["sync", f"{uri}/", "--tracking-uri", mlflow, "--json"])
+        assert result.exit_code == 0, result.output
+        answer = json.loads(result.stdout)
+        assert (answer["values"], answer["status"]) == (values, status)
+    (point,) = connect(mlflow).get_metric_history(answer["run_id"], "meta_loss")
+    assert (point.step, point.value) == (3, 1.0)
 
 
 def refusal_of_a_second_start(uri):
@@ -368,7 +386,8 @@ def test_a_store_that_is_away_at_the_end_is_exit_code_4_and_resuming_brings_the_
     assert f"the run is done, but {uri} lacks what is in {copy}: the store is away" in line
     assert f"ml2o meta-train --run-dir {uri} --resume" in line
     assert ml2o("--run-dir", uri, "--resume").exit_code == 0
-    assert load_artifact(home / "remote" / "x").weights_sha256 == load_artifact(copy).weights_sha256
+    assert load_artifact(home / "remote" / "x").weights_sha256 == load_artifact(uri).weights_sha256
+    assert not copy.exists()
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ml2o_dist.errors import UserError
+from ml2o_dist.errors import MissingData, UserError
 from ml2o_dist.files import cache_folder, home_folder
 
 
@@ -82,14 +82,14 @@ def require_files(sources: tuple[str, ...], data_root: str) -> Path:
     """Return the data folder after a check that it holds every file of `sources`, train and test.
 
     Raises:
-        UserError: a file is missing; the first one is named, with the ways to get it.
+        MissingData: a file is missing; the first one is named, with the ways to get it.
     """
     root = data_folder(data_root)
     for source in sources:
         for pair in RAW_FILES[source].values():
             for file in pair:
                 if not (root / file.path).is_file():
-                    raise UserError(
+                    raise MissingData(
                         f"image data file {root / file.path} is missing: download it with `ml2o data fetch`, "
                         "or name the folder that holds it with data.root or ML2O_DATA"
                     )

@@ -12,6 +12,7 @@ import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypedDict
 from urllib.parse import unquote, urlsplit
@@ -31,16 +32,18 @@ CANDIDATE = "candidate"
 
 _PAGE = 200
 _CREATION_S = 30
-_PROVENANCE_TAGS = ("config_hash", "git", "seed", "meta_steps", "best_meta_step")
+_PROVENANCE_TAGS = ("config_hash", "git", "seed", "meta_steps", "best_meta_step", "validation_score")
 
 
 class ModelVersion(TypedDict):
-    """One registered version, as `ml2o models list --json` prints it."""
+    """One registered version, as `ml2o models list --json` prints it: `created` in UTC, `run_id` "" without a run."""
 
     name: str
     version: int
     aliases: list[str]
     tags: dict[str, str]
+    created: str
+    run_id: str
 
 
 def register_version(
@@ -100,6 +103,8 @@ def list_versions(uri: str, model: str = "") -> list[ModelVersion]:
                 version=int(entry.version),
                 aliases=sorted(by_version.get((entry.name, int(entry.version)), [])),
                 tags=dict(entry.tags),
+                created=datetime.fromtimestamp(entry.creation_timestamp / 1000, UTC).isoformat(timespec="seconds"),
+                run_id=entry.run_id or "",
             )
             for entry in _pages(client.search_model_versions)
             if model in ("", entry.name)

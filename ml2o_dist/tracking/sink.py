@@ -254,7 +254,7 @@ class MlflowSink:
             self._missed(error)
             return False
         if self._away:
-            _log.info("MLflow at %s answers again", self._place)
+            _log.warning("MLflow at %s answers again", self._place)  # where its silence was said
         self._away = False
         if ending and self._spool and not self._backlog.unsent:
             self._spool.remove()

@@ -21,7 +21,7 @@ _log = logging.getLogger("ml2o_dist.tracking")
 
 
 class Synced(TypedDict):
-    """What `ml2o sync --json` prints."""
+    """What `ml2o sync --json` prints; `status`, the run's end, is None where there was nothing to send."""
 
     run_dir: str
     tracking_uri: str
@@ -29,7 +29,7 @@ class Synced(TypedDict):
     records: int
     values: int
     refused: int
-    status: Status
+    status: Status | None
     registered_version: int | None
 
 
@@ -43,12 +43,23 @@ def sync(run_dir: Path, tracking_uri: str = "") -> Synced:
         tracking_uri: where, as `resolve_tracking_uri` takes it; "": where the run was tracked.
 
     Raises:
-        UserError: there is no spool, its run is still going on, or MLflow does not answer or refuses.
+        UserError: there is no run, it is still going on, or MLflow does not answer or refuses.
     """
     identity = load_identity(run_dir)
     folder = run_dir / SPOOL_FOLDER
     if not folder.is_dir():
-        raise UserError(f"{run_dir} holds no spool: MLflow has everything, or nothing was run there")
+        if identity is None:
+            raise UserError(f"{run_dir} holds no run that was tracked: neither {IDENTITY_FILE} nor {SPOOL_FOLDER}/")
+        return Synced(
+            run_dir=str(run_dir),
+            tracking_uri=identity.uri,
+            run_id=identity.run_id,
+            records=0,
+            values=0,
+            refused=0,
+            status=None,
+            registered_version=None,
+        )
     if identity is None:
         raise UserError(f"{run_dir / IDENTITY_FILE} is missing: it names the MLflow run that {folder} belongs to")
     uri = _tracking_uri(identity, tracking_uri)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,8 @@ def test_versions_count_up_and_the_alias_goes_with_the_newest(registry: Registry
     assert listed[0]["tags"]["weights_sha256"] == load_artifact(registry.artifact(1)).weights_sha256
     assert listed[1]["tags"]["config_hash"] == "hash2"
     assert listed[1]["tags"]["git"] == "abc"
+    assert listed[1]["run_id"] == registry.run_id
+    assert abs((datetime.now(UTC) - datetime.fromisoformat(listed[1]["created"])).total_seconds()) < 300
     assert registry.client.get_model_version("counted", "1").description == "12 %"
     assert os.listdir(tmp_path) == []
 
@@ -107,6 +110,13 @@ def test_by_alias_and_by_number_the_weights_come_back(registry: Registry) -> Non
         file = resolve_model(registry.uri, reference)
         assert load_artifact(file).weights_sha256 == load_artifact(registry.artifact(number)).weights_sha256
         assert registry.folder / "mlartifacts" in file.parents
+
+
+def test_an_artifact_is_loaded_by_its_registered_name(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
+    register_version(registry.uri, "named", registry.artifact(5), run_id=registry.run_id)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", registry.uri)
+    expected = load_artifact(registry.artifact(5)).weights_sha256
+    assert load_artifact("models:/named@candidate").weights_sha256 == expected
 
 
 @pytest.mark.parametrize(
