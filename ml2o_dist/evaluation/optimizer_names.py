@@ -13,6 +13,7 @@ from ml2o_dist.config import EvaluateSettings, GuardSettings
 from ml2o_dist.errors import UserError
 from ml2o_dist.evaluation.contestants import Adversary, Contestant, Guarded, HandDesigned, Learned, Stochastic
 from ml2o_dist.files import home_folder
+from ml2o_dist.remote_files import is_uri
 from ml2o_dist.rules.adversaries import ADVERSARIES
 from ml2o_dist.rules.aggregated import parse_optimizer_name
 from ml2o_dist.rules.aggregators import AGGREGATORS
@@ -48,8 +49,8 @@ def parse_optimizers(settings: EvaluateSettings, resolve: Resolve) -> list[Entra
     """Read `settings.optimizers`, each once; weights are loaded and checked.
 
     `initial`, the adversaries of rules/adversaries.py, `dssmg`, `smg`, `AGGREGATOR[+sgd|+momentum|+adam][@LR]`,
-    `models:/NAME@ALIAS` or `models:/NAME/VERSION`, a weights file or a run directory (relative to ML2O_HOME); each of
-    them also as `gml2o:NAME`, under the guard of `settings.guard`. A learned optimizer that was meta-trained under a
+    `models:/NAME@ALIAS` or `models:/NAME/VERSION`, a weights file or a run directory (relative to ML2O_HOME, or a
+    URI); each of them also as `gml2o:NAME`, under the guard of `settings.guard`. A learned optimizer that was meta-trained under a
     guard has that one; `gml2o:` replaces it.
 
     Raises:
@@ -79,7 +80,7 @@ def _entrant(text: str, settings: EvaluateSettings, resolve: Resolve) -> Entrant
         _, _, lr = parse_optimizer_name(name)
         return Entrant(text, partial(_hand_designed, name, guard), tuned=lr is None, learning_rate=lr)
     if "/" in name or name.endswith(".safetensors") or (name and (home_folder() / name).exists()):
-        return _learned(text, name, name if "://" in name else home_folder() / name, guard)
+        return _learned(text, name, name if is_uri(name) else home_folder() / name, guard)
     raise _unknown(text)
 
 
