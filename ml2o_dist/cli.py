@@ -114,6 +114,58 @@ def meta_train(
     return runs.meta_train(settings, place, resume=resume, address=address, console=console)
 
 
+@main.command("evaluate")
+@click.option(
+    "--optimizer", "optimizers", multiple=True, help="initial, dssmg, gml2o:ascent, mgda+adam ...; repeatable."
+)
+@click.option("--problem", "problems", multiple=True, help="As in `ml2o problems list`; repeatable.")
+@click.option("--seeds", type=int, help="How many paired seeds [default: 5].")
+@click.option("--steps", type=int, help="How many steps each optimizer takes [default: 200].")
+@click.option("--config", type=click.Path(path_type=Path), help="YAML settings.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a dotted key; repeatable.")
+@click.option("--run-dir", help="Write the results there, too: a folder or a URI [default: to MLflow alone].")
+@click.option("--seed", type=int, help="The first of the seeds [default: 0].")
+@click.option("--address", default="auto", show_default=True, help="Ray: auto, local, or HOST:PORT.")
+@click.option("--tracking-uri", help="Short for --set tracking.uri=URI.")
+@command
+def evaluate(
+    console: Console,
+    optimizers: tuple[str, ...],
+    problems: tuple[str, ...],
+    seeds: int | None,
+    steps: int | None,
+    config: Path | None,
+    overrides: tuple[str, ...],
+    run_dir: str | None,
+    seed: int | None,
+    address: str,
+    tracking_uri: str | None,
+) -> dict[str, Any]:
+    """Run optimizers on problems, from the same starting points and batches for all, and compare them.
+
+    Optimizers: `initial` (untrained), a run directory, a weights file, `models:/NAME@ALIAS`, `dssmg`, `smg`, the
+    adversaries `random`, `ascent`, `nan`, `huge`, `frozen`, `drift`, `turncoat`, and hand-designed ones as
+    AGGREGATOR[+sgd|+momentum|+adam][@LR], tuned where there is no @LR; any of them under the guard as `gml2o:NAME`
+    (its settings: `--set guard.eps=0.1`).
+
+    Exit codes: 0 done, 2 wrong words or settings, 3 some cells failed, 130 / 143 stopped.
+    """
+    from ml2o_dist import evaluations
+    from ml2o_dist.config_file import load_evaluation
+
+    given = {
+        "optimizers": list(optimizers) or None,
+        "problems": list(problems) or None,
+        "seeds": seeds,
+        "steps": steps,
+        "seed": seed,
+        "tracking.uri": tracking_uri,
+    }
+    words = [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
+    settings = load_evaluation(config, [*overrides, *words])
+    return evaluations.evaluate(settings, run_dir, address=address, console=console)
+
+
 @main.command("sync")
 @click.argument("run_dir")
 @click.option("--tracking-uri", default="", help="MLflow [default: where the run was tracked].")

@@ -123,24 +123,34 @@ class ValidationSettings(_Settings):
     instances: int = Field(2, ge=1, description="paired instances of each validation problem")
 
 
+Grid = Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)]
+GRID = (0.001, 0.003, 0.01, 0.03, 0.1)
+"""The learning rates that a hand-designed method is tuned over."""
+
+
 class ComparisonSettings(_Settings):
     """The comparison at the end of a run: paired report seeds, tuning seeds apart from them."""
 
     steps: int = Field(200, ge=10)
     seeds: int = Field(5, ge=2)
     tuning_seeds: int = Field(1, ge=1)
-    learning_rates: tuple[Annotated[float, Field(gt=0)], ...] = Field((0.001, 0.003, 0.01, 0.03, 0.1), min_length=1)
+    learning_rates: Grid = GRID
     baselines: tuple[str, ...] = Field(
         ("mean+adam", "mgda+adam", "pcgrad+adam"),
         description="AGGREGATOR[+sgd|+momentum|+adam][@LR], names of rules/aggregators.py; without @LR it is tuned",
     )
 
 
-class ResourceSettings(_Settings):
-    """What each rollout worker asks of Ray."""
+class ShareSettings(_Settings):
+    """What one process asks of Ray."""
 
     num_cpus: float = Field(1.0, gt=0)
-    num_gpus: float = Field(0.0, ge=0, description="a fraction shares one GPU between workers")
+    num_gpus: float = Field(0.0, ge=0, description="a fraction shares one GPU between processes")
+
+
+class ResourceSettings(ShareSettings):
+    """What each rollout worker asks of Ray, and what is done while it cannot be had."""
+
     start_timeout_s: float = Field(60.0, gt=0, description="how long to wait for the workers to be placed")
     max_restarts: int = Field(20, ge=0, description="how many workers may be replaced within an hour")
     min_workers: int = Field(1, ge=1, description="with fewer up the run waits start_timeout_s for more, then gives up")
@@ -177,15 +187,25 @@ class DataSettings(_Settings):
     root: str = Field("", description='folder laid out as torchvision lays it out; "": ML2O_DATA')
 
 
-class TrackingSettings(_Settings):
+class ExperimentSettings(_Settings):
+    """Where MLflow keeps runs."""
+
+    uri: str = Field("", description='MLflow tracking URI; "": MLFLOW_TRACKING_URI, else sqlite in ML2O_HOME')
+    experiment: str = "ml2o/evaluate"
+
+
+class TrackingSettings(ExperimentSettings):
     """Where MLflow keeps runs and versions."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
-    uri: str = Field("", description='MLflow tracking URI; "": MLFLOW_TRACKING_URI, else sqlite in ML2O_HOME')
     experiment: str = "ml2o/meta-train"
     model: str = Field("ml2o", description="name of the registered model")
     register_version: bool = Field(True, alias="register", description="register the result as a version")
+
+
+Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
+"""auto, cpu, cuda or cuda:N; auto is cuda where a share of a GPU is asked for."""
 
 
 class MetaTrainSettings(_Settings):
@@ -203,7 +223,7 @@ class MetaTrainSettings(_Settings):
     checkpoint_every: int = Field(0, ge=0, description="meta-steps; 0: as many as take about half a minute")
     keep_checkpoints: int = Field(3, ge=1)
     compare: bool = True
-    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda, cuda:N")
+    device: Device = "auto"
     family: FamilySettings
     rule: RuleSettings = RuleSettings()
     estimator: EstimatorSettings = EstimatorSettings()
@@ -238,8 +258,45 @@ class MetaTrainSettings(_Settings):
             raise ValueError(f"estimator.kind={kind} takes no unroll, estimator.truncated or estimator.coordinates < 1")
         if kind == "exact" and self.rule.guard is not None:
             raise ValueError("estimator.kind=exact cannot differentiate what rule.guard decides; use replay or es")
-        if self.device.startswith("cuda") and not self.resources.num_gpus:
-            raise ValueError(f"device={self.device} needs resources.num_gpus > 0 for the workers")
+        _check_device(self.device, self.resources)
         if self.resources.min_workers > self.workers:
             raise ValueError(f"resources.min_workers={self.resources.min_workers} is more than workers={self.workers}")
         return self
+
+
+class EvaluateSettings(_Settings):
+    """All of one evaluation: every optimizer on every problem, once for each seed, all paired."""
+
+    optimizers: tuple[str, ...] = Field((), description="names as evaluation/optimizer_names.py reads them")
+    problems: tuple[str, ...] = ()
+    seed: int = Field(0, ge=0, description="the first of the `seeds` consecutive seeds")
+    seeds: int = Field(5, ge=1)
+    steps: int = Field(200, ge=1)
+    tuning_seeds: int = Field(1, ge=1, description="apart from the seeds that are reported")
+    learning_rates: Grid = GRID
+    criticality_batches: int = Field(64, ge=1, description="batches that are averaged to measure an end point")
+    device: Device = "auto"
+    rule: RuleSettings = Field(RuleSettings(), description="the network of `initial`")
+    guard: GuardSettings = Field(GuardSettings(), description="of gml2o:NAME; its p is also that of dssmg and smg")
+    resources: ShareSettings = Field(ShareSettings(), description="of one task: an optimizer, a problem, a seed")
+    data: DataSettings = DataSettings()
+    tracking: ExperimentSettings = ExperimentSettings()
+
+    @field_validator("problems")
+    @classmethod
+    def _known(cls, texts: tuple[str, ...]) -> tuple[str, ...]:
+        for text in texts:
+            ProblemSpec.parse(text)
+        return texts
+
+    @model_validator(mode="after")
+    def _fits(self) -> EvaluateSettings:
+        if self.rule.guard is not None:
+            raise ValueError("rule.guard is for meta-training; evaluate gml2o:initial, whose settings are guard.*")
+        _check_device(self.device, self.resources)
+        return self
+
+
+def _check_device(device: str, resources: ShareSettings) -> None:
+    if device.startswith("cuda") and not resources.num_gpus:
+        raise ValueError(f"device={device} needs resources.num_gpus > 0")

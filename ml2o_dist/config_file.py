@@ -6,13 +6,17 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from ml2o_dist.config import MetaTrainSettings
+from ml2o_dist.config import DataSettings, EvaluateSettings, MetaTrainSettings
 from ml2o_dist.errors import UserError, unknown
+from ml2o_dist.problems.image_files import data_folder
+
+Settings = TypeVar("Settings", bound=BaseModel)
+Job = TypeVar("Job", MetaTrainSettings, EvaluateSettings)
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "digits.yaml"
 """The embedded default: needs no download."""
@@ -43,26 +47,47 @@ def load_settings(file: Path | None = None, overrides: Iterable[str] = ()) -> Me
     Raises:
         UserError: an unreadable file, a misspelt key or a wrong value, in one line that says what is allowed.
     """
-    tree = _read_tree(file or DEFAULT_CONFIG)
+    return read_settings(MetaTrainSettings, file or DEFAULT_CONFIG, overrides)
+
+
+def load_evaluation(file: Path | None = None, overrides: Iterable[str] = ()) -> EvaluateSettings:
+    """Read the settings of an evaluation as `load_settings` does; without a `file` from the overrides alone."""
+    return read_settings(EvaluateSettings, file, overrides)
+
+
+def read_settings(kind: type[Settings], file: Path | None, overrides: Iterable[str]) -> Settings:
+    """Read settings of any `kind`; raises UserError as `load_settings` does."""
+    tree = _read_tree(file) if file else {}
     for override in overrides:
         _override(tree, override)
-    return parse_settings(tree)
+    return _checked(kind, tree)
 
 
 def parse_settings(tree: Mapping[str, Any]) -> MetaTrainSettings:
     """Check a nested mapping of settings; raises UserError as `load_settings` does."""
-    try:
-        return MetaTrainSettings.model_validate(tree)
-    except ValidationError as error:
-        raise _one_line(error) from None
+    return _checked(MetaTrainSettings, tree)
 
 
-def dump_settings(settings: MetaTrainSettings) -> str:
-    """Return the resolved settings as YAML that `load_settings` reads back to an equal value."""
+def resolve_settings(settings: Job) -> Job:
+    """Write out what depends on this process: workers have other folders and environments, a resumed run other GPUs.
+
+    `device: auto` is cuda where the workers ask for a share of a GPU, else cpu. Raises UserError for `data.root`.
+    """
+    device = "cuda" if settings.resources.num_gpus > 0 else "cpu"
+    return settings.model_copy(
+        update={
+            "data": DataSettings(root=str(data_folder(settings.data.root))),
+            "device": device if settings.device == "auto" else settings.device,
+        }
+    )
+
+
+def dump_settings(settings: BaseModel) -> str:
+    """Return the resolved settings as YAML that is read back to an equal value."""
     return yaml.safe_dump(settings.model_dump(mode="json", by_alias=True), sort_keys=False)
 
 
-def settings_hash(settings: MetaTrainSettings) -> str:
+def settings_hash(settings: BaseModel) -> str:
     """Return the sha256 of the resolved settings."""
     tree = settings.model_dump(mode="json", by_alias=True)
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()
@@ -77,7 +102,7 @@ def first_difference(ours: MetaTrainSettings, theirs: MetaTrainSettings) -> str:
     return ""
 
 
-def flat_settings(settings: MetaTrainSettings) -> dict[str, Any]:
+def flat_settings(settings: BaseModel) -> dict[str, Any]:
     """Return every setting by its dotted key, as plain values."""
     return _flat(settings.model_dump(mode="json", by_alias=True))
 
@@ -101,6 +126,13 @@ def changed_settings(settings: MetaTrainSettings) -> tuple[str, dict[str, Any]]:
         if key != "data.root" and (theirs.get(key) != value or (key.startswith("family.") and not shared))
     }
     return ("the embedded default" if shared else "the defaults of config.py"), changed
+
+
+def _checked(kind: type[Settings], tree: Mapping[str, Any]) -> Settings:
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        raise _one_line(kind, error) from None
 
 
 def _read_tree(source: Path, extended: tuple[Path, ...] = ()) -> dict[str, Any]:
@@ -153,11 +185,11 @@ def _override(tree: dict[str, Any], override: str) -> None:
     node[last] = value
 
 
-def _one_line(error: ValidationError) -> UserError:
+def _one_line(kind: type[BaseModel], error: ValidationError) -> UserError:
     first = error.errors(include_url=False)[0]
     place = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
-        model = _model_at(first["loc"][:-1])
+        model = _model_at(kind, first["loc"][:-1])
         return unknown("setting", place, [_join(first["loc"][:-1], key) for key in _keys(model)])
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, UserError):
@@ -174,8 +206,7 @@ def _one_line(error: ValidationError) -> UserError:
     return UserError(f"{where}: {verb}{message[0].lower()}{message[1:]}{given}")
 
 
-def _model_at(path: tuple[int | str, ...]) -> type[BaseModel]:
-    model: type[BaseModel] = MetaTrainSettings
+def _model_at(model: type[BaseModel], path: tuple[int | str, ...]) -> type[BaseModel]:
     for part in path:
         if isinstance(part, str):
             found = _annotation(model, part)

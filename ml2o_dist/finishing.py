@@ -18,7 +18,9 @@ from ml2o_dist.config import MetaTrainSettings
 from ml2o_dist.config_file import settings_hash
 from ml2o_dist.errors import Aborted, Incomplete, UserError
 from ml2o_dist.evaluation.benchmark import Comparison, compare
-from ml2o_dist.evaluation.cells import Cell, CellResult, Learned, run_cells_on_ray
+from ml2o_dist.evaluation.cell_tasks import run_cells_on_ray
+from ml2o_dist.evaluation.cells import Cell, CellResult
+from ml2o_dist.evaluation.contestants import Learned
 from ml2o_dist.evaluation.plots import plot_comparison, plot_meta_loss
 from ml2o_dist.evaluation.report import comparison_markdown, comparison_table
 from ml2o_dist.files import replacing

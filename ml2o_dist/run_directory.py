@@ -80,10 +80,21 @@ def check_writable(run_dir: Path) -> None:
 
 @contextmanager
 def written_to(run_dir: Path, settings: MetaTrainSettings, console: Console) -> Iterator[None]:
-    """Write config.yaml and log to run.log, warnings to the console too, for the time of a `with` block."""
+    """Write config.yaml and log as `logged_to` does, for the time of a `with` block."""
     try:
         with replacing(run_dir / "config.yaml") as stream:
             stream.write(dump_settings(settings).encode())
+    except OSError as error:
+        raise _unwritable(run_dir, error) from error
+    with logged_to(run_dir, console):
+        yield
+
+
+@contextmanager
+def logged_to(run_dir: Path, console: Console) -> Iterator[None]:
+    """Log to run.log in `run_dir`, which is made, warnings to the console too, for the time of a `with` block."""
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
         file = _RunLog(run_dir / "run.log", console)
     except OSError as error:
         raise _unwritable(run_dir, error) from error

@@ -13,8 +13,8 @@ from typing import Any
 from rich.console import Console
 
 from ml2o_dist.cluster_connection import connected, own_capacity
-from ml2o_dist.config import DataSettings, MetaTrainSettings
-from ml2o_dist.config_file import flat_settings, settings_hash
+from ml2o_dist.config import MetaTrainSettings
+from ml2o_dist.config_file import flat_settings, resolve_settings, settings_hash
 from ml2o_dist.errors import Aborted, Incomplete, Interrupted, UserError
 from ml2o_dist.finishing import finish, finished_answer, git_commit, say_unsent, show_finished
 from ml2o_dist.metatrain.capacity import check_capacity
@@ -22,8 +22,6 @@ from ml2o_dist.metatrain.checkpoint import newest_manifest
 from ml2o_dist.metatrain.pool import PoolError, Stopped, WorkerPool
 from ml2o_dist.metatrain.trainer import Row, Trainer, TrainingError
 from ml2o_dist.problems import ProblemContext, ProblemSpec
-from ml2o_dist.problems.image_files import data_folder
-from ml2o_dist.problems.images import load_pairs
 from ml2o_dist.problems.multitask import MultiTaskImages
 from ml2o_dist.progress import StepDisplay
 from ml2o_dist.rules.aggregated import parse_optimizer_name
@@ -33,7 +31,7 @@ from ml2o_dist.run_storage import RunStorage, StorageError, open_storage
 from ml2o_dist.stopping import StopRequest, stop_on_signals
 from ml2o_dist.tracking.records import Status
 from ml2o_dist.tracking.sink import MlflowSink
-from ml2o_dist.tracking.store import redacted, resolve_tracking_uri
+from ml2o_dist.tracking.store import redacted, tracking_uri_to_keep
 
 MOST_CHECKED = 1000
 """How many combinations of a training member's choices are tried before the run."""
@@ -61,13 +59,8 @@ def meta_train(
         Aborted, Interrupted: see there; `--resume` goes on from the checkpoint.
     """
     console = console or Console(stderr=True)
-    settings = _resolved(settings)
-    uri = resolve_tracking_uri(settings.tracking.uri)
-    if redacted(settings.tracking.uri) != settings.tracking.uri:
-        raise UserError(
-            f"tracking.uri is {redacted(uri)!r}: the password would be written into config.yaml; "
-            "give such a URI in the environment variable MLFLOW_TRACKING_URI"
-        )
+    settings = resolve_settings(settings)
+    uri = tracking_uri_to_keep(settings.tracking.uri)
     storage = run_dir if isinstance(run_dir, RunStorage) else open_storage(run_dir, resume=resume)
     check_folder(storage.folder)
     trainer = Trainer(settings, storage.folder, on_saved=storage.commit)
@@ -234,10 +227,7 @@ def check_problems(settings: MetaTrainSettings) -> dict[str, str]:
     for spec in dict.fromkeys([*training, *map(ProblemSpec.parse, family.validation), *test]):
         problem = spec.build(ProblemContext(data_root=settings.data.root))
         if isinstance(problem, MultiTaskImages):
-            name = f"{problem.data}[size={problem.size}]"
-            data[name] = problem.data_sha256
-            if spec in test:
-                data[f"{name} test"] = load_pairs(problem.data, "test", problem.size, settings.data.root).sha256
+            data |= problem.data_hashes(test=spec in test)
         if objectives is not None and problem.objectives != objectives:
             raise UserError(
                 f"rule.count={objectives} with rule.objectives=per_objective, but {spec} has {problem.objectives} "
@@ -255,20 +245,6 @@ def _check_data(trainer: Trainer, data: dict[str, str]) -> None:
                 f"cannot resume {trainer.run_dir}: {name} has sha256 {digest[:12]}, it was {before[name][:12]}"
             )
     trainer.progress.data_sha256 = {**before, **data}
-
-
-def _resolved(settings: MetaTrainSettings) -> MetaTrainSettings:
-    """Write out what depends on this process: workers have other folders and environments, a resumed run other GPUs.
-
-    `device: auto` is cuda where the workers ask for a share of a GPU, else cpu.
-    """
-    device = "cuda" if settings.resources.num_gpus > 0 else "cpu"
-    return settings.model_copy(
-        update={
-            "data": DataSettings(root=str(data_folder(settings.data.root))),
-            "device": device if settings.device == "auto" else settings.device,
-        }
-    )
 
 
 def _train(trainer: Trainer, pool: WorkerPool, sink: MlflowSink, console: Console) -> None:

@@ -17,7 +17,7 @@ def call(*words):
 
 
 @pytest.mark.parametrize(
-    "words", [[], ["meta-train"], ["models"], ["models", "list"], ["problems", "list"], ["data", "fetch"]]
+    "words", [[], ["meta-train"], ["evaluate"], ["models"], ["models", "list"], ["problems", "list"], ["data", "fetch"]]
 )
 def test_every_command_has_a_help_text(words):
     result = call(*words, "--help")

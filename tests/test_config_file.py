@@ -12,6 +12,7 @@ from ml2o_dist.config_file import (
     dump_settings,
     first_difference,
     flat_settings,
+    load_evaluation,
     load_settings,
     parse_settings,
     settings_hash,
@@ -170,6 +171,20 @@ def test_a_group_that_is_off_can_be_set_key_by_key(tmp_path):
     assert "guard: null" in file.read_text()
     settings = load_settings(file, ["estimator.kind=replay", "rule.guard.eps=0.5", "rule.guard.margin=2"])
     assert (settings.rule.guard.eps, settings.rule.guard.margin) == (0.5, 2.0)
+
+
+def test_an_evaluation_is_read_with_the_names_of_its_own_settings(tmp_path):
+    settings = load_evaluation(None, ["optimizers=[initial]", "problems=['quadratic[n=2]']", "guard.eps=0.5"])
+    assert settings.optimizers == ("initial",)
+    assert settings.guard.eps == 0.5
+    assert (settings.tracking.experiment, settings.rule.guard) == ("ml2o/evaluate", None)
+    file = tmp_path / "written.yaml"
+    file.write_text(dump_settings(settings))
+    assert load_evaluation(file) == settings
+    with pytest.raises(UserError) as caught:
+        load_evaluation(None, ["resources.num_cpu=2"])
+    assert "did you mean 'resources.num_cpus'?" in str(caught.value)
+    assert "start_timeout_s" not in str(caught.value)
 
 
 def test_what_a_guard_decides_cannot_be_differentiated():

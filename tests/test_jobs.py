@@ -62,10 +62,12 @@ def head():
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def submit(address: str, home: Path, *words: str, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+def submit(
+    address: str, home: Path, *words: str, options: tuple[str, ...] = (), script: str = "meta_train.py"
+) -> subprocess.CompletedProcess[str]:
     runtime = {"env_vars": {"ML2O_HOME": str(home), "ML2O_CACHE": os.environ["ML2O_CACHE"], "OMP_NUM_THREADS": "1"}}
     command = [RAY, "job", "submit", *options, "--address", address, "--runtime-env-json", json.dumps(runtime),
-               "--working-dir", str(REPOSITORY), "--", "python", "jobs/meta_train.py", *words]  # fmt: skip
+               "--working-dir", str(REPOSITORY), "--", "python", f"jobs/{script}", *words]  # fmt: skip
     environment = {k: v for k, v in os.environ.items() if k != "RAY_ADDRESS"}
     limit = time.monotonic() + 60
     while True:
@@ -125,3 +127,31 @@ def test_a_job_that_is_stopped_leaves_a_checkpoint_within_its_grace_and_another_
     calm = Trainer(load_settings(config, [*overrides, "device=cpu"]), tmp_path / "calm")
     calm.run(lambda items, weights: [run_episode(weights, item.spec) for item in items])
     assert load_artifact(tmp_path / "runs" / "job").weights_sha256 == weights_sha256(calm.best_weights)
+
+
+@pytest.mark.long
+def test_a_submitted_evaluation_leaves_its_results_outside_its_working_directory(head, tmp_path):
+    words = [
+        "--optimizer",
+        "gml2o:nan",
+        "--optimizer",
+        "dssmg",
+        "--problem",
+        "fonseca",
+        "--seeds",
+        "2",
+        "--steps",
+        "10",
+    ]
+    done = submit(head, tmp_path, *words, "--run-dir", "runs/e", script="evaluate.py")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"run directory  {tmp_path}/runs/e" in done.stdout
+    assert ": 2 CPU, 0 GPU" in done.stdout
+    cells = json.loads((tmp_path / "runs" / "e" / "evaluation.json").read_text())["cells"]
+    assert [(cell["optimizer"], cell["seed"]) for cell in cells] == [
+        ("gml2o:nan", 0), ("gml2o:nan", 1), ("dssmg", 0), ("dssmg", 1)]  # fmt: skip
+    assert [cell["losses"] for cell in cells[:2]] == [cell["losses"] for cell in cells[2:]]
+    assert (tmp_path / "mlflow.db").exists()
+    failed = submit(head, tmp_path, "--optimizer", "randon", "--problem", "fonseca", script="evaluate.py")
+    assert failed.returncode != 0
+    assert "did you mean 'random'?" in failed.stdout + failed.stderr

@@ -8,19 +8,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ml2o_dist.config import MetaTrainSettings
-from ml2o_dist.evaluation.cells import (
-    Cell,
-    CellResult,
-    Contestant,
-    HandDesigned,
-)
+from ml2o_dist.evaluation.cells import Cell, CellResult
+from ml2o_dist.evaluation.contestants import Contestant, HandDesigned
 from ml2o_dist.evaluation.statistics import PairedDifference, mean_and_standard_error, paired_difference
+from ml2o_dist.evaluation.tuning import Tunable, tune
 from ml2o_dist.problems import ProblemSpec
 from ml2o_dist.rules.aggregated import parse_optimizer_name
 from ml2o_dist.seeding import derive_seed
@@ -34,7 +32,7 @@ RunCells = Callable[[Sequence[Cell]], list[CellResult]]
 
 
 @dataclass(frozen=True)
-class Tuned:
+class Baseline:
     """A baseline with its learning rate: `tuning` has the criterion at every rate tried, {} where it was given."""
 
     optimizer: str
@@ -116,7 +114,7 @@ class Comparison:
 
     def to_json(self) -> dict[str, Any]:
         """Return it as plain dicts, lists, strings and finite numbers; what is not finite becomes None."""
-        plain: dict[str, Any] = _plain(asdict(self))
+        plain: dict[str, Any] = plain_json(asdict(self))
         return plain
 
     @classmethod
@@ -162,56 +160,45 @@ def compare(settings: MetaTrainSettings, contestants: Sequence[Contestant], run_
     if len(set(labels)) < len(labels):
         raise ValueError(f"the labels of the contestants must differ: {labels}")
     problems = [ProblemSpec.parse(text) for text in settings.family.test]
-    tuned = _tune(settings, problems, run_cells)
+    baselines = _baselines(settings, problems, run_cells)
     report: list[Cell] = []
     for problem in problems:
         seeds = _seeds(settings, "report", problem, settings.comparison.seeds)
-        entrants: list[Contestant] = [*(baseline.contestant for baseline in tuned[problem]), *contestants]
+        entrants: list[Contestant] = [*(baseline.contestant for baseline in baselines[problem]), *contestants]
         report += [_cell(settings, entrant, problem, seeds, "report") for entrant in entrants]
     results = iter(run_cells(report))
     tables = []
     for problem in problems:
-        rows = [_row(next(results), baseline) for baseline in tuned[problem]]
+        rows = [_row(next(results), baseline) for baseline in baselines[problem]]
         rows += [_row(next(results), None) for _ in contestants]
         tables.append(_judge(str(problem), rows))
     options = settings.comparison
     return Comparison(options.steps, options.seeds, options.tuning_seeds, options.learning_rates, tuple(tables))
 
 
-def _tune(
+def _baselines(
     settings: MetaTrainSettings, problems: Sequence[ProblemSpec], run_cells: RunCells
-) -> dict[ProblemSpec, list[Tuned]]:
-    """Give every baseline its learning rate on every problem; all trials are handed to `run_cells` at once."""
+) -> dict[ProblemSpec, list[Baseline]]:
+    """Give every baseline its learning rate on every problem."""
     options = settings.comparison
-    trials: list[Cell] = []
-    for problem in problems:
+    given = {text: parse_optimizer_name(text)[2] for text in options.baselines}
+
+    def trial(contestant: Contestant, problem: ProblemSpec) -> list[Cell]:
         seeds = _seeds(settings, "tuning", problem, options.tuning_seeds)
-        for text in options.baselines:
-            if parse_optimizer_name(text)[2] is None:
-                for lr in options.learning_rates:
-                    trials.append(_cell(settings, HandDesigned.parse(text, lr), problem, seeds, "tuning"))
-    results = iter(run_cells(trials)) if trials else iter(())
-    tuned: dict[ProblemSpec, list[Tuned]] = {}
+        return [_cell(settings, contestant, problem, seeds, "tuning")]
+
+    tunables = [Tunable(text, partial(HandDesigned.parse, text)) for text, lr in given.items() if lr is None]
+    tuned = tune(tunables, problems, options.learning_rates, trial, run_cells)
+    found: dict[ProblemSpec, list[Baseline]] = {}
     for problem in problems:
-        tuned[problem] = []
+        found[problem] = []
         for text in options.baselines:
-            given = parse_optimizer_name(text)[2]
-            scores = {} if given is not None else {lr: _criterion(next(results)) for lr in options.learning_rates}
-            lr = given if given is not None else min(scores, key=lambda rate: (scores[rate], rate))
-            tuned[problem].append(Tuned(text, HandDesigned.parse(text, lr), scores, _note(lr, scores)))
-    return tuned
-
-
-def _criterion(result: CellResult) -> float:
-    return math.inf if bool(result.diverged.any()) else float(result.final_sum.mean())
-
-
-def _note(lr: float, scores: Mapping[float, float]) -> str:
-    if scores and not math.isfinite(scores[lr]):
-        return "diverged at every learning rate of the grid"
-    if len(scores) > 1 and lr in (min(scores), max(scores)):
-        return f"best learning rate {lr:g} is at the edge of the grid"
-    return ""
+            if (text, problem) in tuned:
+                best = tuned[text, problem]
+                found[problem].append(Baseline(text, HandDesigned.parse(text, best.lr), best.scores, best.note))
+            else:
+                found[problem].append(Baseline(text, HandDesigned.parse(text), {}, ""))
+    return found
 
 
 def _seeds(settings: MetaTrainSettings, purpose: str, problem: ProblemSpec, count: int) -> tuple[int, ...]:
@@ -232,7 +219,7 @@ def _cell(
     )
 
 
-def _row(result: CellResult, baseline: Tuned | None) -> Row:
+def _row(result: CellResult, baseline: Baseline | None) -> Row:
     seed_losses = tuple(result.final_sum.tolist())
     loss, error = mean_and_standard_error(seed_losses)
     curves: Tensor = result.losses.sum(dim=2)  # [steps, P]
@@ -287,11 +274,12 @@ def _versus(learned: Row | None, reference: Row | None) -> Versus | None:
     )
 
 
-def _plain(value: Any) -> Any:
+def plain_json(value: Any) -> Any:
+    """Return dicts, lists, strings and finite numbers only; what is not finite becomes None."""
     if isinstance(value, Mapping):
-        return {f"{key:g}" if isinstance(key, float) else str(key): _plain(item) for key, item in value.items()}
+        return {f"{key:g}" if isinstance(key, float) else str(key): plain_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(item) for item in value]
+        return [plain_json(item) for item in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

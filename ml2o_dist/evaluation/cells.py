@@ -1,87 +1,30 @@
-"""One cell of a benchmark: one optimizer on one problem for some paired seeds; and how many of them are run."""
+"""One cell of a benchmark: one optimizer on one problem for some paired seeds; `cell_tasks` runs many on Ray."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from ml2o_dist.config import RuleSettings
-from ml2o_dist.errors import UserError
-from ml2o_dist.problems import ProblemContext, ProblemSpec
-from ml2o_dist.rules.aggregated import AggregatedRule, parse_optimizer_name
-from ml2o_dist.rules.base import Oracle, UpdateRule
-from ml2o_dist.rules.gml2o import guarded
-from ml2o_dist.rules.ml2o import ML2ORule
+from ml2o_dist.evaluation.contestants import Contestant
+from ml2o_dist.evaluation.criticality import Criticality, criticality
+from ml2o_dist.evaluation.metrics import gradient_conflict
+from ml2o_dist.problems import Batch, Problem, ProblemContext, ProblemSpec
+from ml2o_dist.rules.base import Oracle
+from ml2o_dist.rules.gml2o import GuardedInfo
 from ml2o_dist.seeding import derive_seed, generator
 
 DIVERGED = 1e6
 """A summed loss so many times the one at the start counts as diverged, though it may still be finite."""
 
+CONFLICT_EVERY = 10
+"""Steps between two looks at the conflict between the gradients: it costs as much as a step of a small network."""
+
 Progress = Callable[[int, int], None]
 """Called with (cells done, cells in all) after every cell, and now and then in between."""
-
-POLL_S = 0.5
-"""How long to wait for a cell before `on_done` is called again."""
-
-
-class Contestant(Protocol):
-    """What can be run in a cell: it has a label, can be pickled, and builds its rule where it is run."""
-
-    @property
-    def label(self) -> str:
-        """Its name in the results."""
-
-    def rule(self, device: torch.device, dtype: torch.dtype) -> UpdateRule:
-        """Build the rule for problems of this device and precision."""
-
-
-@dataclass(frozen=True)
-class HandDesigned:
-    """A torchjd aggregator with a classical optimizer at one learning rate."""
-
-    aggregator: str
-    optimizer: str
-    lr: float
-
-    @classmethod
-    def parse(cls, text: str, lr: float | None = None) -> HandDesigned:
-        """Read `AGGREGATOR[+OPTIMIZER][@LR]`; `lr` serves where the text names none.
-
-        Raises:
-            UserError: an unknown name, or a learning rate that is missing or no positive number.
-        """
-        aggregator, optimizer, written = parse_optimizer_name(text)
-        rate = lr if written is None else written
-        if rate is None:
-            raise UserError(f"optimizer {text!r} needs a learning rate: write {text}@0.01")
-        return cls(aggregator, optimizer, rate)
-
-    @property
-    def label(self) -> str:
-        """`AGGREGATOR+OPTIMIZER@LR`."""
-        return f"{self.aggregator}+{self.optimizer}@{self.lr:g}"
-
-    def rule(self, device: torch.device, dtype: torch.dtype) -> UpdateRule:
-        """Build the rule; it follows the device and precision of the Jacobians it meets."""
-        return AggregatedRule(self.aggregator, self.optimizer, self.lr)
-
-
-@dataclass(frozen=True, eq=False)
-class Learned:
-    """An ML2O network: its settings and weights (None: as it is before training). Equal only to itself."""
-
-    label: str
-    settings: RuleSettings
-    weights: Mapping[str, Tensor] | None
-
-    def rule(self, device: torch.device, dtype: torch.dtype) -> UpdateRule:
-        """Build the rule from the weights."""
-        return guarded(ML2ORule.from_weights(self.settings, self.weights, device, dtype), self.settings.guard)
 
 
 @dataclass(frozen=True)
@@ -90,6 +33,10 @@ class Cell:
 
     Cells of one problem, `stream` and `seeds` are paired: the same problem, starting points and batch order for
     every optimizer. `data_root` is as in `ProblemContext`.
+
+    Attributes:
+        problem_seed: what the problem's coefficients are drawn from; None: named by `stream`, problem and `seeds`.
+        criticality_batches: batches that are averaged to measure the end point; 0: it is not measured.
     """
 
     contestant: Contestant
@@ -100,6 +47,32 @@ class Cell:
     device: str = "cpu"
     dtype: torch.dtype = torch.float32
     data_root: str = ""
+    problem_seed: int | None = None
+    criticality_batches: int = 0
+
+
+@dataclass(frozen=True, eq=False)
+class GuardRecord:
+    """What a guard did: the share of steps in which each instance took the learned candidate, [P]; the share of the
+    steps' time that went into the fallback and the comparison."""
+
+    acceptance: Tensor
+    share: float
+
+
+@dataclass(frozen=True, eq=False)
+class Measured:
+    """What was measured beside the optimization, and is charged to no one.
+
+    Attributes:
+        end: how critical the end points z_steps are, and their losses, on a large fixed batch; all in float64.
+        conflicting, mean_cosine: [P], of the gradients that the steps saw, as in `metrics.Conflict`: means over every
+            `CONFLICT_EVERY`th step. NaN for m = 1, and where a gradient was not finite.
+    """
+
+    end: Criticality
+    conflicting: Tensor
+    mean_cosine: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -114,6 +87,7 @@ class CellResult:
         diverged: [P] bool: a loss or parameter that is not finite, or a summed loss above `DIVERGED` times the first.
         forwards, backwards: evaluations charged to each instance.
         ms_per_step: median wall time of a step of all P instances.
+        guard: None where the rule has none.  measured: None where nothing was to be measured.
     """
 
     optimizer: str
@@ -125,12 +99,57 @@ class CellResult:
     forwards: int
     backwards: int
     ms_per_step: float
+    guard: GuardRecord | None = None
+    measured: Measured | None = None
 
     @property
     def final_sum(self) -> Tensor:
         """The final losses summed over the objectives, [P]; inf where that is no finite number."""
         total = self.final.sum(dim=1)
         return total.where(total.isfinite(), torch.inf)
+
+
+@dataclass(frozen=True, eq=False)
+class CellFailure:
+    """A cell that could not be run; `error` is what it raised the last time."""
+
+    error: Exception
+
+    @property
+    def reason(self) -> str:
+        """In one line; of a task's error its cause."""
+        cause = getattr(self.error, "cause", None) or self.error
+        text = " ".join(str(cause).split())
+        return f"{type(cause).__name__}: {text}" if text else type(cause).__name__
+
+
+Outcome = CellResult | CellFailure
+
+
+class PairedOracle(Oracle):
+    """An oracle whose j-th batch of step k is the same for every rule, however many batches a step of theirs draws.
+
+    So a guarded run sees the batches that the fallback alone would see, and all methods the same first ones.
+    """
+
+    def __init__(self, problem: Problem, *names: str | int) -> None:
+        """`names` name the batches; `begin_step` goes before each step."""
+        super().__init__(problem, generator("batches", *names))
+        self._names = names
+        self._streams = [self._generator]
+        self._drawn = 0
+
+    def begin_step(self) -> None:
+        """Say that a step begins."""
+        self._drawn = 0
+
+    def draw(self) -> Batch:
+        """Draw the step's next batch from the stream of its place in the step."""
+        if self._drawn == len(self._streams):
+            self._streams.append(generator("batches", *self._names, "in one step", self._drawn))
+        self._generator = self._streams[self._drawn]
+        self._drawn += 1
+        return super().draw()
 
 
 def run_cell(cell: Cell) -> CellResult:
@@ -141,22 +160,37 @@ def run_cell(cell: Cell) -> CellResult:
     """
     device = torch.device(cell.device)
     names: tuple[str | int, ...] = (cell.stream, str(cell.problem), *cell.seeds)
-    context = ProblemContext(len(cell.seeds), derive_seed("problem", *names), device, cell.dtype, cell.data_root)
+    problem_seed = derive_seed("problem", *names) if cell.problem_seed is None else cell.problem_seed
+    context = ProblemContext(len(cell.seeds), problem_seed, device, cell.dtype, cell.data_root)
     problem = cell.problem.build(context)
-    oracle = Oracle(problem, generator("batches", *names))
+    oracle = PairedOracle(problem, *names)
     rule = cell.contestant.rule(device, cell.dtype)
     parameters = problem.initial_parameters(cell.seeds)
     state = rule.initial_state(problem.instances, problem.objectives, problem.dimension)
 
-    seen, times = [], []
-    for _ in range(cell.steps):
+    seen, times, accepted, conflicts = [], [], [], []
+    guard_seconds = 0.0
+    for step in range(cell.steps):
+        oracle.begin_step()
         start = time.perf_counter()
         parameters, state, info = rule.step(oracle, parameters, state)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - start)
         seen.append(info.losses)
+        if isinstance(info, GuardedInfo):
+            accepted.append(info.accepted)
+            guard_seconds += info.guard_seconds
+        if cell.criticality_batches and step % CONFLICT_EVERY == 0:
+            conflict = gradient_conflict(info.jacobian)
+            conflicts.append(torch.stack([conflict.conflicting, conflict.mean_cosine]))
     losses = torch.stack(seen).double().cpu()
+    guard = measured = None
+    if accepted:
+        guard = GuardRecord(torch.stack(accepted).double().mean(dim=0).cpu(), guard_seconds / sum(times))
+    if cell.criticality_batches:
+        conflicting, mean_cosine = torch.stack(conflicts).mean(dim=0).cpu()
+        measured = Measured(_end(cell, context, parameters), conflicting, mean_cosine)
     return CellResult(
         optimizer=cell.contestant.label,
         problem=str(cell.problem),
@@ -167,6 +201,8 @@ def run_cell(cell: Cell) -> CellResult:
         forwards=oracle.forwards,
         backwards=oracle.backwards,
         ms_per_step=float(torch.tensor(times, dtype=torch.float64).median()) * 1e3,
+        guard=guard,
+        measured=measured,
     )
 
 
@@ -185,60 +221,12 @@ def run_cells_in_process(cells: Sequence[Cell], on_done: Progress | None = None)
     return results
 
 
-def run_cells_on_ray(
-    cells: Sequence[Cell], *, num_cpus: float = 1.0, num_gpus: float = 0.0, on_done: Progress | None = None
-) -> list[CellResult]:
-    """Run each cell as a Ray task with one torch thread; results are in the order of `cells`.
-
-    Ray must be initialised. A task whose worker died is run once more; a task that raises is not, for it would again.
-    `on_done` is called at least every half second; whatever it raises ends the work and cancels what is left.
-
-    Raises:
-        UserError: no node of the cluster is large enough for one task; or what a cell raised.
-    """
-    import ray
-
-    _check_room(ray.nodes(), num_cpus, num_gpus)
-    task = ray.remote(num_cpus=num_cpus, num_gpus=num_gpus, max_retries=1)(_run_on_one_thread)
-    refs = [task.options(name=f"cell {cell.contestant.label} {cell.problem}").remote(cell) for cell in cells]
-    waiting = list(refs)
-    try:
-        while waiting:
-            ready, waiting = ray.wait(waiting, timeout=POLL_S)
-            ray.get(ready)
-            if on_done is not None:
-                on_done(len(refs) - len(waiting), len(refs))
-        results: list[CellResult] = ray.get(refs)
-    except ray.exceptions.RayTaskError as error:
-        if isinstance(error.cause, UserError):
-            raise error.cause from None
-        raise
-    finally:
-        for ref in waiting:
-            ray.cancel(ref)
-    return results
-
-
-def _run_on_one_thread(cell: Cell) -> CellResult:
-    torch.set_num_threads(1)
-    return run_cell(cell)
-
-
-def _check_room(nodes: Sequence[Mapping[str, object]], num_cpus: float, num_gpus: float) -> None:
-    """Raise UserError unless some living node is large enough for one task: Ray would wait for ever."""
-    largest = [0.0, 0.0]
-    for node in nodes:
-        held = node["Resources"]
-        if not node["Alive"] or not isinstance(held, Mapping):
-            continue
-        cpus, gpus = float(held.get("CPU", 0)), float(held.get("GPU", 0))
-        if cpus >= num_cpus and gpus >= num_gpus:
-            return
-        largest = max(largest, [cpus, gpus])
-    raise UserError(
-        f"no node of the Ray cluster has {num_cpus:g} CPUs and {num_gpus:g} GPUs for a comparison task "
-        f"(the largest has {largest[0]:g} and {largest[1]:g})"
-    )
+def _end(cell: Cell, context: ProblemContext, parameters: Tensor) -> Criticality:
+    """Measure the end points [P, n] in float64 on the problem built anew in it: the optimizer's own is rounded."""
+    problem = cell.problem.build(replace(context, dtype=torch.float64))
+    measured = criticality(problem, parameters.double(), batches=cell.criticality_batches)
+    fields = (measured.absolute, measured.relative, measured.gap, measured.weights, measured.losses)
+    return Criticality(*(field.cpu() for field in fields))
 
 
 def _diverged(losses: Tensor) -> Tensor:

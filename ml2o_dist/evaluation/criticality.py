@@ -25,7 +25,7 @@ samples): at 64 batches of 64 that is a 64th of one sample's noise."""
 
 @dataclass(frozen=True, eq=False)
 class Criticality:
-    """How critical each of P points is, in float64. NaN where the gradients are not finite.
+    """How critical each of P points is, in float64. NaN where the point, its losses or gradients are not finite.
 
     Never report it alone: it is small on flat stretches far from any Pareto point, so the losses stand beside it.
 
@@ -54,6 +54,8 @@ def criticality(problem: Problem, parameters: Tensor, *, batches: int = BATCHES,
         UserError: `batches` is less than 1.
     """
     jacobian, losses = mean_jacobian(problem, parameters, batches=batches, seed=seed)
+    known = (parameters.isfinite().all(dim=1) & losses.isfinite().all(dim=1))[:, None, None]
+    jacobian = jacobian.where(known, torch.nan)  # a box's clamp would make the gradient at NaN zero
     if problem.bounds is None:
         solved = min_norm(jacobian)
     else:

@@ -59,27 +59,27 @@ def shown_columns(problem: ProblemComparison) -> list[str]:
 
 def row_figures(row: Row) -> dict[str, str]:
     """Return the cells of a row as text, by column; the first column is the caller's."""
-    loss = f"{_number(row.loss)} ± {_number(row.standard_error, '#.2g')}"
+    loss = f"{number(row.loss)} ± {number(row.standard_error, '#.2g')}"
     if row.diverged:
         loss = f"{row.diverged} of {len(row.seed_losses)} diverged"
     accuracy = [100 * value for value in row.test.get("test_accuracy", ())]
     cells = (
         loss,
-        _several(row.objectives, "#.3g"),
-        _several(accuracy, ".1f") + (" %" if accuracy else ""),
+        several(row.objectives, "#.3g"),
+        several(accuracy, ".1f") + (" %" if accuracy else ""),
         f"{row.ms_per_step:.2f}",
         f"{row.forwards} + {row.backwards}",
     )
     return dict(zip(COLUMNS[1:], cells, strict=True))
 
 
-def _several(values: Sequence[float], form: str) -> str:
-    """All of up to three values, else the range of the objectives and how many there are."""
+def several(values: Sequence[float], form: str) -> str:
+    """Return all of up to three values, else their range and how many there are."""
     if not values or not all(map(math.isfinite, values)):
         return NOTHING
     if len(values) <= 3:
-        return " / ".join(_number(value, form) for value in values)
-    return f"{_number(min(values), form)} … {_number(max(values), form)} ({len(values)})"
+        return " / ".join(number(value, form) for value in values)
+    return f"{number(min(values), form)} … {number(max(values), form)} ({len(values)})"
 
 
 def verdicts(problem: ProblemComparison) -> list[str]:
@@ -90,7 +90,7 @@ def verdicts(problem: ProblemComparison) -> list[str]:
 def _verdict(versus: Versus) -> str:
     figures = ""
     if math.isfinite(versus.difference.mean):
-        error = _number(versus.difference.standard_error, "#.2g")
+        error = number(versus.difference.standard_error, "#.2g")
         figures = f" ({_signed(versus.difference.mean)} ± {error}"
         figures += f", ratio {versus.ratio:.3f})" if math.isfinite(versus.ratio) else ")"
     return f"{LEARNED} - {versus.reference}: {versus.verdict}{figures}"
@@ -125,9 +125,10 @@ def is_contestant(row: Row, label: str) -> bool:
     return row.label == label and not row.baseline
 
 
-def _number(value: float, form: str = "#.4g") -> str:
+def number(value: float, form: str = "#.4g") -> str:
+    """Return a figure as text, `NOTHING` for one that is not finite."""
     return format(value, form).removesuffix(".") if math.isfinite(value) else NOTHING
 
 
 def _signed(value: float) -> str:
-    return ("-" if value < 0 else "+") + _number(abs(value), "#.3g")
+    return ("-" if value < 0 else "+") + number(abs(value), "#.3g")

@@ -72,6 +72,14 @@ class MultiTaskImages(Problem):
         together = self.device.type != "cpu" or not network.convolutional
         self._vectorized = together if vectorized is None else vectorized
 
+    def data_hashes(self, *, test: bool) -> dict[str, str]:
+        """Return the sha256 of the training pairs, with `test` of the test pairs too, by name."""
+        name = f"{self.data}[size={self.size}]"
+        hashes = {name: self.data_sha256}
+        if test:
+            hashes[f"{name} test"] = load_pairs(self.data, "test", self.size, self.data_root).sha256
+        return hashes
+
     def initial_parameters(self, seeds: Sequence[int]) -> Tensor:
         """Return starting points [P, n]: torch's default initialisation, row i drawn from `seeds[i]`."""
         rows = [self.network.initial_parameters(seed, self._init) for seed in seeds]

@@ -68,6 +68,21 @@ def resolve_tracking_uri(setting: str = "", home: Path | None = None) -> str:
     raise UserError(f"{source} is {uri!r}: {what}; give {_ALLOWED}")
 
 
+def tracking_uri_to_keep(setting: str = "") -> str:
+    """Return what `resolve_tracking_uri` does of a `setting` that will be written down with a run.
+
+    Raises:
+        UserError: there is a password in it.
+    """
+    uri = resolve_tracking_uri(setting)
+    if redacted(setting) != setting:
+        raise UserError(
+            f"tracking.uri is {redacted(uri)!r}: the password would be written into the run's configuration; "
+            "give such a URI in the environment variable MLFLOW_TRACKING_URI"
+        )
+    return uri
+
+
 def store_exists(uri: str) -> bool:
     """Tell whether there is a store to read: False only for an sqlite file that is not there (it is not created)."""
     file = _sqlite_file(uri)

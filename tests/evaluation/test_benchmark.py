@@ -16,15 +16,9 @@ from ml2o_dist.config import MetaTrainSettings, RuleSettings
 from ml2o_dist.config_file import parse_settings
 from ml2o_dist.errors import UserError
 from ml2o_dist.evaluation.benchmark import Comparison, compare
-from ml2o_dist.evaluation.cells import (
-    Cell,
-    CellResult,
-    HandDesigned,
-    Learned,
-    run_cell,
-    run_cells_in_process,
-    run_cells_on_ray,
-)
+from ml2o_dist.evaluation.cell_tasks import run_cells_on_ray
+from ml2o_dist.evaluation.cells import Cell, CellResult, run_cell, run_cells_in_process
+from ml2o_dist.evaluation.contestants import HandDesigned, Learned
 from ml2o_dist.evaluation.report import comparison_markdown
 from ml2o_dist.problems import Problem, ProblemContext, ProblemSpec, base
 from ml2o_dist.rules.ml2o import ML2ONetwork

@@ -163,6 +163,19 @@ def test_an_instance_that_is_not_finite_is_nan_alone() -> None:
         assert torch.equal(solved.squared_norm[[0, 2]], expected.squared_norm[[0, 2]])
 
 
+@pytest.mark.parametrize("name", ["zdt1[n=3]", "quadratic[n=3]"])
+def test_a_point_that_is_not_finite_is_nan_though_a_box_would_clip_it(name: str) -> None:
+    problem = build(name, 3)
+    points = problem.initial_parameters([0, 1, 2])
+    expected = criticality(problem, points)
+    points[1, 0] = math.nan
+    measured = criticality(problem, points)
+    for field in ("absolute", "relative", "gap"):
+        values = getattr(measured, field)
+        assert values[1].isnan()
+        assert torch.equal(values[[0, 2]], getattr(expected, field)[[0, 2]])
+
+
 def test_where_all_gradients_vanish_it_is_zero() -> None:
     problem = Bowls(torch.ones(2, 3, dtype=torch.float64), 1)
     measured = criticality(problem, torch.ones(1, 3, dtype=torch.float64))

@@ -1,0 +1,123 @@
+"""Cells as Ray tasks, one torch thread each: what dies or raises is run once more, then it counts as failed."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+
+import torch
+
+from ml2o_dist.errors import UserError
+from ml2o_dist.evaluation.cells import Cell, CellFailure, CellResult, Outcome, Progress, run_cell
+
+POLL_S = 0.5
+"""How long to wait for a cell before `on_done` is called again."""
+
+RUNS_PER_CELL = 2
+"""A cell that failed runs again once: an error of the machine is not one of the cell."""
+
+log = logging.getLogger(__name__)
+
+
+def run_cells_on_ray(
+    cells: Sequence[Cell], *, num_cpus: float = 1.0, num_gpus: float = 0.0, on_done: Progress | None = None
+) -> list[CellResult]:
+    """Run each cell as a Ray task; results are in the order of `cells`. As `run_outcomes_on_ray`, but all or nothing.
+
+    Raises:
+        UserError: no node of the cluster is large enough for one task, or a cell raised it twice.
+        Exception: a cell failed otherwise, twice.
+    """
+    results: list[CellResult | None] = [None] * len(cells)
+
+    def keep(index: int, outcome: Outcome) -> None:
+        if isinstance(outcome, CellFailure):
+            raise outcome.error
+        results[index] = outcome
+
+    run_outcomes_on_ray(cells, keep, num_cpus=num_cpus, num_gpus=num_gpus, on_done=on_done)
+    return [result for result in results if result is not None]
+
+
+def run_outcomes_on_ray(
+    cells: Sequence[Cell],
+    on_outcome: Callable[[int, Outcome], None],
+    *,
+    num_cpus: float = 1.0,
+    num_gpus: float = 0.0,
+    on_done: Progress | None = None,
+) -> None:
+    """Run each cell as a Ray task; `on_outcome` gets (index of the cell, what came of it) as soon as it is known.
+
+    Ray must be initialised. A cell whose worker died or that raised is run once more before it has failed. `on_done` is
+    called at least every half second; whatever it or `on_outcome` raises ends the work and cancels what is left.
+
+    Raises:
+        UserError: no node of the cluster is large enough for one task.
+    """
+    import ray
+
+    _check_room(ray.nodes(), num_cpus, num_gpus)
+    task = ray.remote(num_cpus=num_cpus, num_gpus=num_gpus, max_retries=0)(_run_on_one_thread)
+
+    def submit(index: int) -> object:
+        cell = cells[index]
+        return task.options(name=f"cell {cell.contestant.label} {cell.problem}").remote(cell)
+
+    under_way = {submit(index): (index, 1) for index in range(len(cells))}
+    done = 0
+    try:
+        while under_way:
+            ready, _ = ray.wait(list(under_way), timeout=POLL_S)
+            for ref in ready:
+                index, runs = under_way.pop(ref)
+                outcome = _outcome(ref)
+                if isinstance(outcome, CellFailure) and runs < RUNS_PER_CELL:
+                    log.warning("%s failed: %s; it runs once more", _name(cells[index]), outcome.reason)
+                    under_way[submit(index)] = index, runs + 1
+                    continue
+                done += 1
+                on_outcome(index, outcome)
+            if on_done is not None:
+                on_done(done, len(cells))
+    finally:
+        for ref in under_way:
+            ray.cancel(ref)
+
+
+def _outcome(ref: object) -> Outcome:
+    import ray
+
+    try:
+        result: CellResult = ray.get(ref)
+    except ray.exceptions.RayError as error:
+        cause = getattr(error, "cause", None)
+        return CellFailure(cause if isinstance(cause, UserError) else error)
+    return result
+
+
+def _name(cell: Cell) -> str:
+    seeds = ", ".join(map(str, cell.seeds))
+    return f"{cell.contestant.label} on {cell.problem}, {cell.stream} seed {seeds},"
+
+
+def _run_on_one_thread(cell: Cell) -> CellResult:
+    torch.set_num_threads(1)
+    return run_cell(cell)
+
+
+def _check_room(nodes: Sequence[Mapping[str, object]], num_cpus: float, num_gpus: float) -> None:
+    """Raise UserError unless some living node is large enough for one task: Ray would wait for ever."""
+    largest = [0.0, 0.0]
+    for node in nodes:
+        held = node["Resources"]
+        if not node["Alive"] or not isinstance(held, Mapping):
+            continue
+        cpus, gpus = float(held.get("CPU", 0)), float(held.get("GPU", 0))
+        if cpus >= num_cpus and gpus >= num_gpus:
+            return
+        largest = max(largest, [cpus, gpus])
+    raise UserError(
+        f"no node of the Ray cluster has {num_cpus:g} CPUs and {num_gpus:g} GPUs for a comparison task "
+        f"(the largest has {largest[0]:g} and {largest[1]:g})"
+    )

@@ -1,0 +1,115 @@
+"""Optimizers by name, as DESIGN section 6 lists them, read before anything is run."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from ml2o_dist.artifact import load_artifact
+from ml2o_dist.config import EvaluateSettings, GuardSettings
+from ml2o_dist.errors import UserError
+from ml2o_dist.evaluation.contestants import Adversary, Contestant, Guarded, HandDesigned, Learned, Stochastic
+from ml2o_dist.files import home_folder
+from ml2o_dist.remote_files import is_uri
+from ml2o_dist.rules.adversaries import ADVERSARIES
+from ml2o_dist.rules.aggregated import parse_optimizer_name
+from ml2o_dist.rules.aggregators import AGGREGATORS
+
+GUARD = "gml2o:"
+REGISTRY = "models:/"
+PRETRAINED = "pretrained"
+_OWN = ("initial", "dssmg", "smg")
+_OTHERS = f"any of them as {GUARD}NAME, {REGISTRY}NAME@ALIAS, a weights file or a run directory"
+
+Resolve = Callable[[str], Path]
+"""Gives the local weights file of `models:/NAME@ALIAS`."""
+
+
+@dataclass(frozen=True, eq=False)
+class Entrant:
+    """An optimizer as it was written, ready to be run.
+
+    Attributes:
+        name: as written.
+        contestant: gives what is run, for the learning rate that was found where it is `tuned`, else for None.
+        tuned: whether its learning rate is to be found.
+        learning_rate: the one that was written; None where it is tuned or has none.
+    """
+
+    name: str
+    contestant: Callable[[float | None], Contestant]
+    tuned: bool = False
+    learning_rate: float | None = None
+
+
+def parse_optimizers(settings: EvaluateSettings, resolve: Resolve) -> list[Entrant]:
+    """Read `settings.optimizers`, each once; weights are loaded and checked.
+
+    `initial`, the adversaries of rules/adversaries.py, `dssmg`, `smg`, `AGGREGATOR[+sgd|+momentum|+adam][@LR]`,
+    `models:/NAME@ALIAS` or `models:/NAME/VERSION`, a weights file or a run directory (relative to ML2O_HOME, or a
+    URI); each of them also as `gml2o:NAME`, under the guard of `settings.guard`. A learned optimizer that was
+    meta-trained under a guard has that one; `gml2o:` replaces it.
+
+    Raises:
+        UserError: an unknown name (the nearest valid one is given), weights that cannot be read, or a name that is not
+            available.
+    """
+    return [_entrant(text, settings, resolve) for text in dict.fromkeys(settings.optimizers)]
+
+
+def _entrant(text: str, settings: EvaluateSettings, resolve: Resolve) -> Entrant:
+    name = text.removeprefix(GUARD)
+    guard = settings.guard if text.startswith(GUARD) else None
+    if name == "initial":
+        return _always(text, Learned(name, settings.rule, None), guard)
+    if name in ADVERSARIES:
+        return _always(text, Adversary(name), guard)
+    if name in ("dssmg", "smg"):
+        return _always(text, Stochastic(name, settings.guard.p), guard)
+    if name == PRETRAINED:
+        raise UserError(
+            f"optimizer {text!r}: no trained weights are shipped with this version yet; give a run directory, "
+            f"a weights file or {REGISTRY}NAME@ALIAS"
+        )
+    if name.startswith(REGISTRY):
+        return _learned(text, name, resolve(name), guard)
+    if _is_hand_designed(name):
+        _, _, lr = parse_optimizer_name(name)
+        return Entrant(text, partial(_hand_designed, name, guard), tuned=lr is None, learning_rate=lr)
+    if "/" in name or name.endswith(".safetensors") or (name and (home_folder() / name).exists()):
+        return _learned(text, name, name if is_uri(name) else home_folder() / name, guard)
+    raise _unknown(text)
+
+
+def _always(text: str, contestant: Contestant, guard: GuardSettings | None) -> Entrant:
+    entered = contestant if guard is None else Guarded(contestant, guard)
+    return Entrant(text, lambda lr: entered)
+
+
+def _learned(text: str, label: str, path: Path | str, guard: GuardSettings | None) -> Entrant:
+    found = load_artifact(path)
+    rule = found.rule if guard is None else found.rule.model_copy(update={"guard": None})
+    return _always(text, Learned(label, rule, found.weights), guard)
+
+
+def _hand_designed(name: str, guard: GuardSettings | None, lr: float | None) -> Contestant:
+    contestant = HandDesigned.parse(name, lr)
+    return contestant if guard is None else Guarded(contestant, guard)
+
+
+def _is_hand_designed(name: str) -> bool:
+    """Tell whether the name is meant as one: it has the parts of one, or is an aggregator alone."""
+    return "/" not in name and (name in AGGREGATORS or "+" in name or "@" in name)
+
+
+def _unknown(text: str) -> UserError:
+    names = sorted({*_OWN, *ADVERSARIES, *AGGREGATORS})
+    near = difflib.get_close_matches(text.lower(), [*names, *(GUARD + name for name in names)], n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else ""
+    return UserError(
+        f"unknown optimizer {text!r}{hint} (allowed: {', '.join(names)} with [+sgd|+momentum|+adam][@LR] after those "
+        f"of torchjd, {_OTHERS})"
+    )

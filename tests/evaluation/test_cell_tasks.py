@@ -1,0 +1,93 @@
+"""Cells as Ray tasks: what raises or dies runs once more, then it has failed, and the others are not disturbed."""
+
+from __future__ import annotations
+
+import os
+import signal
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from ml2o_dist.errors import UserError
+from ml2o_dist.evaluation.cell_tasks import run_cells_on_ray, run_outcomes_on_ray
+from ml2o_dist.evaluation.cells import Cell, CellFailure, Outcome, run_cell
+from ml2o_dist.evaluation.contestants import HandDesigned
+from ml2o_dist.problems import ProblemSpec
+from ml2o_dist.rules.adversaries import AdversaryRule
+
+CELL = Cell(HandDesigned.parse("mean+sgd@0.1"), ProblemSpec.parse("quadratic[n=3]"), (1,), "report", 5)
+
+
+def failing(folder: Path, times: int, how: str) -> Cell:
+    """A cell that fails the first `times` times it is run. Its class is local: workers get it by value."""
+
+    @dataclass(frozen=True)
+    class Failing:
+        label: str = "failing"
+
+        def rule(self, device, dtype):
+            run = len(list(folder.iterdir()))
+            (folder / str(run)).touch()
+            if run < times and how == "dies":
+                os.kill(os.getpid(), signal.SIGKILL)
+            if run < times:
+                raise UserError("no such thing") if how == "refuses" else RuntimeError("a solver\ngave up")
+            return AdversaryRule("frozen")
+
+    return replace(CELL, contestant=Failing())
+
+
+def outcomes(cells):
+    found: dict[int, Outcome] = {}
+    run_outcomes_on_ray(cells, found.__setitem__)
+    return [found[index] for index in range(len(cells))]
+
+
+@pytest.mark.usefixtures("cluster")
+@pytest.mark.parametrize("how", ["raises", "dies", "refuses"])
+def test_a_cell_that_fails_once_is_run_once_more(tmp_path, how):
+    first, second = outcomes([failing(tmp_path, 1, how), CELL])
+    assert len(list(tmp_path.iterdir())) == 2
+    assert first.optimizer == "failing"
+    assert torch.equal(second.losses, run_cell(CELL).losses)
+
+
+@pytest.mark.usefixtures("cluster")
+@pytest.mark.parametrize(
+    ("how", "reason"),
+    [("raises", "RuntimeError: a solver gave up"), ("dies", "WorkerCrashedError"), ("refuses", "no such thing")],
+)
+def test_a_cell_that_fails_twice_has_failed_alone(tmp_path, how, reason):
+    first, second = outcomes([failing(tmp_path, 9, how), CELL])
+    assert len(list(tmp_path.iterdir())) == 2
+    assert isinstance(first, CellFailure)
+    assert reason in first.reason
+    assert "\n" not in first.reason
+    assert torch.equal(second.losses, run_cell(CELL).losses)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_all_or_nothing_raises_what_the_cell_raised(tmp_path):
+    with pytest.raises(UserError, match="no such thing"):
+        run_cells_on_ray([CELL, failing(tmp_path, 9, "refuses")])
+    with pytest.raises(RuntimeError, match="gave up"):
+        run_cells_on_ray([failing(tmp_path / "..", 99, "raises")])
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_task_has_one_torch_thread():
+    seen: list[int] = []
+
+    @dataclass(frozen=True)
+    class Counting:
+        label: str = "counting"
+
+        def rule(self, device, dtype):
+            return AdversaryRule("frozen" if torch.get_num_threads() == 1 else "nan")
+
+    cell = replace(CELL, contestant=Counting())
+    (result,) = run_cells_on_ray([cell], on_done=lambda done, total: seen.append(done))
+    assert not result.diverged.any()
+    assert seen[-1] == 1
