@@ -126,7 +126,7 @@ def measured_run(
         if isinstance(info, GuardedInfo):
             passed, compared = info.accepted.cpu(), info.checked
             guard_seconds += info.guard_seconds
-            if excess and isinstance(rule, GML2O):
+            if excess and isinstance(rule, GML2O) and bool(passed.any()):
                 worse = true_excess(course, rule, step).cpu()
         accepted.append(passed)
         checked.append(compared)

@@ -1,0 +1,390 @@
+"""The guarantee of exact mode for problems, rules and settings that hypothesis makes up; and that broken guards fail."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ml2o_dist.config import GuardSettings
+from ml2o_dist.problems import Problem, ProblemContext, ProblemSpec
+from ml2o_dist.rules.adversaries import ADVERSARIES
+from ml2o_dist.rules.base import Oracle, StepInfo, UpdateRule
+from ml2o_dist.rules.gml2o import GML2O
+from ml2o_dist.rules.stochastic import DSSMG, DSSMGState
+from tests.rules import stochastic_reference as reference
+from tests.rules.bowls import Bowls
+
+STEPS = 25
+BOX = (-1.5, 2.0)
+ANALYTIC = ("fonseca", "fonseca[n=5]", "zdt1[n=4]", "zdt2[n=4]", "zdt3[n=4]", "dtlz2[m=3]", "dtlz2[m=5]", "cagrad_toy")
+MOVES = (*ADVERSARIES, "one", "further", "spend")
+"""Beside the named adversaries: down one objective's gradient only; as the fallback, but 0.1 to 10 times as far; and
+beyond the fallback's point as far as the guard allows."""
+
+
+class Move(NamedTuple):
+    """A move and the logarithm of its scale."""
+
+    name: str
+    exponent: float
+
+
+class Stretch(NamedTuple):
+    """For so many steps the sum of these moves is taken."""
+
+    moves: tuple[Move, ...]
+    length: int
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is drawn; `problem` is the name of an analytic one, "" stands for quadratics (`Bowls`)."""
+
+    problem: str
+    seed: int
+    instances: int
+    m: int
+    n: int
+    exponent: float
+    boxed: bool
+    single: bool
+    eps: float
+    p: float
+    searched: bool
+    stretches: tuple[Stretch, ...]
+    turn: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32 if self.single else torch.float64
+
+    def build(self) -> tuple[Problem, Tensor]:
+        """Return the problem and its start: quadratics with curvatures 1e-3 .. 1e3, any scale of the losses."""
+        if self.problem:
+            context = ProblemContext(self.instances, self.seed, dtype=self.dtype)
+            made = ProblemSpec.parse(self.problem).build(context)
+            return made, made.initial_parameters([self.seed + i for i in range(self.instances)])
+        stream = torch.Generator().manual_seed(self.seed)
+        shape = (self.instances, self.m, self.n)
+        bowls = Bowls(range(self.instances), self.m, self.n, scale=10.0**self.exponent, dtype=self.dtype)
+        bowls.curvatures = (10.0 ** (6 * torch.rand(shape, generator=stream, dtype=torch.float64) - 3)).to(self.dtype)
+        bowls.centres = torch.randn(shape, generator=stream, dtype=torch.float64).to(self.dtype)
+        bowls.sample_batch = lambda _: None  # type: ignore[method-assign]
+        bowls.sample_losses = lambda z, _: (  # type: ignore[method-assign]
+            bowls.scale * (0.5 * bowls.curvatures * (z[:, None] - bowls.centres) ** 2).sum(dim=2)[:, None]
+        )
+        start = 3 * torch.randn(shape[0], self.n, generator=stream, dtype=torch.float64)
+        if self.boxed:
+            bowls.bounds = tuple(torch.full((self.n,), end, dtype=self.dtype) for end in BOX)  # type: ignore[assignment]
+            start = BOX[0] + (BOX[1] - BOX[0]) * torch.rand(shape[0], self.n, generator=stream, dtype=torch.float64)
+        return bowls, start.to(self.dtype)
+
+    def fallback(self) -> DSSMG:
+        """Return DSSMG: alpha_0 is searched, or given and about 1 / L on the quadratics."""
+        return DSSMG(self.p, alpha_0=None if self.searched else 10.0 ** (-3 - self.exponent))
+
+
+class Seen(NamedTuple):
+    """What the named adversaries go by."""
+
+    gradient: Tensor
+    step: int
+
+    def noise(self) -> Tensor:
+        return torch.randn(self.gradient.shape, generator=torch.Generator().manual_seed(self.step)).to(self.gradient)
+
+
+class Hostile(UpdateRule):
+    """The moves of a case, stretch after stretch and again from the first; it knows what the fallback will do."""
+
+    def __init__(self, case: Case) -> None:
+        self.case, self.fallback = case, case.fallback()
+        self.order = [stretch for stretch in case.stretches for _ in range(stretch.length)]
+
+    def initial_state(self, instances: int, objectives: int, dimension: int) -> tuple[int, DSSMGState]:
+        return 0, self.fallback.initial_state(instances, objectives, dimension)
+
+    def propose(self, oracle: Oracle, parameters: Tensor, state: Any, seen: StepInfo) -> tuple[Tensor, Any]:
+        step, its = state
+        apart = Oracle(oracle.problem, torch.Generator())
+        safe, following = self.fallback.propose(apart, parameters, its, seen)
+        point = parameters
+        for move in self.order[step % len(self.order)].moves:
+            point = point + self.update(move, oracle.problem, parameters, step, seen, safe, following)
+        return oracle.problem.project(point), (step + 1, following)
+
+    def update(
+        self, move: Move, problem: Problem, z: Tensor, step: int, seen: StepInfo, safe: Tensor, its: DSSMGState
+    ) -> Tensor:
+        one = seen.jacobian[:, (self.case.seed + step) % problem.objectives]
+        if move.name == "one":
+            return -(10.0 ** (move.exponent / 4)) * its.alpha_0[:, None].to(one) * one
+        if move.name == "further":
+            return 10.0 ** (move.exponent / 8) * (safe - z)
+        if move.name == "spend":
+            return safe - z + self.spending(problem, safe, one, self.case.eps * (1 + move.exponent / 16))
+        return 10.0**move.exponent * ADVERSARIES[move.name](Seen(seen.jacobian.mean(dim=1), step + self.case.turn))
+
+    def spending(self, problem: Problem, safe: Tensor, gradient: Tensor, budget: float) -> Tensor:
+        """Return the longest move up `gradient` [P, n] that costs no objective more than `budget`, bisected."""
+        direction = torch.nan_to_num(gradient / gradient.norm(dim=1, keepdim=True))
+        low, high = torch.zeros(len(safe), 1, dtype=safe.dtype), torch.full((len(safe), 1), 4.0, dtype=safe.dtype)
+        promised = problem.losses(safe, None)
+        for _ in range(20):
+            middle = (low * high).sqrt().clamp(min=1e-9)
+            worse = problem.losses(problem.project(safe + middle * direction), None) - promised
+            allowed = (worse.amax(dim=1) <= budget)[:, None]
+            low, high = torch.where(allowed, middle, low), torch.where(allowed, high, middle)
+        return low * direction
+
+
+def plain(problem: Problem, p: int) -> reference.Bowl | None:
+    """Return instance p in plain Python; None where the problem is analytic."""
+    if not isinstance(problem, Bowls):
+        return None
+    box = None if problem.bounds is None else BOX
+    return reference.Bowl(problem.curvatures[p].tolist(), problem.centres[p].tolist(), problem.scale, box)
+
+
+def losses_of(problem: Problem, points: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the losses [P, m] in float64 and their rounding: of quadratics in plain Python, else the problem's own."""
+    if not isinstance(problem, Bowls):
+        losses = problem.losses(points, None).double()
+        return losses, torch.zeros_like(losses)
+    silent = [[0.0] * problem.dimension] * problem.objectives
+    rows = [plain(problem, p).losses(points[p].tolist(), silent) for p in range(len(points))]  # type: ignore[union-attr]
+    losses = torch.tensor(rows, dtype=torch.float64)
+    eps = torch.finfo(problem.dtype).eps
+    return losses, (problem.dimension + 8) * eps * losses
+
+
+def examine(case: Case, guard: type[GML2O] = GML2O, **changes: Any) -> list[bool]:
+    """Assert everything that exact mode promises at every step of a run of `case`; return what was decided."""
+    problem, point = case.build()
+    chosen = GuardSettings(eps=case.eps, p=case.p)
+    fallback, hostile = case.fallback(), Hostile(case)
+    rule = guard(hostile, fallback, chosen.model_copy(update=changes))
+    oracle, apart = Oracle(problem, torch.Generator()), Oracle(problem, torch.Generator())
+    state = rule.initial_state(problem.instances, problem.objectives, problem.dimension)
+    own = references(case, problem, point)
+    bound, decided = Bound(problem, fallback), []
+    for t in range(STEPS):
+        before, was = point, state
+        point, state, info = rule.step(oracle, point, state)
+        candidate, _ = hostile.propose(apart, before, was.learned, info)
+        safe, following = fallback.propose(apart, before, was.fallback, info)
+        assert torch.equal(following.weights, state.fallback.weights)
+        for p, generator in enumerate(own):
+            expected, weights = generator.send(None if t == 0 else before[p].tolist())
+            torch.testing.assert_close(safe[p], safe.new_tensor(expected), rtol=1e-7, atol=1e-9)
+            torch.testing.assert_close(following.weights[p], safe.new_tensor(weights), rtol=0, atol=1e-6)
+
+        allowed = case.eps / (t + 1) ** (2 * case.p)
+        (reached, blur), (promised, other) = losses_of(problem, point), losses_of(problem, safe)
+        assert (reached <= promised + allowed + blur + other).all(), f"step {t}: {reached} > {promised} + {allowed}"
+        assert point.isfinite().all()
+        assert reached.isfinite().all()
+        assert torch.equal(point, problem.project(point))
+        assert torch.equal(point, torch.where(info.accepted[:, None], candidate, safe))
+        (tried, unsure) = losses_of(problem, candidate)
+        passes = (tried + unsure + other < promised + allowed).all(dim=1) & candidate.isfinite().all(dim=1)
+        assert info.accepted[passes].all()  # no promise, but a guard that refuses everything would keep them all
+        decided += info.accepted.tolist()
+        bound.add(before, was.fallback, state.fallback, allowed)
+    if isinstance(problem, Bowls) and not case.boxed and not case.single:
+        bound.check()
+    return decided
+
+
+def references(case: Case, problem: Problem, start: Tensor) -> list[Any]:
+    """Return plain Python's DSSMG for each instance, where there is one: quadratics in double precision."""
+    if case.single or not isinstance(problem, Bowls):
+        return []
+    silent = [[0.0] * problem.dimension] * problem.objectives
+    given = None if case.searched else case.fallback().alpha_0
+    return [
+        reference.dssmg(plain(problem, p), row.tolist(), case.p, 1.0, lambda: silent, given)  # type: ignore[arg-type]
+        for p, row in enumerate(start)
+    ]
+
+
+class Bound:
+    """sum alpha_t |G_t|^2 <= V_0 - inf + 1/2 sum alpha_t^2 (L |G_t|^2 + |J G_t|^2 / C) + sum eps_t, G_t = J^T lambda_t.
+
+    For the vertices and the middle of the simplex in place of the fixed lambda; all from the quadratics' closed form.
+    """
+
+    def __init__(self, problem: Problem, fallback: DSSMG) -> None:
+        self.problem, self.fallback = problem, fallback
+        self.descent = self.errors = torch.zeros(problem.instances, dtype=torch.float64)
+        self.start: Tensor | None = None
+        self.scale = torch.zeros(())
+
+    def add(self, point: Tensor, before: DSSMGState, after: DSSMGState, eps: float) -> None:
+        if not isinstance(self.problem, Bowls):
+            return
+        alpha = after.alpha_0 * self.fallback.decay(before)
+        jacobian = self.problem.expected_jacobian(point).double()
+        combined = torch.einsum("pm,pmn->pn", before.weights.double(), jacobian)
+        square = combined.square().sum(dim=1)
+        slopes = torch.einsum("pmn,pn->pm", jacobian, combined).square().sum(dim=1)
+        smooth = self.problem.scale * self.problem.curvatures.double().amax(dim=(1, 2))
+        self.scale = after.alpha_0 / after.gamma_0
+        if self.start is None:
+            self.start = losses_of(self.problem, point)[0]
+        self.descent = self.descent + alpha * square
+        self.errors = self.errors + 0.5 * alpha**2 * (smooth * square + slopes / self.scale) + eps
+
+    def check(self) -> None:
+        m = self.problem.objectives
+        middle = torch.full((m,), 1 / m, dtype=torch.float64)
+        assert self.start is not None
+        for fixed in [*torch.eye(m, dtype=torch.float64), middle]:
+            potential = self.start @ fixed + 0.5 * self.scale * (middle - fixed).square().sum()
+            assert (self.descent <= (potential + self.errors) * (1 + 1e-9)).all()
+
+
+EXPONENTS = st.one_of(st.floats(-8, 8), st.floats(-1.5, 1.5))
+STRETCHES = st.builds(
+    Stretch,
+    st.lists(st.builds(Move, st.sampled_from(MOVES), EXPONENTS), min_size=1, max_size=2).map(tuple),
+    st.integers(1, 12),
+)
+QUADRATICS = st.builds(
+    Case,
+    problem=st.just(""),
+    seed=st.integers(0, 2**20),
+    instances=st.integers(1, 3),
+    m=st.sampled_from((1, 2, 3, 5)),
+    n=st.integers(1, 6),
+    exponent=st.floats(-3, 3),
+    boxed=st.booleans(),
+    single=st.booleans(),
+    eps=st.sampled_from((0.0, 1e-3, 0.1)),
+    p=st.floats(0.501, 1.0),
+    searched=st.booleans(),
+    stretches=st.lists(STRETCHES, min_size=1, max_size=4).map(tuple),
+    turn=st.sampled_from((0, 90)),
+)
+CASES = {"quadratics": QUADRATICS, "analytic": st.builds(replace, QUADRATICS, problem=st.sampled_from(ANALYTIC))}
+
+
+def search(kind: str, examples: int, guard: type[GML2O] = GML2O, **changes: Any) -> list[bool]:
+    """Examine so many cases, the same ones at every call; return what was decided in all of them."""
+    decided: list[bool] = []
+
+    @settings(
+        max_examples=examples,
+        derandomize=True,
+        deadline=None,
+        database=None,
+        phases=(Phase.generate,) if guard is not GML2O or changes else tuple(Phase),
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(case=CASES[kind])
+    def property_(case: Case) -> None:
+        decided.extend(examine(case, guard, **changes))
+
+    property_()
+    return decided
+
+
+@pytest.mark.parametrize(
+    ("kind", "examples"),
+    [
+        ("quadratics", 35),
+        ("analytic", 25),
+        pytest.param("quadratics", 1000, marks=pytest.mark.long),
+        pytest.param("analytic", 800, marks=pytest.mark.long),
+    ],
+)
+def test_every_step_of_every_case_keeps_the_guarantee(kind: str, examples: int) -> None:
+    decided = search(kind, examples)
+    assert 0.05 < sum(decided) / len(decided) < 0.95
+
+
+class ConstantEps(GML2O):
+    """eps_t = eps_0: its sum is infinite."""
+
+    def _compare(self, oracle: Oracle, candidate: Tensor, safe: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        return super()._compare(oracle, candidate, safe, 0)
+
+
+class SlowEps(ConstantEps):
+    """eps_t = eps_0 (t + 1)^-p: alpha_t / alpha_0, not squared."""
+
+    def _compare(self, oracle: Oracle, candidate: Tensor, safe: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        return GML2O._compare(self, oracle, candidate, safe, math.isqrt(step))
+
+
+class AgainstTheStart(GML2O):
+    """Compares with z_t in place of x_D."""
+
+    def step(self, oracle: Oracle, parameters: Tensor, state: Any) -> Any:
+        self.start = parameters
+        return super().step(oracle, parameters, state)
+
+    def _compare(self, oracle: Oracle, candidate: Tensor, safe: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        return super()._compare(oracle, candidate, self.start, step)
+
+
+class FirstObjectiveOnly(GML2O):
+    """Looks at the first objective."""
+
+    def _compare(self, oracle: Oracle, candidate: Tensor, safe: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        _, ours, theirs = super()._compare(oracle, candidate, safe, step)
+        return ours[:, 0] <= theirs[:, 0], ours, theirs
+
+
+class AllOrNone(GML2O):
+    """One instance's candidate lets in those of all."""
+
+    def _compare(self, oracle: Oracle, candidate: Tensor, safe: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        passed, ours, theirs = super()._compare(oracle, candidate, safe, step)
+        return passed.any().expand(len(passed)), ours, theirs
+
+
+class NotANumberPasses(GML2O):
+    """Refuses what is worse instead of accepting what is not."""
+
+    def _compare(self, oracle: Oracle, candidate: Tensor, safe: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        _, ours, theirs = super()._compare(oracle, candidate, safe, step)
+        return ~(ours > theirs).any(dim=1), ours, theirs
+
+
+class RefusesAll(GML2O):
+    """Is DSSMG."""
+
+    def _compare(self, oracle: Oracle, candidate: Tensor, safe: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
+        passed, ours, theirs = super()._compare(oracle, candidate, safe, step)
+        return torch.zeros_like(passed), ours, theirs
+
+
+class LosesTheFallbacksState(GML2O):
+    """lambda and alpha_0 move at rejected steps only."""
+
+    def step(self, oracle: Oracle, parameters: Tensor, state: Any) -> Any:
+        point, after, info = super().step(oracle, parameters, state)
+        return point, replace(after, fallback=state.fallback) if info.accepted.all() else after, info
+
+
+@pytest.mark.parametrize(
+    ("guard", "changes"),
+    [
+        (GML2O, {"criterion": "sum"}),
+        (GML2O, {"every": 2}),
+        (GML2O, {"p": 0.51}),
+        *((guard, {}) for guard in (ConstantEps, SlowEps, AgainstTheStart, FirstObjectiveOnly, AllOrNone)),
+        *((guard, {}) for guard in (NotANumberPasses, RefusesAll, LosesTheFallbacksState)),
+    ],
+)
+def test_a_broken_guard_is_found(guard: type[GML2O], changes: dict[str, Any]) -> None:
+    with pytest.raises(AssertionError):
+        search("quadratics", 35, guard, **changes)
