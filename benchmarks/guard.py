@@ -25,7 +25,8 @@ from typing import Any
 
 import click
 import torch
-from guard_parts import PARTS, Results, Scale, Unit, compute
+from guard_parts import PARTS, Scale
+from guard_runs import Results, Unit, compute
 
 from ml2o_dist.files import replacing
 from ml2o_dist.tracking.identity import RunIdentity, load_identity, save_identity

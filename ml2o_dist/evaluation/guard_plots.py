@@ -1,4 +1,4 @@
-"""What the guard is worth, as a picture: loss and criticality over the steps, guarded, unguarded and of the fallback."""
+"""What the guard is worth, as a picture: loss and criticality over the steps, guarded, unguarded, fallback alone."""
 
 from __future__ import annotations
 
@@ -60,18 +60,19 @@ def plot_guard(columns: Sequence[GuardColumn], title: str, fallback: str, path: 
 
 
 def _draw(panel: Axes, column: GuardColumn, name: str, fallback: str) -> None:
-    curves = (
-        (column.unguarded, {"color": UNGUARDED, "linestyle": "--", "linewidth": 1.6, "label": "unguarded"}),
-        (column.fallback, {"color": PLAIN, "linewidth": 1.3, "label": f"{fallback} alone"}),
-        (column.guarded, {"color": STRONG, "linewidth": 2.0, "label": f"guarded by {fallback}"}),
-    )
-    for curve, style in curves:
-        panel.plot(curve.at, getattr(curve, name), **style)
+    def line(curve: Curve, label: str, colour: str, width: float, style: str = "-") -> None:
+        panel.plot(curve.at, getattr(curve, name), style, color=colour, linewidth=width, label=label)
+
+    line(column.unguarded, "unguarded", UNGUARDED, 1.6, "--")
+    line(column.guarded, f"guarded by {fallback}", STRONG, 3.2)
+    line(column.fallback, f"{fallback} alone", PLAIN, 1.0)  # on top: the two are often the same line
     values = getattr(column.unguarded, name)
     gone = next((k for k, value in enumerate(values) if not math.isfinite(value)), None)
     if gone is not None:
         text = f"unguarded: not finite\nby step {column.unguarded.at[gone]}"
-        panel.text(0.97, 0.95, text, ha="right", va="top", fontsize=8, color=UNGUARDED, transform=panel.transAxes)
+        box = {"facecolor": "white", "edgecolor": "none", "pad": 1.5}
+        where = panel.transAxes
+        panel.text(0.97, 0.96, text, ha="right", va="top", fontsize=8, color=UNGUARDED, transform=where, bbox=box)
     plain_axes(panel)
 
 

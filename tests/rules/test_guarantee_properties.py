@@ -1,4 +1,4 @@
-"""The guarantee of exact mode for problems, rules and settings that hypothesis makes up; and that broken guards fail."""
+"""The guarantee of exact mode on problems, rules and settings that hypothesis makes up; broken guards are found."""
 
 from __future__ import annotations
 
@@ -307,7 +307,7 @@ def search(kind: str, examples: int, guard: type[GML2O] = GML2O, **changes: Any)
 )
 def test_every_step_of_every_case_keeps_the_guarantee(kind: str, examples: int) -> None:
     decided = search(kind, examples)
-    assert 0.05 < sum(decided) / len(decided) < 0.95
+    assert 0.03 < sum(decided) / len(decided) < 0.95
 
 
 class ConstantEps(GML2O):
