@@ -51,6 +51,11 @@ def mean_end(result: dict[str, Any], key: str = "losses") -> float:
     return fmean(result[key][-1])
 
 
+def number(value: float) -> str:
+    """Three decimals, or three digits of a number that has left all bounds."""
+    return f"{value:.3f}" if abs(value) < 1e4 else f"{value:.2e}"
+
+
 def markdown(header: str, rows: Iterator[Sequence[str]] | list[list[str]], words: int = 1) -> str:
     """Return a table, `header` separated by bars, whose first `words` columns are words and the others numbers."""
     names = [name.strip() for name in header.split("|")]
@@ -102,17 +107,18 @@ def drift_summary(results: Results) -> dict[str, float]:
 
 
 def sensitivity_units(scale: Scale) -> list[Unit]:
-    """A useful rule and a hostile one under every guard of the grid; both alone, and the fallbacks alone."""
+    """A useful rule and a hostile one under every guard of the grid and at smaller margins; all rules alone."""
     steps, seeds = scale.steps or 300, scale.seeds or 3
     fallbacks = ("dssmg", "mgda+sgd@0.1")
-    grid = [
+    grid: list[tuple[tuple[str, Any], ...]] = [
         (("fallback", fallback), ("eps", eps), ("every", every), ("batches", batches))
         for fallback in fallbacks
         for eps in (0.0, 1e-3, 1e-2)
         for every in (1, 5, 20)
         for batches in (1, 4)
     ]
-    runs = [(rule, guard) for rule in ("initial", "ascent") for guard in (None, *grid)]
+    grid += [(("margin", margin), ("batches", batches)) for margin in (0.0, 1.0) for batches in (1, 4)]
+    runs: list[tuple[str, Guard]] = [(rule, guard) for rule in ("initial", "ascent") for guard in (None, *grid)]
     runs += [(fallback, None) for fallback in fallbacks]
     return [Unit("sensitivity", SMALL_NETWORK, rule, guard, steps, seeds, steps) for rule, guard in runs]
 
@@ -121,20 +127,15 @@ def sensitivity_table(results: Results) -> str:
     """A row for each run: first those without a guard."""
     rows = []
     for unit, r in sorted(results.items(), key=lambda item: item[0].guard is not None):
-        settings, decided = ["-"] * 4, ["-", "-"]
+        settings, decided = ["-"] * 5, ["-", "-"]
         if unit.guard is not None:
-            settings = [
-                unit.setting("fallback"),
-                f"{unit.setting('eps'):g}",
-                str(unit.setting("every")),
-                guard_batch(unit),
-            ]
+            settings = [unit.setting("fallback"), *(f"{unit.setting(key):g}" for key in ("margin", "eps", "every"))]
+            settings.append(guard_batch(unit))
             decided = [f"{r['acceptance']:.0%}", f"{r['guard_share']:.0%}"]
-        ends = [f"{fmean(column):.3f}" for column in zip(*r["objectives"], strict=True)]
-        rows.append([unit.rule, *settings, *ends, f"{mean_end(r, 'criticality'):.3f}", *decided])
-    return markdown(
-        "rule|fallback|eps|every|guard batch|loss 1|loss 2|criticality|accepted|guard's time", rows, words=2
-    )
+        ends = [number(fmean(column)) for column in zip(*r["objectives"], strict=True)]
+        rows.append([unit.rule, *settings, *ends, number(mean_end(r, "criticality")), *decided])
+    header = "rule|fallback|z|eps|every|guard batch|loss 1|loss 2|criticality|accepted|guard's time"
+    return markdown(header, rows, words=2)
 
 
 def sensitivity_summary(results: Results) -> dict[str, float]:
@@ -142,7 +143,8 @@ def sensitivity_summary(results: Results) -> dict[str, float]:
     figures = {}
     for unit, r in results.items():
         if unit.setting("every") == 1 and unit.setting("eps") == 0:
-            guard = "" if unit.guard is None else f" {unit.setting('fallback')} B={guard_batch(unit)}"
+            settings = f" {unit.setting('fallback')} z={unit.setting('margin'):g} B={guard_batch(unit)}"
+            guard = "" if unit.guard is None else settings
             figures[f"loss {unit.rule}{guard}".replace("+", "-").replace("@", "-")] = mean_end(
                 r
             )  # MLflow takes neither

@@ -304,13 +304,16 @@ def search(kind: str, examples: int, guard: type[GML2O] = GML2O, **changes: Any)
     return decided
 
 
+LONG = (pytest.mark.long, pytest.mark.timeout(900))
+
+
 @pytest.mark.parametrize(
     ("kind", "examples"),
     [
         ("quadratics", 35),
         ("analytic", 25),
-        pytest.param("quadratics", 600, marks=pytest.mark.long),
-        pytest.param("analytic", 400, marks=pytest.mark.long),
+        pytest.param("quadratics", 600, marks=LONG),
+        pytest.param("analytic", 400, marks=LONG),
     ],
 )
 def test_every_step_of_every_case_keeps_the_guarantee(kind: str, examples: int) -> None:
