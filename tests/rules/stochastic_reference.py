@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -104,8 +104,13 @@ def smg(bowl: Bowl, z: Vector, p: float, draw: Callable[[], Rows]) -> Iterator[V
         yield z
 
 
-def dssmg(bowl: Bowl, z: Vector, p: float, c: float, draw: Callable[[], Rows]) -> Iterator[tuple[Vector, Vector]]:
-    """Yield (z_1, lambda_1), (z_2, lambda_2), .."""
+def dssmg(
+    bowl: Bowl, z: Vector, p: float, c: float, draw: Callable[[], Rows], given: float | None = None
+) -> Generator[tuple[Vector, Vector], Vector | None, None]:
+    """Yield (z_1, lambda_1), (z_2, lambda_2), ..; a point that is sent is where the next step starts instead.
+
+    alpha_0 is searched unless it is `given`.
+    """
     weights = [1.0 / len(bowl.a)] * len(bowl.a)
     alpha_0 = gamma_0 = 0.0
     t = 0
@@ -114,7 +119,7 @@ def dssmg(bowl: Bowl, z: Vector, p: float, c: float, draw: Callable[[], Rows]) -
         rows = bowl.gradients(z, first)
         direction = combined(weights, rows)
         if t == 0:
-            alpha_0, steepening = search(bowl, z, direction, weights, first)
+            alpha_0, steepening = (given, 1.0) if given else search(bowl, z, direction, weights, first)
             gamma_0 = 1.0 / (c * math.fsum(dot(row, row) for row in rows) * steepening**2)
         alpha, gamma = alpha_0 / (t + 1) ** p, gamma_0 / (t + 1) ** p
         second = combined(weights, bowl.gradients(z, draw()))
@@ -122,7 +127,7 @@ def dssmg(bowl: Bowl, z: Vector, p: float, c: float, draw: Callable[[], Rows]) -
         z = bowl.moved(z, alpha, direction)
         weights = nearest_weights([w - gamma * dot(row, feasible) for w, row in zip(weights, rows, strict=True)])
         t += 1
-        yield z, weights
+        z = (yield z, weights) or z
 
 
 Trace = list[tuple[Tensor, SMGState]]
