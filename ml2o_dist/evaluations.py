@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-import signal
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -85,8 +84,13 @@ def evaluate(
             console.print(f"run directory  {storage.name}", highlight=False, soft_wrap=True)
         console.print(f"tracking URI   {redacted(uri)}", highlight=False, soft_wrap=True)
         try:
-            with connected(address) as where, stop_on_signals() as stop, logged_to(storage.folder, console):
+            with (
+                stop_on_signals(at_once=True) as stop,
+                connected(address) as where,
+                logged_to(storage.folder, console),
+            ):
                 console.print(f"Ray            {where}", highlight=False, soft_wrap=True)
+                stop.at_once = False
                 with _tracked(settings, storage, uri, data, console, stop) as sink:
                     evaluation = _run(settings, entrants, storage, sink, console, stop)
         except Interrupted as error:
@@ -236,11 +240,10 @@ def _run(
     if evaluation.rows:
         console.print(evaluation_table(evaluation))
     if stopped:
-        name = signal.Signals(stop.signal_number).name
         cells = settings.seeds * len(entrants) * len(problem_specs(settings))
         raise Interrupted(
             stop.signal_number,
-            f"stopped by {name}: {len(evaluation.cells)} of {cells} cells were finished; their figures are in "
+            f"stopped by {stop.name}: {len(evaluation.cells)} of {cells} cells were finished; their figures are in "
             + (f"MLflow run {sink.run_id}" if _is_temporary(storage) and sink.run_id else storage.name),
         )
     return evaluation
