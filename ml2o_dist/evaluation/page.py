@@ -35,7 +35,7 @@ CURVES = {
     "gradient_norm": "Norm of the meta-gradient, before clipping",
     "learning_rate": "Meta-learning rate",
     "inner_steps_per_s": "Inner steps per second",
-    "skipped_episodes": "Episodes skipped because they were not finite",
+    "skipped_episodes": "Episodes skipped: failed, or not finite",
 }
 """The curves of a run by key of its history, what to look at first."""
 
@@ -110,7 +110,8 @@ def _learning_tiles(record: RunRecord) -> list[tuple[str, str]]:
     scores = [(row["validation"], row["meta_step"]) for row in record.history if is_finite(row.get("validation"))]
     if scores:
         score, step = min(scores)
-        tiles.append(("Best validation", f"{score:.4f} at meta-step {step}"))
+        untrained = "" if step else ", the untrained network"
+        tiles.append(("Best validation", f"{score:.4f} at meta-step {step}{untrained}"))
     seconds = record.progress.get("seconds")
     if seconds:
         compared = record.comparison.seconds if record.comparison is not None else None

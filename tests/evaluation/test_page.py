@@ -161,6 +161,8 @@ def test_time_and_what_went_wrong_on_the_way_are_on_the_page(whole):
     assert shown["Time"] == "2 h 03 min of meta-training"
     assert shown["Episodes skipped"] == "4 (2 failed, 2 not finite)"
     assert "Workers replaced" not in shown, "a checkpoint of before does not say"
+    shown = tiles(replace(whole, history=[{"meta_step": 0, "validation": 0.5}]))
+    assert shown["Best validation"] == "0.5000 at meta-step 0, the untrained network"
     calm = [{**row, "skipped_episodes": 0} for row in HISTORY]
     shown = tiles(replace(whole, history=calm, progress={"worker_restarts": 0, "repeated_episodes": 0}))
     assert (shown["Episodes skipped"], shown["Episodes run again"], shown["Workers replaced"]) == ("0", "0", "0")
