@@ -75,7 +75,7 @@ def test_official_files_are_left_alone_and_others_replaced(mirror: Path, tmp_pat
 
 @pytest.mark.parametrize(
     ("served", "message"),
-    [(gzip.compress(b"other"), "has MD5 .* not the published file"), (b"<html>", "cannot be unpacked")],
+    [(gzip.compress(b"other", mtime=0), "has MD5 .* not the published file"), (b"<html>", "cannot be unpacked")],
 )
 def test_wrong_content_is_refused_and_leaves_nothing(mirror: Path, tmp_path: Path, served: bytes, message: str) -> None:
     (mirror / "images.gz").write_bytes(served)
