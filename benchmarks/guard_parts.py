@@ -107,7 +107,7 @@ def drift_summary(results: Results) -> dict[str, float]:
 
 
 def sensitivity_units(scale: Scale) -> list[Unit]:
-    """A useful rule and a hostile one under every guard of the grid and at smaller margins; all rules alone."""
+    """A useful rule and a hostile one under every guard of the grid, at smaller margins, with budgets; all alone."""
     steps, seeds = scale.steps or 300, scale.seeds or 3
     fallbacks = ("dssmg", "mgda+sgd@0.1")
     grid: list[tuple[tuple[str, Any], ...]] = [
@@ -117,7 +117,8 @@ def sensitivity_units(scale: Scale) -> list[Unit]:
         for every in (1, 5, 20)
         for batches in (1, 4)
     ]
-    grid += [(("margin", margin), ("batches", batches)) for margin in (0.0, 1.0) for batches in (1, 4)]
+    for key, values in (("margin", (0.0, 1.0)), ("budget", (0.1, 1.0))):
+        grid += [((key, value), ("batches", batches)) for value in values for batches in (1, 4)]
     runs: list[tuple[str, Guard]] = [(rule, guard) for rule in ("initial", "ascent") for guard in (None, *grid)]
     runs += [(fallback, None) for fallback in fallbacks]
     return [Unit("sensitivity", SMALL_NETWORK, rule, guard, steps, seeds, steps) for rule, guard in runs]
@@ -127,14 +128,17 @@ def sensitivity_table(results: Results) -> str:
     """A row for each run: first those without a guard."""
     rows = []
     for unit, r in sorted(results.items(), key=lambda item: item[0].guard is not None):
-        settings, decided = ["-"] * 5, ["-", "-"]
+        settings, decided = ["-"] * 6, ["-", "-"]
         if unit.guard is not None:
-            settings = [unit.setting("fallback"), *(f"{unit.setting(key):g}" for key in ("margin", "eps", "every"))]
+            settings = [
+                unit.setting("fallback"),
+                *(f"{unit.setting(key):g}" for key in ("margin", "budget", "eps", "every")),
+            ]
             settings.append(guard_batch(unit))
             decided = [f"{r['acceptance']:.0%}", f"{r['guard_share']:.0%}"]
         ends = [number(fmean(column)) for column in zip(*r["objectives"], strict=True)]
         rows.append([unit.rule, *settings, *ends, number(mean_end(r, "criticality")), *decided])
-    header = "rule|fallback|z|eps|every|guard batch|loss 1|loss 2|criticality|accepted|guard's time"
+    header = "rule|fallback|z|budget|eps|every|guard batch|loss 1|loss 2|criticality|accepted|guard's time"
     return markdown(header, rows, words=2)
 
 
@@ -144,6 +148,8 @@ def sensitivity_summary(results: Results) -> dict[str, float]:
     for unit, r in results.items():
         if unit.setting("every") == 1 and unit.setting("eps") == 0:
             settings = f" {unit.setting('fallback')} z={unit.setting('margin'):g} B={guard_batch(unit)}"
+            if budget := unit.setting("budget"):
+                settings += f" budget={budget:g}"
             guard = "" if unit.guard is None else settings
             figures[f"loss {unit.rule}{guard}".replace("+", "-").replace("@", "-")] = mean_end(
                 r

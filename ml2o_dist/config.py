@@ -22,6 +22,12 @@ class GuardSettings(_Settings):
     fallback: str = Field("dssmg", description="dssmg, smg, or without a theorem AGGREGATOR[+OPTIMIZER]@LR")
     eps: float = Field(0.0, ge=0, description="eps_0: what a step may be worse at first; it decays as (t + 1)^(-2p)")
     p: float = Field(0.55, gt=0.5, le=1, description="decay of the fallback's steps, alpha_t = alpha_0 / (t + 1)^p")
+    budget: float = Field(
+        0.0,
+        ge=0,
+        description="what accepted steps may be worse in all, in units of each objective's first loss; "
+        "0: each step must pass by itself",
+    )
     margin: float = Field(3.0, ge=0, description="standard errors of the paired differences that must be spared")
     batches: int = Field(1, ge=1, description="guard batches a step, each of the problem's batch size")
     growth: float = Field(0.0, ge=0, le=2, description="guard batches grow as (t + 1)^growth")

@@ -131,7 +131,7 @@ def fake_time(steps):
 
 def test_the_sensitivity_table_has_a_row_for_every_run(script):
     units = script.parts.sensitivity_units(script.parts.Scale(None, None))
-    assert len(units) == len(set(units)) == 2 * (1 + 2 * 3 * 3 * 2 + 4) + 2
+    assert len(units) == len(set(units)) == 2 * (1 + 2 * 3 * 3 * 2 + 4 + 4) + 2
     results = script.runs.Results()
     for number, unit in enumerate(units):
         results[unit] = {
@@ -143,10 +143,11 @@ def test_the_sensitivity_table_has_a_row_for_every_run(script):
         }
     rows = script.parts.sensitivity_table(results).splitlines()[2:]
     assert len(rows) == len(units)
-    assert rows[0] == "| initial | - | - | - | - | - | 1.000 | 1.000 | 0.500 | - | - |"
+    assert rows[0] == "| initial | - | - | - | - | - | - | 1.000 | 1.000 | 0.500 | - | - |"
     last = max(number for number, unit in enumerate(units) if unit.guard is not None)
-    assert rows[-1] == f"| ascent | dssmg | 1 | 0 | 1 | 128 | {last + 1:.3f} | 1.000 | 0.500 | 50% | 12% |"
-    assert rows[-5].startswith("| ascent | mgda+sgd@0.1 | 3 | 0.01 | 20 | 128 |")
+    assert rows[-1] == f"| ascent | dssmg | 3 | 1 | 0 | 1 | 128 | {last + 1:.3f} | 1.000 | 0.500 | 50% | 12% |"
+    assert rows[-5].startswith("| ascent | dssmg | 1 | 0 | 0 | 1 | 128 |")
+    assert rows[-9].startswith("| ascent | mgda+sgd@0.1 | 3 | 0 | 0.01 | 20 | 128 |")
     assert script.parts.sensitivity_summary(results)["loss initial"] == 2.0
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -20,12 +20,61 @@ from ml2o_dist.rules.base import Oracle, State, StepInfo, UpdateRule, look
 
 
 @dataclass(frozen=True)
+class Debt:
+    """By how much the steps since it was last 0 left each objective above the fallback's candidates.
+
+    One entry for each of the k things that must pass: the objectives, or with `criterion: sum` their sum.
+
+    Attributes:
+        owed: [P, k] float64, at least 0.
+        variance: [P, k], of `owed` as an estimate; 0 where losses are exact.
+        limit: [P, k], the budget: `GuardSettings.budget` times the losses that the first step saw.
+    """
+
+    owed: Tensor
+    variance: Tensor
+    limit: Tensor
+
+    def after(self, worse: Tensor, variance: Tensor) -> Debt:
+        """Return it with a step that was worse by `worse` [P, k]: a better one repays, and nothing is saved."""
+        owed = self.owed + worse
+        free = owed <= 0
+        return replace(self, owed=owed.where(~free, 0), variance=(self.variance + variance).where(~free, 0))
+
+    def where(self, taken: Tensor, other: Debt) -> Debt:
+        """Return this debt for the instances that are `taken` [P], for the rest the `other`."""
+        pairs = (self.owed, other.owed), (self.variance, other.variance), (self.limit, other.limit)
+        return Debt(*(ours.where(taken[:, None], theirs) for ours, theirs in pairs))
+
+    def within(self, margin: float) -> Tensor:
+        """Return [P]: whether all of it, with `margin` standard errors, is within the budget."""
+        return (self.owed + margin * self.variance.sqrt() <= self.limit).all(dim=1)
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a comparison says of the learned candidates, instance by instance.
+
+    Attributes:
+        passed: [P].
+        learned_losses, fallback_losses: [P, m], the candidates' losses that decided.
+        debt: what is owed where they are taken.
+    """
+
+    passed: Tensor
+    learned_losses: Tensor
+    fallback_losses: Tensor
+    debt: Debt
+
+
+@dataclass(frozen=True)
 class GML2OState:
-    """After `step` steps: the states of both rules."""
+    """After `step` steps: the states of both rules, and what is owed; None before the first step."""
 
     step: int
     learned: State
     fallback: State
+    debt: Debt | None = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +118,17 @@ class GML2O(UpdateRule):
     term: with the probability of a normal tail beyond `margin` a step may still be worse, by the order of
     |x_L - x_D| sigma / sqrt(B), sigma the deviation of the gradients of single samples; the bound gets the sum of these
     terms, which does not vanish unless B grows or the candidates meet.
+
+    **A budget** (`budget` > 0, ours): the learned step is better in the long run just where it is worse than the
+    fallback's greedy one from the same point, so that the tests above refuse it. The bound needs less: for a fixed
+    lambda, lambda^T F(z_{t+1}) = lambda^T F(x_D) + lambda^T d_t with d_t = F(z_{t+1}) - F(x_D), and what telescopes is
+    sum_t lambda^T d_t <= max_i sum_t d_ti. So x_L is also accepted where, for every objective, the differences since
+    they last came to 0 or less add up to at most C_i = budget |f_i(z_0)|; a better step repays, but nothing is saved,
+    so that a rule which turns hostile finds no credit. DSSMG's bound then holds with max_i C_i added to what it starts
+    from: with `budget: 1` and positive losses it is at most twice as large, hence Pareto criticality in the limit all
+    the same. On mini-batches the sum is an estimate, of which `margin` standard errors, that grow with its root only,
+    must be spared. Half of the guard's samples decides and the other half is what is added: the decision does not
+    depend on it, so that the estimate's error is a martingale. No step by itself is promised to be no worse.
 
     **Without any theorem**: `every` > 1 (steps between are taken unchecked), `criterion: sum` (one objective may pay
     for another), any other fallback (`mgda+sgd@0.01`).
@@ -114,12 +174,16 @@ class GML2O(UpdateRule):
         accepted = candidate.isfinite().all(dim=1)
         began = _now(candidate)
         point, fallback, checked = candidate, state.fallback, state.step % self.settings.every == 0
+        debt = state.debt
         losses = theirs = torch.full_like(seen.losses, math.nan)
         if checked or not bool(accepted.all()):
             safe, fallback = self.fallback.propose(oracle, parameters, state.fallback, seen)
             if checked:
-                passed, losses, theirs = self._compare(oracle, candidate, safe, state.step)
-                accepted = accepted & passed
+                before = self._debt(state, seen)
+                verdict = self._compare(oracle, candidate, safe, state.step, before)
+                accepted = accepted & verdict.passed
+                debt = verdict.debt.where(accepted, before)
+                losses, theirs = verdict.learned_losses, verdict.fallback_losses
             point = torch.where(accepted[:, None], candidate, safe)
             learned = self.learned.overruled(learned, seen, point - parameters, ~accepted)
         info = GuardedInfo(
@@ -134,10 +198,19 @@ class GML2O(UpdateRule):
             oracle.backwards - backwards,
             _now(candidate) - began,
         )
-        return point, GML2OState(state.step + 1, learned, fallback), info
+        return point, GML2OState(state.step + 1, learned, fallback, debt), info
 
-    def _compare(self, oracle: Oracle, candidate: Tensor, safe: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return which instances' candidates pass [P], and the losses of both, [P, m]."""
+    def _debt(self, state: GML2OState, seen: StepInfo) -> Debt:
+        """Return what is owed before a step: nothing before the first one, whose losses set the budget."""
+        if state.debt is not None:
+            return state.debt
+        scale = seen.losses.detach().double().abs().nan_to_num(posinf=0.0)
+        if self.settings.criterion == "sum":
+            scale = scale.sum(dim=1, keepdim=True)
+        return Debt(torch.zeros_like(scale), torch.zeros_like(scale), self.settings.budget * scale)
+
+    def _compare(self, oracle: Oracle, candidate: Tensor, safe: Tensor, step: int, debt: Debt) -> Verdict:
+        """Compare the candidates on guard batches, or exactly where the problem has no noise."""
         settings = self.settings
         ours, theirs, exact = _paired_losses(
             oracle, candidate, safe, math.ceil(settings.batches * (step + 1) ** settings.growth)
@@ -147,16 +220,18 @@ class GML2O(UpdateRule):
             ours, theirs = ours.sum(dim=2, keepdim=True), theirs.sum(dim=2, keepdim=True)
         worse = ours - theirs.where(theirs.isfinite(), math.inf)
         allowed = settings.eps * (step + 1) ** (-2 * settings.p)
-        if exact:
-            excess = worse.mean(dim=1)
-        else:
-            count = worse.shape[1]
-            if count < 2:
-                raise UserError("the guard needs 2 samples or more: raise the problem's batch or rule.guard.batches")
-            error = worse.std(dim=1) / math.sqrt(count)
-            excess = worse.mean(dim=1) + settings.margin * error.where(error.isfinite(), 0)
+        # One half of the samples decides and the other is paid by: of accepted steps the deciding half is biased.
+        halves = settings.budget > 0 and not exact
+        decides, pays = (worse[:, 0::2], worse[:, 1::2]) if halves else (worse, worse)
+        if not exact and pays.shape[1] < 2:
+            least = 4 if halves else 2
+            raise UserError(f"the guard needs {least} samples or more: raise the problem's batch or rule.guard.batches")
+        mean, variance = _mean_and_variance(decides)
+        passed = (mean + settings.margin * variance.sqrt() <= allowed).all(dim=1)
+        if settings.budget:
+            passed = passed | debt.after(mean, variance).within(settings.margin)
         finite = ours.isfinite().all(dim=2).all(dim=1)
-        return finite & (excess <= allowed).all(dim=1), *means
+        return Verdict(finite & passed, *means, debt.after(*_mean_and_variance(pays)))
 
 
 def guarded(learned: UpdateRule, settings: GuardSettings | None) -> UpdateRule:
@@ -196,6 +271,14 @@ def _paired_losses(oracle: Oracle, candidate: Tensor, safe: Tensor, batches: int
         if batch is None:
             return ours[0], theirs[0], True
     return torch.cat(ours, dim=1), torch.cat(theirs, dim=1), False
+
+
+def _mean_and_variance(samples: Tensor) -> tuple[Tensor, Tensor]:
+    """[P, B, k] -> the mean over the samples [P, k] and its variance, 0 for one exact value or where none is finite."""
+    if samples.shape[1] == 1:
+        return samples[:, 0], torch.zeros_like(samples[:, 0])
+    variance = samples.var(dim=1) / samples.shape[1]
+    return samples.mean(dim=1), variance.where(variance.isfinite(), 0)
 
 
 def _now(like: Tensor) -> float:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ml2o_dist.config import GuardSettings
 from ml2o_dist.problems import Problem
 from ml2o_dist.rules.base import Oracle
-from ml2o_dist.rules.gml2o import GML2O
+from ml2o_dist.rules.gml2o import GML2O, Debt, Verdict
 from ml2o_dist.rules.stochastic import DSSMG, DSSMGState
 from tests.rules import stochastic_reference as reference
 from tests.rules.bowls import Bowls
@@ -171,15 +171,15 @@ def test_every_step_of_every_case_keeps_the_guarantee(kind: str, examples: int) 
 class ConstantEps(GML2O):
     """eps_t = eps_0: its sum is infinite."""
 
-    def _compare(self, oracle: Oracle, candidate: Tensor, safe: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        return super()._compare(oracle, candidate, safe, 0)
+    def _compare(self, oracle: Oracle, candidate: Tensor, safe: Tensor, step: int, debt: Debt) -> Verdict:
+        return super()._compare(oracle, candidate, safe, 0, debt)
 
 
 class SlowEps(ConstantEps):
     """eps_t = eps_0 (t + 1)^-p: alpha_t / alpha_0, not squared."""
 
-    def _compare(self, oracle: Oracle, candidate: Tensor, safe: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        return GML2O._compare(self, oracle, candidate, safe, math.isqrt(step))
+    def _compare(self, oracle: Oracle, candidate: Tensor, safe: Tensor, step: int, debt: Debt) -> Verdict:
+        return GML2O._compare(self, oracle, candidate, safe, math.isqrt(step), debt)
 
 
 class AgainstTheStart(GML2O):
@@ -189,40 +189,40 @@ class AgainstTheStart(GML2O):
         self.start = parameters
         return super().step(oracle, parameters, state)
 
-    def _compare(self, oracle: Oracle, candidate: Tensor, safe: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        return super()._compare(oracle, candidate, self.start, step)
+    def _compare(self, oracle: Oracle, candidate: Tensor, safe: Tensor, step: int, debt: Debt) -> Verdict:
+        return super()._compare(oracle, candidate, self.start, step, debt)
 
 
 class FirstObjectiveOnly(GML2O):
     """Looks at the first objective."""
 
-    def _compare(self, oracle: Oracle, candidate: Tensor, safe: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        _, ours, theirs = super()._compare(oracle, candidate, safe, step)
-        return ours[:, 0] <= theirs[:, 0], ours, theirs
+    def _compare(self, oracle: Oracle, candidate: Tensor, safe: Tensor, step: int, debt: Debt) -> Verdict:
+        verdict = super()._compare(oracle, candidate, safe, step, debt)
+        return replace(verdict, passed=verdict.learned_losses[:, 0] <= verdict.fallback_losses[:, 0])
 
 
 class AllOrNone(GML2O):
     """One instance's candidate lets in those of all."""
 
-    def _compare(self, oracle: Oracle, candidate: Tensor, safe: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        passed, ours, theirs = super()._compare(oracle, candidate, safe, step)
-        return passed.any().expand(len(passed)), ours, theirs
+    def _compare(self, oracle: Oracle, candidate: Tensor, safe: Tensor, step: int, debt: Debt) -> Verdict:
+        verdict = super()._compare(oracle, candidate, safe, step, debt)
+        return replace(verdict, passed=verdict.passed.any().expand(len(verdict.passed)))
 
 
 class NotANumberPasses(GML2O):
     """Refuses what is worse instead of accepting what is not."""
 
-    def _compare(self, oracle: Oracle, candidate: Tensor, safe: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        passed, ours, theirs = super()._compare(oracle, candidate, safe, step)
-        return passed | ours.isnan().any(dim=1), ours, theirs
+    def _compare(self, oracle: Oracle, candidate: Tensor, safe: Tensor, step: int, debt: Debt) -> Verdict:
+        verdict = super()._compare(oracle, candidate, safe, step, debt)
+        return replace(verdict, passed=verdict.passed | verdict.learned_losses.isnan().any(dim=1))
 
 
 class RefusesAll(GML2O):
     """Is DSSMG."""
 
-    def _compare(self, oracle: Oracle, candidate: Tensor, safe: Tensor, step: int) -> tuple[Tensor, Tensor, Tensor]:
-        passed, ours, theirs = super()._compare(oracle, candidate, safe, step)
-        return torch.zeros_like(passed), ours, theirs
+    def _compare(self, oracle: Oracle, candidate: Tensor, safe: Tensor, step: int, debt: Debt) -> Verdict:
+        verdict = super()._compare(oracle, candidate, safe, step, debt)
+        return replace(verdict, passed=torch.zeros_like(verdict.passed))
 
 
 class LosesTheFallbacksState(GML2O):

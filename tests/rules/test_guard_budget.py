@@ -1,0 +1,158 @@
+"""The guard's budget: decisions against their definition, what it bounds in truth, what it refuses."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from ml2o_dist.config import GuardSettings
+from ml2o_dist.errors import UserError
+from ml2o_dist.problems import ProblemContext, ProblemSpec
+from ml2o_dist.rules.adversaries import AdversaryRule
+from ml2o_dist.rules.aggregated import AggregatedRule
+from ml2o_dist.rules.base import Oracle
+from ml2o_dist.rules.gml2o import GML2O, Debt, Verdict
+from ml2o_dist.rules.stochastic import DSSMG
+
+FALLBACK, BOLD = AggregatedRule("mean", "sgd", 0.1), AggregatedRule("mean", "sgd", 0.8)
+
+
+def start(text, instances=1, seed=0):
+    problem = ProblemSpec.parse(text).build(ProblemContext(instances, seed, dtype=torch.float64))
+    return Oracle(problem, torch.Generator().manual_seed(seed)), problem.initial_parameters(range(instances))
+
+
+def walk(rule, oracle, point, steps):
+    """Yield (z_t, x_D, z_{t+1}, what the step saw)."""
+    state = rule.initial_state(len(point), oracle.problem.objectives, oracle.problem.dimension)
+    for _ in range(steps):
+        fallback = state.fallback
+        following, state, info = rule.step(oracle, point, state)
+        safe, _ = rule.fallback.propose(Oracle(oracle.problem, torch.Generator()), point, fallback, info)
+        yield point, safe, following, info
+        point = following
+
+
+@pytest.mark.parametrize("objectives", [1, 2, 3, 5])
+@pytest.mark.parametrize("criterion", ["each", "sum"])
+def test_exact_differences_add_up_to_the_budget_and_no_further(objectives, criterion):
+    oracle, first = start(f"quadratic[m={objectives},n=6]", 4)
+    settings = GuardSettings(budget=0.1, criterion=criterion)
+    rate = 2.5 if objectives == 1 else 3.0
+    wild = AggregatedRule("mean", "sgd", rate)
+    losses = oracle.problem.losses
+    limit = 0.1 * losses(first, None).abs()
+    owed = torch.zeros_like(limit)
+    if criterion == "sum":
+        limit, owed = limit.sum(dim=1, keepdim=True), owed[:, :1]
+    verdicts = set()
+    for before, _, after, info in walk(GML2O(wild, FALLBACK, settings), oracle, first, 40):
+        learned, safe = (before - step * info.jacobian.mean(dim=1) for step in (rate, 0.1))
+        for p in range(4):
+            worse = losses(learned, None)[p] - losses(safe, None)[p]
+            if criterion == "sum":
+                worse = worse.sum(dim=0, keepdim=True)
+            by_itself = bool((worse <= 0).all())
+            within = bool((owed[p] + worse <= limit[p]).all())
+            assert bool(info.accepted[p]) == (by_itself or within)
+            torch.testing.assert_close(after[p], (learned if by_itself or within else safe)[p])
+            if by_itself or within:
+                owed[p] = (owed[p] + worse).clamp(min=0)
+                verdicts.add(("by itself", by_itself))
+            else:
+                verdicts.add("refused")
+    assert len(verdicts) == 3, verdicts
+
+
+@pytest.mark.parametrize("name", ["ascent", "random", "huge", "nan", "drift", "turncoat", "frozen"])
+@pytest.mark.parametrize("text", ["quadratic[n=6]", "quadratic[m=3,n=6]", "fonseca", "zdt1[n=5]", "cagrad_toy"])
+def test_in_no_stretch_of_a_run_is_it_worse_than_its_fallbacks_steps_by_more(name, text):
+    oracle, point = start(text, 3)
+    limit = 0.3 * oracle.problem.losses(point, None).abs()
+    owed = torch.zeros_like(limit)
+    rule = GML2O(AdversaryRule(name), DSSMG(), GuardSettings(budget=0.3))
+    for _, safe, after, _ in walk(rule, oracle, point, 250):
+        assert after.isfinite().all()
+        owed = (owed + oracle.problem.losses(after, None) - oracle.problem.losses(safe, None)).clamp(min=0)
+        assert (owed <= limit * (1 + 1e-9) + 1e-12).all()
+
+
+def test_the_deciding_half_of_a_noisy_batch_is_not_the_paying_one():
+    oracle, first = start("quadratic[n=5,noise=0.5,batch=16]", 3)
+    drawn, draw = [], oracle.draw
+    oracle.draw = lambda: drawn.append(draw()) or drawn[-1]
+    rule = GML2O(BOLD, FALLBACK, GuardSettings(margin=1.0, batches=2, budget=0.05))
+    verdicts, owed, variance, point = set(), np.zeros((3, 2)), np.zeros((3, 2)), first
+    state = rule.initial_state(3, 2, 5)
+    for t in range(40):
+        before = point
+        point, state, info = rule.step(oracle, point, state)
+        if t == 0:
+            limit = 0.05 * info.losses.abs().numpy()
+        guard = drawn[3 * t + 1 : 3 * t + 3]
+        learned, safe = (before - rate * info.jacobian.mean(dim=1) for rate in (0.8, 0.1))
+        each = [[oracle.problem.sample_losses(x, b).numpy() for b in guard] for x in (learned, safe)]
+        differences = np.concatenate(each[0], axis=1) - np.concatenate(each[1], axis=1)
+        decides, pays = differences[:, 0::2], differences[:, 1::2]
+        alone = decides.mean(axis=1) + decides.std(axis=1, ddof=1) / math.sqrt(16) <= 0
+        total = owed + decides.mean(axis=1)
+        error = np.sqrt(variance + decides.var(axis=1, ddof=1) / 16)
+        within = np.where(total <= 0, 0, total + error) <= limit
+        taken = alone.all(axis=1) | within.all(axis=1)
+        assert info.accepted.tolist() == taken.tolist()
+        paid = owed + pays.mean(axis=1)
+        now = np.where(paid <= 0, 0, variance + pays.var(axis=1, ddof=1) / 16)
+        owed = np.where(taken[:, None], np.maximum(paid, 0), owed)
+        variance = np.where(taken[:, None], now, variance)
+        np.testing.assert_allclose(state.debt.owed.numpy(), owed, rtol=1e-9, atol=1e-12)
+        np.testing.assert_allclose(state.debt.variance.numpy(), variance, rtol=1e-9, atol=1e-12)
+        verdicts |= set(taken.tolist())
+    assert verdicts == {True, False}
+
+
+class PaidByWhatDecided(GML2O):
+    """The same samples decide and are added: of the steps that pass, those that look better than they are."""
+
+    def _compare(self, oracle: Oracle, candidate: torch.Tensor, safe: torch.Tensor, step: int, debt: Debt) -> Verdict:
+        problem, batch = oracle.problem, oracle.draw()
+        worse = (problem.sample_losses(candidate, batch) - problem.sample_losses(safe, batch)).double()
+        after = debt.after(worse.mean(dim=1), worse.var(dim=1) / worse.shape[1])
+        means = problem.losses(candidate, batch), problem.losses(safe, batch)
+        return Verdict(after.within(self.settings.margin), *means, after)
+
+
+@pytest.mark.parametrize(
+    ("guard", "kept"), [(GML2O, True), pytest.param(PaidByWhatDecided, False, id="paid by what decided")]
+)
+def test_what_a_noisy_run_loses_in_truth_is_within_the_budget_because_other_samples_pay(guard, kept):
+    text = "quadratic[n=5,noise=1.0,batch=32]"
+    oracle, point = start(text, 16)
+    truth = ProblemSpec.parse("quadratic[n=5]").build(ProblemContext(16, 0, dtype=torch.float64))
+    limit = 0.02 * truth.losses(point, None).abs()
+    rule = guard(AdversaryRule("ascent"), DSSMG(), GuardSettings(budget=0.02, margin=3.0))
+    total = torch.zeros_like(limit)
+    for _, safe, after, info in walk(rule, oracle, point, 400):
+        worse = truth.losses(after, None) - truth.losses(safe, None)
+        total += worse.where(info.accepted[:, None], 0)
+    spent = (total / limit).amax(dim=1)
+    assert (float(spent.mean()) < 1) == kept, spent
+    assert (float(spent.max()) < 1.5) == kept, spent
+
+
+def test_a_rule_that_turns_hostile_finds_no_credit():
+    debt = Debt(torch.tensor([[0.5]]), torch.tensor([[0.2]]), torch.tensor([[1.0]]))
+    better = debt.after(torch.tensor([[-7.0]]), torch.tensor([[0.1]]))
+    assert (better.owed.item(), better.variance.item()) == (0, 0)
+    worse = debt.after(torch.tensor([[0.25]]), torch.tensor([[0.05]]))
+    assert (worse.owed.item(), worse.variance.item()) == (0.75, 0.25)
+    assert [bool(worse.within(margin)) for margin in (0.0, 0.4, 0.6)] == [True, True, False]
+
+
+def test_half_of_a_batch_must_have_a_spread():
+    oracle, first = start("quadratic[n=5,noise=0.5,batch=2]")
+    rule = GML2O(BOLD, FALLBACK, GuardSettings(budget=1.0))
+    with pytest.raises(UserError, match="needs 4 samples or more"):
+        rule.step(oracle, first, rule.initial_state(1, 2, 5))
