@@ -265,14 +265,14 @@ def test_a_validation_that_fails_is_never_the_best(pool, faults, tmp_path):
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_hung_episode_runs_elsewhere_and_its_worker_is_ended(pool, faults, workers, caplog):
     items, weights = training_items(small(), 0, "cpu"), Trainer(small(), "unused").learner.weights
-    made = pool(workers, faults=FaultSettings(shortest_deadline_s=6, first_deadline_s=6))
+    made = pool(workers, faults=FaultSettings(shortest_deadline_s=12, first_deadline_s=12))
     faults.order(items[3], "hang")
     results = made.run(items, weights)
     assert equal(results, [run_episode(weights, item.spec) for item in items])
     assert (made.restarts, made.repeated) == (1, 1)
     hung, other = faults.pids(items[3])
     assert hung != other
-    assert re.search(rf"meta-step 1 slot 3 did not end in 6 s: worker [12] \(pid {hung}\) is ended", caplog.text)
+    assert re.search(rf"meta-step 1 slot 3 did not end in 12 s: worker [12] \(pid {hung}\) is ended", caplog.text)
     until(lambda: not _alive(int(hung)))
 
 

@@ -91,7 +91,8 @@ def test_an_outage_is_said_once_and_nothing_is_lost(run: FakeRun, caplog: pytest
     assert sink.close() == 0
     assert values(run, "a") == [(step, float(step)) for step in range(4)]
     assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == [
-        "MLflow at nowhere does not answer; training goes on, its figures are kept and sent later: nobody there"
+        "MLflow at nowhere does not answer; training goes on, its figures are kept and sent later: nobody there",
+        "MLflow at nowhere answers again",
     ]
 
 
