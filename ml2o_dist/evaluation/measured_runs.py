@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ml2o_dist.evaluation.criticality import BATCHES, criticality
-from ml2o_dist.problems import Problem, ProblemContext, ProblemSpec
+from ml2o_dist.problems import Problem, ProblemContext, ProblemSpec, Rescaled
 from ml2o_dist.rules.base import Oracle, State, StepInfo, UpdateRule
 from ml2o_dist.rules.gml2o import GML2O, GuardedInfo
 from ml2o_dist.seeding import derive_seed, generator
@@ -77,15 +77,25 @@ class Course:
 
     @classmethod
     def build(
-        cls, spec: ProblemSpec, seeds: tuple[int, ...], dtype: torch.dtype = torch.float32, data_root: str = ""
+        cls,
+        spec: ProblemSpec,
+        seeds: tuple[int, ...],
+        dtype: torch.dtype = torch.float32,
+        data_root: str = "",
+        loss_scale: float = 1.0,
     ) -> Course:
-        """Build P = len(seeds) instances, a pure function of the arguments; raises UserError as `ProblemSpec.build`."""
+        """Build P = len(seeds) instances, a pure function of the arguments; raises UserError as `ProblemSpec.build`.
+
+        Losses are in units of 1 / `loss_scale`, see `Rescaled`.
+        """
         names: tuple[str | int, ...] = (str(spec), *seeds)
         context = ProblemContext(len(seeds), derive_seed("problem", *names), dtype=dtype, data_root=data_root)
         problem = judge = spec.build(context)
         if spec.name == "quadratic":
             exact = tuple((key, value) for key, value in spec.settings if key != "noise")
             judge = replace(spec, settings=exact).build(context)
+        if loss_scale != 1.0:
+            problem, judge = (Rescaled(each, loss_scale=loss_scale) for each in (problem, judge))
         return cls(problem, judge, problem.initial_parameters(seeds), derive_seed("batches", *names))
 
     def oracle(self) -> Oracle:

@@ -1,4 +1,4 @@
-"""A wrapper that turns a problem into another: its parameters in other units."""
+"""A wrapper that turns a problem into another: its parameters and losses in other units."""
 
 from __future__ import annotations
 
@@ -11,17 +11,21 @@ from ml2o_dist.problems.base import Batch, Problem
 
 
 class Rescaled(Problem):
-    """The problem F'(z) = F(c z) with c > 0: the same losses, gradients c times as large, steps worth c times as much.
+    """The problem F'(z) = s F(c z), c, s > 0: gradients c s times as large, steps worth c times as much.
 
     A rule whose features ignore the gradients' scale sees the same inputs whatever c is, but its steps act c times as
     strongly; trained over many c it must learn from the trajectory whether its steps are too long (ours; the same
-    purpose as random scaling of Lv et al. 2017). Front, reference point and minima stay; set and bounds are divided.
+    purpose as random scaling of Lv et al. 2017). Front, reference point and minima are multiplied by s; set and bounds
+    are divided by c; what is measured on unseen data stays.
     """
 
-    def __init__(self, problem: Problem, scale: float) -> None:
-        self.problem, self.scale = problem, scale
+    def __init__(self, problem: Problem, scale: float = 1.0, loss_scale: float = 1.0) -> None:
+        """`scale` is c, `loss_scale` is s."""
+        self.problem, self.scale, self.loss_scale = problem, scale, loss_scale
         self.instances, self.objectives, self.dimension = problem.instances, problem.objectives, problem.dimension
-        self.positive, self.minima, self.reference_point = problem.positive, problem.minima, problem.reference_point
+        self.positive = problem.positive
+        self.minima = None if problem.minima is None else loss_scale * problem.minima
+        self.reference_point = None if problem.reference_point is None else loss_scale * problem.reference_point
         self.bounds = None if problem.bounds is None else (problem.bounds[0] / scale, problem.bounds[1] / scale)
         self.device, self.dtype = problem.device, problem.dtype
 
@@ -34,21 +38,21 @@ class Rescaled(Problem):
         return self.problem.sample_batch(generator)
 
     def sample_losses(self, parameters: Tensor, batch: Batch) -> Tensor:
-        """Return the wrapped problem's losses at c z, [P, B, m]."""
-        return self.problem.sample_losses(self.scale * parameters, batch)
+        """Return the wrapped problem's losses at c z, times s, [P, B, m]."""
+        return self.loss_scale * self.problem.sample_losses(self.scale * parameters, batch)
 
     def jacobian(self, parameters: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return (c J(c z), F(c z)) by the wrapped problem's own way."""
+        """Return (c s J(c z), s F(c z)) by the wrapped problem's own way."""
         jacobian, losses = self.problem.jacobian(self.scale * parameters, batch)
-        return self.scale * jacobian, losses
+        return self.scale * self.loss_scale * jacobian, self.loss_scale * losses
 
     def test_metrics(self, parameters: Tensor) -> dict[str, Tensor]:
         """Return the wrapped problem's figures at c z."""
         return self.problem.test_metrics(self.scale * parameters)
 
     def pareto_front(self, points: int) -> Tensor:
-        """Return the wrapped problem's front."""
-        return self.problem.pareto_front(points)
+        """Return the wrapped problem's front, times s."""
+        return self.loss_scale * self.problem.pareto_front(points)
 
     def pareto_set(self, points: int) -> Tensor:
         """Return the wrapped problem's set, divided by c."""

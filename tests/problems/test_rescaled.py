@@ -18,10 +18,10 @@ def built(text, instances=2):
     return ProblemSpec.parse(text).build(ProblemContext(instances, dtype=DOUBLE))
 
 
-@pytest.mark.parametrize("scale", [0.3, 4.0])
+@pytest.mark.parametrize("scales", [(0.3,), (4.0,), (1.0, 1000.0), (0.5, 0.01)])
 @pytest.mark.parametrize("text", ["quadratic[m=3,n=4,noise=0.2]", "zdt1[n=5]", "fonseca"])
-def test_it_keeps_the_contract(text, scale):
-    check_problem(Rescaled(built(text), scale))
+def test_it_keeps_the_contract(text, scales):
+    check_problem(Rescaled(built(text), *scales))
 
 
 def test_losses_agree_and_gradients_are_scaled():
@@ -33,6 +33,16 @@ def test_losses_agree_and_gradients_are_scaled():
     assert torch.equal(4 * start, plain.initial_parameters([1, 2]))
     assert torch.equal(losses, expected)
     assert torch.allclose(ours, 4 * theirs)
+
+
+def test_losses_in_other_units_are_a_multiple():
+    plain, other = built("quadratic[noise=0.2]"), Rescaled(built("quadratic[noise=0.2]"), 4.0, 1000.0)
+    start, batch = other.initial_parameters([1, 2]), other.sample_batch(torch.Generator().manual_seed(0))
+    ours, losses = other.jacobian(start, batch)
+    theirs, expected = plain.jacobian(4 * start, batch)
+    torch.testing.assert_close(losses, 1000 * expected)
+    torch.testing.assert_close(other.sample_losses(start, batch), 1000 * plain.sample_losses(4 * start, batch))
+    torch.testing.assert_close(ours, 4000 * theirs)
 
 
 def test_for_a_rule_that_ignores_the_gradients_scale_it_multiplies_the_step():
