@@ -11,11 +11,13 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from ml2o_dist.config import GuardSettings
-from ml2o_dist.evaluation.measured_runs import Course
+from ml2o_dist.artifact import save_artifact
+from ml2o_dist.config import GuardSettings, RuleSettings
+from ml2o_dist.evaluation.measured_runs import Course, measured_run
 from ml2o_dist.problems import ProblemSpec
 from ml2o_dist.rules.adversaries import AdversaryRule
 from ml2o_dist.rules.gml2o import GML2O
+from ml2o_dist.rules.ml2o import ML2ONetwork, ML2ORule
 from ml2o_dist.rules.stochastic import DSSMG
 
 STEPS = 30
@@ -186,3 +188,28 @@ def test_an_unknown_part_is_refused(script):
     result = CliRunner().invoke(script.guard.main, ["--parts", "drift,tme"])
     assert result.exit_code == 2
     assert "'tme' is not one of drift, sensitivity, curves, networks, time" in result.output
+
+
+def test_a_learned_optimizer_is_measured_guarded_and_not(script, tmp_path, monkeypatch):
+    import guard_learned
+
+    rule = RuleSettings(hidden=2, output="controlled", features="agreement")
+    save_artifact(tmp_path, ML2ONetwork(rule).state_dict(), rule, {})
+    problem = "quadratic[batch=32,m=2,n=4,noise=0.5]"
+    plain, scaled = guard_learned.Setting("plain", problem), guard_learned.Setting("x 1000", problem, 1000.0)
+    monkeypatch.setattr(guard_learned, "SETTINGS", (plain, scaled, guard_learned.Setting("longer", problem, longer=2)))
+    words = [str(tmp_path), "--steps", "12", "--seeds", "3"]
+    rows = json.loads(CliRunner().invoke(guard_learned.main, [*words, "--json"]).stdout)["rows"]
+    found = {(row["setting"], row["rule"]): row for row in rows}
+    assert len(found) == 3 * (2 + len(guard_learned.GUARDS))
+    course = Course.build(ProblemSpec.parse(problem), (0, 1, 2))
+    for name, alone in (("dssmg", DSSMG()), ("learned", ML2ORule.from_weights(rule, ML2ONetwork(rule).state_dict()))):
+        run = measured_run(alone, course, 12, every=12)
+        assert found["plain", name]["loss"][0] == pytest.approx(float(run.losses[-1].sum(dim=1).mean()))
+        assert found["plain", name]["acceptance"] is None
+    assert found["x 1000", "learned"]["loss"][0] == pytest.approx(found["plain", "learned"]["loss"][0], rel=1e-3)
+    assert found["longer", "dssmg"]["loss"][0] < found["plain", "dssmg"]["loss"][0]
+    budget = found["plain", "guarded, z = 3, budget 1, guard batch 32"]["acceptance"]
+    assert budget > found["plain", "guarded, z = 3, guard batch 32"]["acceptance"]
+    table = CliRunner().invoke(guard_learned.main, words).stdout.splitlines()
+    assert len(table) == 2 + len(rows)
