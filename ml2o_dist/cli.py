@@ -105,6 +105,8 @@ def meta_train(
         overrides += (f"tracking.uri={tracking_uri}",)
     if resume and run_dir is None:
         raise UserError("--resume needs --run-dir, the directory of the run to go on with")
+    if run_dir == "":
+        raise UserError("--run-dir is empty (a variable of the shell that is not set?)")
     place = run_dir or f"runs/{datetime.now():%Y%m%d-%H%M%S}"
     if resume and config is None:
         storage = open_storage(place, resume=True)
@@ -184,7 +186,9 @@ def sync(console: Console, run_dir: str, tracking_uri: str) -> dict[str, Any]:
 
     folder = working_copy(run_dir) if is_uri(run_dir) else home_folder() / run_dir
     if is_uri(run_dir) and not folder.exists():
-        raise UserError(f"this machine has nothing to send of {run_dir}: what MLflow misses lies where the run ran")
+        raise UserError(
+            f"this machine has nothing to send of {run_dir}: if it ran here, MLflow has everything, else run this there"
+        )
     answer = send(folder, tracking_uri)
     if answer["status"] is None:
         console.print(

@@ -54,6 +54,9 @@ def connected(address: str = "auto") -> Iterator[str]:
             )
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise UserError(f"--address {address!r}: no Ray cluster answers there ({_first_line(error)})") from error
+    except Exception as error:  # a plain Exception, where its processes are not up in half a minute (Ray 2.60)
+        ray.shutdown()
+        raise UserError(f"Ray did not start; on a busy machine try again: {_first_line(error)}") from error
     except BaseException:  # stopped when half of it was there
         ray.shutdown()
         raise

@@ -154,6 +154,8 @@ def _check_free(storage: RunStorage) -> None:
     """Raise UserError where the folder holds a meta-training, or an evaluation that MLflow has not got."""
     if (storage.folder / "config.yaml").exists():
         raise UserError(f"{storage.name} holds a meta-training; choose another --run-dir for the evaluation")
+    if (storage.folder / RESULT).exists():
+        raise UserError(f"{storage.name} holds an evaluation; choose another --run-dir for this one")
     if values := unsent_values(storage.folder / SPOOL_FOLDER):
         raise UserError(
             f"{storage.name} holds {values} values of another evaluation, not yet sent to MLflow; send them with "

@@ -236,10 +236,12 @@ def _register(
 
 
 def git_commit() -> str:
-    """Return the commit of the folder the command was started in, "" where there is none."""
-    command = ["git", "rev-parse", "--short=12", "HEAD"]
+    """Return the commit of the checkout that this package is run from, "" where it is installed or copied."""
+    checkout = Path(__file__).parents[1]
+    command = ["git", "-C", str(checkout), "rev-parse", "--show-toplevel", "--short=12", "HEAD"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
     except (OSError, subprocess.TimeoutExpired):
         return ""
-    return done.stdout.strip() if done.returncode == 0 else ""
+    top, _, commit = done.stdout.strip().partition("\n")
+    return commit if done.returncode == 0 and Path(top) == checkout else ""  # else a repository around site-packages

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 FORM = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-BEGUN = "begun, or gone on with"
+BEGUN = "this process begins the run, or goes on with it"
 """The first line of each process that writes to the log; what stood there before is another one's."""
 COMPARISON_FAILED = "the comparison failed"
 

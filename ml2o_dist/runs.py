@@ -31,6 +31,7 @@ from ml2o_dist.run_storage import RunStorage, StorageError, open_storage
 from ml2o_dist.stopping import StopRequest, stop_on_signals
 from ml2o_dist.tracking.records import Status
 from ml2o_dist.tracking.sink import MlflowSink
+from ml2o_dist.tracking.spool import SPOOL_FOLDER, unsent_values
 from ml2o_dist.tracking.store import redacted, tracking_uri_to_keep
 
 MOST_CHECKED = 1000
@@ -63,6 +64,7 @@ def meta_train(
     uri = tracking_uri_to_keep(settings.tracking.uri)
     storage = run_dir if isinstance(run_dir, RunStorage) else open_storage(run_dir, resume=resume)
     check_folder(storage.folder)
+    unsent_values(storage.folder / SPOOL_FOLDER)  # refuses a run that another process is writing
     trainer = Trainer(settings, storage.folder, on_saved=storage.commit)
     same_run = resume
     refused: list[str] = []

@@ -74,6 +74,10 @@ def stop_on_signals(*, at_once: bool = False, last_words: Callable[[], str] = la
     except KeyboardInterrupt:
         request.signal_number = request.signal_number or signal.SIGINT
         raise Interrupted(request.signal_number, line()) from None
+    except Exception:  # imports that catch everything go on half done, and fail later in any way
+        if request.at_once and request():
+            raise Interrupted(request.signal_number, line()) from None
+        raise
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -54,6 +54,15 @@ def test_a_server_that_says_nothing_is_waited_for_some_seconds_only(no_ray, monk
             connected(address).__enter__()
 
 
+def test_a_ray_that_does_not_come_up_is_one_line(no_ray, monkeypatch):
+    def init(**options):
+        raise Exception("The current node timed out during startup.\nThis could happen ...")
+
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(UserError, match=r"^Ray did not start; on a busy machine try again: The current node timed out"):
+        connected("local").__enter__()
+
+
 def test_a_real_cluster_passes(cluster):
     cluster_connection._check_answers(ray.get_runtime_context().gcs_address, "--address")
 

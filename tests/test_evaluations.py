@@ -313,6 +313,9 @@ def test_a_folder_of_something_else_is_not_written_over(home, monkeypatch):
     (home / "runs/a").mkdir(parents=True)
     (home / "runs/a/config.yaml").write_text("seed: 1\n")
     assert f"{home}/runs/a holds a meta-training; choose another --run-dir" in refusal(*QUICK, "--run-dir", "runs/a")
+    (home / "runs/b").mkdir()
+    (home / "runs/b/evaluation.json").write_text("{}")
+    assert f"{home}/runs/b holds an evaluation; choose another --run-dir" in refusal(*QUICK, "--run-dir", "runs/b")
     (home / "file").write_text("")
     assert "cannot be written" in refusal(*QUICK, "--run-dir", "file/x")
 

@@ -19,7 +19,7 @@ from ml2o_dist.artifact import load_artifact
 from ml2o_dist.cli import main
 from ml2o_dist.config_file import load_settings
 from ml2o_dist.errors import UserError
-from ml2o_dist.finishing import finished_answer
+from ml2o_dist.finishing import finished_answer, git_commit
 from ml2o_dist.metatrain.checkpoint import newest_checkpoint
 from ml2o_dist.metatrain.pool import WorkerPool
 from ml2o_dist.metatrain.trainer import Trainer
@@ -294,6 +294,14 @@ def test_an_error_in_mid_run_aborts_with_a_checkpoint_and_exit_code_4(cluster, h
     assert "MemoryError: no memory left; checkpoint at meta-step 2 of 6 written" in result.stderr
     assert newest_checkpoint(home / "runs/e/checkpoints")[0].meta_step == 2
     assert "Traceback" not in result.stderr
+
+
+def test_the_commit_is_that_of_the_package_wherever_it_is_run_from(tmp_path, monkeypatch):
+    root = Path(__file__).parents[1]
+    head = subprocess.run(["git", "-C", root, "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout
+    monkeypatch.chdir(tmp_path)
+    assert git_commit() == head[:12]
+    assert len(git_commit()) in ((12,) if (root / ".git").exists() else (0,))
 
 
 def test_resume_refuses_other_image_data(cluster, home, monkeypatch):

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -53,6 +54,17 @@ def test_at_once_it_raises_with_the_last_words_until_that_is_taken_back(number):
         stop.at_once = False
         signal.raise_signal(number)
         assert stop()
+
+
+def test_a_signal_that_an_import_swallowed_is_what_ends_the_work():
+    def work():
+        with stop_on_signals(at_once=True):
+            with suppress(BaseException):
+                signal.raise_signal(signal.SIGTERM)
+            raise RecursionError("half imported")
+
+    with pytest.raises(Interrupted, match=r"^stopped by SIGTERM$"):
+        work()
 
 
 SECOND = """

@@ -19,7 +19,7 @@ ALWAYS = (OPTIMIZER, LOSS, CRITICALITY, EVALUATIONS, TIME)
 """Columns that are shown though there is nothing in them."""
 STAR = " *"
 FRONT = ("hypervolume", "IGD+", "epsilon", "outside")
-SECOND = (ACCEPTED, SHARE, *FRONT)
+SECOND = (EVALUATIONS, TIME, ACCEPTED, SHARE, *FRONT)
 """Columns of a second table on the terminal: all would not fit."""
 NARROWEST = {OPTIMIZER: 16, OBJECTIVES: 9, ACCURACY: 8}
 """Of the columns that may be broken into lines."""
@@ -28,7 +28,7 @@ NARROWEST = {OPTIMIZER: 16, OBJECTIVES: 9, ACCURACY: 8}
 def evaluation_table(evaluation: Evaluation) -> Group:
     """Return tables for the terminal, one for each problem, in the order in which the optimizers were named.
 
-    They fit in 110 columns; what the guard did and how far the known front is are in a second one.
+    They fit in 80 columns; costs, what the guard did and how far the known front is are in a second one.
     """
     parts: list[Table | Text] = [Text(caption(evaluation), style="dim")]
     for problem in dict.fromkeys(row.problem for row in evaluation.rows):
@@ -90,7 +90,7 @@ def row_figures(row: Row) -> dict[str, str]:
         (NOTHING,) * len(FRONT)
         if front is None
         else (
-            number(front.hypervolume),
+            f"{number(front.hypervolume)} of {number(front.hypervolume_of_front)}",
             number(front.igd_plus, "#.3g"),
             number(front.additive_epsilon, "#.3g"),
             f"{front.outside} of {row.seeds}",
@@ -124,8 +124,8 @@ def caption(evaluation: Evaluation) -> str:
         text += f" Tuned: best learning rate of {grid} on {seeds} other seed{'' if seeds == 1 else 's'}."
     if any(row.front for row in evaluation.rows):
         text += (
-            " Hypervolume (higher is better), IGD+ and epsilon are of the seeds' end points against the known front; "
-            "outside: end points that are not better than the reference point."
+            " Hypervolume (of the front's own; higher is better), IGD+ and epsilon are of the seeds' end points "
+            "against the known front; outside: end points that are not better than the reference point."
         )
     return text
 

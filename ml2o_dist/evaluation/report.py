@@ -104,10 +104,12 @@ def notes(problem: ProblemComparison) -> list[str]:
 def caption(comparison: Comparison) -> str:
     """Return what the figures are and how they were made."""
     grid = ", ".join(f"{lr:g}" for lr in comparison.learning_rates)
+    seeds = f"{comparison.tuning_seeds} other seed{'' if comparison.tuning_seeds == 1 else 's'}"
+    any_tuned = any(row.tuning for problem in comparison.problems for row in problem.rows)
+    tuned = f"Baselines: best learning rate of {grid} on {seeds}. " if any_tuned else ""
     return (
         f"Summed loss over the last tenth of {comparison.steps} steps, mean ± standard error of {comparison.seeds} "
-        f"paired seeds; lower is better. Baselines: best learning rate of {grid} on {comparison.tuning_seeds} other "
-        f"seed{'' if comparison.tuning_seeds == 1 else 's'}. Evaluations: forward + backward passes of a run. "
+        f"paired seeds; lower is better. {tuned}Evaluations: forward + backward passes of a run. "
         "Differences are paired: below 0, the learned rule is better."
     )
 

@@ -217,7 +217,7 @@ class MlflowSink:
             self.close("FAILED")
             raise refused(uri, error)
         if not answered and not stop():
-            _log.warning("MLflow at %s has not answered in %.0f s; training goes on without it", self._place, wait_s)
+            _log.warning("MLflow at %s has not answered in %.0f s; the run goes on without it", self._place, wait_s)
 
     def _work(self) -> None:
         pause, ending = 0.0, False
@@ -278,7 +278,7 @@ class MlflowSink:
             self._first_error = error
         if not self._away and (self._tried or is_temporary(error)):  # else `open` raises it
             _log.warning(
-                "MLflow at %s does not answer; training goes on, its figures are kept and sent later: %s",
+                "MLflow at %s does not answer; the run goes on, its figures are kept and sent later: %s",
                 self._place,
                 one_line(error),
             )

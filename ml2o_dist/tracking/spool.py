@@ -213,7 +213,7 @@ def _claim(file: int, folder: Path) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go by the kernel when the process ends, however it ends
     except BlockingIOError:
-        raise UserError(f"{folder} is in use: the run that writes it is still going on") from None
+        raise UserError(f"{folder.parent} is in use: the run that writes it is still going on") from None
     except OSError as error:  # a file system without locks
         _log.info("%s cannot be locked: %s", folder, error.strerror)
 

@@ -28,7 +28,7 @@ def row(name: str, loss: float, *, lr: float | None = None, objectives: int = 2,
         diverged=0,
         curve=curve,
         curve_error=(0.02,) * STEPS,
-        tuning={},
+        tuning={} if lr is None else {lr: loss},
         note="",
     )
     return replace(made, **changes)  # type: ignore[arg-type]

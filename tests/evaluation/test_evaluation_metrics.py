@@ -98,10 +98,10 @@ def test_the_tables_fit_and_say_how_they_were_made() -> None:
     rows = (ROW, GUARDED, failed, replace(ROW, problem="fonseca"))
     evaluation = Evaluation(EvaluateSettings(seeds=3, steps=50), (), rows, ())
     stream = io.StringIO()
-    Console(file=stream, width=110).print(evaluation_table(evaluation))
+    Console(file=stream, width=80).print(evaluation_table(evaluation))
     text = stream.getvalue()
     assert "…" not in text
-    assert max(map(len, text.splitlines())) <= 110
+    assert max(map(len, text.splitlines())) <= 80
     for part in ("last tenth of 50 steps", "3 paired seeds", "0.001, 0.003, 0.01, 0.03, 0.1 on 1 other seed",
                  "gml2o:nan", "3 of 3 cells failed", "62 %", "1 of 3"):  # fmt: skip
         assert part in " ".join(text.split())

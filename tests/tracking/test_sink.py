@@ -91,7 +91,7 @@ def test_an_outage_is_said_once_and_nothing_is_lost(run: FakeRun, caplog: pytest
     assert sink.close() == 0
     assert values(run, "a") == [(step, float(step)) for step in range(4)]
     assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == [
-        "MLflow at nowhere does not answer; training goes on, its figures are kept and sent later: nobody there",
+        "MLflow at nowhere does not answer; the run goes on, its figures are kept and sent later: nobody there",
         "MLflow at nowhere answers again",
     ]
 
@@ -242,7 +242,7 @@ def test_an_unreachable_server_does_not_keep_training(caplog: pytest.LogCaptureF
     assert time.monotonic() - start < 15
     messages = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
     assert len(messages) == 2
-    assert messages[0].startswith("MLflow at http://127.0.0.1:9 does not answer; training goes on")
+    assert messages[0].startswith("MLflow at http://127.0.0.1:9 does not answer; the run goes on")
     assert "Connection refused" in messages[0]
     assert messages[1].startswith("1000 metric values were not sent")
     assert "\n" not in messages[0]

@@ -180,7 +180,7 @@ def test_one_process_at_a_time_and_a_killed_one_lets_go(folder: Path) -> None:
     try:
         assert child.stdout is not None
         assert child.stdout.readline() == "open\n"
-        with pytest.raises(UserError, match=r"spool is in use: the run that writes it is still going on"):
+        with pytest.raises(UserError, match=r"is in use: the run that writes it is still going on"):
             Spool(folder)
     finally:
         child.send_signal(signal.SIGKILL)

@@ -118,7 +118,7 @@ def test_cut_short_it_goes_on_and_a_run_without_an_end_was_killed(
 
 def test_a_run_that_is_still_going_on_sends_its_spool_itself(uri: str, tmp_path: Path) -> None:
     sink = MlflowSink.open(uri, EXPERIMENT, run_dir=tmp_path)
-    with pytest.raises(UserError, match="spool is in use: the run that writes it is still going on"):
+    with pytest.raises(UserError, match="is in use: the run that writes it is still going on"):
         sync(tmp_path)
     sink.close()
 
