@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import atexit
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 # Set before anything imports torch, Ray or MLflow, all of which read the environment once.
@@ -63,12 +65,22 @@ def cluster() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that use `real_data_root`; skip those marked `real_data` where there is no real data."""
+    """Mark the tests that use `real_data_root`; skip those marked `real_data` where there is no real data.
+
+    Where files run side by side, those that start Ray do so one after the other: two Rays starting at once on one
+    machine take each other's ports.
+    """
     for item in items:
+        item.add_marker(pytest.mark.xdist_group("ray" if _starts_ray(item.path) else item.path.stem))
         if "real_data_root" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.real_data)
         if _REAL_DATA is None and item.get_closest_marker("real_data") is not None:
             item.add_marker(pytest.mark.skip(reason="no real image data in ML2O_DATA or ../shared/data"))
+
+
+@cache
+def _starts_ray(file: Path) -> bool:
+    return re.search(r"\b(ray|cluster)\b", file.read_text()) is not None
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
