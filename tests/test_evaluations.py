@@ -328,7 +328,8 @@ def test_results_go_to_a_uri_too(cluster, home):
     assert answer["summary"]["run_dir"] == f"file://{home}/elsewhere"
     assert strict((home / "elsewhere/evaluation.json").read_text())["cells"] == answer["cells"]
     again = ml2o(*QUICK, "--run-dir", f"file://{home}/elsewhere", "--quiet")
-    assert (again.exit_code, again.output) == (0, "")
+    assert again.exit_code == 2
+    assert again.stderr.startswith(f"ml2o: file://{home}/elsewhere holds an evaluation; choose another --run-dir")
 
 
 def test_settings_from_a_file_and_words_that_override_it(home, monkeypatch):
