@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from uuid import uuid4
 
 import ray
 from ray._private.services import find_bootstrap_address  # what ray.init looks for; no public name has it
@@ -19,6 +22,9 @@ PROBE_S = 5.0
 
 DEFAULT_PORT = 6379
 """Where `ray start --head` listens."""
+
+MARK = "ML2O_RAY"
+"""The environment variable by which the processes of a Ray of our own are known."""
 
 log = logging.getLogger(__name__)
 
@@ -42,29 +48,48 @@ def connected(address: str = "auto") -> Iterator[str]:
             raise UserError(f"--address {address!r}: this process is connected to another Ray cluster already")
         yield "the Ray cluster of this process"
         return
+    mark = uuid4().hex
     try:
         # None: RAY_ADDRESS, else a cluster that `ray start` began here, else a new one; never a stranger's ray.init().
         target = None if address == "auto" else address
-        with own_handlers_kept():
-            context = ray.init(
-                address=target,
-                include_dashboard=False,
-                logging_level=logging.ERROR,
-                log_to_driver=log.isEnabledFor(logging.DEBUG),  # paragraphs on each worker that dies; we say it shorter
-            )
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise UserError(f"--address {address!r}: no Ray cluster answers there ({_first_line(error)})") from error
-    except Exception as error:  # a plain Exception, where its processes are not up in half a minute (Ray 2.60)
-        ray.shutdown()
-        raise UserError(f"Ray did not start; on a busy machine try again: {_first_line(error)}") from error
-    except BaseException:  # stopped when half of it was there
-        ray.shutdown()
-        raise
-    try:
+        try:
+            with own_handlers_kept(), _marked(mark):
+                context = ray.init(
+                    address=target,
+                    include_dashboard=False,
+                    logging_level=logging.ERROR,
+                    log_to_driver=log.isEnabledFor(logging.DEBUG),  # paragraphs on a worker that dies; ours are shorter
+                )
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise UserError(f"--address {address!r}: no Ray cluster answers there ({_first_line(error)})") from error
+        except Exception as error:  # a plain Exception, where its processes are not up in half a minute (Ray 2.60)
+            raise UserError(f"Ray did not start; on a busy machine try again: {_first_line(error)}") from error
         total = ray.cluster_resources()
         yield f"{context.address_info['address']}: {total.get('CPU', 0):g} CPU, {total.get('GPU', 0):g} GPU"
     finally:
         ray.shutdown()
+        _kill_marked(mark)
+
+
+@contextmanager
+def _marked(mark: str) -> Iterator[None]:
+    """Let every process that is started in the `with` block, and what that starts, carry `mark` in its environment."""
+    os.environ[MARK] = mark
+    try:
+        yield
+    finally:
+        del os.environ[MARK]
+
+
+def _kill_marked(mark: str) -> None:
+    """Kill what is left of a Ray of our own: an agent that is just starting when its raylet ends stays (Ray 2.60).
+
+    Only where there is a /proc; elsewhere it is left to Ray.
+    """
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended, or is another user's
+            if f"{MARK}={mark}".encode() in (folder / "environ").read_bytes().split(b"\0"):
+                os.kill(int(folder.name), signal.SIGKILL)
 
 
 def own_capacity(address: str) -> dict[str, float]:
