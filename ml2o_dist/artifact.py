@@ -192,7 +192,7 @@ def _fetched(place: str) -> Path:
     for source, target in ((path, file), (path.removesuffix(".safetensors") + ".json", _card_file(file))):
         with answering(f"{target.name} of {uri!r} cannot be read"), filesystem.open_input_stream(source) as stream:
             content = stream.read()
-        with replacing(target) as copy:
+        with answering(f"the copy {str(target)!r} of {uri!r} cannot be written"), replacing(target) as copy:
             copy.write(content)
     return file
 

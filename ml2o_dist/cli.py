@@ -105,9 +105,7 @@ def meta_train(
         overrides += (f"tracking.uri={tracking_uri}",)
     if resume and run_dir is None:
         raise UserError("--resume needs --run-dir, the directory of the run to go on with")
-    if run_dir == "":
-        raise UserError("--run-dir is empty (a variable of the shell that is not set?)")
-    place = run_dir or f"runs/{datetime.now():%Y%m%d-%H%M%S}"
+    place = f"runs/{datetime.now():%Y%m%d-%H%M%S}" if run_dir is None else run_dir
     if resume and config is None:
         storage = open_storage(place, resume=True)
         settings = resumed_settings(storage, overrides)
@@ -148,7 +146,7 @@ def evaluate(
     Optimizers: `initial` (untrained), a run directory, a weights file, `models:/NAME@ALIAS`, `dssmg`, `smg`, the
     adversaries `random`, `ascent`, `nan`, `huge`, `frozen`, `drift`, `turncoat`, and hand-designed ones as
     AGGREGATOR[+sgd|+momentum|+adam][@LR], tuned where there is no @LR; any of them under the guard as `gml2o:NAME`
-    (its settings: `--set guard.eps=0.1`).
+    (its settings: `--set guard.budget=1`).
 
     Exit codes: 0 done, 2 wrong words or settings, 3 some cells failed, 130 / 143 stopped.
     """
@@ -191,9 +189,8 @@ def sync(console: Console, run_dir: str, tracking_uri: str) -> dict[str, Any]:
         )
     answer = send(folder, tracking_uri)
     if answer["status"] is None:
-        console.print(
-            f"MLflow at {answer['tracking_uri']} has everything of {run_dir}", highlight=False, soft_wrap=True
-        )
+        line = f"MLflow at {answer['tracking_uri']} has everything of {run_dir}"
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
         return dict(answer)
     version = answer["registered_version"]
     console.print(

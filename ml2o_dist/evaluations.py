@@ -15,7 +15,7 @@ from rich.console import Console
 
 from ml2o_dist.cluster_connection import connected
 from ml2o_dist.config import EvaluateSettings
-from ml2o_dist.config_file import dump_settings, flat_settings, resolve_settings, settings_hash
+from ml2o_dist.config_file import dump_settings, resolve_settings
 from ml2o_dist.errors import Incomplete, Interrupted, UserError
 from ml2o_dist.evaluation.cell_tasks import run_outcomes_on_ray
 from ml2o_dist.evaluation.cells import Cell, CellResult, Outcome
@@ -34,23 +34,21 @@ from ml2o_dist.evaluation.evaluation_metrics import cell_metrics, curve_metrics,
 from ml2o_dist.evaluation.evaluation_report import evaluation_markdown, evaluation_table
 from ml2o_dist.evaluation.optimizer_names import Entrant, parse_optimizers
 from ml2o_dist.files import cache_folder, replacing
-from ml2o_dist.finishing import git_commit
 from ml2o_dist.metatrain.pool import Stopped
 from ml2o_dist.progress import StepDisplay
 from ml2o_dist.run_directory import check_writable, logged_to
 from ml2o_dist.run_storage import RunStorage, StorageError, open_storage
 from ml2o_dist.stopping import StopRequest, stop_on_signals
-from ml2o_dist.tracking.records import Status
+from ml2o_dist.tracked_run import tracked_run
 from ml2o_dist.tracking.sink import MlflowSink
 from ml2o_dist.tracking.spool import SPOOL_FOLDER, unsent_values
 from ml2o_dist.tracking.store import redacted, tracking_uri_to_keep
-from ml2o_dist.tracking.sync import sync_command
 
 RESULT, TABLE, CONFIG = "evaluation.json", "evaluation.md", "evaluate.yaml"
 """What an evaluation leaves in its folder."""
 
-CLOSE_LIMIT_S, STOP_LIMIT_S = 30.0, 3.0
-"""How long the end may wait for MLflow; after a stop, Ray gives a job 3 s by default. The rest is spooled."""
+CLOSE_LIMIT_S = 30.0
+"""How long the end may wait for MLflow: there is no checkpoint, and its whole figures are sent at the end."""
 
 log = logging.getLogger(__name__)
 
@@ -91,7 +89,8 @@ def evaluate(
             ):
                 console.print(f"Ray            {where}", highlight=False, soft_wrap=True)
                 stop.at_once = False
-                with _tracked(settings, storage, uri, data, console, stop) as sink:
+                tags = {"data_sha256": json.dumps(data)}
+                with tracked_run(settings, storage, uri, console, stop, tags=tags, close_limit_s=CLOSE_LIMIT_S) as sink:
                     evaluation = _run(settings, entrants, storage, sink, console, stop)
         except Interrupted as error:
             raise Interrupted(error.signal_number, "; but ".join([str(error), *_lacking(storage)])) from None
@@ -161,49 +160,6 @@ def _check_free(storage: RunStorage) -> None:
             f"{storage.name} holds {values} values of another evaluation, not yet sent to MLflow; send them with "
             f"`ml2o sync {storage.folder}`, or choose another --run-dir"
         )
-
-
-@contextmanager
-def _tracked(
-    settings: EvaluateSettings,
-    storage: RunStorage,
-    uri: str,
-    data: dict[str, str],
-    console: Console,
-    stop: StopRequest,
-) -> Iterator[MlflowSink]:
-    """Open the evaluation's MLflow run and end it as the `with` block ended; say what MLflow has not got."""
-    sink = MlflowSink.open(
-        uri,
-        settings.tracking.experiment,
-        run_name=storage.title,
-        params={key: str(value)[:500] for key, value in flat_settings(settings).items()},
-        tags={
-            "config_hash": settings_hash(settings),
-            "git": git_commit(),
-            "run_dir": storage.name,
-            "data_sha256": json.dumps(data),
-        },
-        run_dir=storage.folder,
-        config=settings.model_dump(mode="json", by_alias=True),
-        go_on=False,
-        stop=stop,
-    )
-    status: Status = "FINISHED"
-    try:
-        yield sink
-    except BaseException as error:
-        status = "KILLED" if isinstance(error, Interrupted) else "FAILED"
-        raise
-    finally:
-        unsent = sink.close(status, STOP_LIMIT_S if stop() else CLOSE_LIMIT_S)
-        if sink.spool:
-            console.print(
-                f"[yellow]not sent to MLflow:[/] {unsent} values and the results wait in {storage.folder}; when "
-                f"{redacted(uri)} answers: {sync_command(storage.folder, uri)}",
-                highlight=False,
-                soft_wrap=True,
-            )
 
 
 def _run(
@@ -305,4 +261,5 @@ def _lacking(storage: RunStorage) -> list[str]:
         storage.settle()
     except StorageError as error:
         return [f"{storage.name} lacks what is in {storage.folder}: {error}"]
+    storage.forget()
     return []

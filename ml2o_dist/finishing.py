@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import json
 import logging
-import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -31,11 +29,11 @@ from ml2o_dist.run_log import COMPARISON_FAILED
 from ml2o_dist.run_report import write_report
 from ml2o_dist.run_storage import RunStorage
 from ml2o_dist.stopping import StopRequest
+from ml2o_dist.tracked_run import git_commit, say_unsent
 from ml2o_dist.tracking.registry import register_version
 from ml2o_dist.tracking.sink import MlflowSink
 from ml2o_dist.tracking.spool import SPOOL_FOLDER, unsent_values
-from ml2o_dist.tracking.store import StoreAway, redacted
-from ml2o_dist.tracking.sync import sync_command
+from ml2o_dist.tracking.store import StoreAway
 
 RESULT_FILE = "result.json"
 """What `ml2o meta-train --json` printed, and what it was asked for: where this is, the run is finished."""
@@ -148,17 +146,7 @@ def show_finished(answer: Mapping[str, Any], trainer: Trainer, storage: RunStora
     weights = storage.named(str(run_dir / artifact.WEIGHTS_FILE))
     console.print(f"weights        {weights}", highlight=False, soft_wrap=True)
     if (run_dir / SPOOL_FOLDER).exists():
-        say_unsent(console, unsent_values(run_dir / SPOOL_FOLDER), run_dir / SPOOL_FOLDER, run_dir, uri)
-
-
-def say_unsent(console: Console, values: int, spool: Path, run_dir: Path, uri: str) -> None:
-    """Say what waits in the spool, and how to send it."""
-    console.print(
-        f"[yellow]not sent to MLflow:[/] {values} values wait in {spool}; when {redacted(uri)} answers: "
-        f"{sync_command(run_dir, uri)}",
-        highlight=False,
-        soft_wrap=True,
-    )
+        say_unsent(console, unsent_values(run_dir / SPOOL_FOLDER), run_dir, uri)
 
 
 def _keep(answer: Mapping[str, Any], trainer: Trainer) -> None:
@@ -233,15 +221,3 @@ def _register(
         return None
     console.print(f"registered     {tracking.model} version {version}, alias candidate", highlight=False)
     return version
-
-
-def git_commit() -> str:
-    """Return the commit of the checkout that this package is run from, "" where it is installed or copied."""
-    checkout = Path(__file__).parents[1]
-    command = ["git", "-C", str(checkout), "rev-parse", "--show-toplevel", "--short=12", "HEAD"]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return ""
-    top, _, commit = done.stdout.strip().partition("\n")
-    return commit if done.returncode == 0 and Path(top) == checkout else ""  # else a repository around site-packages

@@ -79,8 +79,11 @@ def open_storage(run_dir: Path | str, *, resume: bool = False) -> RunStorage:
     A relative folder is resolved against ML2O_HOME. The working copy of a URI lies in the cache folder.
 
     Raises:
-        UserError: an unknown scheme, a password in the URI, or a place that does not answer or cannot be written.
+        UserError: no name, an unknown scheme, a password in the URI, or a place that does not answer or cannot be
+            written.
     """
+    if not str(run_dir):
+        raise UserError("--run-dir is empty (a variable of the shell that is not set?)")
     if not is_uri(run_dir):
         folder = home_folder() / run_dir
         return RunStorage(str(folder), folder)

@@ -14,9 +14,9 @@ from rich.console import Console
 
 from ml2o_dist.cluster_connection import connected, own_capacity
 from ml2o_dist.config import MetaTrainSettings
-from ml2o_dist.config_file import flat_settings, resolve_settings, settings_hash
+from ml2o_dist.config_file import resolve_settings
 from ml2o_dist.errors import Aborted, Incomplete, Interrupted, UserError
-from ml2o_dist.finishing import finish, finished_answer, git_commit, say_unsent, show_finished
+from ml2o_dist.finishing import finish, finished_answer, show_finished
 from ml2o_dist.metatrain.capacity import check_capacity
 from ml2o_dist.metatrain.checkpoint import newest_manifest
 from ml2o_dist.metatrain.pool import PoolError, Stopped, WorkerPool
@@ -29,16 +29,13 @@ from ml2o_dist.rules.gml2o import fallback_rule
 from ml2o_dist.run_directory import check_folder, check_fresh, check_writable, written_to
 from ml2o_dist.run_storage import RunStorage, StorageError, open_storage
 from ml2o_dist.stopping import StopRequest, stop_on_signals
-from ml2o_dist.tracking.records import Status
+from ml2o_dist.tracked_run import tracked_run
 from ml2o_dist.tracking.sink import MlflowSink
 from ml2o_dist.tracking.spool import SPOOL_FOLDER, unsent_values
 from ml2o_dist.tracking.store import redacted, tracking_uri_to_keep
 
 MOST_CHECKED = 1000
 """How many combinations of a training member's choices are tried before the run."""
-
-CLOSE_LIMIT_S, STOP_LIMIT_S = 10.0, 3.0
-"""How long the end of a run may wait for MLflow; after a stop, Ray gives a job 3 s by default. The rest is spooled."""
 
 log = logging.getLogger(__name__)
 
@@ -75,6 +72,7 @@ def meta_train(
                 console.print(f"run directory  {storage.name}", highlight=False, soft_wrap=True)
                 show_finished(answer, trainer, storage, uri, console)
                 _settle(storage, "the run is done, but")
+                storage.forget()
                 return answer | {"run_dir": storage.name}
         else:
             same_run = check_fresh(storage.folder, settings)
@@ -104,9 +102,12 @@ def meta_train(
             closing(pool),
             _committed(storage),
             written_to(storage.folder, settings, console),
-            _tracked(trainer, storage, uri, console, stop, same_run) as sink,
+            tracked_run(
+                settings, storage, uri, console, stop, run_id=trainer.progress.tracking_run or None, go_on=same_run
+            ) as sink,
             _saved(trainer, storage, stop),
         ):
+            trainer.progress.tracking_run = sink.run_id or trainer.progress.tracking_run
             for refusal in refused:
                 log.warning("checkpoint refused: %s", storage.named(refusal))
             if begins:
@@ -175,40 +176,6 @@ def _saved(trainer: Trainer, storage: RunStorage, stop: StopRequest) -> Iterator
         spoken = isinstance(error, PoolError | TrainingError | Aborted)
         reason = str(error) if spoken else f"{type(error).__name__}: {error}"
         raise Aborted(f"{reason}; {what}") from error
-
-
-@contextmanager
-def _tracked(
-    trainer: Trainer, storage: RunStorage, uri: str, console: Console, stop: StopRequest, same_run: bool
-) -> Iterator[MlflowSink]:
-    """Open the trainer's MLflow run, or go on with it, and end it as the `with` block ended.
-
-    Says where the figures are that MLflow has not got, and how to send them.
-    """
-    settings = trainer.settings
-    sink = MlflowSink.open(
-        uri,
-        settings.tracking.experiment,
-        trainer.progress.tracking_run or None,
-        storage.title,
-        params={key: str(value)[:500] for key, value in flat_settings(settings).items()},
-        tags={"config_hash": settings_hash(settings), "git": git_commit(), "run_dir": storage.name},
-        run_dir=trainer.run_dir,
-        config=settings.model_dump(mode="json", by_alias=True),
-        go_on=same_run,
-        stop=stop,
-    )
-    trainer.progress.tracking_run = sink.run_id or trainer.progress.tracking_run
-    status: Status = "FINISHED"
-    try:
-        yield sink
-    except BaseException as error:
-        status = "KILLED" if isinstance(error, Interrupted) else "FAILED"
-        raise
-    finally:
-        unsent = sink.close(status, STOP_LIMIT_S if stop() else CLOSE_LIMIT_S)
-        if sink.spool:
-            say_unsent(console, unsent, sink.spool, trainer.run_dir, uri)
 
 
 def check_problems(settings: MetaTrainSettings) -> dict[str, str]:

@@ -308,6 +308,13 @@ def test_what_is_wrong_is_said_in_one_line_before_ray_is_asked_for(home, monkeyp
     assert "secret" not in line
 
 
+def test_a_run_directory_without_a_name_is_refused(home):
+    assert "--run-dir is empty" in refusal(*QUICK, "--run-dir", "")
+    result = CliRunner().invoke(main, ["meta-train", "--run-dir", ""])
+    assert result.exit_code == 2
+    assert "--run-dir is empty" in result.stderr
+
+
 def test_a_folder_of_something_else_is_not_written_over(home, monkeypatch):
     monkeypatch.setattr(evaluations, "connected", lambda address: pytest.fail("Ray was asked for"))
     (home / "runs/a").mkdir(parents=True)
@@ -327,6 +334,7 @@ def test_results_go_to_a_uri_too(cluster, home):
     answer = strict(result.stdout)
     assert answer["summary"]["run_dir"] == f"file://{home}/elsewhere"
     assert strict((home / "elsewhere/evaluation.json").read_text())["cells"] == answer["cells"]
+    assert list((home / "cache" / "runs").iterdir()) == []
     again = ml2o(*QUICK, "--run-dir", f"file://{home}/elsewhere", "--quiet")
     assert again.exit_code == 2
     assert again.stderr.startswith(f"ml2o: file://{home}/elsewhere holds an evaluation; choose another --run-dir")

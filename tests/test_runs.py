@@ -19,10 +19,11 @@ from ml2o_dist.artifact import load_artifact
 from ml2o_dist.cli import main
 from ml2o_dist.config_file import load_settings
 from ml2o_dist.errors import UserError
-from ml2o_dist.finishing import finished_answer, git_commit
+from ml2o_dist.finishing import finished_answer
 from ml2o_dist.metatrain.checkpoint import newest_checkpoint
 from ml2o_dist.metatrain.pool import WorkerPool
 from ml2o_dist.metatrain.trainer import Trainer
+from ml2o_dist.tracked_run import git_commit
 
 CONFIG = Path(__file__).parent / "small_run.yaml"
 QUICK = ["--config", str(CONFIG), "--set", "compare=false", "--set", "tracking.register=false", "--quiet"]
