@@ -5,8 +5,22 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
+from pydantic import BeforeValidator
+
+Figure = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
+"""A number that may be NaN or infinite; read back from JSON, where it is null then."""
+
+
+@dataclass(frozen=True)
+class Interval:
+    """An estimate and the interval of 95 % round it; all NaN where there is none."""
+
+    estimate: Figure
+    low: Figure
+    high: Figure
 
 
 def mean_and_standard_error(values: Sequence[float]) -> tuple[float, float]:
