@@ -170,9 +170,7 @@ def summarise(
         rows=tuple(rows),
         standings=standings(rows, settings.reference, {text for text, each in problems.items() if each.positive}),
         failed=tuple(failed),
-        fronts={
-            text: _front_points(problem) for text, problem in problems.items() if _known_front(problem) is not None
-        },
+        fronts={text: points for text, problem in problems.items() if (points := _shown_front(problem))},
         seconds=seconds,
     )
 
@@ -321,21 +319,22 @@ def _row(planned: Planned, outcomes: Sequence[Outcome], tuned: Tuned | None, bud
 
 
 def _after(result: CellResult, spent: Tensor, budget: float) -> float:
-    """Return the summed loss at the last step that keeps `spent` [steps], which grows, within `budget`; at least one."""
+    """Return the summed loss at the last step, or the first, up to which `spent` [steps] is within `budget`."""
     steps = max(1, int((spent <= budget).sum()))
     return float(finite_sum(result.final_after(steps))[0])
 
 
-def _known_front(problem: Problem) -> Tensor | None:
+def _known_front(problem: Problem, points: int = FRONT_POINTS) -> Tensor | None:
     try:
-        return problem.pareto_front(FRONT_POINTS)
+        return problem.pareto_front(points)
     except UserError:  # none is known
         return None
 
 
-def _front_points(problem: Problem) -> tuple[tuple[float, ...], ...]:
-    points = problem.pareto_front(SHOWN_POINTS)
-    return tuple(tuple(point) for point in points.tolist())
+def _shown_front(problem: Problem) -> tuple[tuple[float, ...], ...]:
+    """Return about `SHOWN_POINTS` points of the known front, () where none is."""
+    front = _known_front(problem, SHOWN_POINTS)
+    return () if front is None else tuple(map(tuple, front.tolist()))
 
 
 def _mean(values: Sequence[float]) -> tuple[float, float]:

@@ -126,9 +126,8 @@ def _improvement(ours: Losses, theirs: Losses) -> Interval:
     strata = [pairs for pairs in strata if pairs]
     if not strata:
         return Interval(math.nan, math.nan, math.nan)
-    return improvement_interval(
-        [[a for a, _ in pairs] for pairs in strata], [[b for _, b in pairs] for pairs in strata]
-    )
+    mine, others = ([[pair[i] for pair in pairs] for pairs in strata] for i in (0, 1))
+    return improvement_interval(mine, others)
 
 
 def _mean_rank(found: Mapping[str, Row], others: Sequence[Mapping[str, Row]]) -> float:
