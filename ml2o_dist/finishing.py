@@ -85,6 +85,9 @@ def finish(
             sink.log_artifact(run_dir / "comparison.md")
             sink.log_artifact(run_dir / "comparison.json")
             plot_evaluation(comparison, plots)
+            if comparison.failed:
+                first, count = comparison.failed[0], len(comparison.failed)
+                failure = f"{count} cells of the comparison failed; {first.optimizer} on {first.problem}: {first.error}"
     except Stopped:
         raise
     except Exception as error:  # a cell or a picture that broke must not cost the finished weights
@@ -201,11 +204,6 @@ def _compare(trainer: Trainer, console: Console, stop: StopRequest) -> Evaluatio
     comparison = run_benchmark(named, entrants, console, stop)
     console.print(f"compared in {comparison.seconds:.0f} s", highlight=False)
     console.print(evaluation_table(comparison))
-    if comparison.failed:
-        first = comparison.failed[0]
-        raise RuntimeError(
-            f"{len(comparison.failed)} cells failed; {first.optimizer} on {first.problem}: {first.error}"
-        )
     return comparison
 
 
