@@ -254,7 +254,7 @@ class _Budget:
             return cls()
         evaluations = [float(result.evaluations[-1]) for result in results]
         seconds = [float(result.seconds.sum()) for result in results]
-        return cls(sum(evaluations) / len(results), sum(seconds) / len(results))
+        return cls(_mean(evaluations)[0], _mean(seconds)[0] * (1 + 1e-6))  # the reference keeps within its own
 
 
 def _cell(settings: EvaluateSettings, contestant: Contestant, task: Task, seed: int, stream: str) -> Cell:
@@ -279,6 +279,8 @@ def _row(planned: Planned, outcomes: Sequence[Outcome], tuned: Tuned | None, bud
     results = [outcome for outcome in outcomes if isinstance(outcome, CellResult)]
     cells = [evaluated(planned, result) for result in results]
     loss, loss_error = _mean([float(result.final_sum[0]) for result in results])
+    pace = _mean([float(result.seconds.mean()) for result in results])[0]  # of one seed it would be too noisy
+    times = pace * torch.arange(1, planned.task.steps + 1)
     measure, measure_error = _mean([cell.criticality for cell in cells])
     curves = [result.losses[:, 0].sum(dim=1) for result in results]
     accepted = [result.guard.accepted[:, 0] for result in results if result.guard is not None]
@@ -298,7 +300,7 @@ def _row(planned: Planned, outcomes: Sequence[Outcome], tuned: Tuned | None, bud
             float(outcome.final_sum[0]) if isinstance(outcome, CellResult) else math.nan for outcome in outcomes
         ),
         loss_at_evaluations=_mean([_after(result, result.evaluations, budget.evaluations) for result in results])[0],
-        loss_at_time=_mean([_after(result, result.seconds.cumsum(0), budget.seconds) for result in results])[0],
+        loss_at_time=_mean([_after(result, times, budget.seconds) for result in results])[0],
         losses=_means([cell.losses for cell in cells]) or (),
         test_accuracy=_means([cell.test_accuracy for cell in cells]),
         criticality=measure,

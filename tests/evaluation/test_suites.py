@@ -93,7 +93,7 @@ def test_a_suite_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(UserError, match=r"empty.yaml' names no baselines"):
         load_suite("empty.yaml")
     (tmp_path / "wrong.yaml").write_text("problems: [fonseca]\nbaselines: [mean+adam]\nseedz: 3\n")
-    with pytest.raises(UserError, match=r"'seedz'; did you mean 'seeds'"):
+    with pytest.raises(UserError, match=r"'seedz'; did you mean 'seed'"):
         load_suite("wrong.yaml")
 
 
