@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import signal
+import subprocess
+import sys
+import time
 
 import pytest
 from click.testing import CliRunner
@@ -394,3 +398,45 @@ def test_settings_from_a_file_and_words_that_override_it(home, monkeypatch):
     assert (settings.seed, settings.seeds, settings.steps) == (7, 1, 4)
     assert (settings.guard.p, settings.guard.eps, settings.tracking.uri) == (0.9, 0.5, "http://h:1")
     assert (run_dir, options["address"]) == ("r", "local")
+
+
+def without_times(answer) -> list:
+    """Everything of an answer's cells and rows that is a function of what was asked for."""
+    measured = {"ms_per_step", "guard_share", "loss_at_time"}
+    parts = [*answer["cells"], *answer["summary"]["rows"]]
+    return [{key: value for key, value in part.items() if key not in measured} for part in parts]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("after", [1, 5, 17])
+def test_killed_at_a_random_moment_it_gives_the_same_table_and_repeats_no_finished_cell(cluster, home, monkeypatch, after):
+    words = [*named(["mean+sgd", "gml2o:random"], ["fonseca", DIGITS]), "--seeds", "4", "--steps", "60",
+             "--set", "learning_rates=[0.01, 0.1]", "--set", "criticality_batches=4"]  # fmt: skip
+    command = [sys.executable, "-m", "ml2o_dist", "evaluate", *words, "--address", "local"]
+    kept = home / "cache" / "cells"
+    with open(home / "stderr", "w") as errors:
+        child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, env=os.environ)
+        limit = time.monotonic() + 120
+        while len(list(kept.rglob("*.safetensors"))) < after and child.poll() is None:
+            assert time.monotonic() < limit, (home / "stderr").read_text()
+            time.sleep(0.01)
+        time.sleep(random.Random().uniform(0, 0.2))
+        child.send_signal(signal.SIGKILL)
+        child.wait(timeout=60)
+    finished = {file: file.stat().st_mtime_ns for file in kept.rglob("*.safetensors") if not file.name.startswith(".")}
+    assert len(finished) >= after
+    ran = []
+    run = benchmark_run.run_outcomes_on_ray
+
+    def counting(cells, on_outcome, **options):
+        ran.extend(cells)
+        run(cells, on_outcome, **options)
+
+    monkeypatch.setattr(benchmark_run, "run_outcomes_on_ray", counting)
+    resumed = ml2o(*words, "--json")
+    assert resumed.exit_code == 0, resumed.output
+    assert len(finished) + len(ran) == 2 * 2 + 2 * 2 * 4
+    assert {file: file.stat().st_mtime_ns for file in finished} == finished
+    monkeypatch.setenv("ML2O_CACHE", str(home / "other"))
+    undisturbed = ml2o(*words, "--json")
+    assert without_times(strict(resumed.stdout)) == without_times(strict(undisturbed.stdout))

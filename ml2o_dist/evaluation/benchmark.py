@@ -230,13 +230,12 @@ def thinned(curves: Sequence[Tensor], accepted: Sequence[Tensor]) -> Curve:
     steps = len(curves[0])
     width = math.ceil(steps / CURVE_POINTS)
     ends = [min(end, steps) for end in range(width, steps + width, width)]
-    binned = torch.stack([curve.split(width)[i].mean() for curve in curves for i in range(len(ends))])
-    binned = binned.reshape(len(curves), len(ends))
-    stacked = [mean_and_standard_error(column) for column in binned.T.tolist()]
+    binned = [[float(part.mean()) for part in torch.split(curve, width)] for curve in curves]
+    stacked = [mean_and_standard_error(values) for values in zip(*binned, strict=True)]
     shares = None
     if accepted:
         mean = torch.stack(list(accepted)).double().mean(dim=0)
-        shares = tuple(float(part.mean()) for part in mean.split(width))
+        shares = tuple(float(part.mean()) for part in torch.split(mean, width))
     means, errors = zip(*stacked, strict=True)
     return Curve(tuple(ends), means, errors, shares)
 

@@ -232,7 +232,7 @@ class Evaluation:
 
         With `curves` it is read back whole by `from_json`, else without curves and fronts.
         """
-        summary = {
+        summary: dict[str, Any] = {
             "suite": self.suite,
             "suite_sha256": self.suite_sha256,
             "steps": self.settings.steps,
