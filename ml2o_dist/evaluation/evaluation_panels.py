@@ -143,13 +143,14 @@ def draw_times(panel: Axes, rows: Sequence[Row], looks: Looks, *, named: bool) -
 def profile_losses(evaluation: Evaluation) -> dict[str, list[float]]:
     """Return the losses of each optimizer over all problems and seeds, inf where a run diverged or could not be made.
 
-    Problems with a loss that is not positive are left out: nothing is within a factor of it.
+    Problems with a loss that is not positive are left out: nothing is within a factor of it; so are those without any.
     """
     losses: dict[str, list[float]] = {}
     for problem in evaluation.problems:
         rows = evaluation.rows_of(problem)
         found = {row.optimizer: [_or_inf(loss) for loss in row.seed_losses] for row in rows}
-        if all(loss > 0 for each in found.values() for loss in each):
+        known = [loss for each in found.values() for loss in each]
+        if min(known, default=math.inf) < math.inf and min(known) > 0:
             for name, each in found.items():
                 losses.setdefault(name, []).extend(each)
     return losses
