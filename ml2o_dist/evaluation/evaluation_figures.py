@@ -11,6 +11,8 @@ from ml2o_dist.evaluation.statistics import Interval, PairedDifference, paired_d
 
 NOTHING = "-"
 STAR = " *"
+SHORT_HEADING = 8
+"""Letters of the name of a column that is not broken into two lines."""
 LEARNED, INITIAL = "learned", "initial"
 """Names of the entrants at the end of a meta-training: the weights that it kept, and the network before it."""
 
@@ -20,7 +22,7 @@ CRITICALITY, TIME, EVALUATIONS, ACCEPTED, GUARD = "criticality", "ms/step", "eva
 FRONT = ("hypervolume", "IGD+", "epsilon", "outside")
 RATIO, TO_BEST, IMPROVED, RANK = "ratio", "to best", "improved %", "rank"
 RATIO_AT_EVALUATIONS, RATIO_AT_TIME = "ratio by evals", "ratio by time"
-DELTA_M, DELTA_M_ACCURACY, SPEEDUP, LOG_AREA, DIVERGED = "Δm %", "accuracy Δm %", "speedup", "log area", "diverged %"
+DELTA_M, DELTA_M_ACCURACY, SPEEDUP, LOG_AREA, DIVERGED = "Δm %", "Δm % accuracy", "speedup", "log area", "diverged %"
 
 
 class Shown(NamedTuple):
@@ -102,55 +104,15 @@ def ranked_standings(standings: Sequence[Standing]) -> list[Standing]:
     return sorted(standings, key=lambda each: (_or_inf(each.ratio.estimate), _or_inf(each.mean_rank)))
 
 
-def caption(evaluation: Evaluation) -> str:
-    """Return what the figures of the rows are and how they were made."""
-    settings = evaluation.settings
-    said = [
-        f"Suite {evaluation.suite}." if evaluation.suite else "",
-        f"Loss: summed over the objectives, over the last tenth of {settings.steps} steps (of N on a problem written "
-        f"PROBLEM@N), mean ± standard error of {_count(settings.seeds, 'paired seed')}; lower is better.",
-    ]
-    if any(row.optimizer == settings.reference for row in evaluation.rows):
-        said.append(
-            "By evals, by time: the same when as many evaluations, or as much time, were spent as "
-            f"{settings.reference} spends in all its steps."
-        )
-    if any(row.test_accuracy for row in evaluation.rows):
-        said.append("Test accuracy: on unseen data, of each task; higher is better.")
-    said.append(
-        "Criticality: of the end point on a large fixed batch; lower is better, but it says little alone: it is small "
-        "on flat stretches too. Evals: evaluations, that is forward and backward passes of a run."
-    )
-    if any(row.acceptance is not None for row in evaluation.rows):
-        said.append("Accepted: steps at which the guard took the learned candidate; guard: its share of their time.")
-    if any(row.front for row in evaluation.rows):
-        said.append(
-            "Hypervolume (of the front's own; higher is better), IGD+ and epsilon (lower is better) are of the seeds' "
-            "end points against the known front; outside: end points that are not better than the reference point."
-        )
-    if any(row.tuning for row in evaluation.rows):
-        grid, seeds = ", ".join(f"{lr:g}" for lr in settings.learning_rates), settings.tuning_seeds
-        said.append(f"Tuned: best learning rate of {grid} on {_count(seeds, 'other seed')}.")
-    return " ".join(filter(None, said))
+def heading(name: str) -> tuple[str, str]:
+    """Split the name of a column where it may be broken, before its last word; the first part is "" for a short one."""
+    first, _, last = name.rpartition(" ")
+    return (first, last) if len(name) > SHORT_HEADING else ("", name)
 
 
-def standings_caption(evaluation: Evaluation) -> str:
-    """Return what the figures of the standings are; or why there are none."""
-    reference, problems = evaluation.settings.reference, len(evaluation.problems)
-    if not evaluation.standings:
-        return f"No standings: the reference {reference} is not among the optimizers." if problems else ""
-    counted = max(standing.problems for standing in evaluation.standings)
-    of = "" if counted == problems else f" of {problems}; the losses of the others are not positive by construction"
-    return (
-        f"Against {reference} on the same seeds, over {_count(counted, 'problem')}{of}; [in brackets]: intervals of "
-        "95 %. Ratio: of the losses, interquartile mean of its logarithm; below 1 is better. To best: the ratio to "
-        "each problem's best baseline (of a baseline, to the best of all). Improved: probability to end lower than the "
-        "reference. Rank: mean, among the baselines and the optimizer; 1 is best. Ratio by evals, by time: after "
-        "as many evaluations, or as much time, as the reference. Δm: mean change of each objective's loss (of each "
-        "task's accuracy); below 0 is better. Speedup: how many times the optimizer's steps the best baseline needs "
-        "for the same loss; above 1 is quicker. Log area: mean of the ratio's logarithm over all steps; below 0 is "
-        "better. Diverged: share of the runs."
-    )
+def count(number: int, what: str) -> str:
+    """Return a number and what it counts, in the plural where it is not 1."""
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def verdicts(evaluation: Evaluation, problem: str) -> list[str]:
@@ -225,7 +187,7 @@ def _verdict(evaluation: Evaluation, learned: Row, other: Row) -> str:
     if math.isfinite(difference.mean):
         figures = f" ({number(difference.mean, '+#.3g')} ± {number(difference.standard_error, '#.2g')})"
     lower = sum(a < b for a, b in pairs)
-    seeds = f"{lower} of {_count(len(pairs), 'seed')} lower"
+    seeds = f"{lower} of {count(len(pairs), 'seed')} lower"
     return f"{LEARNED} {'is ' if ratio else 'against '}{ratio}{other.label}: {difference.verdict}{figures}, {seeds}"
 
 
@@ -277,10 +239,6 @@ def _share(value: float | None) -> Shown:
 def _with_error(mean: float, error: float, form: str) -> str:
     shown = number(mean, form)
     return shown if shown == NOTHING else f"{shown} ± {number(error, '#.2g')}"
-
-
-def _count(count: int, what: str) -> str:
-    return f"{count} {what}{'' if count == 1 else 's'}"
 
 
 def _or_nan(value: float | None) -> float:

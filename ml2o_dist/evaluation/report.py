@@ -10,12 +10,13 @@ from rich.table import Table
 from rich.text import Text
 
 from ml2o_dist.evaluation.evaluated import Evaluation
+from ml2o_dist.evaluation.evaluation_captions import caption, row_terms, rows_lead, standing_terms, standings_lead
 from ml2o_dist.evaluation.evaluation_figures import (
     LOSS,
     OPTIMIZER,
     STAR,
     Shown,
-    caption,
+    heading,
     note,
     ranked,
     ranked_standings,
@@ -23,7 +24,6 @@ from ml2o_dist.evaluation.evaluation_figures import (
     row_figures,
     standing_columns,
     standing_figures,
-    standings_caption,
     verdicts,
 )
 
@@ -50,9 +50,9 @@ def evaluation_table(evaluation: Evaluation) -> Group:
         styled = [_styled(standing_figures(each), i, each.role) for i, each in enumerate(standings)]
         parts += [Text("Standings", style="bold underline")]
         parts += _tables(styled, standing_columns(standings))
-    if said := standings_caption(evaluation):
+    if said := caption(standings_lead(evaluation), standing_terms(evaluation)):
         parts += [Text(said, style="dim"), Text()]
-    parts.append(Text(caption(evaluation), style="dim"))
+    parts.append(Text(caption(rows_lead(evaluation), row_terms(evaluation)), style="dim"))
     for problem in evaluation.problems:
         rows = ranked(evaluation.rows_of(problem))
         styled = [_styled(row_figures(row), i, roles[row.optimizer]) for i, row in enumerate(rows)]
@@ -74,9 +74,9 @@ def evaluation_markdown(evaluation: Evaluation) -> str:
             figures = standing_figures(each)
             lines.append(_line([_label(figures, best=i == 0), *(figures[name].text for name in columns[1:])]))
         lines.append("")
-    if said := standings_caption(evaluation):
+    if said := caption(standings_lead(evaluation), standing_terms(evaluation)):
         lines += [_plain(said), ""]
-    lines += [_plain(caption(evaluation)), ""]
+    lines += [_plain(caption(rows_lead(evaluation), row_terms(evaluation))), ""]
     columns = row_columns(evaluation, evaluation.rows) if evaluation.rows else [OPTIMIZER, LOSS]
     lines += _head(["problem", *columns])
     sentences = []
@@ -140,7 +140,7 @@ def _table(rows: Rows, columns: Sequence[str], widths: Mapping[str, int]) -> Tab
     names = max(len(figures[OPTIMIZER].text) for _, figures in rows)
     table.add_column(OPTIMIZER, overflow="fold", width=max(widths[OPTIMIZER], min(room, names)))
     for name in columns[1:]:
-        table.add_column("\n".join(_heading(name)), justify="right", overflow="fold", width=widths[name])
+        table.add_column("\n".join(filter(None, heading(name))), justify="right", overflow="fold", width=widths[name])
     for style, figures in rows:
         table.add_row(*(Text(figures[name].text) for name in columns), style=style)
     return table
@@ -148,13 +148,7 @@ def _table(rows: Rows, columns: Sequence[str], widths: Mapping[str, int]) -> Tab
 
 def _width(name: str, cells: Sequence[str]) -> int:
     width = max(map(len, cells))
-    return max(min(width, LONGEST_NAME) if name == OPTIMIZER else width, *map(len, _heading(name)))
-
-
-def _heading(name: str) -> list[str]:
-    """Break a column's name into two lines where that is shorter: its last word stands by itself."""
-    first, _, last = name.rpartition(" ")
-    return [first, last] if first and len(name) > 7 else [name]
+    return max(min(width, LONGEST_NAME) if name == OPTIMIZER else width, *map(len, heading(name)))
 
 
 def _head(columns: Sequence[str]) -> list[str]:

@@ -260,11 +260,12 @@ def suite(problems: int = 12, optimizers: int = 8, seeds: int = 5) -> Evaluation
     rows = []
     for p, problem in enumerate(tasks):
         objectives = next((m for m in (1, 3, 5) if f"m={m}" in problem), 2)
+        tiny = "quadratic" in problem
         steps = int(problem.partition("@")[2] or 200)
         for i, (name, role) in enumerate(names):
-            loss = (0.3 + 0.1 * ((i * 7 + p * 3) % 9)) * (1 if p % 3 else 0.01) * (0.6 if role == "learned" else 1)
+            loss = (0.3 + 0.1 * ((i * 7 + p * 3) % 9)) * (0.01 if tiny else 1) * (0.6 if role == "learned" else 1)
             guarded = name.startswith("gml2o:")
-            shape = curve(loss, seed=i + p, steps=steps, start=4.0 if p % 3 else 2.0, guarded=guarded)
+            shape = curve(loss, seed=i + p, steps=steps, start=2.0 if tiny else 4.0, guarded=guarded)
             made = row(
                 name, problem, loss, role=role, objectives=objectives, seeds=seeds, steps=steps, curve=shape,
                 lr=0.01 if role == "baseline" and "@" not in name else None,
