@@ -7,14 +7,8 @@ from collections.abc import Collection, Mapping, Sequence
 
 from ml2o_dist.evaluation.curve_statistics import log_area, speedup
 from ml2o_dist.evaluation.evaluated import Row, Standing
-from ml2o_dist.evaluation.statistics import (
-    Interval,
-    delta_m,
-    improvement_interval,
-    iqm_interval,
-    mean_ranks,
-    share_interval,
-)
+from ml2o_dist.evaluation.statistics import Interval, improvement_interval, iqm_interval, share_interval
+from ml2o_dist.evaluation.table_statistics import delta_m, mean_ranks
 
 LARGEST_RATIO = 1e6
 """A loss counts as at most so many times another, and at least 1 / so many: a run that diverged counts as that."""
