@@ -148,7 +148,9 @@ def test_the_folder_has_the_results_and_settings_that_give_them_again(finished):
     folder = home / "runs" / "e"
     assert {path.name for path in folder.iterdir()} == {
         "evaluation.json", "evaluation.md", "evaluate.yaml", "run.log", "report.html", "plots"}  # fmt: skip
-    assert {"learning_curves.png", "time_per_step.png", "acceptance.png"} <= {f.name for f in (folder / "plots").iterdir()}
+    assert {"learning_curves.png", "time_per_step.png", "acceptance.png"} <= {
+        f.name for f in (folder / "plots").iterdir()
+    }
     kept = strict((folder / "evaluation.json").read_text())
     assert kept["cells"] == answer["cells"]
     assert len(kept["summary"]["rows"][0]["curve"]["loss"]) == 20
@@ -409,7 +411,9 @@ def without_times(answer) -> list:
 
 @pytest.mark.long
 @pytest.mark.parametrize("after", [1, 5, 17])
-def test_killed_at_a_random_moment_it_gives_the_same_table_and_repeats_no_finished_cell(cluster, home, monkeypatch, after):
+def test_killed_at_a_random_moment_it_gives_the_same_table_and_repeats_no_finished_cell(
+    cluster, home, monkeypatch, after
+):
     words = [*named(["mean+sgd", "gml2o:random"], ["fonseca", DIGITS]), "--seeds", "4", "--steps", "60",
              "--set", "learning_rates=[0.01, 0.1]", "--set", "criticality_batches=4"]  # fmt: skip
     command = [sys.executable, "-m", "ml2o_dist", "evaluate", *words, "--address", "local"]

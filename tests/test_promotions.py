@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 
 import pytest
 from click.testing import CliRunner
 
-from ml2o_dist import evaluations, promotions
+from ml2o_dist import promotions
 from ml2o_dist.artifact import save_artifact
 from ml2o_dist.cli import main
 from ml2o_dist.config import RuleSettings
+from ml2o_dist.evaluation.cells import CellFailure, run_cell
 from ml2o_dist.rules.ml2o import ML2ONetwork
 from ml2o_dist.tracking.promotion import champion_of, promote_version
 from ml2o_dist.tracking.registry import find_version, register_version
@@ -34,6 +36,21 @@ def home(tmp_path, monkeypatch):
     return tmp_path
 
 
+@pytest.fixture
+def ran(monkeypatch):
+    """The cells that were run: here, in this process, one by one."""
+    cells = []
+
+    def here(missing, on_outcome, **options):
+        for index, cell in enumerate(missing):
+            cells.append(cell)
+            on_outcome(index, run_cell(cell))
+
+    monkeypatch.setattr("ml2o_dist.evaluations.connected", lambda address: nullcontext("nowhere"))
+    monkeypatch.setattr("ml2o_dist.benchmark_run.run_outcomes_on_ray", here)
+    return cells
+
+
 def uri(home) -> str:
     return f"sqlite:///{home}/mlflow.db"
 
@@ -41,7 +58,8 @@ def uri(home) -> str:
 def register(home, lr: float) -> int:
     """A version that is Adam on the sum at this learning rate."""
     rule = RuleSettings(hidden=3, lr=lr)
-    saved = save_artifact(home / f"lr{lr}", ML2ONetwork(rule).state_dict(), rule, {"meta_steps": 0})
+    weights = {name: tensor + 1e-6 * lr for name, tensor in ML2ONetwork(rule).state_dict().items()}
+    saved = save_artifact(home / f"lr{lr}", weights, rule, {"meta_steps": 0})
     return register_version(uri(home), "ml2o", saved.path, description="Adam, really")
 
 
@@ -49,7 +67,7 @@ def promote(*words: str):
     return CliRunner().invoke(main, ["models", "promote", *words, "--suite", "gate.yaml", "--json"])
 
 
-def test_better_ones_are_promoted_worse_ones_refused_and_a_rollback_restores(cluster, home, monkeypatch):
+def test_better_ones_are_promoted_worse_ones_refused_and_a_rollback_restores(home, ran):
     slow, good, worse, best = (register(home, lr) for lr in (0.001, 0.05, 0.02, 0.2))
     refused = promote(f"ml2o/{slow}")
     assert refused.exit_code == 5, refused.output
@@ -70,16 +88,14 @@ def test_better_ones_are_promoted_worse_ones_refused_and_a_rollback_restores(clu
     assert refused.stderr.splitlines()[-1].startswith(f"ml2o: ml2o/{worse} is worse than ml2o/{good}: ")
     assert champion_of(uri(home), "ml2o") == good
 
-    monkeypatch.setattr(evaluations, "connected", lambda address: pytest.fail("Ray was asked for"))
+    ran.clear()
     forced = promote(f"ml2o/{worse}", "--force")
-    assert forced.exit_code == 0, "and every cell was found"
+    assert forced.exit_code == 0, forced.output
+    assert ran == [], "every cell was found"
     assert json.loads(forced.stdout)["forced"] is True
     tags = find_version(uri(home), "models:/ml2o@champion")["tags"]
     assert tags["forced"].startswith(f"ml2o/{worse} is worse than ml2o/{good}")
     assert tags["promoted_over"] == str(good)
-    monkeypatch.undo()
-    monkeypatch.setenv("ML2O_HOME", str(home))
-    monkeypatch.setenv("ML2O_CACHE", str(home / "cache"))
 
     back = CliRunner().invoke(main, ["models", "rollback", "--json"])
     assert json.loads(back.stdout) == {"name": "ml2o", "champion": good, "previous": worse}
@@ -100,7 +116,7 @@ def test_better_ones_are_promoted_worse_ones_refused_and_a_rollback_restores(clu
     assert f"ml2o/{best} is the champion already" in again.stderr
 
 
-def test_a_champion_that_changed_meanwhile_is_compared_with_anew(cluster, home, monkeypatch):
+def test_a_champion_that_changed_meanwhile_is_compared_with_anew(home, ran, monkeypatch):
     first, second, third = (register(home, lr) for lr in (0.02, 0.05, 0.2))
     promote_version(uri(home), "ml2o", first, expected=None, note="by hand")
     real, calls = promotions.promote_version, []
@@ -130,18 +146,16 @@ def test_a_champion_that_changed_meanwhile_is_compared_with_anew(cluster, home, 
         (["--set", "seedz=3"], "unknown setting 'seedz'"),
     ],
 )
-def test_wrong_words_are_one_line(home, monkeypatch, words, line):
-    monkeypatch.setattr(evaluations, "connected", lambda address: pytest.fail("Ray was asked for"))
+def test_wrong_words_are_one_line(home, ran, words, line):
     register(home, 0.01)
     result = promote(*words)
     assert result.exit_code == 2, result.output
     assert line in result.stderr.splitlines()[-1]
+    assert ran == []
 
 
-def test_a_cell_that_fails_promotes_nobody(cluster, home, monkeypatch):
+def test_a_cell_that_fails_promotes_nobody(home, ran, monkeypatch):
     def failing(cells, on_outcome, **options):
-        from ml2o_dist.evaluation.cells import CellFailure
-
         for index in range(len(cells)):
             on_outcome(index, CellFailure(RuntimeError("out of memory")))
 

@@ -66,7 +66,8 @@ def test_a_run_answers_in_json_and_leaves_what_the_design_promises(finished):
     assert answer["weights_sha256"] == load_artifact(run_dir).weights_sha256
     for name in ("config.yaml", "weights.safetensors", "weights.json", "metrics.parquet", "run.log", "comparison.md",
                  "comparison.json", "report.html", "result.json", "trajectories/step_000001.parquet",
-                 "plots/meta_loss.png", "plots/learning_curves.png", "checkpoints/step_000006/manifest.json"):  # fmt: skip
+                 "plots/meta_loss.png", "plots/learning_curves.png",
+                 "checkpoints/step_000006/manifest.json"):  # fmt: skip
         assert (run_dir / name).stat().st_size > 0 or name == "run.log"
     assert printed.splitlines()[0] == f"run directory  {run_dir}"
     assert printed.splitlines()[1] == f"tracking URI   sqlite:///{home}/mlflow.db"
@@ -76,7 +77,7 @@ def test_a_run_answers_in_json_and_leaves_what_the_design_promises(finished):
 
 
 def test_the_comparison_has_every_optimizer_on_every_problem(finished):
-    home, answer, _ = finished
+    _, answer, _ = finished
     summary = answer["comparison"]["summary"]
     assert {row["problem"] for row in summary["rows"]} == {"multidigits[net=mlp,hidden=10,batch=16]"}
     assert [row["optimizer"] for row in summary["rows"]] == ["mean+adam", "mgda+adam@0.03", "initial", "learned"]

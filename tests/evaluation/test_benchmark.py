@@ -379,7 +379,9 @@ def test_a_long_curve_is_averaged_in_bins(steps: int, points: int) -> None:
 
 
 def test_an_evaluation_survives_json() -> None:
-    chosen = settings(["gml2o:initial", "nan"], ["fonseca", DIGITS], baselines=["mean+adam"], learning_rates=[0.01, 0.1])
+    chosen = settings(
+        ["gml2o:initial", "nan"], ["fonseca", DIGITS], baselines=["mean+adam"], learning_rates=[0.01, 0.1]
+    )
     evaluation = evaluate(chosen)
     text = json.dumps(evaluation.to_json(curves=True), allow_nan=False)
     again = Evaluation.from_json(json.loads(text))

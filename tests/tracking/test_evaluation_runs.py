@@ -1,4 +1,4 @@
-"""Evaluations in a real sqlite store: what a run is told, that it is one however often it is logged, and whose it is."""
+"""Evaluations in a real sqlite store: what a run is told, and that it is one however often it is logged."""
 
 from __future__ import annotations
 
