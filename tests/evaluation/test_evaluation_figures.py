@@ -23,7 +23,17 @@ from ml2o_dist.evaluation.evaluation_figures import (
     verdicts,
 )
 from ml2o_dist.evaluation.statistics import Interval
-from tests.evaluation.synthetic import DIGITS, DIGITS_ROWS, EVALUATION, LOST, diverged, evaluation, failed, row, standing
+from tests.evaluation.synthetic import (
+    DIGITS,
+    DIGITS_ROWS,
+    EVALUATION,
+    LOST,
+    diverged,
+    evaluation,
+    failed,
+    row,
+    standing,
+)
 
 
 def of(*losses: tuple[str, tuple[float, ...]], **changes: object) -> Evaluation:
@@ -36,7 +46,9 @@ def of(*losses: tuple[str, tuple[float, ...]], **changes: object) -> Evaluation:
 
 
 def test_learned_is_held_against_the_best_baseline_and_against_the_untrained_network() -> None:
-    shown = of(("a", (2.0, 2.0, 2.0)), ("b", (1.0, 1.5, 0.5)), ("initial", (4.0, 4.0, 1.0)), ("learned", (0.9, 1.2, 0.6)))
+    shown = of(
+        ("a", (2.0, 2.0, 2.0)), ("b", (1.0, 1.5, 0.5)), ("initial", (4.0, 4.0, 1.0)), ("learned", (0.9, 1.2, 0.6))
+    )
     # paired differences -0.1, -0.3, 0.1: mean -0.1, standard deviation 0.2, standard error 0.2 / sqrt(3) = 0.115
     assert verdicts(shown, "p") == [
         "learned is 0.900 of b: no worse within one standard error (-0.100 ± 0.12), 2 of 3 seeds lower",
@@ -59,9 +71,7 @@ def test_a_baseline_that_is_called_learned_is_not_taken_for_it() -> None:
 
 def test_losses_that_are_not_positive_have_no_ratio() -> None:
     said = verdicts(of(("a", (-1.0, -1.0)), ("learned", (-2.0, -2.0))), "p")
-    assert said == [
-        "learned against a: better by more than one standard error (-1.00 ± 0.0), 2 of 2 seeds lower"
-    ]
+    assert said == ["learned against a: better by more than one standard error (-1.00 ± 0.0), 2 of 2 seeds lower"]
 
 
 def test_a_run_that_diverged_is_worse_and_two_are_level() -> None:

@@ -121,9 +121,20 @@ def test_the_profile_counts_the_runs_within_a_factor_of_the_best() -> None:
 
 
 def test_problems_whose_losses_are_not_positive_are_not_in_the_profile() -> None:
-    rows = [row("a", "p", 1.0), row("b", "p", 2.0), row("a", "q", 1.0, seed_losses=(1.0, -1.0, 1.0)), row("b", "q", 2.0)]
+    rows = [
+        row("a", "p", 1.0),
+        row("b", "p", 2.0),
+        row("a", "q", 1.0, seed_losses=(1.0, -1.0, 1.0)),
+        row("b", "q", 2.0),
+    ]
     assert {name: len(losses) for name, losses in profile_losses(evaluation(rows)).items()} == {"a": 3, "b": 3}
     assert profile_losses(evaluation(rows[2:])) == {}
+
+
+def test_an_optimizer_that_was_not_run_on_a_problem_is_within_no_factor_there() -> None:
+    rows = [row("a", "p", 1.0, seeds=2), row("b", "p", 2.0, seeds=2), row("a", "q", 1.0, seeds=2)]
+    losses = profile_losses(evaluation(rows))
+    assert losses["b"] == [*rows[1].seed_losses, math.inf, math.inf]
 
 
 def test_end_points_of_two_objectives_are_marks_before_the_front() -> None:
@@ -159,7 +170,9 @@ def test_end_points_over_orders_of_magnitude_have_a_logarithmic_axis() -> None:
 
 @pytest.mark.parametrize("objectives", [3, 5])
 def test_end_points_of_more_objectives_are_lines_over_them(objectives: int) -> None:
-    shown = evaluation([row(name, "p", loss, objectives=objectives) for name, loss in (("mean+adam", 1), ("mgda+adam", 2))])
+    shown = evaluation(
+        [row(name, "p", loss, objectives=objectives) for name, loss in (("mean+adam", 1), ("mgda+adam", 2))]
+    )
     ends = end_points(shown, "p")
     drawn = panel()
     draw_ends(drawn, ends, (), LOOKS)

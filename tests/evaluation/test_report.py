@@ -74,7 +74,9 @@ def test_it_fits_in_80_columns_and_cuts_nothing_off(shown: Evaluation) -> None:
             figures = row_figures(each)
             for column in row_columns(shown, rows):
                 assert figures[column].text in text, (problem, column)
-    assert not re.search(r"\b(nan|inf)\b", re.sub(r"\n. nan ", "", "\n".join(lines))), "but for an optimizer of that name"
+    assert not re.search(r"\b(nan|inf)\b", re.sub(r"\n. nan ", "", "\n".join(lines))), (
+        "but for an optimizer of that name"
+    )
 
 
 def test_rows_are_sorted_by_loss_with_what_diverged_or_failed_last() -> None:
