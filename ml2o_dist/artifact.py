@@ -255,12 +255,26 @@ def _check_fit(weights: Mapping[str, Tensor], rule: RuleSettings, file: Path) ->
     expected = {name: tuple(tensor.shape) for name, tensor in ML2ONetwork(rule).state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+    misfit = f"the tensors of {str(file)!r} do not fit its rule settings"
+    wanted = _sizes(expected)
+    theirs = wanted | _sizes(found)
+    differing = [f"{what} {theirs[what]}, not {size}" for what, size in wanted.items() if theirs[what] != size]
+    if differing:
+        misfit += f" ({'; '.join(differing)})"
     if missing or extra:
         parts = [f"without {', '.join(missing)}"] * bool(missing) + [f"with {', '.join(extra)}"] * bool(extra)
-        raise UserError(f"the tensors of {str(file)!r} do not fit its rule settings: they come {' and '.join(parts)}")
+        raise UserError(f"{misfit}: they come {' and '.join(parts)}")
     for name, shape in expected.items():
         if found[name] != shape:
-            raise UserError(
-                f"the tensors of {str(file)!r} do not fit its rule settings: "
-                f"{name} has shape {list(found[name])}, not {list(shape)}"
-            )
+            raise UserError(f"{misfit}: {name} has shape {list(found[name])}, not {list(shape)}")
+
+
+def _sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+    """Return what shapes of tensors give away of the settings `hidden`, `features`, `output` and `objectives`."""
+    places = {
+        "hidden": ("shared.weight_hh_l0", 1),
+        "feature channels": ("specific.0.weight_ih_l0", 1),
+        "outputs": ("head.weight", 0),
+    }
+    sizes = {what: shapes[name][i] for what, (name, i) in places.items() if i < len(shapes.get(name, ()))}
+    return sizes | {"objective modules": len({name.split(".")[1] for name in shapes if name.startswith("specific.")})}

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import json
-import sys
-from collections.abc import Callable
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
@@ -16,49 +13,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ml2o_dist.errors import Aborted, Incomplete, Interrupted, MissingData, UserError
-from ml2o_dist.stopping import exit_on_signals, stop_on_signals
-
-USAGE, INCOMPLETE, ABORTED = 2, 3, 4
-
-
-def command(body: Callable[..., Any]) -> Callable[..., None]:
-    """Add --json and --quiet, print the answer, and turn what went wrong into one line and its exit code."""
-
-    @click.option("--json", "as_json", is_flag=True, help="One JSON value on stdout, everything else on stderr.")
-    @click.option("--quiet", is_flag=True, help="No progress, no tables; errors only.")
-    @functools.wraps(body)
-    def run(*args: Any, as_json: bool, quiet: bool, **kwargs: Any) -> None:
-        console = Console(stderr=as_json, quiet=quiet, width=None if sys.stdout.isatty() else 120)
-        try:
-            with stop_on_signals(at_once=True):
-                answer = body(*args, console=console, **kwargs)
-        except UserError as error:
-            _fail(str(error), USAGE)
-        except Interrupted as error:
-            exit_on_signals(128 + error.signal_number)
-            _fail(str(error), 128 + error.signal_number)
-        except Aborted as error:
-            _fail(str(error), ABORTED)
-        except Incomplete as error:
-            if as_json:
-                click.echo(json.dumps(error.answer))
-            _fail(str(error), INCOMPLETE)
-        if as_json:
-            click.echo(json.dumps(answer))
-
-    return run
-
-
-def _say(message: str) -> None:
-    """Print one line on stderr: what went wrong, whether or not the command goes on."""
-    click.echo(f"ml2o: {' '.join(message.split())}", err=True)
-
-
-def _fail(message: str, code: int) -> None:
-    _say(message)
-    sys.stderr.flush()
-    sys.exit(code)
+from ml2o_dist.cli_models import models
+from ml2o_dist.command import command, say
+from ml2o_dist.errors import MissingData, UserError
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"]})
@@ -119,6 +76,7 @@ def meta_train(
     "--optimizer", "optimizers", multiple=True, help="initial, dssmg, gml2o:ascent, mgda+adam ...; repeatable."
 )
 @click.option("--problem", "problems", multiple=True, help="As in `ml2o problems list`; repeatable.")
+@click.option("--suite", help="quick, analytic, paper, shift, or a YAML file: problems, baselines and seeds.")
 @click.option("--seeds", type=int, help="How many paired seeds [default: 5].")
 @click.option("--steps", type=int, help="How many steps each optimizer takes [default: 200].")
 @click.option("--config", type=click.Path(path_type=Path), help="YAML settings.")
@@ -132,6 +90,7 @@ def evaluate(
     console: Console,
     optimizers: tuple[str, ...],
     problems: tuple[str, ...],
+    suite: str | None,
     seeds: int | None,
     steps: int | None,
     config: Path | None,
@@ -148,10 +107,13 @@ def evaluate(
     AGGREGATOR[+sgd|+momentum|+adam][@LR], tuned where there is no @LR; any of them under the guard as `gml2o:NAME`
     (its settings: `--set guard.budget=1`).
 
+    Finished cells are kept in ML2O_CACHE/cells: the same command goes on where it was stopped, and repeats nothing.
+
     Exit codes: 0 done, 2 wrong words or settings, 3 some cells failed, 130 / 143 stopped.
     """
     from ml2o_dist import evaluations
     from ml2o_dist.config_file import load_evaluation
+    from ml2o_dist.evaluation.suites import load_suite
 
     given = {
         "optimizers": list(optimizers) or None,
@@ -162,7 +124,10 @@ def evaluate(
         "tracking.uri": tracking_uri,
     }
     words = [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
-    settings = load_evaluation(config, [*overrides, *words])
+    if suite is not None and config is not None:
+        raise UserError("--suite is a configuration itself: give it or --config, not both")
+    words = [*overrides, *words]
+    settings = load_evaluation(config, words) if suite is None else load_suite(suite, tuple(words))
     return evaluations.evaluate(settings, run_dir, address=address, console=console)
 
 
@@ -221,7 +186,7 @@ def report(console: Console, run_dir: str, output: str | None) -> dict[str, Any]
     with read_run(run_dir) as folder:
         answer = write_report(folder, home_folder() / place if place else None, run_dir if is_uri(run_dir) else "")
     for line in answer["unread"]:
-        _say(line)
+        say(line)
     console.print(f"report         {answer['path']}", markup=False, highlight=False, soft_wrap=True)
     for name, why in answer["missing"].items():
         console.print(f"  {name}: {why}", markup=False, highlight=False)
@@ -250,7 +215,7 @@ def trajectories(
     with read_run(run_dir) as folder:
         recorded = read_trajectories(folder, problem)
     for line in recorded.unread:
-        _say(f"{line.replace(str(folder), run_dir) if is_uri(run_dir) else line}; the other files are used")
+        say(f"{line.replace(str(folder), run_dir) if is_uri(run_dir) else line}; the other files are used")
     summaries = recorded_problems(recorded.rows)
     if problem is not None:
         path = trajectories_file(folder, summaries[0].problem)
@@ -269,33 +234,7 @@ def trajectories(
     return [asdict(each) for each in summaries]
 
 
-@main.group()
-def models() -> None:
-    """The registry of learned optimizers."""
-
-
-@models.command("list")
-@click.option("--tracking-uri", default="", help="MLflow [default: MLFLOW_TRACKING_URI, else sqlite in ML2O_HOME].")
-@click.option("--name", default="", help="Only the versions of this model.")
-@command
-def models_list(console: Console, tracking_uri: str, name: str) -> list[dict[str, Any]]:
-    """List every registered version; `candidate` is the newest one, whatever its validation score (lower is better)."""
-    from ml2o_dist.tracking.registry import list_versions
-    from ml2o_dist.tracking.store import redacted, resolve_tracking_uri
-
-    uri = resolve_tracking_uri(tracking_uri)
-    versions = list_versions(uri, name)
-    columns = ("name", "version", "aliases", "made", "validation", "best of meta-steps", "MLflow run", "weights")
-    table = Table(*columns, title=f"models in {redacted(uri)}")
-    for version in versions:
-        tags = version["tags"]
-        aliases, digest = ", ".join(version["aliases"]), tags.get("weights_sha256", "")[:12]
-        steps = f"{tags.get('best_meta_step', '?')} of {tags.get('meta_steps', '?')}"
-        score, made = tags.get("validation_score", ""), version["created"].replace("T", " ")[:16]
-        name, number, run = version["name"], str(version["version"]), version["run_id"][:8]
-        table.add_row(name, number, aliases, made, score[:7], steps, run, digest)
-    console.print(table if versions else f"no registered models in {redacted(uri)}")
-    return [dict(version) for version in versions]
+main.add_command(models)
 
 
 @main.group()

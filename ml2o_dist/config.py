@@ -279,7 +279,9 @@ class EvaluateSettings(_Settings):
     suite: str = Field("", description="name of the suite that this is")
     about: str = Field("", description="what the suite is for, in a sentence")
     optimizers: tuple[str, ...] = Field((), description="names as evaluation/optimizer_names.py reads them")
-    baselines: tuple[str, ...] = Field((), description="what the optimizers are measured against; names of the same kind")
+    baselines: tuple[str, ...] = Field(
+        (), description="what the optimizers are measured against; names of the same kind"
+    )
     reference: str = Field("mean+adam", description="the baseline whose losses all ratios are of, where it takes part")
     problems: tuple[str, ...] = Field((), description="NAME[key=value,...], with @STEPS where a problem has its own")
     seed: int = Field(0, ge=0, description="the first of the `seeds` consecutive seeds")

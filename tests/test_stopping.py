@@ -148,7 +148,7 @@ def test_a_command_that_is_stopped_while_ray_starts_says_so_and_leaves_no_half_o
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", init)
     monkeypatch.setattr(ray, "shutdown", lambda: done.append("shutdown"))
-    monkeypatch.setattr("ml2o_dist.cli.exit_on_signals", done.append)
+    monkeypatch.setattr("ml2o_dist.command.exit_on_signals", done.append)
     before = handlers()
     result = CliRunner().invoke(main, ["meta-train", "--config", str(CONFIG), "--run-dir", "x", "--address", "local"])
     assert result.exit_code == code, result.output

@@ -111,7 +111,8 @@ class Row:
 
     Attributes:
         label: the optimizer as written, with the learning rate that was found for it.
-        seed_losses: the summed loss over the last tenth of the steps from each seed; `loss` is their mean.
+        seed_losses: the summed loss over the last tenth of the steps from each seed, NaN where the cell failed; `loss`
+            is the mean of the others.
         loss_at_evaluations, loss_at_time: the same over the last tenth of the steps that were taken when as many
             evaluations, or as much time, were spent as the reference spends in all its steps; `loss` where there is no
             reference, or the optimizer spends less.
@@ -231,7 +232,7 @@ class Evaluation:
 
         With `curves` it is read back whole by `from_json`, else without curves and fronts.
         """
-        summary = {
+        summary: dict[str, Any] = {
             "suite": self.suite,
             "suite_sha256": self.suite_sha256,
             "steps": self.settings.steps,

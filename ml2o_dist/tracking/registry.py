@@ -5,30 +5,29 @@ Every call names its store: the process-wide tracking URI is neither read nor se
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 import tempfile
-import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, TypedDict
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
-from ml2o_dist.artifact import WEIGHTS_FILE, Artifact, load_artifact, package_version
+from ml2o_dist.artifact import Artifact, load_artifact
 from ml2o_dist.errors import UserError, unknown
-from ml2o_dist.files import cache_folder
-from ml2o_dist.tracking.store import (
-    connect,
-    ensure_experiment,
-    refused,
-    store_exists,
-)
+from ml2o_dist.tracking.description import within_limit
+from ml2o_dist.tracking.promotion_lock import LOCK_SUFFIX
+from ml2o_dist.tracking.registered_files import DIGEST_TAGS, save_model, version_file
+from ml2o_dist.tracking.store import answering, connect, ensure_experiment, store_exists
 
 CANDIDATE = "candidate"
 """The alias of the newest version, which no gate has looked at yet."""
+
+CHAMPION = "champion"
+"""The alias of the version that was promoted: what others load."""
+
+PREVIOUS = "previous"
+"""The alias of the champion before it: what a rollback brings back."""
 
 _PAGE = 200
 _CREATION_S = 30
@@ -42,6 +41,7 @@ class ModelVersion(TypedDict):
     version: int
     aliases: list[str]
     tags: dict[str, str]
+    description: str
     created: str
     run_id: str
 
@@ -59,22 +59,25 @@ def register_version(
 ) -> int:
     """Register a learned optimizer as a version of `model` and give it `alias`; return the version.
 
-    The same weights from the same run are registered once: a second call (a resumed run) returns the version of
-    the first. An alias never moves back to an older version.
+    The same weights from the same run (without one: from any) are registered once: a second call (a resumed run)
+    returns the version of the first. An alias never moves back to an older version.
 
     Args:
         uri: where, as `resolve_tracking_uri` returns it.
         artifact: the .safetensors file or its folder; verified first.
         run_id: the MLflow run that made it; None where there is none.
         experiment: where the model is kept when there is no run.
-        description: what a reader of the registry sees: the figures.
-        tags: further tags; weights_sha256, config_hash, git, seed and meta_steps come from the card.
+        description: what a reader of the registry sees: the figures; its end is cut off where MLflow takes no more.
+        tags: further tags; the digests, config_hash, git, seed and meta_steps come from the card.
 
     Raises:
-        UserError: a broken artifact, an unknown run, or a store that refuses or does not answer.
+        UserError: a broken artifact, an unknown run, a name that is kept for locks, or a store that refuses or does
+            not answer.
     """
+    if model.endswith(LOCK_SUFFIX):
+        raise UserError(f"model {model!r}: names that end in {LOCK_SUFFIX} are kept for the locks of promotions")
     loaded = load_artifact(artifact)
-    with _answers(uri):
+    with answering(uri):
         client = connect(uri)
         known = _same_version(client, model, loaded, run_id)
         number = (
@@ -91,10 +94,10 @@ def list_versions(uri: str, model: str = "") -> list[ModelVersion]:
     """
     if not store_exists(uri):
         return []
-    with _answers(uri):
+    with answering(uri):
         client = connect(uri)
         by_version: dict[tuple[str, int], list[str]] = {}
-        for registered in _pages(client.search_registered_models):
+        for registered in _pages(client.search_registered_models, model):
             for alias, number in registered.aliases.items():
                 by_version.setdefault((registered.name, int(number)), []).append(alias)
         found = [
@@ -103,61 +106,70 @@ def list_versions(uri: str, model: str = "") -> list[ModelVersion]:
                 version=int(entry.version),
                 aliases=sorted(by_version.get((entry.name, int(entry.version)), [])),
                 tags=dict(entry.tags),
+                description=entry.description or "",
                 created=datetime.fromtimestamp(entry.creation_timestamp / 1000, UTC).isoformat(timespec="seconds"),
                 run_id=entry.run_id or "",
             )
-            for entry in _pages(client.search_model_versions)
+            for entry in _pages(client.search_model_versions, model)
             if model in ("", entry.name)
         ]
     return sorted(found, key=lambda entry: (entry["name"], entry["version"]))
 
 
-def resolve_model(uri: str, reference: str) -> Path:
-    """Return the local .safetensors file of a registered version.
-
-    Args:
-        uri: where, as `resolve_tracking_uri` returns it.
-        reference: `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
-
-    A remote artifact is downloaded once, into a cache named by its weights_sha256, and verified.
+def model_versions(uri: str, model: str) -> list[ModelVersion]:
+    """Return every version of `model` by number, one at least.
 
     Raises:
-        UserError: bad syntax, an unknown model, alias or version (it names those that exist), a missing or altered
-            file, or a store that does not answer.
+        UserError: there is no such model (the line has the nearest name), or a store that does not answer.
+    """
+    versions = list_versions(uri, model) if model else []
+    if not versions:
+        raise unknown("registered model", model, {entry["name"] for entry in list_versions(uri)})
+    return versions
+
+
+def find_version(uri: str, reference: str) -> ModelVersion:
+    """Return the version that `models:/NAME@ALIAS` or `models:/NAME/VERSION` names.
+
+    Raises:
+        UserError: bad syntax, an unknown model, alias or version (it names those that exist), or a store that does
+            not answer.
     """
     match = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))", reference)
     if match is None:
         raise UserError(f"{reference!r} is not of the form models:/NAME@ALIAS or models:/NAME/VERSION")
     name, alias, number = match.groups()
-    versions = list_versions(uri)
-    if name not in (names := {entry["name"] for entry in versions}):
-        raise unknown("registered model", name, names)
-    versions = [entry for entry in versions if entry["name"] == name]
-    wanted = [entry for entry in versions if alias in entry["aliases"] or (number and entry["version"] == int(number))]
-    if not wanted:
-        if alias:
-            raise unknown(f"alias of model {name!r}", alias, {text for entry in versions for text in entry["aliases"]})
-        raise unknown(f"version of model {name!r}", number, [str(entry["version"]) for entry in versions])
-    with _answers(uri):
-        source = str(connect(uri).get_model_version_download_uri(name, str(wanted[0]["version"])))
-    path = _local_path(source)
-    if path is None:
-        return _download(uri, source, wanted[0]["tags"].get("weights_sha256", ""))
-    file = path / "artifacts" / WEIGHTS_FILE
-    if not file.exists():
-        raise UserError(f"{reference} is kept in {str(file)!r}, which is not there (another machine's disk?)")
-    return file
+    versions = model_versions(uri, name)
+    for entry in versions:
+        if alias in entry["aliases"] or (number and entry["version"] == int(number)):
+            return entry
+    if alias:
+        raise unknown(f"alias of model {name!r}", alias, {text for entry in versions for text in entry["aliases"]})
+    raise unknown(f"version of model {name!r}", number, [str(entry["version"]) for entry in versions])
 
 
-@contextmanager
-def _answers(uri: str) -> Iterator[None]:
-    """Turn what MLflow raises into one line that names the store."""
-    try:
-        yield
-    except UserError:
-        raise
-    except Exception as error:  # MLflow lets SQLAlchemy's, requests' and its own errors through: all mean the same here
-        raise refused(uri, error) from error
+def version_source(uri: str, version: ModelVersion) -> str:
+    """Return where the store keeps the MLflow model of `version`: a folder, or a URI of its own kind."""
+    with answering(uri):
+        return str(connect(uri).get_model_version_download_uri(version["name"], str(version["version"])))
+
+
+def resolve_model(uri: str, reference: str) -> Path:
+    """Return the local .safetensors file of a registered version.
+
+    A remote artifact is downloaded once, into a cache named by its card's digest. The file is verified, also against
+    the digests in the version's tags.
+
+    Args:
+        uri: where, as `resolve_tracking_uri` returns it.
+        reference: `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
+
+    Raises:
+        UserError: what `find_version` raises; or a file that is missing, altered, of a later format or of another
+            architecture than its card or than the registry says, and what differs.
+    """
+    version = find_version(uri, reference)
+    return version_file(uri, version_source(uri, version), version["tags"], reference)
 
 
 def _create(
@@ -175,7 +187,7 @@ def _create(
     experiment_id = client.get_run(run_id).info.experiment_id if run_id else ensure_experiment(client, uri, experiment)
     logged = client.create_logged_model(experiment_id, name=model, source_run_id=run_id)
     with tempfile.TemporaryDirectory(prefix="ml2o-model-") as folder:
-        _save_pyfunc(Path(folder) / "model", artifact)
+        save_model(Path(folder) / "model", artifact)
         client.log_model_artifacts(logged.model_id, str(Path(folder) / "model"))
     client.finalize_logged_model(logged.model_id, "READY")
     try:
@@ -190,50 +202,23 @@ def _create(
         source=f"models:/{logged.model_id}" if served else logged.artifact_location,
         run_id=run_id,
         model_id=logged.model_id if served else None,
-        description=description,
+        description=within_limit(description),
         tags=_tags(artifact) | dict(tags or {}),
         await_creation_for=_CREATION_S,
     )
     return int(created.version)
 
 
-def _save_pyfunc(folder: Path, artifact: Artifact) -> None:
-    """Write the MLflow model; whatever the artifact's files are called, they are `artifacts/weights.*` in it."""
-    import mlflow.pyfunc
-    import numpy as np
-    from mlflow.models import ModelSignature
-    from mlflow.types import Schema, TensorSpec
-
-    single = np.dtype("float32")
-    signature = ModelSignature(
-        Schema([TensorSpec(single, (-1, -1, -1))]),
-        Schema([TensorSpec(single, (-1, -1))]),
-    )
-    staged = folder.with_name("staged")
-    staged.mkdir()
-    weights = shutil.copyfile(artifact.path, staged / WEIGHTS_FILE)
-    card = shutil.copyfile(artifact.path.with_suffix(".json"), (staged / WEIGHTS_FILE).with_suffix(".json"))
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*An input example", UserWarning)  # the signature is complete without one
-        mlflow.pyfunc.save_model(
-            path=str(folder),
-            python_model=str(Path(__file__).with_name("pyfunc_model.py")),
-            artifacts={"weights": str(weights), "card": str(card)},
-            signature=signature,
-            pip_requirements=[f"ml2o-dist=={package_version()}" if package_version() else "ml2o-dist"],
-        )
-
-
 def _tags(artifact: Artifact) -> dict[str, str]:
     provenance = artifact.card["provenance"]
     tags = {key: str(provenance[key]) for key in _PROVENANCE_TAGS if provenance.get(key) is not None}
-    return {"weights_sha256": artifact.weights_sha256, **tags}
+    return {**{key: str(artifact.card[key]) for key in DIGEST_TAGS}, **tags}
 
 
 def _same_version(client: Any, model: str, artifact: Artifact, run_id: str | None) -> int | None:
-    for entry in _pages(client.search_model_versions):
+    for entry in _pages(client.search_model_versions, model):
         same_weights = entry.tags.get("weights_sha256") == artifact.weights_sha256
-        if entry.name == model and same_weights and (entry.run_id or None) == run_id:
+        if entry.name == model and same_weights and run_id in (None, entry.run_id):
             return int(entry.version)
     return None
 
@@ -244,10 +229,12 @@ def _set_alias(client: Any, model: str, alias: str, number: int) -> None:
         client.set_registered_model_alias(model, alias, str(number))
 
 
-def _pages(search: Any) -> Iterator[Any]:
+def _pages(search: Any, model: str) -> Iterator[Any]:
+    # The filter saves the store work; a name that its grammar cannot quote is found by the caller, among all.
+    only = f"name = '{model}'" if model and "'" not in model else None
     token = None
     while True:
-        page = search(max_results=_PAGE, page_token=token)
+        page = search(filter_string=only, max_results=_PAGE, page_token=token)
         yield from page
         token = page.token
         if not token:
@@ -256,37 +243,3 @@ def _pages(search: Any) -> Iterator[Any]:
 
 def _served(uri: str) -> bool:
     return urlsplit(uri).scheme in ("http", "https", "databricks") or uri == "databricks"
-
-
-def _local_path(source: str) -> Path | None:
-    parts = urlsplit(source)
-    if parts.scheme == "file":
-        return Path(unquote(parts.path))
-    return None if parts.scheme else Path(source)
-
-
-def _download(uri: str, source: str, digest: str) -> Path:
-    import mlflow.artifacts
-
-    cache = cache_folder() / "models"
-    if digest and _is_whole(cache / digest, digest):
-        return cache / digest / WEIGHTS_FILE
-    cache.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=cache, prefix=".download-") as folder:
-        with _answers(uri):
-            path = mlflow.artifacts.download_artifacts(f"{source}/artifacts", dst_path=folder, tracking_uri=uri)
-        found = load_artifact(Path(path)).weights_sha256
-        if digest and found != digest:
-            raise UserError(f"{source} holds weights {found[:12]}..., its version's tag says {digest[:12]}...")
-        target = cache / found
-        if not _is_whole(target, found):
-            shutil.rmtree(target, ignore_errors=True)
-            os.replace(path, target)
-    return target / WEIGHTS_FILE
-
-
-def _is_whole(folder: Path, digest: str) -> bool:
-    try:
-        return load_artifact(folder).weights_sha256 == digest
-    except UserError:
-        return False

@@ -9,6 +9,8 @@ import logging
 import os
 import re
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -158,6 +160,17 @@ def refused(uri: str, error: Exception) -> UserError:
     if is_temporary(error):
         return StoreAway(f"MLflow at {redacted(uri)} does not answer: {one_line(error)}")
     return UserError(f"MLflow at {redacted(uri)} refused: {one_line(error)}")
+
+
+@contextmanager
+def answering(uri: str) -> Iterator[None]:
+    """Turn what MLflow raises in the `with` block into one line that names the store; a UserError stays what it is."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # MLflow lets SQLAlchemy's, requests' and its own errors through: all mean the same here
+        raise refused(uri, error) from error
 
 
 def redacted(uri: str) -> str:

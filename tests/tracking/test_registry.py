@@ -138,7 +138,7 @@ def test_what_is_not_there_is_refused_with_what_is(registry: Registry, reference
 def test_a_vanished_file_is_named(registry: Registry) -> None:
     register_version(registry.uri, "vanished", registry.artifact(1), run_id=registry.run_id)
     shutil.rmtree(resolve_model(registry.uri, "models:/vanished/1").parent)
-    with pytest.raises(UserError, match=r"models:/vanished/1 is kept in .*weights\.safetensors', which is not there"):
+    with pytest.raises(UserError, match=r"models:/vanished/1: .*weights\.safetensors', where it is kept, is not there"):
         resolve_model(registry.uri, "models:/vanished/1")
 
 

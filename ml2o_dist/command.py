@@ -1,0 +1,58 @@
+"""What every command has: --json, --quiet, one line for what went wrong, and the exit codes."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import click
+from rich.console import Console
+
+from ml2o_dist.errors import Aborted, Incomplete, Interrupted, Refused, UserError
+from ml2o_dist.stopping import exit_on_signals, stop_on_signals
+
+USAGE, INCOMPLETE, ABORTED, REFUSED = 2, 3, 4, 5
+
+
+def command(body: Callable[..., Any]) -> Callable[..., None]:
+    """Add --json and --quiet, print the answer, and turn what went wrong into one line and its exit code."""
+
+    @click.option("--json", "as_json", is_flag=True, help="One JSON value on stdout, everything else on stderr.")
+    @click.option("--quiet", is_flag=True, help="No progress, no tables; errors only.")
+    @functools.wraps(body)
+    def run(*args: Any, as_json: bool, quiet: bool, **kwargs: Any) -> None:
+        console = Console(stderr=as_json, quiet=quiet, width=None if sys.stdout.isatty() else 120)
+        try:
+            with stop_on_signals(at_once=True):
+                answer = body(*args, console=console, **kwargs)
+        except UserError as error:
+            _fail(str(error), USAGE)
+        except Interrupted as error:
+            exit_on_signals(128 + error.signal_number)
+            _fail(str(error), 128 + error.signal_number)
+        except Aborted as error:
+            _fail(str(error), ABORTED)
+        except Refused as error:
+            _fail(str(error), REFUSED)
+        except Incomplete as error:
+            if as_json:
+                click.echo(json.dumps(error.answer))
+            _fail(str(error), INCOMPLETE)
+        if as_json:
+            click.echo(json.dumps(answer))
+
+    return run
+
+
+def say(message: str) -> None:
+    """Print one line on stderr: what went wrong, whether or not the command goes on."""
+    click.echo(f"ml2o: {' '.join(message.split())}", err=True)
+
+
+def _fail(message: str, code: int) -> None:
+    say(message)
+    sys.stderr.flush()
+    sys.exit(code)
