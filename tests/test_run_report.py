@@ -14,12 +14,13 @@ from ml2o_dist.artifact import save_artifact
 from ml2o_dist.cli import main
 from ml2o_dist.config_file import dump_settings
 from ml2o_dist.metatrain.trainer import Trainer
-from ml2o_dist.run_report import load_record, write_report
-from tests.evaluation.comparisons import COMPARISON
+from ml2o_dist.run_report import load_evaluation_record, load_record, write_report
+from tests.evaluation.synthetic import DIGITS_ROWS, evaluation
 from tests.evaluation.test_page import Page
 from tests.metatrain.settings import small
 from tests.metatrain.test_trainer import Cut, cut_after, in_process
 
+COMPARISON = evaluation(DIGITS_ROWS[:1] + DIGITS_ROWS[-2:-1])
 LOG = """2026-11-24 20:00:00,123 INFO ml2o_dist.metatrain.pool: all is well
 2026-11-24 20:00:01,123 WARNING ml2o_dist.metatrain.trainer: meta-step 3: 1 of 4 episodes were not finite, skipped
 Traceback (most recent call last):
@@ -41,7 +42,7 @@ def run_dir(tmp_path) -> Path:
     trainer.run(in_process)
     (folder / "config.yaml").write_text(dump_settings(settings))
     save_artifact(folder, trainer.best_weights, settings.rule, {"git": "0123456789ab", "best_meta_step": 4})
-    (folder / "comparison.json").write_text(json.dumps(COMPARISON.to_json()))
+    (folder / "comparison.json").write_text(json.dumps(COMPARISON.to_json(curves=True)))
     (folder / "run.log").write_text(LOG)
     return folder
 
@@ -51,7 +52,18 @@ def test_everything_in_the_folder_is_in_the_page(run_dir):
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout) == {
         "path": str(run_dir / "report.html"),
-        "sections": ["curves", "comparison", "trajectories", "configuration", "origin", "warnings"],
+        "sections": [
+            "curves",
+            "comparison",
+            "learning-curves",
+            "profile",
+            "end-points",
+            "time",
+            "trajectories",
+            "configuration",
+            "origin",
+            "warnings",
+        ],
         "missing": {},
         "unread": [],
     }
@@ -171,6 +183,88 @@ def test_a_refused_checkpoint_is_named(run_dir):
     assert f"checkpoint refused: {newest}" in Page((run_dir / "report.html").read_text()).text
 
 
+@pytest.fixture
+def evaluation_dir(tmp_path) -> Path:
+    """What `ml2o evaluate` leaves in its folder."""
+    folder = tmp_path / "the evaluation"
+    folder.mkdir()
+    (folder / "evaluation.json").write_text(json.dumps(COMPARISON.to_json(curves=True), allow_nan=False))
+    (folder / "evaluate.yaml").write_text(dump_settings(COMPARISON.settings))
+    (folder / "run.log").write_text(LOG)
+    return folder
+
+
+def test_an_evaluation_has_the_same_page_as_a_comparison(evaluation_dir):
+    result = call("report", str(evaluation_dir), "--json")
+    assert result.exit_code == 0, result.output
+    answer = json.loads(result.stdout)
+    assert answer == {
+        "path": str(evaluation_dir / "report.html"),
+        "sections": [
+            "comparison", "learning-curves", "profile", "end-points", "time", "configuration", "origin", "warnings"
+        ],
+        "missing": {},
+        "unread": [],
+    }  # fmt: skip
+    page = Page((evaluation_dir / "report.html").read_text())
+    for said in ["Evaluation the evaluation Finished.", "0.5000 ± 0.012", "learned is 0.625 of mean+adam@0.01: better",
+                 "no answer from <server>", "learning_rates [0.001, 0.01, 0.1]"]:  # fmt: skip
+        assert said in page.text, said
+
+
+def test_an_evaluation_that_is_not_done_says_so(evaluation_dir):
+    (evaluation_dir / "evaluation.json").unlink()
+    answer = write_report(evaluation_dir)
+    assert answer["sections"] == ["configuration", "warnings"]
+    assert set(answer["missing"]) == {"comparison", "origin"}
+    assert "No results yet" in Page((evaluation_dir / "report.html").read_text()).text
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("{", "evaluation.json cannot be read: JSONDecodeError"),
+        ("[]", "evaluation.json cannot be read: it holds no evaluation of this version"),
+        ('{"steps": 60, "problems": []}', "evaluation.json cannot be read: it holds no evaluation of this version"),
+        ('{"cells": [], "summary": {"rows": 1}}', "it holds no evaluation of this version: settings: Field required"),
+    ],
+)
+def test_results_that_are_no_evaluation_are_named_with_their_cause(evaluation_dir, content, said):
+    (evaluation_dir / "evaluation.json").write_text(content)
+    result = call("report", str(evaluation_dir), "--json", "--quiet")
+    assert result.exit_code == 0, result.output
+    answer = json.loads(result.stdout)
+    assert answer["sections"] == ["configuration", "warnings"]
+    (line,) = answer["unread"]
+    assert said in line
+    assert str(evaluation_dir) in line
+    assert "pydantic" not in line
+    assert line in Page((evaluation_dir / "report.html").read_text()).text
+
+
+def test_a_comparison_of_an_older_version_is_named_and_the_rest_is_shown(run_dir):
+    (run_dir / "comparison.json").write_text('{"steps": 60, "seeds": 3, "problems": [], "tuning_seeds": 1}')
+    answer = write_report(run_dir)
+    assert set(answer["missing"]) == {"comparison"}
+    assert answer["unread"] == [f"{run_dir}/comparison.json cannot be read: it holds no evaluation of this version"]
+    assert "curves" in answer["sections"]
+
+
+def test_settings_are_taken_from_the_results_where_their_file_is_gone(evaluation_dir):
+    (evaluation_dir / "evaluate.yaml").unlink()
+    assert "configuration" in write_report(evaluation_dir)["sections"]
+    assert load_evaluation_record(evaluation_dir).settings == COMPARISON.settings
+
+
+def test_an_evaluation_at_a_uri_goes_by_its_uri(evaluation_dir, monkeypatch, tmp_path):
+    monkeypatch.setenv("ML2O_HOME", str(tmp_path))
+    (evaluation_dir / "evaluation.json").write_text("{")
+    uri = f"file://{evaluation_dir}".replace(" ", "%20")
+    result = call("report", uri)
+    assert result.exit_code == 0, result.output
+    assert "ml2o-run-" not in result.output + (tmp_path / "report.html").read_text()
+
+
 @pytest.mark.parametrize("command", ["report", "trajectories"])
 def test_a_folder_that_is_no_run_is_one_line_and_exit_code_2(tmp_path, command):
     for folder in (tmp_path, tmp_path / "nowhere"):
@@ -240,6 +334,6 @@ def test_a_run_s_name_is_escaped(run_dir):
     run_dir.rename(evil)
     write_report(evil)
     text = (evil / "report.html").read_text()
-    assert "<script" not in text
+    assert text.count("<script") == 1, "the page's own"
     assert "&lt;script&gt;alert(1)" in text
     assert isinstance(Page(text), HTMLParser)

@@ -9,10 +9,13 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
 from ml2o_dist.evaluation.evaluated import Evaluation, Row
 from ml2o_dist.evaluation.optimizer_looks import Look, short_name
 from ml2o_dist.evaluation.plots import GRID, PLAIN, log_axis, plain_axes
 from ml2o_dist.evaluation.statistics import exponential_average
+from ml2o_dist.evaluation.table_statistics import performance_profile, ratios_to_best
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -81,15 +84,14 @@ def draw_profile(panel: Axes, losses: Mapping[str, Sequence[float]], looks: Look
     Args:
         losses: as `profile_losses` returns them.
     """
-    ratios = ratios_to_best(losses)
-    known = [ratio for each in ratios.values() for ratio in each if math.isfinite(ratio)]
-    last = min(max([1.1, *known]), LARGEST_FACTOR)
-    factors = [last ** (i / FACTORS) for i in range(FACTORS + 1)]
-    shares = performance_profile(ratios, factors)
+    ratios = ratios_to_best(list(losses.values()))
+    last = float(np.clip(ratios[np.isfinite(ratios)].max(), 1.1, LARGEST_FACTOR))
+    factors = np.geomspace(1, last, FACTORS).tolist()
+    shares = dict(zip(losses, performance_profile(ratios, factors), strict=True))
     for name in sorted(losses, key=lambda name: looks[name].layer()):
         look = looks[name]
-        panel.plot(factors, [100 * share for share in shares[name]], look.line, color=look.colour,
-                   linewidth=look.width, zorder=look.layer(), drawstyle="steps-post")  # fmt: skip
+        style: dict[str, Any] = {"drawstyle": "steps-post", "linewidth": look.width, "zorder": look.layer()}
+        panel.plot(factors, 100 * shares[name], look.line, color=look.colour, **style)
     log_axis(panel, factors, "x")
     panel.set_xlim(1, last)
     panel.set_ylim(-3, 103)
@@ -141,19 +143,20 @@ def draw_times(panel: Axes, rows: Sequence[Row], looks: Looks, *, named: bool) -
 
 
 def profile_losses(evaluation: Evaluation) -> dict[str, list[float]]:
-    """Return the losses of each optimizer over all problems and seeds, inf where a run diverged or could not be made.
+    """Return the losses of each optimizer over all problems and seeds, inf where a run diverged or was not made.
 
     Problems with a loss that is not positive are left out: nothing is within a factor of it; so are those without any.
     """
-    losses: dict[str, list[float]] = {}
+    losses: dict[str, list[float]] = {row.optimizer: [] for row in evaluation.rows}
     for problem in evaluation.problems:
-        rows = evaluation.rows_of(problem)
-        found = {row.optimizer: [_or_inf(loss) for loss in row.seed_losses] for row in rows}
-        known = [loss for each in found.values() for loss in each]
-        if min(known, default=math.inf) < math.inf and min(known) > 0:
-            for name, each in found.items():
-                losses.setdefault(name, []).extend(each)
-    return losses
+        found = {row.optimizer: row.seed_losses for row in evaluation.rows_of(problem)}
+        known = [loss for each in found.values() for loss in each if math.isfinite(loss)]
+        runs = max(map(len, found.values()))
+        if known and min(known) > 0:
+            for name, each in losses.items():
+                each += [_or_inf(loss) for loss in found.get(name, ())]
+                each += [math.inf] * (runs - len(found.get(name, ())))
+    return losses if any(losses.values()) else {}
 
 
 def end_points(evaluation: Evaluation, problem: str) -> dict[str, Points]:
@@ -272,15 +275,3 @@ def _scale(panel: Axes, which: Literal["x", "y"], low: float, high: float, *, li
         return
     room = 0.08 * (high - low) or 0.1 * abs(high) or 1.0
     panel.set(**{f"{which}lim": (low - room, high + room)})
-
-
-def ratios_to_best(losses):
-    best = [min(column) for column in zip(*losses.values())]
-    return {
-        name: [loss / b if math.isfinite(loss) else math.inf for loss, b in zip(each, best)]
-        for name, each in losses.items()
-    }
-
-
-def performance_profile(ratios, factors):
-    return {name: [sum(r <= f for r in each) / len(each) for f in factors] for name, each in ratios.items()}

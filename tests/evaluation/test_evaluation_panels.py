@@ -131,6 +131,12 @@ def test_problems_whose_losses_are_not_positive_are_not_in_the_profile() -> None
     assert profile_losses(evaluation(rows[2:])) == {}
 
 
+def test_an_optimizer_that_was_not_run_on_a_problem_is_within_no_factor_there() -> None:
+    rows = [row("a", "p", 1.0, seeds=2), row("b", "p", 2.0, seeds=2), row("a", "q", 1.0, seeds=2)]
+    losses = profile_losses(evaluation(rows))
+    assert losses["b"] == [*rows[1].seed_losses, math.inf, math.inf]
+
+
 def test_end_points_of_two_objectives_are_marks_before_the_front() -> None:
     drawn = panel()
     ends = end_points(EVALUATION, CURVED)
