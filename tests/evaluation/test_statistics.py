@@ -150,9 +150,13 @@ def test_an_interval_is_the_percentile_interval_widened_by_hesterbergs_factor() 
     assert ends(iqm_interval([seeds], level=0.9, repetitions=20_000)) == pytest.approx((low, 2.5, high))
 
 
-@pytest.mark.parametrize("sizes", [(8,), (8, 8), (5, 9, 20), (2, 10)])
-def test_problems_are_resampled_apart_and_weigh_by_their_winsorised_spread(sizes: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("outlier", [0.0, 1000.0])
+@pytest.mark.parametrize("sizes", [(8,), (5, 5), (5, 9, 20), (2, 10)])
+def test_problems_are_resampled_apart_and_weigh_by_their_winsorised_spread(
+    sizes: tuple[int, ...], outlier: float
+) -> None:
     samples = [np.array(figures) for figures in strata(*sizes, seed=5)]
+    samples[-1][0] += outlier
     stream = np.random.default_rng(99)
     drawn = np.concatenate([stream.choice(sample, (40_000, len(sample))) for sample in samples], axis=1)
     pooled = np.concatenate(samples)
