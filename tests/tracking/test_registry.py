@@ -14,34 +14,13 @@ import numpy as np
 import pytest
 import torch
 
-from ml2o_dist.artifact import load_artifact, save_artifact
-from ml2o_dist.config import RuleSettings
+from ml2o_dist.artifact import load_artifact
 from ml2o_dist.errors import UserError
-from ml2o_dist.rules.ml2o import ML2ONetwork, ML2ORule
+from ml2o_dist.rules.ml2o import ML2ORule
 from ml2o_dist.tracking.registry import list_versions, register_version, resolve_model
-from ml2o_dist.tracking.store import connect, ensure_experiment
+from tests.tracking.filled_registry import Registry
 
-RULE = RuleSettings(hidden=4)
 UNREACHABLE = "http://127.0.0.1:9"
-
-
-class Registry:
-    """A store with one run in it and three artifacts beside it."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.uri = f"sqlite:///{folder}/mlflow.db"
-        self.client = connect(self.uri)
-        self.experiment_id = ensure_experiment(self.client, self.uri, "ml2o/meta-train")
-        self.run_id = self.new_run()
-
-    def new_run(self) -> str:
-        return str(self.client.create_run(self.experiment_id).info.run_id)
-
-    def artifact(self, number: int) -> Path:
-        """Write an artifact whose weights `number` determines; return its folder."""
-        state = {name: tensor + number / 8 for name, tensor in ML2ONetwork(RULE).state_dict().items()}
-        return save_artifact(self.folder / f"run{number}", state, RULE, {"config_hash": f"hash{number}"}).path
 
 
 @pytest.fixture(scope="module")
