@@ -76,6 +76,7 @@ def meta_train(
     "--optimizer", "optimizers", multiple=True, help="initial, dssmg, gml2o:ascent, mgda+adam ...; repeatable."
 )
 @click.option("--problem", "problems", multiple=True, help="As in `ml2o problems list`; repeatable.")
+@click.option("--suite", help="quick, analytic, paper, shift, or a YAML file: problems, baselines and seeds.")
 @click.option("--seeds", type=int, help="How many paired seeds [default: 5].")
 @click.option("--steps", type=int, help="How many steps each optimizer takes [default: 200].")
 @click.option("--config", type=click.Path(path_type=Path), help="YAML settings.")
@@ -89,6 +90,7 @@ def evaluate(
     console: Console,
     optimizers: tuple[str, ...],
     problems: tuple[str, ...],
+    suite: str | None,
     seeds: int | None,
     steps: int | None,
     config: Path | None,
@@ -105,10 +107,13 @@ def evaluate(
     AGGREGATOR[+sgd|+momentum|+adam][@LR], tuned where there is no @LR; any of them under the guard as `gml2o:NAME`
     (its settings: `--set guard.budget=1`).
 
+    Finished cells are kept in ML2O_CACHE/cells: the same command goes on where it was stopped, and repeats nothing.
+
     Exit codes: 0 done, 2 wrong words or settings, 3 some cells failed, 130 / 143 stopped.
     """
     from ml2o_dist import evaluations
     from ml2o_dist.config_file import load_evaluation
+    from ml2o_dist.evaluation.suites import load_suite
 
     given = {
         "optimizers": list(optimizers) or None,
@@ -119,7 +124,10 @@ def evaluate(
         "tracking.uri": tracking_uri,
     }
     words = [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
-    settings = load_evaluation(config, [*overrides, *words])
+    if suite is not None and config is not None:
+        raise UserError("--suite is a configuration itself: give it or --config, not both")
+    words = [*overrides, *words]
+    settings = load_evaluation(config, words) if suite is None else load_suite(suite, tuple(words))
     return evaluations.evaluate(settings, run_dir, address=address, console=console)
 
 

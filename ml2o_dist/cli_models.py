@@ -80,6 +80,44 @@ def models_show(console: Console, reference: str, tracking_uri: str) -> dict[str
     return {**answer, "versions": [dict(version) for version in versions]}
 
 
+@models.command("promote")
+@click.argument("reference", default="")
+@click.option("--name", default=MODEL, show_default=True, help="The model, where REFERENCE is not given.")
+@click.option("--suite", default="quick", show_default=True, help="What decides: a suite's name, or a YAML file.")
+@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a key of the suite; repeatable.")
+@click.option("--force", is_flag=True, help="Promote it whatever the gate says, which is recorded.")
+@click.option("--address", default="auto", show_default=True, help="Ray: auto, local, or HOST:PORT.")
+@tracking_uri_option
+@command
+def models_promote(
+    console: Console,
+    reference: str,
+    name: str,
+    suite: str,
+    overrides: tuple[str, ...],
+    force: bool,
+    address: str,
+    tracking_uri: str,
+) -> dict[str, Any]:
+    """Make a version the champion if it is better than the champion: REFERENCE, or the candidate.
+
+    Both are evaluated on the suite, from the same starting points and batches. Better: the whole 95 % interval of the
+    ratio of their losses lies below 1. The first champion must be better than tuned Adam on the sum. What was evaluated
+    before is found, not run again.
+
+    Exit codes: 0 promoted, 5 refused, 2 wrong words or settings, 3 a cell failed, 130 / 143 stopped.
+    """
+    from ml2o_dist.evaluation.suites import load_suite
+    from ml2o_dist.promotions import promote
+
+    words = [*overrides, *([f"tracking.uri={tracking_uri}"] if tracking_uri else [])]
+    full = _SCHEME + reference.removeprefix(_SCHEME) if reference else ""
+    answer = promote(load_suite(suite, tuple(words)), name, full, force=force, address=address, console=console)
+    _fact(console, "champion", f"{answer['name']}/{answer['champion']}{' (forced)' if answer['forced'] else ''}")
+    _fact(console, "because", answer["reason"])
+    return answer
+
+
 @models.command("rollback")
 @click.option("--name", default=MODEL, show_default=True, help="The model.")
 @tracking_uri_option

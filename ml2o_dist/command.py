@@ -11,10 +11,10 @@ from typing import Any
 import click
 from rich.console import Console
 
-from ml2o_dist.errors import Aborted, Incomplete, Interrupted, UserError
+from ml2o_dist.errors import Aborted, Incomplete, Interrupted, Refused, UserError
 from ml2o_dist.stopping import exit_on_signals, stop_on_signals
 
-USAGE, INCOMPLETE, ABORTED = 2, 3, 4
+USAGE, INCOMPLETE, ABORTED, REFUSED = 2, 3, 4, 5
 
 
 def command(body: Callable[..., Any]) -> Callable[..., None]:
@@ -35,6 +35,8 @@ def command(body: Callable[..., Any]) -> Callable[..., None]:
             _fail(str(error), 128 + error.signal_number)
         except Aborted as error:
             _fail(str(error), ABORTED)
+        except Refused as error:
+            _fail(str(error), REFUSED)
         except Incomplete as error:
             if as_json:
                 click.echo(json.dumps(error.answer))

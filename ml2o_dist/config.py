@@ -135,15 +135,15 @@ GRID = (0.001, 0.003, 0.01, 0.03, 0.1)
 
 
 class ComparisonSettings(_Settings):
-    """The comparison at the end of a run: paired report seeds, tuning seeds apart from them."""
+    """The comparison at the end of a run: a suite's baselines, seeds and budget on the problems of `family.test`."""
 
-    steps: int = Field(200, ge=10)
-    seeds: int = Field(5, ge=2)
-    tuning_seeds: int = Field(1, ge=1)
-    learning_rates: Grid = GRID
-    baselines: tuple[str, ...] = Field(
-        ("mean+adam", "mgda+adam", "pcgrad+adam"),
-        description="AGGREGATOR[+sgd|+momentum|+adam][@LR], names of rules/aggregators.py; without @LR it is tuned",
+    suite: str = Field("quick", description="name of a suite, or a YAML file")
+    steps: int | None = Field(None, ge=1, description="null: as the suite has it, and so all below")
+    seeds: int | None = Field(None, ge=1)
+    tuning_seeds: int | None = Field(None, ge=1)
+    learning_rates: Grid | None = None
+    baselines: tuple[str, ...] | None = Field(
+        None, description="AGGREGATOR[+sgd|+momentum|+adam][@LR], tuned without @LR, and all that `ml2o evaluate` takes"
     )
 
 
@@ -271,10 +271,19 @@ class MetaTrainSettings(_Settings):
 
 
 class EvaluateSettings(_Settings):
-    """All of one evaluation: every optimizer on every problem, once for each seed, all paired."""
+    """All of one evaluation: every optimizer on every problem, once for each seed, all paired.
 
+    A suite is a YAML file of these settings that leaves `optimizers` to whoever uses it.
+    """
+
+    suite: str = Field("", description="name of the suite that this is")
+    about: str = Field("", description="what the suite is for, in a sentence")
     optimizers: tuple[str, ...] = Field((), description="names as evaluation/optimizer_names.py reads them")
-    problems: tuple[str, ...] = ()
+    baselines: tuple[str, ...] = Field(
+        (), description="what the optimizers are measured against; names of the same kind"
+    )
+    reference: str = Field("mean+adam", description="the baseline whose losses all ratios are of, where it takes part")
+    problems: tuple[str, ...] = Field((), description="NAME[key=value,...], with @STEPS where a problem has its own")
     seed: int = Field(0, ge=0, description="the first of the `seeds` consecutive seeds")
     seeds: int = Field(5, ge=1)
     steps: int = Field(200, ge=1)
@@ -292,7 +301,7 @@ class EvaluateSettings(_Settings):
     @classmethod
     def _known(cls, texts: tuple[str, ...]) -> tuple[str, ...]:
         for text in texts:
-            ProblemSpec.parse(text)
+            split_steps(text)
         return texts
 
     @model_validator(mode="after")
@@ -301,6 +310,16 @@ class EvaluateSettings(_Settings):
             raise ValueError("rule.guard is for meta-training; evaluate gml2o:initial, whose settings are guard.*")
         _check_device(self.device, self.resources)
         return self
+
+
+def split_steps(text: str) -> tuple[ProblemSpec, int | None]:
+    """Read `PROBLEM` or `PROBLEM@STEPS`; raises UserError."""
+    problem, at, steps = text.rpartition("@")
+    if not at:
+        return ProblemSpec.parse(text), None
+    if not steps.isdigit() or int(steps) < 1:
+        raise UserError(f"problem {text!r}: after @ stands how many steps are taken, not {steps!r}")
+    return ProblemSpec.parse(problem), int(steps)
 
 
 def _check_device(device: str, resources: ShareSettings) -> None:

@@ -19,6 +19,10 @@ class Aborted(Exception):
     """A run could not go on; what it had is in a checkpoint. Exit code 4."""
 
 
+class Refused(Exception):
+    """A gate did not let something pass; the message says why. Exit code 5."""
+
+
 class Incomplete(Exception):
     """A run finished, but a part of it failed; `answer` is what it would have returned. Exit code 3."""
 

@@ -2,53 +2,38 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
-import shutil
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
+from ml2o_dist.benchmark_run import BenchmarkStopped, run_benchmark
 from ml2o_dist.cluster_connection import connected
-from ml2o_dist.config import EvaluateSettings
+from ml2o_dist.config import EvaluateSettings, GuardSettings
 from ml2o_dist.config_file import dump_settings, resolve_settings
 from ml2o_dist.errors import Incomplete, Interrupted, UserError
-from ml2o_dist.evaluation.cell_tasks import run_outcomes_on_ray
-from ml2o_dist.evaluation.cells import Cell, CellResult, Outcome
-from ml2o_dist.evaluation.evaluate import (
-    Learning,
-    Planned,
-    check_fit,
-    evaluated,
-    plan,
-    problem_specs,
-    summarise,
-    tune_entrants,
-)
+from ml2o_dist.evaluation.contestants import Guarded, Learned
 from ml2o_dist.evaluation.evaluated import Evaluation
-from ml2o_dist.evaluation.evaluation_metrics import cell_metrics, curve_metrics, metric_names, row_metrics
-from ml2o_dist.evaluation.evaluation_report import evaluation_markdown, evaluation_table
-from ml2o_dist.evaluation.optimizer_names import Entrant, parse_optimizers
-from ml2o_dist.files import cache_folder, replacing
-from ml2o_dist.metatrain.pool import Stopped
-from ml2o_dist.progress import StepDisplay
+from ml2o_dist.evaluation.evaluation_plots import plot_evaluation
+from ml2o_dist.evaluation.optimizer_names import GUARD, REGISTRY, Entrant, parse_optimizers
+from ml2o_dist.evaluation.report import evaluation_markdown, evaluation_table
+from ml2o_dist.files import replacing
 from ml2o_dist.run_directory import check_writable, logged_to
+from ml2o_dist.run_report import write_report
 from ml2o_dist.run_storage import RunStorage, StorageError, open_storage
-from ml2o_dist.stopping import StopRequest, stop_on_signals
-from ml2o_dist.tracked_run import tracked_run
-from ml2o_dist.tracking.sink import MlflowSink
-from ml2o_dist.tracking.spool import SPOOL_FOLDER, unsent_values
+from ml2o_dist.stopping import stop_on_signals
+from ml2o_dist.tracked_run import git_commit
+from ml2o_dist.tracking.evaluation_runs import Version, log_evaluation
 from ml2o_dist.tracking.store import redacted, tracking_uri_to_keep
 
 RESULT, TABLE, CONFIG = "evaluation.json", "evaluation.md", "evaluate.yaml"
-"""What an evaluation leaves in its folder."""
-
-CLOSE_LIMIT_S = 30.0
-"""How long the end may wait for MLflow: there is no checkpoint, and its whole figures are sent at the end."""
+"""What an evaluation leaves in its folder, besides plots/ and report.html."""
 
 log = logging.getLogger(__name__)
 
@@ -62,53 +47,67 @@ def evaluate(
 ) -> dict[str, Any]:
     """Run every optimizer on every problem as Ray tasks; return what `ml2o evaluate --json` prints.
 
-    `run_dir` is a folder or the URI of one for the results; without one they go to MLflow alone, and stay on the disk
-    only where MLflow has not taken them.
+    Finished cells are kept in the cache folder: what is asked for again is found there. `run_dir` is a folder or the
+    URI of one for the results; they go to MLflow in any case, and where that is away the same call sends them later.
 
     Raises:
         UserError: settings, weights, data, cluster or folder are not as they must be (exit code 2).
         Incomplete: cells failed; Interrupted: stopped by a signal. What was done is kept.
     """
     console = console or Console(stderr=True)
-    settings = resolve_settings(settings)
-    uri = tracking_uri_to_keep(settings.tracking.uri)
-    for what, names in (("optimizer", settings.optimizers), ("problem", settings.problems)):
-        if not names:
-            raise UserError(f"name at least one {what}: --{what} NAME")
-    entrants = parse_optimizers(settings, lambda reference: _registered(uri, reference))
-    data = check_fit(settings, entrants)
-    with _folder(run_dir) as storage:
-        if run_dir is not None:
-            console.print(f"run directory  {storage.name}", highlight=False, soft_wrap=True)
-        console.print(f"tracking URI   {redacted(uri)}", highlight=False, soft_wrap=True)
-        try:
-            with (
-                stop_on_signals(at_once=True) as stop,
-                connected(address) as where,
-                logged_to(storage.folder, console),
-            ):
-                console.print(f"Ray            {where}", highlight=False, soft_wrap=True)
-                stop.at_once = False
-                tags = {"data_sha256": json.dumps(data)}
-                with tracked_run(settings, storage, uri, console, stop, tags=tags, close_limit_s=CLOSE_LIMIT_S) as sink:
-                    evaluation = _run(settings, entrants, storage, sink, console, stop)
-        except Interrupted as error:
-            raise Interrupted(error.signal_number, "; but ".join([str(error), *_lacking(storage)])) from None
-        lacking = _lacking(storage)
-    answer = evaluation.to_json()
-    answer["summary"] |= {
-        "data_sha256": data,
-        "mlflow_run_id": sink.run_id,
-        "tracking_uri": redacted(uri),
-        "run_dir": None if run_dir is None else storage.name,
-    }
-    wrong = [*_failures(evaluation), *lacking]
+    evaluation, answer, lacking = evaluated(settings, run_dir, address=address, console=console)
+    wrong = [*failures(evaluation), *lacking]
     if wrong:
         raise Incomplete("; ".join(wrong), answer)
     return answer
 
 
-def _failures(evaluation: Evaluation) -> list[str]:
+def evaluated(
+    settings: EvaluateSettings, run_dir: str | None, *, address: str, console: Console
+) -> tuple[Evaluation, dict[str, Any], list[str]]:
+    """Do what `evaluate` does; return the evaluation, its answer, and what a remote place lacks of it.
+
+    Raises:
+        UserError, Interrupted: as `evaluate`.
+    """
+    settings = resolve_settings(settings)
+    uri = tracking_uri_to_keep(settings.tracking.uri)
+    if not (settings.optimizers or settings.baselines):
+        raise UserError("name at least one optimizer: --optimizer NAME")
+    if not settings.problems:
+        raise UserError("name at least one problem: --problem NAME, or a suite: --suite NAME")
+    versions: dict[str, Version] = {}
+    entrants = parse_optimizers(settings, lambda reference: _registered(uri, reference, versions))
+    with _folder(run_dir, settings) as storage:
+        if run_dir is not None:
+            console.print(f"run directory  {storage.name}", highlight=False, soft_wrap=True)
+        console.print(f"tracking URI   {redacted(uri)}", highlight=False, soft_wrap=True)
+        with stop_on_signals(at_once=True) as stop, ExitStack() as stack, logged_to(storage.folder, console):
+
+            def connect() -> None:
+                where = stack.enter_context(connected(address))
+                console.print(f"Ray            {where}", highlight=False, soft_wrap=True)
+                stop.at_once = False
+
+            try:
+                evaluation = run_benchmark(settings, entrants, console, stop, connect)
+            except BenchmarkStopped as stopped:
+                raise Interrupted(stop.signal_number, f"stopped by {stop.name}: {stopped}") from None
+            stop.at_once = False
+            files = _write(evaluation, storage)
+            console.print(evaluation_table(evaluation))
+            runs = _track(uri, evaluation, entrants, versions, files, console)
+        lacking = _lacking(storage)
+    answer = evaluation.to_json()
+    answer["summary"] |= {
+        "mlflow_runs": runs,
+        "tracking_uri": redacted(uri),
+        "run_dir": None if run_dir is None else storage.name,
+    }
+    return evaluation, answer, lacking
+
+
+def failures(evaluation: Evaluation) -> list[str]:
     """Return in words which cells failed, and the first one's reason; [] where none did."""
     failed = evaluation.failed
     if not failed:
@@ -121,138 +120,127 @@ def _failures(evaluation: Evaluation) -> list[str]:
     ]
 
 
-def _registered(uri: str, reference: str) -> Path:
-    from ml2o_dist.tracking.registry import resolve_model  # late: MLflow takes 2 s
+def _registered(uri: str, reference: str, versions: dict[str, Version]) -> Path:
+    """Return the weights file of a version, and note which one it is."""
+    from ml2o_dist.tracking.registry import find_version, resolve_model  # late: MLflow takes 2 s
 
+    found = find_version(uri, reference)
+    versions[reference] = Version(found["name"], found["version"])
     return resolve_model(uri, reference)
 
 
 @contextmanager
-def _folder(run_dir: str | None) -> Iterator[RunStorage]:
-    """Give the folder of the results; without a `run_dir` one in the cache, which goes once MLflow has everything."""
+def _folder(run_dir: str | None, settings: EvaluateSettings) -> Iterator[RunStorage]:
+    """Give the folder of the results; without a `run_dir` a temporary one."""
     if run_dir is not None:
         storage = open_storage(run_dir)
-        _check_free(storage)
+        _check_free(storage, settings)
         check_writable(storage.folder)
         yield storage
         return
-    kept = cache_folder() / "evaluations"
-    try:
-        kept.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(dir=kept, prefix="evaluate-"))
-    except OSError as error:
-        raise UserError(f"{str(kept)!r} cannot be written: {error.strerror or error} (ML2O_CACHE names it)") from error
-    try:
-        yield RunStorage(str(folder), folder)
-    finally:
-        if not ((folder / SPOOL_FOLDER).exists() and (folder / RESULT).exists()):
-            shutil.rmtree(folder)
+    with tempfile.TemporaryDirectory(prefix="ml2o-evaluation-") as folder:
+        yield RunStorage(folder, Path(folder))
 
 
-def _check_free(storage: RunStorage) -> None:
-    """Raise UserError where the folder holds a meta-training, or an evaluation that MLflow has not got."""
+def _check_free(storage: RunStorage, settings: EvaluateSettings) -> None:
+    """Raise UserError where the folder holds a meta-training, or another evaluation than this one."""
     if (storage.folder / "config.yaml").exists():
         raise UserError(f"{storage.name} holds a meta-training; choose another --run-dir for the evaluation")
-    if (storage.folder / RESULT).exists():
-        raise UserError(f"{storage.name} holds an evaluation; choose another --run-dir for this one")
-    if values := unsent_values(storage.folder / SPOOL_FOLDER):
-        raise UserError(
-            f"{storage.name} holds {values} values of another evaluation, not yet sent to MLflow; send them with "
-            f"`ml2o sync {storage.folder}`, or choose another --run-dir"
-        )
-
-
-def _run(
-    settings: EvaluateSettings,
-    entrants: Sequence[Entrant],
-    storage: RunStorage,
-    sink: MlflowSink,
-    console: Console,
-    stop: StopRequest,
-) -> Evaluation:
-    """Tune, run and report; where it is stopped, report what there is."""
-    outcomes: dict[int, Outcome] = {}
-    planned: list[Planned] = []
-    tuned: Learning = {}
-    names = metric_names(entrant.name for entrant in entrants), metric_names(problem_specs(settings))
-
-    def on_outcome(index: int, outcome: Outcome) -> None:
-        outcomes[index] = outcome
-        if isinstance(outcome, CellResult):
-            cell = evaluated(planned[index], outcome)
-            sink.log(cell_metrics(cell, *names), cell.seed)
-
-    stopped = False
+    if not (storage.folder / RESULT).exists():
+        return
     try:
-        tuned = tune_entrants(settings, entrants, lambda cells: _tuning(cells, settings, console, stop))
-        planned = plan(settings, entrants, tuned)
-        _run_cells("evaluate", [each.cell for each in planned], on_outcome, settings, console, stop)
-    except Stopped:
-        stopped = True
-    evaluation = summarise(settings, planned, outcomes, tuned)
-    for row in evaluation.rows:
-        sink.log(row_metrics(row, *names), 0)
-        for step, metrics in curve_metrics(row, *names):
-            sink.log(metrics, step)
-    _write(evaluation, storage.folder, sink)
-    if evaluation.rows:
-        console.print(evaluation_table(evaluation))
-    if stopped:
-        cells = settings.seeds * len(entrants) * len(problem_specs(settings))
-        raise Interrupted(
-            stop.signal_number,
-            f"stopped by {stop.name}: {len(evaluation.cells)} of {cells} cells were finished; their figures are in "
-            + (f"MLflow run {sink.run_id}" if _is_temporary(storage) and sink.run_id else storage.name),
-        )
-    return evaluation
+        same = (storage.folder / CONFIG).read_text() == dump_settings(settings)
+    except OSError:
+        same = False
+    if not same:
+        raise UserError(f"{storage.name} holds another evaluation; choose another --run-dir for this one")
 
 
-def _is_temporary(storage: RunStorage) -> bool:
-    return storage.folder.parent == cache_folder() / "evaluations"
-
-
-def _tuning(cells: Sequence[Cell], settings: EvaluateSettings, console: Console, stop: StopRequest) -> list[Outcome]:
-    outcomes: dict[int, Outcome] = {}
-    _run_cells("tune", cells, outcomes.__setitem__, settings, console, stop)
-    return [outcomes[index] for index in range(len(cells))]
-
-
-def _run_cells(
-    title: str,
-    cells: Sequence[Cell],
-    on_outcome: Callable[[int, Outcome], None],
-    settings: EvaluateSettings,
-    console: Console,
-    stop: StopRequest,
-) -> None:
-    resources = settings.resources
-    with StepDisplay(console, title, len(cells)) as display:
-
-        def on_done(done: int, total: int) -> None:
-            if stop():
-                raise Stopped
-            display.update(done)
-
-        run_outcomes_on_ray(
-            cells, on_outcome, num_cpus=resources.num_cpus, num_gpus=resources.num_gpus, on_done=on_done
-        )
-
-
-def _write(evaluation: Evaluation, folder: Path, sink: MlflowSink) -> None:
-    """Write the results into the folder and hand them to MLflow; a full disk costs a warning, not the answer."""
+def _write(evaluation: Evaluation, storage: RunStorage) -> list[Path]:
+    """Write the results into the folder; return what there is. A full disk costs a warning, not the answer."""
+    folder = storage.folder
     contents = {
-        RESULT: json.dumps(evaluation.to_json(), indent=1, allow_nan=False) + "\n",
+        RESULT: json.dumps(evaluation.to_json(curves=True), allow_nan=False) + "\n",
         TABLE: evaluation_markdown(evaluation),
         CONFIG: dump_settings(evaluation.settings),
     }
-    for name, content in contents.items():
-        try:
+    written = []
+    try:
+        for name, content in contents.items():
             with replacing(folder / name) as stream:
                 stream.write(content.encode())
-        except OSError as error:
-            log.warning("%s cannot be written: %s", folder / name, error.strerror or error)
-        else:
-            sink.log_artifact(folder / name)
+            written.append(folder / name)
+        written += plot_evaluation(evaluation, folder / "plots")
+        write_report(folder, place=storage.name)
+        written.append(folder / "report.html")
+    except OSError as error:
+        log.warning("results cannot be written into %s: %s", folder, error.strerror or error)
+    return written
+
+
+def _track(
+    uri: str,
+    evaluation: Evaluation,
+    entrants: Sequence[Entrant],
+    versions: Mapping[str, Version],
+    files: Sequence[Path],
+    console: Console,
+) -> dict[str, str]:
+    """Log a run for each optimizer, and the figures of registered versions beside them; {} where MLflow is away."""
+    entered = {entrant.name: entrant.contestant(entrant.learning_rate or 1.0) for entrant in entrants}
+    identities = {
+        name: hashlib.sha256(json.dumps(each.identity, sort_keys=True).encode()).hexdigest()
+        for name, each in entered.items()
+    }
+    guards: dict[str, str] = {}
+    for name, each in entered.items():
+        guard = each.guard if isinstance(each, Guarded) else each.settings.guard if isinstance(each, Learned) else None
+        if guard is not None:
+            guards[name] = guard_words(guard)
+    registered = {name: versions[name.removeprefix(GUARD)] for name in entered if REGISTRY in name}
+    try:
+        runs = log_evaluation(
+            uri,
+            evaluation,
+            files,
+            optimizers=entered,
+            identities=identities,
+            guards=guards,
+            versions=registered,
+            git=git_commit(),
+        )
+        _describe(uri, evaluation, registered, runs)
+    except UserError as error:
+        console.print(
+            f"[yellow]not in MLflow:[/] {error}; the finished cells are kept: the same command sends them later",
+            highlight=False,
+            soft_wrap=True,
+        )
+        return {}
+    return runs
+
+
+def _describe(uri: str, evaluation: Evaluation, registered: Mapping[str, Version], runs: Mapping[str, str]) -> None:
+    """Write the figures of registered versions, on a suite, into their descriptions."""
+    from ml2o_dist.tracking.promotion import describe_version  # late: MLflow takes 2 s
+
+    for name, version in registered.items():
+        standing = evaluation.standing(name)
+        if evaluation.suite and standing is not None and not name.startswith(GUARD):
+            ratio = standing.ratio
+            line = (
+                f"{ratio.estimate:.3f} [{ratio.low:.3f}, {ratio.high:.3f}] of tuned {evaluation.settings.reference}'s "
+                f"loss, {standing.to_best.estimate:.3f} of the best baseline's; run {runs[name]}"
+            )
+            describe_version(uri, version.model, version.version, evaluation.suite, line)
+
+
+def guard_words(guard: GuardSettings) -> str:
+    """Return a guard's fallback, and what of its settings is not the default."""
+    default = GuardSettings()
+    changed = {key: value for key, value in guard.model_dump().items() if value != getattr(default, key)}
+    changed.pop("fallback", None)
+    return " ".join([guard.fallback, *(f"{key}={value}" for key, value in changed.items())])
 
 
 def _lacking(storage: RunStorage) -> list[str]:

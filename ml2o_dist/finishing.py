@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import json
 import logging
-import time
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
 from ml2o_dist import artifact
-from ml2o_dist.config import MetaTrainSettings
+from ml2o_dist.benchmark_run import run_benchmark
+from ml2o_dist.config import EvaluateSettings, MetaTrainSettings
 from ml2o_dist.config_file import settings_hash
 from ml2o_dist.errors import Aborted, Incomplete, UserError
-from ml2o_dist.evaluation.benchmark import Comparison, compare
-from ml2o_dist.evaluation.cell_tasks import run_cells_on_ray
-from ml2o_dist.evaluation.cells import Cell, CellResult
 from ml2o_dist.evaluation.contestants import Learned
-from ml2o_dist.evaluation.plots import plot_comparison, plot_meta_loss
-from ml2o_dist.evaluation.report import comparison_markdown, comparison_table
+from ml2o_dist.evaluation.evaluated import Evaluation
+from ml2o_dist.evaluation.evaluation_plots import plot_evaluation
+from ml2o_dist.evaluation.optimizer_names import Entrant, parse_optimizers
+from ml2o_dist.evaluation.plots import plot_meta_loss
+from ml2o_dist.evaluation.report import evaluation_markdown, evaluation_table
+from ml2o_dist.evaluation.suites import comparison_settings
 from ml2o_dist.files import replacing
 from ml2o_dist.metatrain.pool import Stopped
 from ml2o_dist.metatrain.trainer import Trainer
-from ml2o_dist.progress import StepDisplay
 from ml2o_dist.run_log import COMPARISON_FAILED
 from ml2o_dist.run_report import write_report
 from ml2o_dist.run_storage import RunStorage
@@ -72,19 +72,22 @@ def finish(
     plots = run_dir / "plots"
     if progress.best_step <= 0:
         console.print("[yellow]no validation was better than the untrained network's: that is what is kept[/]")
-    comparison: Comparison | None = None
+    comparison: Evaluation | None = None
     failure = ""
     try:
         plot_meta_loss(progress.history, plots / "meta_loss.png")
         if settings.compare:
             comparison = _compare(trainer, console, stop)
             with replacing(run_dir / "comparison.md") as stream:
-                stream.write(comparison_markdown(comparison).encode())
+                stream.write(evaluation_markdown(comparison).encode())
             with replacing(run_dir / "comparison.json") as stream:
-                stream.write(json.dumps(comparison.to_json()).encode())
+                stream.write(json.dumps(comparison.to_json(curves=True)).encode())
             sink.log_artifact(run_dir / "comparison.md")
             sink.log_artifact(run_dir / "comparison.json")
-            plot_comparison(comparison, plots / "comparison.png")
+            plot_evaluation(comparison, plots)
+            if comparison.failed:
+                first, count = comparison.failed[0], len(comparison.failed)
+                failure = f"{count} cells of the comparison failed; {first.optimizer} on {first.problem}: {first.error}"
     except Stopped:
         raise
     except Exception as error:  # a cell or a picture that broke must not cost the finished weights
@@ -140,7 +143,7 @@ def show_finished(answer: Mapping[str, Any], trainer: Trainer, storage: RunStora
     run_dir, tracking = trainer.run_dir, trainer.settings.tracking
     console.print(f"finished       {answer['meta_steps']} meta-steps, nothing is left to do", highlight=False)
     if answer["comparison"] is not None:
-        console.print(comparison_table(Comparison.from_json(answer["comparison"])))
+        console.print(evaluation_table(Evaluation.from_json(answer["comparison"])))
     if answer["registered_version"] is not None:
         console.print(f"registered     {tracking.model} version {answer['registered_version']}", highlight=False)
     weights = storage.named(str(run_dir / artifact.WEIGHTS_FILE))
@@ -174,35 +177,43 @@ def _report(storage: RunStorage, sink: MlflowSink) -> None:
         sink.log_artifact(storage.folder / "report.html")
 
 
-def _compare(trainer: Trainer, console: Console, stop: StopRequest) -> Comparison:
-    settings, resources = trainer.settings, trainer.settings.resources
-    contestants = [Learned("initial", settings.rule, None), Learned("learned", settings.rule, trainer.best_weights)]
-    began = time.monotonic()
+def compared(settings: MetaTrainSettings) -> tuple[EvaluateSettings, list[Entrant]]:
+    """Return the settings of the comparison, and its baselines.
 
-    def run_cells(cells: Sequence[Cell]) -> list[CellResult]:
-        title = "tune baselines" if all(cell.stream == "tuning" for cell in cells) else "compare"
-        with StepDisplay(console, title, len(cells)) as display:
+    Raises:
+        UserError: a wrong suite, or an unknown baseline.
+    """
+    evaluation = comparison_settings(settings)
+    return evaluation, parse_optimizers(evaluation, _no_version)
 
-            def on_done(done: int, total: int) -> None:
-                if stop():
-                    raise Stopped
-                display.update(done)
 
-            return run_cells_on_ray(cells, num_cpus=resources.num_cpus, num_gpus=resources.num_gpus, on_done=on_done)
+def _no_version(reference: str) -> Path:
+    raise UserError(f"comparison.baselines: {reference} is a registered version; evaluate it with `ml2o evaluate`")
 
-    comparison = replace(compare(settings, contestants, run_cells), seconds=time.monotonic() - began)
+
+def _compare(trainer: Trainer, console: Console, stop: StopRequest) -> Evaluation:
+    evaluation, baselines = compared(trainer.settings)
+    rule = trainer.settings.rule
+    initial, learned = Learned("initial", rule, None), Learned("learned", rule, trainer.best_weights)
+    entrants = [
+        *baselines,
+        Entrant("initial", lambda lr: initial),
+        Entrant("learned", lambda lr: learned, role="learned"),
+    ]
+    named = evaluation.model_copy(update={"optimizers": ("initial", "learned")})
+    comparison = run_benchmark(named, entrants, console, stop)
     console.print(f"compared in {comparison.seconds:.0f} s", highlight=False)
-    console.print(comparison_table(comparison))
+    console.print(evaluation_table(comparison))
     return comparison
 
 
 def _register(
-    trainer: Trainer, sink: MlflowSink, uri: str, comparison: Comparison | None, console: Console
+    trainer: Trainer, sink: MlflowSink, uri: str, comparison: Evaluation | None, console: Console
 ) -> int | None:
     tracking = trainer.settings.tracking
     if not tracking.register_version:
         return None
-    description = comparison_markdown(comparison) if comparison else "Not compared with baselines."
+    description = evaluation_markdown(comparison) if comparison else "Not compared with baselines."
     try:
         version = register_version(
             uri,

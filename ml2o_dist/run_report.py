@@ -1,4 +1,4 @@
-"""`ml2o report`: what lies in a run directory, read back and written as one page beside it."""
+"""`ml2o report`: what lies in the folder of a run or of an evaluation, read back and written as one page beside it."""
 
 from __future__ import annotations
 
@@ -9,12 +9,14 @@ from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import pyarrow as pa
+from pydantic import ValidationError
 
-from ml2o_dist.config_file import load_settings
+from ml2o_dist.config_file import load_evaluation, load_settings
 from ml2o_dist.errors import UserError
-from ml2o_dist.evaluation.benchmark import Comparison
+from ml2o_dist.evaluation.evaluated import Evaluation
+from ml2o_dist.evaluation.evaluation_page import evaluation_page_sections, render_evaluation
 from ml2o_dist.evaluation.page import page_sections, render_page
-from ml2o_dist.evaluation.run_record import RunRecord
+from ml2o_dist.evaluation.run_record import EvaluationRecord, RunRecord
 from ml2o_dist.files import replacing
 from ml2o_dist.metatrain.checkpoint import newest_checkpoint
 from ml2o_dist.metatrain.history import FILE as HISTORY
@@ -24,31 +26,39 @@ from ml2o_dist.remote_files import is_uri
 from ml2o_dist.run_log import RunLog, read_log
 
 PAGE = "report.html"
+EVALUATION = ("evaluation.json", "evaluate.yaml")
+"""What `ml2o evaluate` leaves in its folder: results, settings."""
 Found = TypeVar("Found")
 
 
 def write_report(run_dir: Path, path: Path | None = None, place: str = "") -> dict[str, Any]:
-    """Write `path` (None: `RUN_DIR/report.html`) from whatever of the run is there; the run need not be finished.
+    """Write `path` (None: `RUN_DIR/report.html`) from whatever of a run or an evaluation is there, finished or not.
 
-    `place` is what the user knows the run by, where that is not the folder: a URI.
+    `place` is what the user knows the folder by, where that is not its path: a URI.
 
     Returns what `ml2o report --json` prints: `path`, the `sections` that have something to show, in `missing`, by
     section, why something is not there, and in `unread` a line for each file that cannot be read.
 
     Raises:
-        UserError: the folder holds no run, or cannot be written.
+        UserError: the folder holds neither, or cannot be written.
     """
-    record = load_record(run_dir, place)
-    sections = page_sections(record)
+    if not (run_dir / "config.yaml").is_file() and any((run_dir / name).is_file() for name in EVALUATION):
+        evaluation = load_evaluation_record(run_dir, place)
+        sections, unread = evaluation_page_sections(evaluation), evaluation.unread_lines
+        page = render_evaluation(evaluation, sections)
+    else:
+        run = load_record(run_dir, place)
+        sections, unread = page_sections(run), run.unread_lines
+        page = render_page(run, sections)
     path = path or run_dir / PAGE
     try:
         with replacing(path) as stream:
-            stream.write(render_page(record, sections).encode())
+            stream.write(page.encode())
     except OSError as error:
         raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
     shown = [section.name for section in sections if section.body]
     missing = {section.name: section.missing for section in sections if section.missing}
-    return {"path": str(path), "sections": shown, "missing": missing, "unread": record.unread_lines}
+    return {"path": str(path), "sections": shown, "missing": missing, "unread": unread}
 
 
 def load_record(run_dir: Path, place: str = "") -> RunRecord:
@@ -57,45 +67,88 @@ def load_record(run_dir: Path, place: str = "") -> RunRecord:
     Raises:
         UserError: the folder holds no config.yaml, so no run.
     """
-    place = place or str(run_dir)
+    files = _Files(run_dir, place)
     if not (run_dir / "config.yaml").is_file():
-        raise UserError(f"{place} holds no run: there is no config.yaml in it")
-    unread: dict[str, list[str]] = {}
+        raise UserError(
+            f"{files.place} holds no run and no evaluation: there is no config.yaml, and no {EVALUATION[0]}, in it"
+        )
+    checkpoint, refused = newest_checkpoint(run_dir / "checkpoints")
+    if refused:
+        files.note("checkpoints", [f"checkpoint refused: {refusal}" for refusal in refused])
+    recorded = files.read(FOLDER, _recorded)
+    if recorded is not None and recorded.unread:
+        files.note(FOLDER, recorded.unread)
+    return RunRecord(
+        name=files.name,
+        path=files.place,
+        settings=files.read("config.yaml", load_settings),
+        history=files.read(HISTORY, read_history) or (),
+        comparison=files.read("comparison.json", _evaluation),
+        card=files.read("weights.json", _card),
+        checkpoint_step=checkpoint.meta_step if checkpoint else None,
+        progress=checkpoint.state.get("progress", {}) if checkpoint else {},
+        trajectories=recorded.rows if recorded else None,
+        log=files.read("run.log", read_log) or RunLog(),
+        unread=files.unread,
+    )
 
-    def note(name: str, lines: Sequence[str]) -> None:
-        unread.setdefault(name, []).extend(line.replace(str(run_dir), place) for line in lines)
 
-    def read(name: str, reader: Callable[[Path], Found]) -> Found | None:
-        path = run_dir / name
+def load_evaluation_record(folder: Path, place: str = "") -> EvaluationRecord:
+    """Read back an evaluation: what is not there is None, and what cannot be read is noted in `unread`."""
+    files = _Files(folder, place)
+    evaluation = files.read(EVALUATION[0], _evaluation)
+    settings = files.read(EVALUATION[1], load_evaluation)
+    return EvaluationRecord(
+        name=files.name,
+        path=files.place,
+        evaluation=evaluation,
+        settings=evaluation.settings if settings is None and evaluation is not None else settings,
+        log=files.read("run.log", read_log) or RunLog(),
+        unread=files.unread,
+    )
+
+
+class _Files:
+    """Reads a folder's files; what cannot be read is noted in `unread` by its name."""
+
+    def __init__(self, folder: Path, place: str) -> None:
+        self.folder, self.place = folder, place or str(folder)
+        self.unread: dict[str, list[str]] = {}
+
+    @property
+    def name(self) -> str:
+        return PurePosixPath(urlsplit(self.place).path).name if is_uri(self.place) else self.folder.name
+
+    def note(self, name: str, lines: Sequence[str]) -> None:
+        self.unread.setdefault(name, []).extend(line.replace(str(self.folder), self.place) for line in lines)
+
+    def read(self, name: str, reader: Callable[[Path], Found]) -> Found | None:
+        """Return what `reader` makes of a file or folder; None where it is not there or cannot be read."""
+        path = self.folder / name
         if not path.exists():
             return None
         try:
             return reader(path)
         except UserError as error:
-            note(name, [str(error)])
+            self.note(name, [str(error)])
         except (OSError, pa.ArrowException, ValueError, TypeError, KeyError) as error:
-            note(name, [f"{path} cannot be read: {type(error).__name__}: {' '.join(str(error).split())}"])
+            self.note(name, [f"{path} cannot be read: {type(error).__name__}: {' '.join(str(error).split())}"])
         return None
 
-    checkpoint, refused = newest_checkpoint(run_dir / "checkpoints")
-    if refused:
-        note("checkpoints", [f"checkpoint refused: {refusal}" for refusal in refused])
-    recorded = read(FOLDER, _recorded)
-    if recorded is not None and recorded.unread:
-        note(FOLDER, recorded.unread)
-    return RunRecord(
-        name=PurePosixPath(urlsplit(place).path).name if is_uri(place) else run_dir.name,
-        path=place,
-        settings=read("config.yaml", load_settings),
-        history=read(HISTORY, read_history) or (),
-        comparison=read("comparison.json", lambda path: Comparison.from_json(json.loads(path.read_bytes()))),
-        card=read("weights.json", _card),
-        checkpoint_step=checkpoint.meta_step if checkpoint else None,
-        progress=checkpoint.state.get("progress", {}) if checkpoint else {},
-        trajectories=recorded.rows if recorded else None,
-        log=read("run.log", read_log) or RunLog(),
-        unread=unread,
-    )
+
+def _evaluation(path: Path) -> Evaluation:
+    """Read an evaluation; raises UserError for another format, and what reading JSON raises."""
+    tree = json.loads(path.read_bytes())
+    try:
+        return Evaluation.from_json(tree)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        place = ".".join(map(str, first["loc"]))
+        raise UserError(
+            f"{path} cannot be read: it holds no evaluation of this version: {place}: {first['msg']}"
+        ) from error
+    except (TypeError, KeyError) as error:
+        raise UserError(f"{path} cannot be read: it holds no evaluation of this version") from error
 
 
 def _card(path: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from ml2o_dist.cluster_connection import connected, own_capacity
 from ml2o_dist.config import MetaTrainSettings
 from ml2o_dist.config_file import resolve_settings
 from ml2o_dist.errors import Aborted, Incomplete, Interrupted, UserError
-from ml2o_dist.finishing import finish, finished_answer, show_finished
+from ml2o_dist.finishing import compared, finish, finished_answer, show_finished
 from ml2o_dist.metatrain.capacity import check_capacity
 from ml2o_dist.metatrain.checkpoint import newest_manifest
 from ml2o_dist.metatrain.pool import PoolError, Stopped, WorkerPool
@@ -24,7 +24,6 @@ from ml2o_dist.metatrain.trainer import Row, Trainer, TrainingError
 from ml2o_dist.problems import ProblemContext, ProblemSpec
 from ml2o_dist.problems.multitask import MultiTaskImages
 from ml2o_dist.progress import StepDisplay
-from ml2o_dist.rules.aggregated import parse_optimizer_name
 from ml2o_dist.rules.gml2o import fallback_rule
 from ml2o_dist.run_directory import check_folder, check_fresh, check_writable, written_to
 from ml2o_dist.run_storage import RunStorage, StorageError, open_storage
@@ -184,8 +183,8 @@ def check_problems(settings: MetaTrainSettings) -> dict[str, str]:
     It also builds the image caches before several workers ask for them. Returns the sha256 of the data behind each
     problem that has any; raises UserError.
     """
-    for baseline in settings.comparison.baselines:
-        parse_optimizer_name(baseline)
+    if settings.compare:
+        compared(settings)
     if settings.rule.guard is not None:
         fallback_rule(settings.rule.guard)
     data: dict[str, str] = {}

@@ -1,15 +1,15 @@
-"""The MLflow run of a command: begun with what the command was asked for, ended as it ended."""
+"""The MLflow run of a meta-training: begun with what was asked for, ended as it ended."""
 
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
 
-from ml2o_dist.config import EvaluateSettings, MetaTrainSettings
+from ml2o_dist.config import MetaTrainSettings
 from ml2o_dist.config_file import flat_settings, settings_hash
 from ml2o_dist.errors import Interrupted
 from ml2o_dist.run_storage import RunStorage
@@ -20,13 +20,13 @@ from ml2o_dist.tracking.spool import SPOOL_FOLDER
 from ml2o_dist.tracking.store import redacted
 from ml2o_dist.tracking.sync import sync_command
 
-STOP_LIMIT_S = 3.0
-"""How long a stopped command may wait for MLflow: Ray gives a job 3 s by default. The rest is spooled."""
+CLOSE_LIMIT_S, STOP_LIMIT_S = 10.0, 3.0
+"""How long the end of a run may wait for MLflow; after a stop, Ray gives a job 3 s by default. The rest is spooled."""
 
 
 @contextmanager
 def tracked_run(
-    settings: MetaTrainSettings | EvaluateSettings,
+    settings: MetaTrainSettings,
     storage: RunStorage,
     uri: str,
     console: Console,
@@ -34,8 +34,6 @@ def tracked_run(
     *,
     run_id: str | None = None,
     go_on: bool = False,
-    tags: Mapping[str, str] | None = None,
-    close_limit_s: float = 10.0,
 ) -> Iterator[MlflowSink]:
     """Open an MLflow run, or go on with it, and end it as the `with` block ended.
 
@@ -51,7 +49,7 @@ def tracked_run(
         run_id,
         storage.title,
         params={key: str(value)[:500] for key, value in flat_settings(settings).items()},
-        tags={"config_hash": settings_hash(settings), "git": git_commit(), "run_dir": storage.name, **(tags or {})},
+        tags={"config_hash": settings_hash(settings), "git": git_commit(), "run_dir": storage.name},
         run_dir=storage.folder,
         config=settings.model_dump(mode="json", by_alias=True),
         go_on=go_on,
@@ -64,7 +62,7 @@ def tracked_run(
         status = "KILLED" if isinstance(error, Interrupted) else "FAILED"
         raise
     finally:
-        unsent = sink.close(status, STOP_LIMIT_S if stop() else close_limit_s)
+        unsent = sink.close(status, STOP_LIMIT_S if stop() else CLOSE_LIMIT_S)
         if sink.spool:
             say_unsent(console, unsent, storage.folder, uri)
 

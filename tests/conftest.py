@@ -64,6 +64,7 @@ def cluster() -> Iterator[None]:
     ray.shutdown()
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark the tests that use `real_data_root`; skip those marked `real_data` where there is no real data.
 

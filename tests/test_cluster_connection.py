@@ -92,3 +92,9 @@ def test_what_is_not_known_is_not_refused():
     check_capacity(4, ResourceSettings(num_cpus=0.5), {"CPU": 2.0}, "this machine")
     with pytest.raises(UserError, match=r"workers=5 needs 2\.5 CPU \(0\.5 each\), this machine has 2: 0\.5 missing"):
         check_capacity(5, ResourceSettings(num_cpus=0.5), {"CPU": 2.0}, "this machine")
+
+
+def test_where_files_run_side_by_side_those_with_ray_are_one_group(request):
+    if "PYTEST_XDIST_WORKER" not in os.environ:
+        pytest.skip("files run one after the other")
+    assert request.node.nodeid.endswith("@ray")

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import signal
+import subprocess
+import sys
+import time
 
 import pytest
 from click.testing import CliRunner
 from mlflow.tracking import MlflowClient
 
-from ml2o_dist import evaluations
+from ml2o_dist import benchmark_run, evaluations
 from ml2o_dist.artifact import save_artifact
 from ml2o_dist.cli import main
 from ml2o_dist.config import RuleSettings
@@ -67,6 +71,7 @@ def finished(cluster, tmp_path_factory):
     words = [word for option in options for word in ("--set", option)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ML2O_HOME", str(home))
+        patch.setenv("ML2O_CACHE", str(home / "cache"))
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
         result = ml2o(*named(OPTIMIZERS, PROBLEMS), "--seeds", "2", "--steps", "20", "--seed", "5", *words,
                       "--run-dir", "runs/e", "--json")  # fmt: skip
@@ -142,74 +147,96 @@ def test_the_folder_has_the_results_and_settings_that_give_them_again(finished):
     home, answer, _ = finished
     folder = home / "runs" / "e"
     assert {path.name for path in folder.iterdir()} == {
-        "evaluation.json", "evaluation.md", "evaluate.yaml", "run.log", "mlflow.json"}  # fmt: skip
+        "evaluation.json", "evaluation.md", "evaluate.yaml", "run.log", "report.html", "plots"}  # fmt: skip
+    assert {"learning_curves.png", "time_per_step.png", "acceptance.png"} <= {
+        f.name for f in (folder / "plots").iterdir()
+    }
     kept = strict((folder / "evaluation.json").read_text())
     assert kept["cells"] == answer["cells"]
-    assert kept["summary"].items() <= answer["summary"].items()
+    assert len(kept["summary"]["rows"][0]["curve"]["loss"]) == 20
+    assert "curve" not in answer["summary"]["rows"][0]
     settings = load_evaluation(folder / "evaluate.yaml")
     assert (list(settings.optimizers), list(settings.problems)) == (OPTIMIZERS, PROBLEMS)
     assert (settings.seed, settings.seeds, settings.steps, settings.device) == (5, 2, 20, "cpu")
-    assert (folder / "evaluation.md").read_text().count("\n|") == 2 + 14 - 1 + 1
 
 
-def test_mlflow_has_one_run_with_settings_cells_curves_and_the_table(finished):
+def test_mlflow_has_a_run_for_each_optimizer_with_tags_figures_curves_and_files(finished):
     home, answer, _ = finished
     client = MlflowClient(f"sqlite:///{home}/mlflow.db")
-    (run,) = client.search_runs([client.get_experiment_by_name("ml2o/evaluate").experiment_id])
-    assert run.info.run_id == answer["summary"]["mlflow_run_id"]
-    assert (run.info.status, run.info.run_name) == ("FINISHED", "e")
+    runs = client.search_runs([client.get_experiment_by_name("ml2o/evaluate").experiment_id])
+    by_name = {run.data.tags["optimizer"]: run for run in runs}
+    assert len(runs) == len(OPTIMIZERS)
+    assert {name: run.info.run_id for name, run in by_name.items()} == answer["summary"]["mlflow_runs"]
+    run = by_name["gml2o:models:/ml2o@candidate"]
+    assert (run.info.status, run.info.run_name) == ("FINISHED", "ml2o v1 on evaluation")
+    tags = run.data.tags
+    assert (tags["model"], tags["model_version"], tags["guard"]) == ("ml2o", "1", "dssmg")
+    assert tags["suite_sha256"] == answer["summary"]["suite_sha256"]
+    assert {"git", "config_hash", "suite", "role"} <= tags.keys()
+    assert (by_name["dssmg"].data.tags["guard"], by_name["runs/trained"].data.tags["role"]) == ("none", "learned")
     assert (run.data.params["steps"], run.data.params["guard.margin"]) == ("20", "3.0")
-    assert "gml2o:ascent" in run.data.params["optimizers"]
-    assert json.loads(run.data.tags["data_sha256"]) == answer["summary"]["data_sha256"]
-    assert {file.path for file in client.list_artifacts(run.info.run_id)} == {
-        "evaluation.json", "evaluation.md", "evaluate.yaml"}  # fmt: skip
+    assert {each.dataset.name for each in run.inputs.dataset_inputs} == set(answer["summary"]["data_sha256"])
+    files = {file.path for file in client.list_artifacts(run.info.run_id)}
+    assert files == {"evaluation.json", "evaluation.md", "evaluate.yaml", "report.html", "plots"}
 
-    def history(key):
-        return {metric.step: metric.value for metric in client.get_metric_history(run.info.run_id, key)}
+    def history(name, key):
+        return {metric.step: metric.value for metric in client.get_metric_history(by_name[name].info.run_id, key)}
 
-    place = "multidigits-net-mlp-hidden-4-batch-8/gml2o:ascent"
+    place = "multidigits-net-mlp-hidden-4-batch-8"
     losses = figures(answer, "gml2o:ascent", DIGITS, "losses")
-    assert history(f"loss/{place}") == pytest.approx({5: sum(losses[0]), 6: sum(losses[1])})
-    assert history(f"acceptance/{place}") == {5: 0.0, 6: 0.0}
-    curve = history(f"curve/{place}")
-    assert list(curve) == list(range(20))
-    assert (curve[18] + curve[19]) / 2 == pytest.approx(sum(map(sum, losses)) / 2)
-    assert history("loss/fonseca/nan") == {}
-    assert history("diverged/fonseca/nan") == {5: 1.0, 6: 1.0}
-    assert history("hypervolume/fonseca/dssmg")[0] > 0
+    assert history("gml2o:ascent", f"seed_loss/{place}") == pytest.approx({5: sum(losses[0]), 6: sum(losses[1])})
+    assert history("gml2o:ascent", f"loss/{place}")[0] == pytest.approx(sum(map(sum, losses)) / 2)
+    assert set(history("gml2o:ascent", f"acceptance_curve/{place}").values()) == {0.0}
+    curve = history("gml2o:ascent", f"curve/{place}")
+    assert list(curve) == list(range(1, 21))
+    assert (curve[19] + curve[20]) / 2 == pytest.approx(sum(map(sum, losses)) / 2)
+    assert history("nan", "loss/fonseca") == {}
+    assert history("nan", "diverged") == {0: 4.0}
+    assert history("dssmg", "hypervolume/fonseca")[0] > 0
 
 
-def test_without_a_run_directory_nothing_is_left_but_what_mlflow_has(cluster, home):
+def test_what_is_asked_for_again_is_found_without_ray_and_logged_once(finished, monkeypatch):
+    home, answer, _ = finished
+    monkeypatch.setenv("ML2O_HOME", str(home))
+    monkeypatch.setenv("ML2O_CACHE", str(home / "cache"))
+    monkeypatch.setattr(evaluations, "connected", lambda address: pytest.fail("Ray was asked for"))
+    again = ml2o("--config", str(home / "runs/e/evaluate.yaml"), "--run-dir", "runs/e", "--json")
+    assert again.exit_code == 0, again.output
+    found = strict(again.stdout)
+    assert found["cells"] == answer["cells"]
+    assert found["summary"]["mlflow_runs"] == answer["summary"]["mlflow_runs"]
+    client = MlflowClient(f"sqlite:///{home}/mlflow.db")
+    assert len(client.search_runs([client.get_experiment_by_name("ml2o/evaluate").experiment_id])) == len(OPTIMIZERS)
+
+
+def test_without_a_run_directory_mlflow_has_the_results(cluster, home):
     result = ml2o(*QUICK, "--json")
     assert result.exit_code == 0, result.output
     answer = strict(result.stdout)
     assert answer["summary"]["run_dir"] is None
     assert "run directory" not in result.stderr
     assert {path.name for path in home.iterdir()} == {"cache", "mlflow.db", "mlartifacts"}
-    assert list((home / "cache" / "evaluations").iterdir()) == []
     client = MlflowClient(f"sqlite:///{home}/mlflow.db")
-    files = client.list_artifacts(answer["summary"]["mlflow_run_id"])
-    assert {file.path for file in files} == {"evaluation.json", "evaluation.md", "evaluate.yaml"}
+    files = client.list_artifacts(answer["summary"]["mlflow_runs"]["dssmg"])
+    assert {"evaluation.json", "evaluation.md", "evaluate.yaml"} <= {file.path for file in files}
 
 
-def test_while_mlflow_is_away_nothing_is_lost_and_it_is_sent_later(cluster, home):
+def test_while_mlflow_is_away_nothing_is_lost_and_the_same_command_sends_it_later(cluster, home, monkeypatch):
     result = ml2o(*QUICK, "--tracking-uri", "http://127.0.0.1:9", "--json")
     assert result.exit_code == 0, result.output
     answer = strict(result.stdout)
     assert len(answer["cells"]) == 2
-    assert answer["summary"]["mlflow_run_id"] is None
-    (folder,) = (home / "cache" / "evaluations").iterdir()
-    assert strict((folder / "evaluation.json").read_text())["cells"] == answer["cells"]
-    assert "not sent to MLflow" in result.stderr
-    assert f"ml2o sync {folder}" in result.stderr
+    assert answer["summary"]["mlflow_runs"] == {}
+    assert "not in MLflow: MLflow at http://127.0.0.1:9 does not answer" in result.stderr
+    assert "the same command sends them later" in result.stderr
+    monkeypatch.setattr(evaluations, "connected", lambda address: pytest.fail("Ray was asked for"))
     uri = f"sqlite:///{home}/later.db"
-    sent = CliRunner().invoke(main, ["sync", str(folder), "--tracking-uri", uri, "--json"])
+    sent = ml2o(*QUICK, "--tracking-uri", uri, "--json")
     assert sent.exit_code == 0, sent.output
-    run_id = strict(sent.stdout)["run_id"]
+    run_id = strict(sent.stdout)["summary"]["mlflow_runs"]["dssmg"]
     client = MlflowClient(uri)
     assert client.get_run(run_id).info.status == "FINISHED"
-    assert [point.step for point in client.get_metric_history(run_id, "curve/quadratic-n-3/dssmg")] == [0, 1, 2, 3, 4]
-    assert "evaluation.md" in {file.path for file in client.list_artifacts(run_id)}
+    assert [point.step for point in client.get_metric_history(run_id, "curve/quadratic-n-3")] == [1, 2, 3, 4, 5]
 
 
 def test_failed_cells_are_reported_with_exit_code_3_and_the_rest_is_there(cluster, home, monkeypatch):
@@ -219,7 +246,7 @@ def test_failed_cells_are_reported_with_exit_code_3_and_the_rest_is_there(cluste
 
         run_outcomes_on_ray(cells, keep, **options)
 
-    monkeypatch.setattr(evaluations, "run_outcomes_on_ray", failing)
+    monkeypatch.setattr(benchmark_run, "run_outcomes_on_ray", failing)
     result = ml2o(*QUICK, "--json")
     assert result.exit_code == 3, result.output
     answer = strict(result.stdout)
@@ -230,8 +257,12 @@ def test_failed_cells_are_reported_with_exit_code_3_and_the_rest_is_there(cluste
     assert line == (
         "ml2o: 1 cells failed, 1 did not; the first: dssmg on quadratic[n=3], seed 1: RuntimeError: a solver gave up"
     )
-    client = MlflowClient(f"sqlite:///{home}/mlflow.db")
-    assert client.get_run(answer["summary"]["mlflow_run_id"]).info.status == "FINISHED"
+    monkeypatch.undo()
+    monkeypatch.setenv("ML2O_HOME", str(home))
+    monkeypatch.setenv("ML2O_CACHE", str(home / "cache"))
+    again = ml2o(*QUICK, "--json")
+    assert again.exit_code == 0, "only what failed is run again"
+    assert [cell["seed"] for cell in strict(again.stdout)["cells"]] == [0, 1]
 
 
 @pytest.mark.parametrize(
@@ -252,23 +283,24 @@ def test_stopped_by_a_signal_it_says_and_keeps_what_is_finished(cluster, home, m
     assert result.stdout == ""
     line = result.stderr.splitlines()[-1]
     found = re.fullmatch(
-        rf"ml2o: stopped by {signal.Signals(signal_number).name}: (\d+) of 40 cells were finished; "
-        rf"their figures are in {home}/runs/e",
+        rf"ml2o: stopped by {signal.Signals(signal_number).name}: (\d+) of 40 cells are finished and kept: the same "
+        "command goes on from there",
         line,
     )
     assert found, line
-    kept = strict((home / "runs/e/evaluation.json").read_text())
-    assert 3 <= len(kept["cells"]) == int(found[1]) < 40
-    client = MlflowClient(f"sqlite:///{home}/mlflow.db")
-    (run,) = client.search_runs([client.get_experiment_by_name("ml2o/evaluate").experiment_id])
-    assert run.info.status == "KILLED"
+    assert 3 <= int(found[1]) < 40
+    assert len(list((home / "cache" / "cells").rglob("*.safetensors"))) == int(found[1])
+    monkeypatch.setattr(StepDisplay, "update", shown)
+    again = ml2o(*words, "--run-dir", "runs/e", "--json")
+    assert again.exit_code == 0, again.output
+    assert len(strict(again.stdout)["cells"]) == 40
 
 
 def test_stopped_while_it_tunes_no_cell_is_finished(cluster, home, monkeypatch):
     monkeypatch.setattr(StepDisplay, "update", lambda display, done, figures="": os.kill(os.getpid(), signal.SIGTERM))
     result = ml2o(*named(["mgda"], ["quadratic[n=3]"]), "--steps", "2000")
     assert result.exit_code == 143, result.output
-    assert "stopped by SIGTERM: 0 of 5 cells were finished" in result.stderr
+    assert "of 10 cells are finished and kept" in result.stderr
 
 
 def refusal(*words: str) -> str:
@@ -285,7 +317,10 @@ def refusal(*words: str) -> str:
         (named(["gml2o:ascnt"], ["fonseca"]), ["'gml2o:ascnt'", "did you mean 'gml2o:ascent'?"]),
         (named(["initial"], ["fonsecca"]), ["'fonsecca'", "did you mean 'fonseca'?"]),
         (named(["pretrained"], ["fonseca"]), ["'pretrained': no trained weights are shipped with this version yet"]),
-        (named(["initial"], []), ["name at least one problem: --problem NAME"]),
+        (named(["initial"], []), ["name at least one problem: --problem NAME, or a suite: --suite NAME"]),
+        (["--suite", "quik"], ["'quik'", "did you mean 'quick'?", "analytic, paper, quick, shift"]),
+        (["--suite", "quick", "--config", "x.yaml"], ["--suite is a configuration itself"]),
+        (named(["initial"], ["fonseca@x"]), ["'fonseca@x'", "after @ stands how many steps"]),
         (named([], ["fonseca"]), ["name at least one optimizer: --optimizer NAME"]),
         (named(["trimmedmean"], ["fonseca"]), ["trimmedmean on fonseca", "at least 3 objectives"]),
         (named(["models:/ml2o@champion"], ["fonseca"]), ["unknown registered model 'ml2o'"]),
@@ -322,7 +357,7 @@ def test_a_folder_of_something_else_is_not_written_over(home, monkeypatch):
     assert f"{home}/runs/a holds a meta-training; choose another --run-dir" in refusal(*QUICK, "--run-dir", "runs/a")
     (home / "runs/b").mkdir()
     (home / "runs/b/evaluation.json").write_text("{}")
-    assert f"{home}/runs/b holds an evaluation; choose another --run-dir" in refusal(*QUICK, "--run-dir", "runs/b")
+    assert f"{home}/runs/b holds another evaluation; choose another --run-dir" in refusal(*QUICK, "--run-dir", "runs/b")
     (home / "file").write_text("")
     assert "cannot be written" in refusal(*QUICK, "--run-dir", "file/x")
 
@@ -335,9 +370,9 @@ def test_results_go_to_a_uri_too(cluster, home):
     assert answer["summary"]["run_dir"] == f"file://{home}/elsewhere"
     assert strict((home / "elsewhere/evaluation.json").read_text())["cells"] == answer["cells"]
     assert list((home / "cache" / "runs").iterdir()) == []
-    again = ml2o(*QUICK, "--run-dir", f"file://{home}/elsewhere", "--quiet")
+    again = ml2o(*QUICK, "--steps", "6", "--run-dir", f"file://{home}/elsewhere", "--quiet")
     assert again.exit_code == 2
-    assert again.stderr.startswith(f"ml2o: file://{home}/elsewhere holds an evaluation; choose another --run-dir")
+    assert again.stderr.startswith(f"ml2o: file://{home}/elsewhere holds another evaluation; choose another --run-dir")
 
 
 def test_settings_from_a_file_and_words_that_override_it(home, monkeypatch):
@@ -365,3 +400,47 @@ def test_settings_from_a_file_and_words_that_override_it(home, monkeypatch):
     assert (settings.seed, settings.seeds, settings.steps) == (7, 1, 4)
     assert (settings.guard.p, settings.guard.eps, settings.tracking.uri) == (0.9, 0.5, "http://h:1")
     assert (run_dir, options["address"]) == ("r", "local")
+
+
+def without_times(answer) -> list:
+    """Everything of an answer's cells and rows that is a function of what was asked for."""
+    measured = {"ms_per_step", "guard_share", "loss_at_time"}
+    parts = [*answer["cells"], *answer["summary"]["rows"]]
+    return [{key: value for key, value in part.items() if key not in measured} for part in parts]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("after", [1, 5, 17])
+def test_killed_at_a_random_moment_it_gives_the_same_table_and_repeats_no_finished_cell(
+    cluster, home, monkeypatch, after
+):
+    words = [*named(["mean+sgd", "gml2o:random"], ["fonseca", DIGITS]), "--seeds", "4", "--steps", "60",
+             "--set", "learning_rates=[0.01, 0.1]", "--set", "criticality_batches=4"]  # fmt: skip
+    command = [sys.executable, "-m", "ml2o_dist", "evaluate", *words, "--address", "local"]
+    kept = home / "cache" / "cells"
+    with open(home / "stderr", "w") as errors:
+        child = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors, env=os.environ)
+        limit = time.monotonic() + 120
+        while len(list(kept.rglob("*.safetensors"))) < after and child.poll() is None:
+            assert time.monotonic() < limit, (home / "stderr").read_text()
+            time.sleep(0.01)
+        time.sleep(random.Random().uniform(0, 0.2))
+        child.send_signal(signal.SIGKILL)
+        child.wait(timeout=60)
+    finished = {file: file.stat().st_mtime_ns for file in kept.rglob("*.safetensors") if not file.name.startswith(".")}
+    assert len(finished) >= after
+    ran = []
+    run = benchmark_run.run_outcomes_on_ray
+
+    def counting(cells, on_outcome, **options):
+        ran.extend(cells)
+        run(cells, on_outcome, **options)
+
+    monkeypatch.setattr(benchmark_run, "run_outcomes_on_ray", counting)
+    resumed = ml2o(*words, "--json")
+    assert resumed.exit_code == 0, resumed.output
+    assert len(finished) + len(ran) == 2 * 2 + 2 * 2 * 4
+    assert {file: file.stat().st_mtime_ns for file in finished} == finished
+    monkeypatch.setenv("ML2O_CACHE", str(home / "other"))
+    undisturbed = ml2o(*words, "--json")
+    assert without_times(strict(resumed.stdout)) == without_times(strict(undisturbed.stdout))

@@ -66,32 +66,39 @@ def test_a_run_answers_in_json_and_leaves_what_the_design_promises(finished):
     assert answer["weights_sha256"] == load_artifact(run_dir).weights_sha256
     for name in ("config.yaml", "weights.safetensors", "weights.json", "metrics.parquet", "run.log", "comparison.md",
                  "comparison.json", "report.html", "result.json", "trajectories/step_000001.parquet",
-                 "plots/meta_loss.png", "plots/comparison.png", "checkpoints/step_000006/manifest.json"):  # fmt: skip
+                 "plots/meta_loss.png", "plots/learning_curves.png",
+                 "checkpoints/step_000006/manifest.json"):  # fmt: skip
         assert (run_dir / name).stat().st_size > 0 or name == "run.log"
     assert printed.splitlines()[0] == f"run directory  {run_dir}"
     assert printed.splitlines()[1] == f"tracking URI   sqlite:///{home}/mlflow.db"
     assert "meta-train 6/6" in printed
-    assert "tune baselines 2/2" in printed
-    assert "compare 4/4" in printed
+    assert "tune 2/2" in printed
+    assert "evaluate 8/8" in printed
 
 
-def test_the_comparison_has_every_contestant_on_every_problem(finished):
-    (problem,) = finished[1]["comparison"]["problems"]
-    assert problem["problem"] == "multidigits[batch=16,hidden=10,net=mlp]"
-    labels = [row["label"] for row in problem["rows"]]
-    assert {"initial", "learned", "mgda+adam@0.03"} < set(labels)
-    assert any(label.startswith("mean+adam@") for label in labels)
-    assert all(len(row["seed_losses"]) == 2 and row["diverged"] == 0 for row in problem["rows"])
+def test_the_comparison_has_every_optimizer_on_every_problem(finished):
+    _, answer, _ = finished
+    summary = answer["comparison"]["summary"]
+    assert {row["problem"] for row in summary["rows"]} == {"multidigits[net=mlp,hidden=10,batch=16]"}
+    assert [row["optimizer"] for row in summary["rows"]] == ["mean+adam", "mgda+adam@0.03", "initial", "learned"]
+    assert [row["role"] for row in summary["rows"]] == ["baseline", "baseline", "other", "learned"]
+    assert summary["rows"][0]["label"] in ("mean+adam@0.01", "mean+adam@0.1")
+    assert all(len(row["seed_losses"]) == 2 and row["diverged"] == 0 for row in summary["rows"])
+    assert [standing["optimizer"] for standing in summary["standings"]] == [row["optimizer"] for row in summary["rows"]]
+    assert summary["suite"] == ""
+    assert len(answer["comparison"]["cells"]) == 8
 
 
 def test_the_page_shows_the_comparison_that_was_answered(finished):
     home, answer, _ = finished
     run_dir = home / "runs" / "a"
-    assert json.loads((run_dir / "comparison.json").read_text()) == answer["comparison"]
+    kept = json.loads((run_dir / "comparison.json").read_text())
+    assert kept["cells"] == answer["comparison"]["cells"]
+    assert len(kept["summary"]["rows"][0]["curve"]["loss"]) == 20
     page = (run_dir / "report.html").read_text()
     assert "Finished after 6 of 6 meta-steps." in page
     assert answer["weights_sha256"] in page
-    for row in answer["comparison"]["problems"][0]["rows"]:
+    for row in answer["comparison"]["summary"]["rows"]:
         assert f"{row['loss']:#.4g}" in page
     written = json.loads(CliRunner().invoke(main, ["report", str(run_dir), "--json"]).stdout)
     assert written["path"] == str(run_dir / "report.html")
@@ -136,7 +143,10 @@ def test_mlflow_has_one_run_with_every_step_once_its_pictures_and_a_candidate(fi
     assert run.data.params["rule.hidden"] == "4"
     assert {f.path for f in client.list_artifacts(run.info.run_id, "plots")} == {
         "plots/meta_loss.png",
-        "plots/comparison.png",
+        "plots/learning_curves.png",
+        "plots/performance_profile.png",
+        "plots/pareto.png",
+        "plots/time_per_step.png",
     }
     version = client.get_model_version_by_alias("ml2o", "candidate")
     assert int(version.version) == answer["registered_version"] == 1
@@ -151,7 +161,7 @@ def test_models_list_shows_the_version(finished, monkeypatch):
     assert [(v["name"], v["version"], v["aliases"]) for v in listed] == [("ml2o", 1, ["candidate"])]
     assert listed[0]["tags"]["weights_sha256"] == answer["weights_sha256"]
     table = CliRunner().invoke(main, ["models", "list"]).stdout
-    assert answer["weights_sha256"][:12] in table
+    assert answer["weights_sha256"][:8] in table
 
 
 def test_resuming_a_finished_run_says_so_and_needs_neither_ray_nor_the_registry(finished, monkeypatch):
@@ -165,7 +175,7 @@ def test_resuming_a_finished_run_says_so_and_needs_neither_ray_nor_the_registry(
     assert "finished       6 meta-steps, nothing is left to do" in again.stderr
     assert "registered     ml2o version 1" in again.stderr
     assert "not sent" not in again.stderr
-    for row in answer["comparison"]["problems"][0]["rows"]:
+    for row in answer["comparison"]["summary"]["rows"]:
         assert f"{row['loss']:#.4g}" in again.stderr
 
 
@@ -249,10 +259,10 @@ def test_stopped_by_a_signal_and_resumed_in_the_same_mlflow_run(finished, home, 
 
 @pytest.mark.parametrize("error", [RuntimeError("a solver gave up"), UserError("a solver gave up")])
 def test_a_comparison_that_breaks_costs_neither_weights_nor_version_and_exits_with_3(cluster, home, monkeypatch, error):
-    def broken(cells, **options):
+    def broken(cells, on_outcome, **options):
         raise error
 
-    monkeypatch.setattr("ml2o_dist.finishing.run_cells_on_ray", broken)
+    monkeypatch.setattr("ml2o_dist.benchmark_run.run_outcomes_on_ray", broken)
     result = ml2o("--config", str(CONFIG), "--set", "meta_steps=2", "--run-dir", "runs/d", "--json")
     assert result.exit_code == 3, result.output
     answer = json.loads(result.stdout)

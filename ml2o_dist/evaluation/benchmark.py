@@ -1,313 +1,353 @@
-"""The comparison at the end of a run: tune each baseline, run everything on paired seeds, judge the learned rule.
+"""A benchmark: every optimizer on every problem, once for each seed; what is to be run, and what came of it.
 
-Pure but for `run_cells`, which is handed in: a plain loop, Ray tasks, or anything else that runs cells.
+Pure: the cells are run by whoever calls `tune_entrants` and `plan`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from functools import partial
-from typing import Any
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from ml2o_dist.config import MetaTrainSettings
-from ml2o_dist.evaluation.cells import Cell, CellResult
-from ml2o_dist.evaluation.contestants import Contestant, HandDesigned
-from ml2o_dist.evaluation.statistics import PairedDifference, mean_and_standard_error, paired_difference
-from ml2o_dist.evaluation.tuning import Tunable, tune
-from ml2o_dist.problems import ProblemSpec
-from ml2o_dist.rules.aggregated import parse_optimizer_name
-from ml2o_dist.seeding import derive_seed
+from ml2o_dist.config import EvaluateSettings, split_steps
+from ml2o_dist.errors import UserError
+from ml2o_dist.evaluation.cells import Cell, CellFailure, CellResult, Outcome, finite_sum
+from ml2o_dist.evaluation.contestants import Contestant
+from ml2o_dist.evaluation.evaluated import (
+    CURVE_POINTS,
+    Curve,
+    EvaluatedCell,
+    Evaluation,
+    FailedCell,
+    Front,
+    Row,
+)
+from ml2o_dist.evaluation.metrics import additive_epsilon, hypervolume, igd_plus
+from ml2o_dist.evaluation.optimizer_names import Entrant
+from ml2o_dist.evaluation.standings import standings
+from ml2o_dist.evaluation.statistics import mean_and_standard_error
+from ml2o_dist.evaluation.suites import suite_sha256
+from ml2o_dist.evaluation.tuning import Tunable, Tuned, tune
+from ml2o_dist.problems import Problem, ProblemContext, ProblemSpec
+from ml2o_dist.problems.multitask import MultiTaskImages
+from ml2o_dist.rules.base import Oracle
+from ml2o_dist.seeding import derive_seed, generator
 
-LEARNED = "learned"
-INITIAL = "initial"
-"""Labels of the contestants that the verdicts are about: the trained network, and the same before training."""
+PROBLEM_SEED = 0
+"""Coefficients are those of `ProblemContext()`: a seed is a starting point and an order of batches of one problem, so
+that the seeds' end points lie before one front."""
 
-RunCells = Callable[[Sequence[Cell]], list[CellResult]]
-"""Runs cells, in any order and place; results in the order of the cells."""
+FRONT_POINTS = 1000
+"""How many points of a known front the indicators compare with."""
 
+SHOWN_POINTS = 100
+"""About so many of them are kept to be drawn."""
 
-@dataclass(frozen=True)
-class Baseline:
-    """A baseline with its learning rate: `tuning` has the criterion at every rate tried, {} where it was given."""
-
-    optimizer: str
-    contestant: HandDesigned
-    tuning: Mapping[float, float]
-    note: str
-
-
-@dataclass(frozen=True)
-class Row:
-    """One optimizer on one problem. Losses are means over the last tenth of the steps.
-
-    Attributes:
-        optimizer: as written in the settings, or the contestant's label.
-        label: with the learning rate that it was run at.
-        baseline: whether it is a hand-designed baseline of the settings.
-        loss, standard_error: of the summed loss, over the seeds; inf where a seed's is no finite number.
-        seed_losses: the summed loss of each seed.  objectives: the mean loss of each objective.
-        test: means over the seeds of what the problem measures on unseen data, a value per objective.
-        ms_per_step: as in `CellResult`.  forwards, backwards: evaluations charged to each seed.
-        diverged: how many seeds did.
-        curve, curve_error: mean and standard error of the summed loss at each step.
-        tuning: learning rate -> criterion on the tuning seeds.  note: what a reader must know about the tuning.
-    """
-
-    optimizer: str
-    label: str
-    baseline: bool
-    loss: float
-    standard_error: float
-    seed_losses: tuple[float, ...]
-    objectives: tuple[float, ...]
-    test: Mapping[str, tuple[float, ...]]
-    ms_per_step: float
-    forwards: int
-    backwards: int
-    diverged: int
-    curve: tuple[float, ...]
-    curve_error: tuple[float, ...]
-    tuning: Mapping[float, float]
-    note: str
+RunOutcomes = Callable[[Sequence[Cell]], Sequence[Outcome]]
+Learning = Mapping[tuple[str, str], Tuned]
+"""(name of an optimizer, problem as written) -> its learning rate, for those that were tuned."""
+DataHashes = Mapping[ProblemSpec, Mapping[str, str]]
+"""Problem -> sha256 of the data behind it, by name."""
 
 
 @dataclass(frozen=True)
-class Versus:
-    """The learned rule against a reference, on the same seeds.
+class Task:
+    """A problem as it was written, and how many steps are taken on it."""
 
-    `ratio` is the mean loss over the reference's: below 1 = better; NaN where a mean is not positive and finite.
-    """
-
-    reference: str
-    difference: PairedDifference
-    ratio: float
-    within_one_se: bool
-    verdict: str
-
-
-@dataclass(frozen=True)
-class ProblemComparison:
-    """All rows of one problem, best first; `best_baseline` is the label of the best baseline on the report seeds."""
-
-    problem: str
-    rows: tuple[Row, ...]
-    best_baseline: str | None
-    versus_baseline: Versus | None
-    versus_initial: Versus | None
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """The result of `compare`: a table per problem, and how it was made; `seconds` is what it took, where known."""
-
+    text: str
+    problem: ProblemSpec
     steps: int
-    seeds: int
-    tuning_seeds: int
-    learning_rates: tuple[float, ...]
-    problems: tuple[ProblemComparison, ...]
-    seconds: float | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """Return it as plain dicts, lists, strings and finite numbers; what is not finite becomes None."""
-        plain: dict[str, Any] = plain_json(asdict(self))
-        return plain
-
-    @classmethod
-    def from_json(cls, tree: Mapping[str, Any]) -> Comparison:
-        """Read what `to_json` returned; a figure that was not finite comes back as NaN.
-
-        Raises:
-            ValueError, TypeError, KeyError: `tree` is something else.
-        """
-        return cls(
-            steps=tree["steps"],
-            seeds=tree["seeds"],
-            tuning_seeds=tree["tuning_seeds"],
-            learning_rates=_floats(tree["learning_rates"]),
-            problems=tuple(
-                ProblemComparison(
-                    problem=each["problem"],
-                    rows=tuple(map(_row_from_json, each["rows"])),
-                    best_baseline=each["best_baseline"],
-                    versus_baseline=_versus_from_json(each["versus_baseline"]),
-                    versus_initial=_versus_from_json(each["versus_initial"]),
-                )
-                for each in tree["problems"]
-            ),
-            seconds=tree.get("seconds"),
-        )
 
 
-def compare(settings: MetaTrainSettings, contestants: Sequence[Contestant], run_cells: RunCells) -> Comparison:
-    """Compare `contestants` with the baselines of `settings.comparison` on the problems of `settings.family.test`.
+@dataclass(frozen=True, eq=False)
+class Planned:
+    """A cell that is to be reported."""
 
-    Each baseline without @LR is tuned per problem over `learning_rates`, all with the same budget, on seeds that are
-    used for nothing else: the criterion is the mean summed loss over the last tenth, infinite where a run diverged.
-    Contestants are not tuned. Then all run on the report seeds, paired: same starting points, same batches. The best
-    baseline is chosen on the report seeds, in favour of the baselines. Verdicts are about the contestants labelled
-    `learned` and `initial`, where there are any.
-
-    Raises:
-        UserError: a wrong baseline; or what a cell raises.
-        ValueError: two contestants have one label.
-    """
-    labels = [contestant.label for contestant in contestants]
-    if len(set(labels)) < len(labels):
-        raise ValueError(f"the labels of the contestants must differ: {labels}")
-    problems = [ProblemSpec.parse(text) for text in settings.family.test]
-    baselines = _baselines(settings, problems, run_cells)
-    report: list[Cell] = []
-    for problem in problems:
-        seeds = _seeds(settings, "report", problem, settings.comparison.seeds)
-        entrants: list[Contestant] = [*(baseline.contestant for baseline in baselines[problem]), *contestants]
-        report += [_cell(settings, entrant, problem, seeds, "report") for entrant in entrants]
-    results = iter(run_cells(report))
-    tables = []
-    for problem in problems:
-        rows = [_row(next(results), baseline) for baseline in baselines[problem]]
-        rows += [_row(next(results), None) for _ in contestants]
-        tables.append(_judge(str(problem), rows))
-    options = settings.comparison
-    return Comparison(options.steps, options.seeds, options.tuning_seeds, options.learning_rates, tuple(tables))
+    entrant: Entrant
+    task: Task
+    seed: int
+    learning_rate: float | None
+    cell: Cell
 
 
-def _baselines(
-    settings: MetaTrainSettings, problems: Sequence[ProblemSpec], run_cells: RunCells
-) -> dict[ProblemSpec, list[Baseline]]:
-    """Give every baseline its learning rate on every problem."""
-    options = settings.comparison
-    given = {text: parse_optimizer_name(text)[2] for text in options.baselines}
-
-    def trial(contestant: Contestant, problem: ProblemSpec) -> list[Cell]:
-        seeds = _seeds(settings, "tuning", problem, options.tuning_seeds)
-        return [_cell(settings, contestant, problem, seeds, "tuning")]
-
-    tunables = [Tunable(text, partial(HandDesigned.parse, text)) for text, lr in given.items() if lr is None]
-    tuned = tune(tunables, problems, options.learning_rates, trial, run_cells)
-    found: dict[ProblemSpec, list[Baseline]] = {}
-    for problem in problems:
-        found[problem] = []
-        for text in options.baselines:
-            if (text, problem) in tuned:
-                best = tuned[text, problem]
-                found[problem].append(Baseline(text, HandDesigned.parse(text, best.lr), best.scores, best.note))
-            else:
-                found[problem].append(Baseline(text, HandDesigned.parse(text), {}, ""))
+def tasks(settings: EvaluateSettings) -> list[Task]:
+    """Return the problems of `settings`, each once."""
+    found = []
+    for text in dict.fromkeys(settings.problems):
+        problem, steps = split_steps(text)
+        found.append(Task(text, problem, steps or settings.steps))
     return found
 
 
-def _seeds(settings: MetaTrainSettings, purpose: str, problem: ProblemSpec, count: int) -> tuple[int, ...]:
-    return tuple(derive_seed(settings.seed, purpose, str(problem), i) for i in range(count))
+def check_fit(settings: EvaluateSettings, entrants: Sequence[Entrant]) -> dict[ProblemSpec, dict[str, str]]:
+    """Let every entrant take one step on every problem, so that what does not fit together shows now.
+
+    It also builds the image caches before several tasks ask for them. Returns `DataHashes`; raises UserError.
+    """
+    data: dict[ProblemSpec, dict[str, str]] = {}
+    for task in tasks(settings):
+        problem = task.problem.build(ProblemContext(seed=PROBLEM_SEED, data_root=settings.data.root))
+        data[task.problem] = problem.data_hashes(test=True) if isinstance(problem, MultiTaskImages) else {}
+        start = problem.initial_parameters([settings.seed])
+        for entrant in entrants:
+            contestant = entrant.contestant(settings.learning_rates[0] if entrant.tuned else None)
+            try:
+                rule = contestant.rule(problem.device, problem.dtype)
+                state = rule.initial_state(1, problem.objectives, problem.dimension)
+                rule.step(Oracle(problem, generator("check", task.text)), start, state)
+            except UserError as error:
+                raise UserError(f"{entrant.name} on {task.text}: {error}") from error
+    return data
 
 
-def _cell(
-    settings: MetaTrainSettings, contestant: Contestant, problem: ProblemSpec, seeds: tuple[int, ...], stream: str
-) -> Cell:
-    return Cell(
-        contestant=contestant,
-        problem=problem,
-        seeds=seeds,
-        stream=stream,
-        steps=settings.comparison.steps,
-        device=settings.device,
-        data_root=settings.data.root,
+def tune_entrants(settings: EvaluateSettings, entrants: Sequence[Entrant], run_cells: RunOutcomes) -> Learning:
+    """Find the learning rate of each entrant that is `tuned` on each problem, from seeds that nothing else uses."""
+    tunables = [Tunable(entrant.name, entrant.contestant) for entrant in entrants if entrant.tuned]
+    by_text = {task.text: task for task in tasks(settings)}
+
+    def trial(contestant: Contestant, text: str) -> list[Cell]:
+        task = by_text[text]
+        seeds = [derive_seed(settings.seed, "tuning", str(task.problem), i) for i in range(settings.tuning_seeds)]
+        return [_cell(settings, contestant, task, seed, "tuning") for seed in seeds]
+
+    return tune(tunables, list(by_text), settings.learning_rates, trial, run_cells)
+
+
+def plan(settings: EvaluateSettings, entrants: Sequence[Entrant], tuned: Learning) -> list[Planned]:
+    """Return the cells that are to be reported, problem by problem, optimizer by optimizer, seed by seed."""
+    planned = []
+    for task in tasks(settings):
+        for entrant in entrants:
+            lr = tuned[entrant.name, task.text].lr if entrant.tuned else entrant.learning_rate
+            contestant = entrant.contestant(lr)
+            for seed in range(settings.seed, settings.seed + settings.seeds):
+                cell = _cell(settings, contestant, task, seed, "report")
+                cell = replace(cell, criticality_batches=settings.criticality_batches)
+                planned.append(Planned(entrant, task, seed, lr, cell))
+    return planned
+
+
+def summarise(
+    settings: EvaluateSettings,
+    planned: Sequence[Planned],
+    outcomes: Sequence[Outcome],
+    tuned: Learning,
+    data: DataHashes,
+    seconds: float | None = None,
+) -> Evaluation:
+    """Put together what came of the planned cells, `outcomes` in their order."""
+    failed = [
+        FailedCell(name, text, None, lr, why)
+        for (name, text), found in tuned.items()
+        for lr, why in found.failures.items()
+    ]
+    groups: dict[tuple[str, str], list[tuple[Planned, Outcome]]] = {}  # by problem and optimizer
+    for each, outcome in zip(planned, outcomes, strict=True):
+        groups.setdefault((each.task.text, each.entrant.name), []).append((each, outcome))
+        if isinstance(outcome, CellFailure):
+            lr = each.learning_rate
+            failed.append(FailedCell(each.entrant.name, each.task.text, each.seed, lr, outcome.reason))
+    done = {
+        key: [(each, outcome) for each, outcome in group if isinstance(outcome, CellResult)]
+        for key, group in groups.items()
+    }
+    cells = [evaluated(each, result) for group in done.values() for each, result in group]
+    problems = {task.text: _problem(settings, task) for task in tasks(settings)}
+    rows = []
+    for (text, name), group in groups.items():
+        came = [outcome for _, outcome in group]
+        reference = [result for _, result in done.get((text, settings.reference), [])]
+        rows.append(_row(group[0][0], came, tuned.get((name, text)), _Budget.of(reference), problems[text]))
+    return Evaluation(
+        settings=settings,
+        suite=settings.suite,
+        suite_sha256=suite_sha256(settings),
+        data_sha256={name: digest for hashes in data.values() for name, digest in hashes.items()},
+        cells=tuple(cells),
+        rows=tuple(rows),
+        standings=standings(rows, settings.reference, {text for text, each in problems.items() if each.positive}),
+        failed=tuple(failed),
+        fronts={text: points for text, problem in problems.items() if (points := _shown_front(problem))},
+        seconds=seconds,
     )
 
 
-def _row(result: CellResult, baseline: Baseline | None) -> Row:
-    seed_losses = tuple(result.final_sum.tolist())
-    loss, error = mean_and_standard_error(seed_losses)
-    curves: Tensor = result.losses.sum(dim=2)  # [steps, P]
-    count = curves.shape[1]
-    spread = curves.std(dim=1) / math.sqrt(count) if count > 1 else torch.full_like(curves[:, 0], math.nan)
-    return Row(
-        optimizer=result.optimizer if baseline is None else baseline.optimizer,
-        label=result.optimizer,
-        baseline=baseline is not None,
-        loss=loss,
-        standard_error=error,
-        seed_losses=seed_losses,
-        objectives=tuple(result.final.mean(dim=0).tolist()),
-        test={name: tuple(value.mean(dim=0).tolist()) for name, value in result.test_metrics.items()},
+def evaluated(planned: Planned, result: CellResult) -> EvaluatedCell:
+    """Return the figures of a cell of one instance."""
+    measured, guard = result.measured, result.guard
+    if measured is None:
+        raise ValueError(f"{planned.entrant.name} on {planned.task.text}: the end point was not measured")
+    test = {name: tuple(values[0].tolist()) for name, values in result.test_metrics.items()}
+    return EvaluatedCell(
+        optimizer=planned.entrant.name,
+        problem=planned.task.text,
+        seed=planned.seed,
+        steps=planned.cell.steps,
+        losses=tuple(result.final[0].tolist()),
+        test_accuracy=test.get("test_accuracy"),
+        criticality=float(measured.end.absolute[0]),
+        acceptance=None if guard is None else float(guard.accepted[:, 0].double().mean()),
+        evaluations=result.forwards + result.backwards,
         ms_per_step=result.ms_per_step,
+        diverged=bool(result.diverged[0]),
+        learning_rate=planned.learning_rate,
+        test_loss=test.get("test_loss"),
+        end_losses=tuple(measured.end.losses[0].tolist()),
+        criticality_relative=float(measured.end.relative[0]),
+        criticality_gap=float(measured.end.gap[0]),
+        guard_share=None if guard is None else guard.share,
         forwards=result.forwards,
         backwards=result.backwards,
-        diverged=int(result.diverged.sum()),
-        curve=tuple(curves.mean(dim=1).tolist()),
-        curve_error=tuple(spread.tolist()),
-        tuning={} if baseline is None else baseline.tuning,
-        note="" if baseline is None else baseline.note,
+        conflicting=float(measured.conflicting[0]),
+        mean_cosine=float(measured.mean_cosine[0]),
     )
 
 
-def _judge(problem: str, rows: Sequence[Row]) -> ProblemComparison:
-    ranked = tuple(sorted(rows, key=lambda row: row.loss))
-    best = next((row for row in ranked if row.baseline), None)
-    learned, initial = (
-        next((row for row in rows if row.label == name and not row.baseline), None) for name in (LEARNED, INITIAL)
-    )
-    return ProblemComparison(
-        problem=problem,
-        rows=ranked,
-        best_baseline=best.label if best is not None else None,
-        versus_baseline=_versus(learned, best),
-        versus_initial=_versus(learned, initial),
-    )
-
-
-def _versus(learned: Row | None, reference: Row | None) -> Versus | None:
-    if learned is None or reference is None:
+def front_indicators(problem: Problem, points: Tensor) -> Front | None:
+    """Compare end points [k, m] with the problem's front; None where no front or no reference point is known."""
+    front = _known_front(problem)
+    if front is None or problem.reference_point is None:
         return None
-    difference = paired_difference(learned.seed_losses, reference.seed_losses)
-    comparable = 0 < learned.loss < math.inf and 0 < reference.loss < math.inf
-    return Versus(
-        reference=reference.label,
-        difference=difference,
-        ratio=learned.loss / reference.loss if comparable else math.nan,
-        within_one_se=difference.no_worse_within_one_se,
-        verdict=difference.verdict,
+    reached = points.where(points.isfinite().all(dim=1, keepdim=True), torch.inf)
+    volume = hypervolume(reached, problem.reference_point)
+    return Front(
+        hypervolume=volume.value,
+        hypervolume_of_front=hypervolume(front, problem.reference_point).value,
+        outside=volume.outside,
+        igd_plus=igd_plus(reached, front),
+        additive_epsilon=additive_epsilon(reached, front),
     )
 
 
-def plain_json(value: Any) -> Any:
-    """Return dicts, lists, strings and finite numbers only; what is not finite becomes None."""
-    if isinstance(value, Mapping):
-        return {f"{key:g}" if isinstance(key, float) else str(key): plain_json(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [plain_json(item) for item in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
+def thinned(curves: Sequence[Tensor], accepted: Sequence[Tensor]) -> Curve:
+    """Average curves [steps] of summed losses over the seeds, and over bins of steps where there are many.
+
+    `accepted`: [steps] of every seed, or empty without a guard.
+    """
+    steps = len(curves[0])
+    width = math.ceil(steps / CURVE_POINTS)
+    ends = [min(end, steps) for end in range(width, steps + width, width)]
+    binned = [[float(part.mean()) for part in torch.split(curve, width)] for curve in curves]
+    stacked = [mean_and_standard_error(values) for values in zip(*binned, strict=True)]
+    shares = None
+    if accepted:
+        mean = torch.stack(list(accepted)).double().mean(dim=0)
+        shares = tuple(float(part.mean()) for part in torch.split(mean, width))
+    means, errors = zip(*stacked, strict=True)
+    return Curve(tuple(ends), means, errors, shares)
 
 
-def _number(value: float | None) -> float:
-    return math.nan if value is None else float(value)
+@dataclass(frozen=True)
+class _Budget:
+    """What the reference spends in all its steps, mean over its seeds; infinite where there is none."""
+
+    evaluations: float = math.inf
+    seconds: float = math.inf
+
+    @classmethod
+    def of(cls, results: Sequence[CellResult]) -> _Budget:
+        if not results:
+            return cls()
+        evaluations = [float(result.evaluations[-1]) for result in results]
+        seconds = [float(result.seconds.sum()) for result in results]
+        return cls(_mean(evaluations)[0], _mean(seconds)[0] * (1 + 1e-6))  # the reference keeps within its own
 
 
-def _floats(values: Sequence[float | None]) -> tuple[float, ...]:
-    return tuple(_number(value) for value in values)
+def _cell(settings: EvaluateSettings, contestant: Contestant, task: Task, seed: int, stream: str) -> Cell:
+    return Cell(
+        contestant=contestant,
+        problem=task.problem,
+        seeds=(seed,),
+        stream=stream,
+        steps=task.steps,
+        device=settings.device,
+        data_root=settings.data.root,
+        problem_seed=PROBLEM_SEED,
+    )
 
 
-def _row_from_json(tree: Mapping[str, Any]) -> Row:
+def _problem(settings: EvaluateSettings, task: Task) -> Problem:
+    return task.problem.build(ProblemContext(seed=PROBLEM_SEED, dtype=torch.float64, data_root=settings.data.root))
+
+
+def _row(planned: Planned, outcomes: Sequence[Outcome], tuned: Tuned | None, budget: _Budget, problem: Problem) -> Row:
+    entrant, lr = planned.entrant, planned.learning_rate
+    results = [outcome for outcome in outcomes if isinstance(outcome, CellResult)]
+    cells = [evaluated(planned, result) for result in results]
+    loss, loss_error = _mean([float(result.final_sum[0]) for result in results])
+    pace = _mean([float(result.seconds.mean()) for result in results])[0]  # of one seed it would be too noisy
+    times = pace * torch.arange(1, planned.task.steps + 1)
+    measure, measure_error = _mean([cell.criticality for cell in cells])
+    curves = [result.losses[:, 0].sum(dim=1) for result in results]
+    accepted = [result.guard.accepted[:, 0] for result in results if result.guard is not None]
+    ends = torch.tensor([cell.end_losses for cell in cells], dtype=torch.float64)
     return Row(
-        **{
-            **tree,
-            **{key: _number(tree[key]) for key in ("loss", "standard_error", "ms_per_step")},
-            **{key: _floats(tree[key]) for key in ("seed_losses", "objectives", "curve", "curve_error")},
-            "test": {name: _floats(values) for name, values in tree["test"].items()},
-            "tuning": {float(rate): _number(score) for rate, score in tree["tuning"].items()},
-        }
+        optimizer=entrant.name,
+        label=f"{entrant.name}@{lr:g}" if entrant.tuned else entrant.name,
+        role=entrant.role,
+        problem=planned.task.text,
+        steps=planned.task.steps,
+        seeds=len(cells),
+        failed=len(outcomes) - len(results),
+        diverged=sum(cell.diverged for cell in cells),
+        loss=loss,
+        loss_standard_error=loss_error,
+        seed_losses=tuple(
+            float(outcome.final_sum[0]) if isinstance(outcome, CellResult) else math.nan for outcome in outcomes
+        ),
+        loss_at_evaluations=_mean([_after(result, result.evaluations, budget.evaluations) for result in results])[0],
+        loss_at_time=_mean([_after(result, times, budget.seconds) for result in results])[0],
+        losses=_means([cell.losses for cell in cells]) or (),
+        test_accuracy=_means([cell.test_accuracy for cell in cells]),
+        criticality=measure,
+        criticality_standard_error=measure_error,
+        criticality_relative=_mean([cell.criticality_relative for cell in cells])[0],
+        acceptance=_defined([cell.acceptance for cell in cells]),
+        evaluations=_mean([cell.evaluations for cell in cells])[0],
+        ms_per_step=_mean([cell.ms_per_step for cell in cells])[0],
+        guard_share=_defined([cell.guard_share for cell in cells]),
+        conflicting=_mean([cell.conflicting for cell in cells])[0],
+        mean_cosine=_mean([cell.mean_cosine for cell in cells])[0],
+        front=front_indicators(problem, ends) if cells else None,
+        learning_rate=lr,
+        tuning={} if tuned is None else tuned.scores,
+        note="" if tuned is None else tuned.note,
+        curve=thinned(curves, accepted) if curves else Curve(),
     )
 
 
-def _versus_from_json(tree: Mapping[str, Any] | None) -> Versus | None:
-    if tree is None:
+def _after(result: CellResult, spent: Tensor, budget: float) -> float:
+    """Return the summed loss at the last step, or the first, up to which `spent` [steps] is within `budget`."""
+    steps = max(1, int((spent <= budget).sum()))
+    return float(finite_sum(result.final_after(steps))[0])
+
+
+def _known_front(problem: Problem, points: int = FRONT_POINTS) -> Tensor | None:
+    try:
+        return problem.pareto_front(points)
+    except UserError:  # none is known
         return None
-    mean, error = (_number(tree["difference"][key]) for key in ("mean", "standard_error"))
-    difference = PairedDifference(mean, error, tree["difference"]["pairs"])
-    return Versus(**{**tree, "difference": difference, "ratio": _number(tree["ratio"])})
+
+
+def _shown_front(problem: Problem) -> tuple[tuple[float, ...], ...]:
+    """Return about `SHOWN_POINTS` points of the known front, () where none is."""
+    front = _known_front(problem, SHOWN_POINTS)
+    return () if front is None else tuple(map(tuple, front.tolist()))
+
+
+def _mean(values: Sequence[float]) -> tuple[float, float]:
+    return mean_and_standard_error(values) if values else (math.nan, math.nan)
+
+
+def _means(values: Sequence[tuple[float, ...] | None]) -> tuple[float, ...] | None:
+    """Return the mean of each component; None where there is none."""
+    known = [value for value in values if value is not None]
+    return tuple(_mean(component)[0] for component in zip(*known, strict=True)) if known else None
+
+
+def _defined(values: Sequence[float | None]) -> float | None:
+    known = [value for value in values if value is not None]
+    return _mean(known)[0] if known else None

@@ -19,26 +19,6 @@ RUNS_PER_CELL = 2
 log = logging.getLogger(__name__)
 
 
-def run_cells_on_ray(
-    cells: Sequence[Cell], *, num_cpus: float = 1.0, num_gpus: float = 0.0, on_done: Progress | None = None
-) -> list[CellResult]:
-    """Run each cell as a Ray task; results are in the order of `cells`. As `run_outcomes_on_ray`, but all or nothing.
-
-    Raises:
-        UserError: no node of the cluster is large enough for one task, or a cell raised it twice.
-        Exception: a cell failed otherwise, twice.
-    """
-    results: list[CellResult | None] = [None] * len(cells)
-
-    def keep(index: int, outcome: Outcome) -> None:
-        if isinstance(outcome, CellFailure):
-            raise outcome.error
-        results[index] = outcome
-
-    run_outcomes_on_ray(cells, keep, num_cpus=num_cpus, num_gpus=num_gpus, on_done=on_done)
-    return [result for result in results if result is not None]
-
-
 def run_outcomes_on_ray(
     cells: Sequence[Cell],
     on_outcome: Callable[[int, Outcome], None],
@@ -118,6 +98,6 @@ def _check_room(nodes: Sequence[Mapping[str, object]], num_cpus: float, num_gpus
             return
         largest = max(largest, [cpus, gpus])
     raise UserError(
-        f"no node of the Ray cluster has {num_cpus:g} CPUs and {num_gpus:g} GPUs for a comparison task "
+        f"no node of the Ray cluster has {num_cpus:g} CPUs and {num_gpus:g} GPUs for a cell "
         f"(the largest has {largest[0]:g} and {largest[1]:g})"
     )

@@ -1,9 +1,9 @@
-"""One cell of a benchmark: one optimizer on one problem for some paired seeds; `cell_tasks` runs many on Ray."""
+"""One cell of a benchmark: one optimizer on one problem from one seed or some; `cell_tasks` runs many on Ray."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -53,10 +53,14 @@ class Cell:
 
 @dataclass(frozen=True, eq=False)
 class GuardRecord:
-    """What a guard did: the share of steps in which each instance took the learned candidate, [P]; the share of the
-    steps' time that went into the fallback and the comparison."""
+    """What a guard did.
 
-    acceptance: Tensor
+    Attributes:
+        accepted: [steps, P] bool, where the learned candidate was taken.
+        share: of the steps' time that went into the fallback and the comparison.
+    """
+
+    accepted: Tensor
     share: float
 
 
@@ -80,33 +84,49 @@ class CellResult:
     """What a cell did. Tensors lie on the CPU.
 
     Attributes:
-        optimizer: the contestant's label.  problem: as written.
         losses: [steps, P, m] float64, on each step's own batch, at z_0 .. z_{steps-1}.
-        final: [P, m], the mean of `losses` over the last tenth of the steps.
         test_metrics: what the problem measures at z_steps on unseen data, each [P, m]; {} where it has none.
         diverged: [P] bool: a loss or parameter that is not finite, or a summed loss above `DIVERGED` times the first.
         forwards, backwards: evaluations charged to each instance.
-        ms_per_step: median wall time of a step of all P instances.
+        evaluations: [steps] int64, forwards and backwards charged up to the end of each step.
+        seconds: [steps] float64, wall time of each step of all P instances.
         guard: None where the rule has none.  measured: None where nothing was to be measured.
     """
 
-    optimizer: str
-    problem: str
     losses: Tensor
-    final: Tensor
     test_metrics: dict[str, Tensor]
     diverged: Tensor
     forwards: int
     backwards: int
-    ms_per_step: float
+    evaluations: Tensor
+    seconds: Tensor
     guard: GuardRecord | None = None
     measured: Measured | None = None
 
     @property
+    def final(self) -> Tensor:
+        """The mean of `losses` over the last tenth of the steps, [P, m]."""
+        return self.final_after(len(self.losses))
+
+    def final_after(self, steps: int) -> Tensor:
+        """Return the mean of `losses` over the last tenth of the first `steps` steps, [P, m]."""
+        return self.losses[steps - last_tenth(steps) : steps].mean(dim=0)
+
+    @property
     def final_sum(self) -> Tensor:
         """The final losses summed over the objectives, [P]; inf where that is no finite number."""
-        total = self.final.sum(dim=1)
-        return total.where(total.isfinite(), torch.inf)
+        return finite_sum(self.final)
+
+    @property
+    def ms_per_step(self) -> float:
+        """Median wall time of a step of all P instances."""
+        return float(self.seconds.median()) * 1e3
+
+
+def finite_sum(losses: Tensor) -> Tensor:
+    """Sum losses [..., m] over the objectives; inf where that is no finite number."""
+    total = losses.sum(dim=-1)
+    return total.where(total.isfinite(), torch.inf)
 
 
 @dataclass(frozen=True, eq=False)
@@ -168,7 +188,7 @@ def run_cell(cell: Cell) -> CellResult:
     parameters = problem.initial_parameters(cell.seeds)
     state = rule.initial_state(problem.instances, problem.objectives, problem.dimension)
 
-    seen, times, accepted, conflicts = [], [], [], []
+    seen, times, spent, accepted, conflicts = [], [], [], [], []
     guard_seconds = 0.0
     for step in range(cell.steps):
         oracle.begin_step()
@@ -177,6 +197,7 @@ def run_cell(cell: Cell) -> CellResult:
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - start)
+        spent.append(oracle.forwards + oracle.backwards)
         seen.append(info.losses)
         if isinstance(info, GuardedInfo):
             accepted.append(info.accepted)
@@ -187,20 +208,18 @@ def run_cell(cell: Cell) -> CellResult:
     losses = torch.stack(seen).double().cpu()
     guard = measured = None
     if accepted:
-        guard = GuardRecord(torch.stack(accepted).double().mean(dim=0).cpu(), guard_seconds / sum(times))
+        guard = GuardRecord(torch.stack(accepted).cpu(), guard_seconds / sum(times))
     if cell.criticality_batches:
         conflicting, mean_cosine = torch.stack(conflicts).mean(dim=0).cpu()
         measured = Measured(_end(cell, context, parameters), conflicting, mean_cosine)
     return CellResult(
-        optimizer=cell.contestant.label,
-        problem=str(cell.problem),
         losses=losses,
-        final=losses[-last_tenth(cell.steps) :].mean(dim=0),
         test_metrics={name: value.double().cpu() for name, value in problem.test_metrics(parameters).items()},
         diverged=_diverged(losses) | ~parameters.isfinite().all(dim=1).cpu(),
         forwards=oracle.forwards,
         backwards=oracle.backwards,
-        ms_per_step=float(torch.tensor(times, dtype=torch.float64).median()) * 1e3,
+        evaluations=torch.tensor(spent),
+        seconds=torch.tensor(times, dtype=torch.float64),
         guard=guard,
         measured=measured,
     )
@@ -209,16 +228,6 @@ def run_cell(cell: Cell) -> CellResult:
 def last_tenth(steps: int) -> int:
     """Return how many steps the last tenth of a run has, at least one."""
     return max(1, steps // 10)
-
-
-def run_cells_in_process(cells: Sequence[Cell], on_done: Progress | None = None) -> list[CellResult]:
-    """Run `cells` one after the other in this process."""
-    results = []
-    for cell in cells:
-        results.append(run_cell(cell))
-        if on_done is not None:
-            on_done(len(results), len(cells))
-    return results
 
 
 def _end(cell: Cell, context: ProblemContext, parameters: Tensor) -> Criticality:

@@ -1,14 +1,15 @@
-"""What can be run in a cell: values that have a label, can be pickled, and build their rule where they are run."""
+"""What can be run in a cell: values that can be pickled, and build their rule where they are run."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Protocol
+from dataclasses import asdict, dataclass
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from ml2o_dist.artifact import weights_sha256
 from ml2o_dist.config import GuardSettings, RuleSettings
 from ml2o_dist.errors import UserError
 from ml2o_dist.rules.adversaries import AdversaryRule
@@ -20,11 +21,15 @@ from ml2o_dist.rules.stochastic import DSSMG, SMG
 
 
 class Contestant(Protocol):
-    """What can be run in a cell: it has a label, can be pickled, and builds its rule where it is run."""
+    """What can be run in a cell: it can be pickled, and builds its rule where it is run."""
 
     @property
     def label(self) -> str:
-        """Its name in the results."""
+        """Its name to a reader."""
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """What makes it what it is, whatever it is called, as JSON values: equal ones give equal rules."""
 
     def rule(self, device: torch.device, dtype: torch.dtype) -> UpdateRule:
         """Build the rule for problems of this device and precision."""
@@ -56,6 +61,11 @@ class HandDesigned:
         """`AGGREGATOR+OPTIMIZER@LR`."""
         return f"{self.aggregator}+{self.optimizer}@{self.lr:g}"
 
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """Aggregator, optimizer and learning rate."""
+        return {"hand_designed": asdict(self)}
+
     def rule(self, device: torch.device, dtype: torch.dtype) -> UpdateRule:
         """Build the rule; it follows the device and precision of the Jacobians it meets."""
         return AggregatedRule(self.aggregator, self.optimizer, self.lr)
@@ -69,6 +79,12 @@ class Learned:
     settings: RuleSettings
     weights: Mapping[str, Tensor] | None
 
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """The settings, and the sha256 of the weights."""
+        digest = None if self.weights is None else weights_sha256(self.weights)
+        return {"learned": self.settings.model_dump(mode="json"), "weights_sha256": digest}
+
     def rule(self, device: torch.device, dtype: torch.dtype) -> UpdateRule:
         """Build the rule from the weights, under its guard where the settings have one."""
         return guarded(ML2ORule.from_weights(self.settings, self.weights, device, dtype), self.settings.guard)
@@ -81,6 +97,11 @@ class Stochastic:
     label: str
     p: float
 
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """Name and decay."""
+        return {"stochastic": asdict(self)}
+
     def rule(self, device: torch.device, dtype: torch.dtype) -> UpdateRule:
         """Build the rule; it follows the device and precision of the Jacobians it meets."""
         return DSSMG(self.p) if self.label == "dssmg" else SMG(self.p)
@@ -91,6 +112,11 @@ class Adversary:
     """A rule that no one should follow, by its name in `rules/adversaries.py`."""
 
     label: str
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """Its name."""
+        return {"adversary": self.label}
 
     def rule(self, device: torch.device, dtype: torch.dtype) -> UpdateRule:
         """Build the rule; raises UserError for an unknown name."""
@@ -108,6 +134,11 @@ class Guarded:
     def label(self) -> str:
         """`gml2o:` and the other's label."""
         return f"gml2o:{self.contestant.label}"
+
+    @property
+    def identity(self) -> Mapping[str, Any]:
+        """The other's, and the guard's settings."""
+        return {"guarded": self.contestant.identity, "guard": self.guard.model_dump(mode="json")}
 
     def rule(self, device: torch.device, dtype: torch.dtype) -> UpdateRule:
         """Build the other's rule under the guard; raises UserError for a wrong fallback."""

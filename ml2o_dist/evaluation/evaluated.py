@@ -1,13 +1,25 @@
-"""What an evaluation came to: a record for each cell, a row for each optimizer on each problem, all as JSON."""
+"""What an evaluation came to: cells, a row for each optimizer on each problem, a standing for each optimizer; as JSON.
+
+A figure that is not finite is null in JSON, and NaN when it is read back.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal
+
+from pydantic import TypeAdapter
 
 from ml2o_dist.config import EvaluateSettings
-from ml2o_dist.evaluation.benchmark import plain_json
+from ml2o_dist.evaluation.statistics import Figure, Interval
+
+Role = Literal["learned", "baseline", "other"]
+"""What an optimizer is in an evaluation: meta-trained weights, one of the settings' baselines, or anything else."""
+
+CURVE_POINTS = 200
+"""At most so many points are kept of a curve."""
 
 
 @dataclass(frozen=True)
@@ -29,23 +41,23 @@ class EvaluatedCell:
     problem: str
     seed: int
     steps: int
-    losses: tuple[float, ...]
-    test_accuracy: tuple[float, ...] | None
-    criticality: float
+    losses: tuple[Figure, ...]
+    test_accuracy: tuple[Figure, ...] | None
+    criticality: Figure
     acceptance: float | None
     evaluations: int
     ms_per_step: float
     diverged: bool
     learning_rate: float | None
-    test_loss: tuple[float, ...] | None
-    end_losses: tuple[float, ...]
-    criticality_relative: float
-    criticality_gap: float
+    test_loss: tuple[Figure, ...] | None
+    end_losses: tuple[Figure, ...]
+    criticality_relative: Figure
+    criticality_gap: Figure
     guard_share: float | None
     forwards: int
     backwards: int
-    conflicting: float
-    mean_cosine: float
+    conflicting: Figure
+    mean_cosine: Figure
 
 
 @dataclass(frozen=True)
@@ -71,8 +83,24 @@ class Front:
     hypervolume: float
     hypervolume_of_front: float
     outside: int
-    igd_plus: float
-    additive_epsilon: float
+    igd_plus: Figure
+    additive_epsilon: Figure
+
+
+@dataclass(frozen=True)
+class Curve:
+    """A learning curve, at most `CURVE_POINTS` points; each is the mean of the steps since the one before.
+
+    Attributes:
+        steps: how many steps were taken at each point, from the first point's to all.
+        loss, error: mean over the seeds of the summed loss on each step's own batch, and its standard error.
+        acceptance: the share of the seeds whose learned candidate the guard took; None without a guard.
+    """
+
+    steps: tuple[int, ...] = ()
+    loss: tuple[Figure, ...] = ()
+    error: tuple[Figure, ...] = ()
+    acceptance: tuple[Figure, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -80,53 +108,170 @@ class Row:
     """One optimizer on one problem: means over its seeds, and their standard errors.
 
     A mean is inf or NaN where that of a seed is; `seeds` counts those that were run, `failed` those that could not be.
-    `loss` is of the summed losses of the last tenth, `curve` of those of each step.
+
+    Attributes:
+        label: the optimizer as written, with the learning rate that was found for it.
+        seed_losses: the summed loss over the last tenth of the steps from each seed, NaN where the cell failed; `loss`
+            is the mean of the others.
+        loss_at_evaluations, loss_at_time: the same over the last tenth of the steps that were taken when as many
+            evaluations, or as much time, were spent as the reference spends in all its steps; `loss` where there is no
+            reference, or the optimizer spends less.
+        losses: the mean of each objective.  learning_rate: None where there is none.
+        tuning: learning rate -> criterion on the tuning seeds.  note: what a reader must know about the tuning.
     """
 
     optimizer: str
+    label: str
+    role: Role
     problem: str
+    steps: int
     seeds: int
     failed: int
     diverged: int
-    loss: float
-    loss_standard_error: float
-    losses: tuple[float, ...]
-    test_accuracy: tuple[float, ...] | None
-    criticality: float
-    criticality_standard_error: float
-    criticality_relative: float
+    loss: Figure
+    loss_standard_error: Figure
+    seed_losses: tuple[Figure, ...]
+    loss_at_evaluations: Figure
+    loss_at_time: Figure
+    losses: tuple[Figure, ...]
+    test_accuracy: tuple[Figure, ...] | None
+    criticality: Figure
+    criticality_standard_error: Figure
+    criticality_relative: Figure
     acceptance: float | None
-    evaluations: float
-    ms_per_step: float
+    evaluations: Figure
+    ms_per_step: Figure
     guard_share: float | None
-    conflicting: float
-    mean_cosine: float
+    conflicting: Figure
+    mean_cosine: Figure
     front: Front | None
     learning_rate: float | None
-    tuning: Mapping[float, float]
+    tuning: Mapping[float, Figure]
     note: str
-    curve: tuple[float, ...]
+    curve: Curve = Curve()
+
+
+@dataclass(frozen=True)
+class Standing:
+    """One optimizer over all problems, against the reference and the best baseline of each problem, paired by seeds.
+
+    A ratio is exp of the interquartile mean, over problems and seeds, of log(loss / the other's loss): below 1 =
+    better. Losses are those of `Row.seed_losses`; problems whose losses are not positive by construction are left out.
+    Intervals are of 95 %; see `statistics` for all of them.
+
+    Attributes:
+        problems: how many problems the figures are of.
+        ratio: to the reference.  to_best: to the baseline with the lowest mean loss on each problem, the reference
+            among them; of a baseline, to the best of all.
+        ratio_at_evaluations, ratio_at_time: `ratio` after as many evaluations or as much time as the reference.
+        improvement: the probability to end lower than the reference.
+        mean_rank: 1 is best, among the baselines and this optimizer.
+        delta_m: in per cent, over the final losses of the objectives against the reference: below 0 = better;
+            delta_m_accuracy: over the test accuracies, None where no problem has one; below 0 = better, too.
+        speedup: how many times the steps of this optimizer the best baseline needs for the same loss: above 1 =
+            quicker; geometric mean over problems.
+        log_area: mean over the steps of log(loss / the reference's loss), mean over problems: below 0 = better.
+        diverged: share of the cells that did.
+    """
+
+    optimizer: str
+    role: Role
+    problems: int
+    ratio: Interval
+    to_best: Interval
+    ratio_at_evaluations: Figure
+    ratio_at_time: Figure
+    improvement: Interval
+    mean_rank: Figure
+    delta_m: Figure
+    delta_m_accuracy: Figure | None
+    speedup: Figure
+    log_area: Figure
+    diverged: Interval
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What came of an evaluation; without what was not run because it was stopped."""
+    """What came of an evaluation.
+
+    Attributes:
+        suite: name of the suite that this is, "" for none; suite_sha256: of what was asked for, but for the
+            `optimizers`: results with one hash can be compared.
+        data_sha256: of the data behind the problems, by name.
+        standings: in the order of the optimizers; empty where the reference is not among them.
+        fronts: by problem, some points of the known front [k, m].
+        seconds: what it took, cells that were found finished included; None: not known.
+    """
 
     settings: EvaluateSettings
+    suite: str
+    suite_sha256: str
+    data_sha256: Mapping[str, str]
     cells: tuple[EvaluatedCell, ...]
     rows: tuple[Row, ...]
+    standings: tuple[Standing, ...]
     failed: tuple[FailedCell, ...]
+    fronts: Mapping[str, tuple[tuple[float, ...], ...]]
+    seconds: float | None = None
 
-    def to_json(self) -> dict[str, Any]:
-        """Return {cells, summary: {rows, failed, ...}} as JSON values; what is not finite becomes None."""
-        rows = [{key: value for key, value in asdict(row).items() if key != "curve"} for row in self.rows]
-        settings = self.settings
-        summary = {
-            "steps": settings.steps,
-            "seeds": list(range(settings.seed, settings.seed + settings.seeds)),
-            "learning_rates": settings.learning_rates,
-            "rows": rows,
+    @property
+    def problems(self) -> list[str]:
+        """The problems that have rows, as they were written."""
+        return list(dict.fromkeys(row.problem for row in self.rows))
+
+    def rows_of(self, problem: str) -> list[Row]:
+        """Return the rows of one problem, in the order of the optimizers."""
+        return [row for row in self.rows if row.problem == problem]
+
+    def standing(self, optimizer: str) -> Standing | None:
+        """Return the standing of one optimizer, None where it has none."""
+        return next((each for each in self.standings if each.optimizer == optimizer), None)
+
+    def to_json(self, *, curves: bool = False) -> dict[str, Any]:
+        """Return {cells, summary: {rows, standings, failed, ...}} as JSON values; what is not finite becomes None.
+
+        With `curves` it is read back whole by `from_json`, else without curves and fronts.
+        """
+        summary: dict[str, Any] = {
+            "suite": self.suite,
+            "suite_sha256": self.suite_sha256,
+            "steps": self.settings.steps,
+            "seeds": list(range(self.settings.seed, self.settings.seed + self.settings.seeds)),
+            "settings": self.settings.model_dump(mode="json", by_alias=True),
+            "data_sha256": self.data_sha256,
+            "rows": [asdict(row) for row in self.rows],
+            "standings": [asdict(standing) for standing in self.standings],
             "failed": [asdict(failure) for failure in self.failed],
+            "seconds": self.seconds,
         }
+        if curves:
+            summary["fronts"] = self.fronts
+        else:
+            for row in summary["rows"]:
+                del row["curve"]
         plain: dict[str, Any] = plain_json({"cells": [asdict(cell) for cell in self.cells], "summary": summary})
         return plain
+
+    @classmethod
+    def from_json(cls, tree: Mapping[str, Any]) -> Evaluation:
+        """Read what `to_json` returned.
+
+        Raises:
+            ValueError, TypeError, KeyError: `tree` is something else.
+        """
+        summary = dict(tree["summary"])
+        return _EVALUATION.validate_python({"fronts": {}, **summary, "cells": tree["cells"]})
+
+
+_EVALUATION = TypeAdapter(Evaluation)
+
+
+def plain_json(value: Any) -> Any:
+    """Return dicts, lists, strings and finite numbers only; what is not finite becomes None."""
+    if isinstance(value, Mapping):
+        return {f"{key:g}" if isinstance(key, float) else str(key): plain_json(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain_json(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from ml2o_dist.artifact import load_artifact
 from ml2o_dist.config import EvaluateSettings, GuardSettings
 from ml2o_dist.errors import UserError
 from ml2o_dist.evaluation.contestants import Adversary, Contestant, Guarded, HandDesigned, Learned, Stochastic
+from ml2o_dist.evaluation.evaluated import Role
 from ml2o_dist.files import home_folder
 from ml2o_dist.remote_files import is_uri
 from ml2o_dist.rules.adversaries import ADVERSARIES
@@ -41,12 +42,13 @@ class Entrant:
 
     name: str
     contestant: Callable[[float | None], Contestant]
+    role: Role = "other"
     tuned: bool = False
     learning_rate: float | None = None
 
 
 def parse_optimizers(settings: EvaluateSettings, resolve: Resolve) -> list[Entrant]:
-    """Read `settings.optimizers`, each once; weights are loaded and checked.
+    """Read `settings.baselines`, then `settings.optimizers`, each once; weights are loaded and checked.
 
     `initial`, the adversaries of rules/adversaries.py, `dssmg`, `smg`, `AGGREGATOR[+sgd|+momentum|+adam][@LR]`,
     `models:/NAME@ALIAS` or `models:/NAME/VERSION`, a weights file or a run directory (relative to ML2O_HOME, or a
@@ -57,7 +59,9 @@ def parse_optimizers(settings: EvaluateSettings, resolve: Resolve) -> list[Entra
         UserError: an unknown name (the nearest valid one is given), weights that cannot be read, or a name that is not
             available.
     """
-    return [_entrant(text, settings, resolve) for text in dict.fromkeys(settings.optimizers)]
+    names = dict.fromkeys((*settings.baselines, *settings.optimizers))
+    entrants = [_entrant(text, settings, resolve) for text in names]
+    return [replace(each, role="baseline") if each.name in settings.baselines else each for each in entrants]
 
 
 def _entrant(text: str, settings: EvaluateSettings, resolve: Resolve) -> Entrant:
@@ -92,7 +96,7 @@ def _always(text: str, contestant: Contestant, guard: GuardSettings | None) -> E
 def _learned(text: str, label: str, path: Path | str, guard: GuardSettings | None) -> Entrant:
     found = load_artifact(path)
     rule = found.rule if guard is None else found.rule.model_copy(update={"guard": None})
-    return _always(text, Learned(label, rule, found.weights), guard)
+    return replace(_always(text, Learned(label, rule, found.weights), guard), role="learned")
 
 
 def _hand_designed(name: str, guard: GuardSettings | None, lr: float | None) -> Contestant:

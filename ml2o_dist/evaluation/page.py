@@ -4,26 +4,17 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import partial
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from ml2o_dist.config_file import changed_settings, flat_settings
-from ml2o_dist.evaluation.benchmark import INITIAL, LEARNED, ProblemComparison
-from ml2o_dist.evaluation.page_elements import figure, key, missing, pairs, table, text
-from ml2o_dist.evaluation.page_style import STYLE
-from ml2o_dist.evaluation.plots import (
-    HISTORY_CAPTION,
-    PAGE_COLOURS,
-    draw_history,
-    draw_learning_curves,
-    inline_svg,
-    is_finite,
-    optimizer_colours,
-)
-from ml2o_dist.evaluation.report import OPTIMIZER, caption, is_contestant, notes, row_figures, shown_columns, verdicts
+from ml2o_dist.evaluation.evaluation_figures import verdict_on
+from ml2o_dist.evaluation.evaluation_page import evaluation_sections
+from ml2o_dist.evaluation.page_document import PageHead, Section, document, duration, warnings_section
+from ml2o_dist.evaluation.page_elements import figure, key, pairs, table, text
+from ml2o_dist.evaluation.plots import HISTORY_CAPTION, PAGE_COLOURS, draw_history, inline_svg, is_finite
 from ml2o_dist.evaluation.run_record import RunRecord
 from ml2o_dist.evaluation.trajectory_plots import CAPTION, stages, trajectory_panels
 from ml2o_dist.metatrain.trajectories import RecordedProblem, recorded_problems
@@ -41,51 +32,25 @@ CURVES = {
 
 MOST_PROBLEMS = 2
 """Problems whose trajectories are drawn: those recorded at the most meta-steps."""
-MOST_WARNINGS = 100
-"""The newest ones that are shown."""
-
-POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
-"""The browser is told, too, that the page may load nothing."""
-
-
-@dataclass(frozen=True)
-class Section:
-    """A part of the page; where something is not there to be shown, `missing` says why."""
-
-    name: str
-    title: str
-    body: str = ""
-    missing: str = ""
 
 
 def page_sections(record: RunRecord) -> list[Section]:
     """Return the parts of the page in their order, each with its HTML or with why there is none."""
     return [
         _curves(record),
-        _comparison(record),
+        *_comparison(record),
         _trajectories(record),
         _configuration(record),
         _origin(record),
-        _warnings(record),
+        warnings_section(record),
     ]
 
 
 def render_page(record: RunRecord, sections: Sequence[Section]) -> str:
     """Return the whole document."""
-    links = "".join(f'<a href="#{s.name}">{text(s.title)}</a>' for s in sections)
-    unread = "".join(f'<p class="alert">{text(line)}</p>' for line in record.unread_lines)
-    parts = "".join(
-        f'<section id="{s.name}"><h2>{text(s.title)}</h2>{missing(s.missing)}{s.body}</section>' for s in sections
-    )
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{text(record.name)}: meta-training</title><style>{STYLE}</style></head><body>"
-        f'<header><p class="kind">Meta-training run</p><h1>{text(record.name)}</h1><p>{text(_state(record))}</p>'
-        f"{unread}{_summary(record)}<nav>{links}</nav></header><main>{parts}</main>"
-        f"<footer>Made by ml2o report from {text(record.path)}</footer></body></html>\n"
-    )
+    tiles = [*_learning_tiles(record), *_faults_tiles(record), *_comparison_tiles(record)]
+    head = PageHead("Meta-training run", record.name, record.path, _state(record), tiles, record.unread_lines)
+    return document(head, sections)
 
 
 def _state(record: RunRecord) -> str:
@@ -100,11 +65,6 @@ def _state(record: RunRecord) -> str:
     return f"{state}{'' if record.unread else ': no checkpoint has been written yet'}{ended}."
 
 
-def _summary(record: RunRecord) -> str:
-    tiles = [*_learning_tiles(record), *_faults_tiles(record), *_comparison_tiles(record)]
-    return f"<dl class=tiles>{''.join(f'<div><dt>{text(k)}</dt><dd>{text(v)}</dd></div>' for k, v in tiles)}</dl>"
-
-
 def _learning_tiles(record: RunRecord) -> list[tuple[str, str]]:
     tiles = []
     scores = [(row["validation"], row["meta_step"]) for row in record.history if is_finite(row.get("validation"))]
@@ -115,8 +75,8 @@ def _learning_tiles(record: RunRecord) -> list[tuple[str, str]]:
     seconds = record.progress.get("seconds")
     if seconds:
         compared = record.comparison.seconds if record.comparison is not None else None
-        parts = f" ({_duration(seconds)} meta-training, {_duration(compared)} comparison)" if compared else ""
-        tiles.append(("Time", f"{_duration(seconds + (compared or 0))}{parts or ' of meta-training'}"))
+        parts = f" ({duration(seconds)} meta-training, {duration(compared)} comparison)" if compared else ""
+        tiles.append(("Time", f"{duration(seconds + (compared or 0))}{parts or ' of meta-training'}"))
     speeds = [row["inner_steps_per_s"] for row in record.history if is_finite(row.get("inner_steps_per_s"))]
     if speeds:
         tiles.append(("Inner steps per second, median", f"{sorted(speeds)[len(speeds) // 2]:,.0f}"))
@@ -138,20 +98,14 @@ def _faults_tiles(record: RunRecord) -> list[tuple[str, str]]:
 
 
 def _comparison_tiles(record: RunRecord) -> list[tuple[str, str]]:
-    problems = record.comparison.problems if record.comparison is not None else ()
-    said = [problem.versus_baseline.verdict for problem in problems if problem.versus_baseline is not None]
+    if record.comparison is None:
+        return []
+    found = [verdict_on(record.comparison, problem) for problem in record.comparison.problems]
+    said = [difference.verdict for difference in found if difference is not None]
     if not said:
         return []
     better, level = (sum(verdict.startswith(word) for verdict in said) for word in ("better", "no worse"))
-    return [("Against the best tuned baseline", f"better on {better}, level on {level} of {len(said)}")]
-
-
-def _duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours} h {minutes:02d} min"
-    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+    return [("Against the best baseline", f"better on {better}, level on {level} of {len(said)}")]
 
 
 def _curves(record: RunRecord) -> Section:
@@ -169,32 +123,16 @@ def _curves(record: RunRecord) -> Section:
         left_out = f" ({lost} of {len(given)} not finite, left out)" if lost else ""
         svg = inline_svg(partial(draw_history, history=record.history, key=name), what, f"curve-{name}")
         pictures.append(figure(text(what + left_out), svg, "main" if name == "validation" else ""))
-    keys = key("strong", "average, or the figure itself") + key("muted-0", "each meta-step")
+    keys = key("strong-0", "average, or the figure itself") + key("muted-0", "each meta-step")
     body = f'<p>{text(HISTORY_CAPTION)}</p><p class="keys">{keys}</p><div class="grid">{"".join(pictures)}</div>'
     return Section("curves", title, body)
 
 
-def _comparison(record: RunRecord) -> Section:
-    title = "Comparison"
-    comparison = record.comparison
-    if comparison is None:
-        return Section("comparison", title, missing=record.why_not("comparison.json", _why_no_comparison(record)))
-    colours = optimizer_colours(comparison)
-    shown = {row.optimizer for problem in comparison.problems for row in problem.rows}
-    keys = "".join(
-        key(PAGE_COLOURS[colour], name, line=int(name == INITIAL)) for name, colour in colours.items() if name in shown
-    )
-    parts = []
-    for i, problem in enumerate(comparison.problems):
-        draw = partial(draw_learning_curves, problem=problem, colours=colours, steps=comparison.steps)
-        svg = inline_svg(draw, f"Learning curves on {problem.problem}", f"comparison-{i}")
-        said = "".join(f"<li>{text(line)}</li>" for line in verdicts(problem) + notes(problem))
-        parts.append(
-            f'<article><h3>{text(problem.problem)}</h3><div class="beside">'
-            f"{figure('Summed loss on the step&#39;s batch, over steps', svg)}"
-            f"<div>{_rows_table(problem)}<ul>{said}</ul></div></div></article>"
-        )
-    return Section("comparison", title, f'<p>{text(caption(comparison))}</p><p class="keys">{keys}</p>{"".join(parts)}')
+def _comparison(record: RunRecord) -> list[Section]:
+    if record.comparison is not None:
+        return evaluation_sections(record.comparison)
+    why = record.why_not("comparison.json", _why_no_comparison(record))
+    return [Section("comparison", "Comparison", missing=why)]
 
 
 def _why_no_comparison(record: RunRecord) -> str:
@@ -209,16 +147,6 @@ def _why_no_comparison(record: RunRecord) -> str:
     if ended:
         return f"No comparison: the run was {ended} before its end. To make it: {again}"
     return f"No comparison: it is being made, or its process was killed; run.log says nothing. To make it: {again}"
-
-
-def _rows_table(problem: ProblemComparison) -> str:
-    columns = shown_columns(problem)
-    rows = []
-    for i, row in enumerate(problem.rows):
-        cells = row_figures(row) | {OPTIMIZER: row.label + (" *" if row.note else "")}
-        kind = " ".join(["best"] * (i == 0) + ["learned"] * is_contestant(row, LEARNED))
-        rows.append((kind, [cells[name] for name in columns]))
-    return table(f"Results on {problem.problem}", columns, rows)
 
 
 def _trajectories(record: RunRecord) -> Section:
@@ -295,14 +223,3 @@ def _origin(record: RunRecord) -> Section:
     known = [(name, value) for name, value in facts.items() if value not in (None, "")]
     none = record.why_not("weights.json", "No weights yet: they are written when meta-training is done.")
     return Section("origin", title, pairs(title, known) if known else "", "" if record.card is not None else none)
-
-
-def _warnings(record: RunRecord) -> Section:
-    title = "Warnings"
-    if not record.log.warnings:
-        return Section("warnings", title, missing=record.why_not("run.log", "None in run.log."))
-    newest = record.log.warnings[-MOST_WARNINGS:]
-    rows = [("", [each.time, each.level, each.message]) for each in newest]
-    left_out = len(record.log.warnings) - len(newest)
-    said = f"<p>The newest {len(newest)}; {left_out} older ones are in run.log.</p>" if left_out else ""
-    return Section("warnings", title, said + table("Warnings", ["time", "level", "message"], rows, "words tall"))

@@ -1,4 +1,4 @@
-"""Pictures of a run and of its comparison: panels drawn into axes, as PNG files or as inline SVG of a page."""
+"""Pictures of a meta-training; and what all pictures share: panels drawn into axes, as PNG or inline SVG of a page."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ import re
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
-from ml2o_dist.evaluation.benchmark import INITIAL, LEARNED, Comparison, ProblemComparison, Row
-from ml2o_dist.evaluation.report import is_contestant
 from ml2o_dist.evaluation.statistics import exponential_average
 from ml2o_dist.files import replacing
 
@@ -21,12 +19,18 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 STRONG = "#c8102e"
-"""The colour of the learned rule, and of nothing else."""
+"""The colour of the first learned optimizer, and of nothing else."""
+STRONGS = (STRONG, "#e8710a", "#8e1a9c")
+"""Learned optimizers, in their order."""
 PLAIN = "#33383d"
 GRID = "#d9dde1"
-MUTED = ("#5b8db8", "#7aa974", "#c9a24b", "#9a86b5", "#6fb0aa", "#b58a7a")
-"""Baselines and further contestants, in the order in which they first appear."""
-PAGE_COLOURS = {PLAIN: "ink", GRID: "grid", STRONG: "strong"} | {colour: f"muted-{i}" for i, colour in enumerate(MUTED)}
+MUTED = ("#4f86b8", "#c3a03d", "#5fa287", "#9a86b5", "#86bfd9", "#96735d")
+"""Everything else; hues and lightness differ also to those who see no red or no green."""
+PAGE_COLOURS = (
+    {PLAIN: "ink", GRID: "grid"}
+    | {colour: f"strong-{i}" for i, colour in enumerate(STRONGS)}
+    | {colour: f"muted-{i}" for i, colour in enumerate(MUTED)}
+)
 """The style sheet's names for these colours: a page shows them according to its light or dark scheme."""
 
 HISTORY_CAPTION = (
@@ -35,40 +39,6 @@ HISTORY_CAPTION = (
     "with what was drawn."
 )
 """What a reader must know of the two curves of a run; every form of the picture says it."""
-
-
-def plot_comparison(comparison: Comparison, path: Path) -> None:
-    """Draw learning curves, a panel per problem: the summed loss on each step's own batch, to a PNG at `path`.
-
-    Curves are exponential averages (span 1/20 of the run) of the mean over the seeds; bands are one standard error,
-    averaged alike. A panel whose losses are all positive has a logarithmic axis.
-    """
-    count = len(comparison.problems)
-    columns = 2 if count == 4 else min(count, 3)
-    rows = math.ceil(count / columns)
-    figure = new_figure(max(4.6 * columns, 6.4), 3.6 * rows + 1.1)
-    colours = optimizer_colours(comparison)
-    panels = figure.subplots(rows, columns, squeeze=False).flatten().tolist()
-    handles: dict[str, Any] = {}
-    for panel, problem in zip(panels, comparison.problems, strict=False):
-        handles = draw_learning_curves(panel, problem, colours, comparison.steps) | handles
-        panel.set_title(problem.problem, loc="left", fontsize=10, color=PLAIN, parse_math=False)
-    for panel in panels[count:]:
-        panel.set_axis_off()
-    for i in range(count):
-        if i % columns == 0:
-            panels[i].set_ylabel("summed loss on the step's batch")
-        if i + columns >= count:
-            panels[i].set_xlabel("step")
-    order = [name for name in colours if name in handles]
-    figure.legend([handles[name] for name in order], order, loc="outside lower center", ncols=len(order), frameon=False)
-    figure.suptitle(
-        f"Problems not seen in meta-training: mean of {comparison.seeds} paired seeds (lower is better)",
-        fontsize=12,
-        fontweight="bold",
-        color=PLAIN,
-    )
-    save_figure(figure, path)
 
 
 def plot_meta_loss(history: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -124,56 +94,18 @@ def draw_history(panel: Axes, history: Sequence[Mapping[str, Any]], key: str) ->
     plain_axes(panel)
 
 
-def optimizer_colours(comparison: Comparison) -> dict[str, str]:
-    """Return a colour for each optimizer of a comparison, the learned rule and the untrained network first."""
-    colours = {LEARNED: STRONG, INITIAL: PLAIN}
-    names = sorted({(not row.baseline, row.optimizer) for problem in comparison.problems for row in problem.rows})
-    others = [name for _, name in names if name not in colours]
-    return colours | {name: MUTED[i % len(MUTED)] for i, name in enumerate(others)}
-
-
-def _layer(row: Row) -> int:
-    """Baselines below, the untrained network on them, the learned rule on top."""
-    return 2 if is_contestant(row, LEARNED) else 1 if is_contestant(row, INITIAL) else 0
-
-
-def _span(steps: int) -> float:
-    return max(1.0, steps / 20)
-
-
-def draw_learning_curves(
-    panel: Axes, problem: ProblemComparison, colours: Mapping[str, str], steps: int
-) -> dict[str, Any]:
-    """Draw one problem's panel of `plot_comparison`; return each optimizer's line.
-
-    It is scaled to the runs that did not diverge, else nothing could be told apart.
-    """
-    rows = sorted(problem.rows, key=_layer)
-    lines = {row.optimizer: _curve(panel, row, colours[row.optimizer], steps) for row in rows}
-    sound = [row for row in problem.rows if not row.diverged] or problem.rows
-    seen = [v for row in sound for v in exponential_average(row.curve, _span(steps)) if math.isfinite(v)]
-    if seen and min(seen) > 0:
-        log_axis(panel, seen)
-    elif seen:
-        low, high = min(seen), max(seen)
-        room = 0.1 * (high - low) or 1.0
-        panel.set_ylim(low - room, high + room)
-    plain_axes(panel)
-    return lines
-
-
-def log_axis(panel: Axes, values: Sequence[float]) -> None:
-    """Make the vertical axis logarithmic round `values` > 0, its ticks plain numbers, as many as there is room for."""
+def log_axis(panel: Axes, values: Sequence[float], which: Literal["x", "y"] = "y") -> None:
+    """Make an axis logarithmic round `values` > 0, its ticks plain numbers, as many as there is room for."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     low, high = min(values), max(values)
     ratio, room = high / low, max(high / low, 1.01) ** 0.1
-    panel.set_yscale("log")
-    panel.set_ylim(low / room, high * room)
+    axis = panel.yaxis if which == "y" else panel.xaxis
+    panel.set(**{f"{which}scale": "log", f"{which}lim": (low / room, high * room)})
     subs = (1, 1.5, 2, 3, 4, 5, 7) if ratio < 10 else (1, 2, 5) if ratio < 200 else (1,)
-    panel.yaxis.set_major_locator(LogLocator(subs=subs))
-    panel.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
-    panel.yaxis.set_minor_locator(NullLocator())
+    axis.set_major_locator(LogLocator(subs=subs))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+    axis.set_minor_locator(NullLocator())
 
 
 def plain_axes(panel: Axes) -> None:
@@ -223,21 +155,6 @@ def inline_svg(draw: Callable[[Axes], object], label: str, identity: str) -> str
 def is_finite(value: Any) -> bool:
     """Tell whether a figure of a history is a finite number; it may be None."""
     return isinstance(value, int | float) and math.isfinite(value)
-
-
-def _curve(panel: Axes, row: Row, colour: str, steps: int) -> Any:
-    middle, error = (exponential_average(values, _span(steps)) for values in (row.curve, row.curve_error))
-    strong = is_contestant(row, LEARNED)
-    (line,) = panel.plot(
-        middle,
-        color=colour,
-        linewidth=2.4 if strong else 1.5,
-        linestyle="--" if is_contestant(row, INITIAL) else "-",
-        zorder=3 if strong else 2,
-    )
-    low, high = ([m + sign * e for m, e in zip(middle, error, strict=True)] for sign in (-1, 1))
-    panel.fill_between(range(len(middle)), low, high, color=colour, alpha=0.22 if strong else 0.12, linewidth=0)
-    return line
 
 
 def _embedded(svg: str, label: str, identity: str) -> str:

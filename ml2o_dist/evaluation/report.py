@@ -1,136 +1,171 @@
-"""A comparison as tables: for the terminal and as Markdown; and the words that every form of it shares."""
+"""An evaluation as tables: for the terminal and as Markdown. First the standings, then each problem."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from rich import box
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from ml2o_dist.evaluation.benchmark import LEARNED, Comparison, ProblemComparison, Row, Versus
+from ml2o_dist.evaluation.evaluated import Evaluation
+from ml2o_dist.evaluation.evaluation_captions import caption, row_terms, rows_lead, standing_terms, standings_lead
+from ml2o_dist.evaluation.evaluation_figures import (
+    LOSS,
+    OPTIMIZER,
+    STAR,
+    Shown,
+    heading,
+    note,
+    ranked,
+    ranked_standings,
+    row_columns,
+    row_figures,
+    standing_columns,
+    standing_figures,
+    verdicts,
+)
 
-NOTHING = "-"
-OPTIMIZER, OBJECTIVES, ACCURACY = "optimizer", "per objective", "test accuracy"
-COLUMNS = (OPTIMIZER, "loss, last tenth", OBJECTIVES, ACCURACY, "ms/step", "evaluations")
+WIDTH = 80
+"""Columns of a terminal that everything fits in; what does not stands in a further table below."""
+GAP = 2
+"""Between two columns of a table."""
+LONGEST_NAME = 24
+"""A longer name of an optimizer may be broken into lines."""
+
+Rows = Sequence[tuple[str, Mapping[str, Shown]]]
+"""The style and the figures of each row of a table."""
 
 
-def comparison_table(comparison: Comparison) -> Group:
-    """Return tables for the terminal, one per problem, best first, the best row bold; they fit in 100 columns."""
-    parts: list[Table | Text] = [Text(caption(comparison), style="dim")]
-    for problem in comparison.problems:
-        table = Table(box=box.SIMPLE_HEAD, show_edge=False)
-        shown = shown_columns(problem)
-        for name in shown:
-            wraps = name in (OBJECTIVES, ACCURACY)  # three of each would not fit beside the rest
-            table.add_column(name, justify="left" if name == OPTIMIZER else "right", no_wrap=not wraps)
-        for i, row in enumerate(problem.rows):
-            figures = row_figures(row) | {OPTIMIZER: _mark(row) + row.label + _star(row)}
-            style = ("bold " if i == 0 else "") + ("red" if is_contestant(row, LEARNED) else "")
-            table.add_row(*(Text(figures[name]) for name in shown), style=style.strip())
-        parts += [Text(), Text(problem.problem, style="bold underline"), table]
-        parts += [Text("  " + line) for line in verdicts(problem) + notes(problem)]
+def evaluation_table(evaluation: Evaluation) -> Group:
+    """Return tables for the terminal: the standings, then one for each problem, the lowest loss first.
+
+    They fit in `WIDTH` columns. The best row is bold, meta-trained optimizers are red and marked with `>`.
+    """
+    roles = {row.optimizer: row.role for row in evaluation.rows}
+    parts: list[Table | Text] = []
+    if evaluation.standings:
+        standings = ranked_standings(evaluation.standings)
+        styled = [_styled(standing_figures(each), i, each.role) for i, each in enumerate(standings)]
+        parts += [Text("Standings", style="bold underline")]
+        parts += _tables(styled, standing_columns(standings))
+    if said := caption(standings_lead(evaluation), standing_terms(evaluation)):
+        parts += [Text(said, style="dim"), Text()]
+    parts.append(Text(caption(rows_lead(evaluation), row_terms(evaluation)), style="dim"))
+    for problem in evaluation.problems:
+        rows = ranked(evaluation.rows_of(problem))
+        styled = [_styled(row_figures(row), i, roles[row.optimizer]) for i, row in enumerate(rows)]
+        parts += [Text(), Text(problem, style="bold underline")]
+        parts += _tables(styled, row_columns(evaluation, rows))
+        parts += [Text(f"  {line}") for line in verdicts(evaluation, problem)]
+        parts += [Text(f"  * {row.label}: {note(row)}") for row in rows if note(row)]
     return Group(*parts)
 
 
-def comparison_markdown(comparison: Comparison) -> str:
-    """Return the same as plain Markdown: one table for all problems, then the verdicts and notes."""
-    lines = [caption(comparison), ""]
-    lines.append("| problem | " + " | ".join(COLUMNS) + " |")
-    lines.append("|---|---|" + "---:|" * (len(COLUMNS) - 1))
-    for problem in comparison.problems:
-        for i, row in enumerate(problem.rows):
-            label = f"`{row.label}`{_star(row)}"
-            cells = [f"**{label}**" if i == 0 else label, *row_figures(row).values()]
-            lines.append(f"| {f'`{problem.problem}`' if i == 0 else ''} | " + " | ".join(cells) + " |")
-    lines.append("")
-    for problem in comparison.problems:
-        said = verdicts(problem) + notes(problem)
-        lines += [f"- `{problem.problem}`: {'; '.join(said)}"] if said else []
-    return "\n".join(lines).rstrip() + "\n"
+def evaluation_markdown(evaluation: Evaluation) -> str:
+    """Return the same as Markdown: a table of the standings, one of all problems, then the sentences and notes."""
+    lines: list[str] = []
+    if evaluation.standings:
+        standings = ranked_standings(evaluation.standings)
+        columns = standing_columns(standings)
+        lines += _head(columns)
+        for i, each in enumerate(standings):
+            figures = standing_figures(each)
+            lines.append(_line([_label(figures, best=i == 0), *(figures[name].text for name in columns[1:])]))
+        lines.append("")
+    if said := caption(standings_lead(evaluation), standing_terms(evaluation)):
+        lines += [_plain(said), ""]
+    lines += [_plain(caption(rows_lead(evaluation), row_terms(evaluation))), ""]
+    columns = row_columns(evaluation, evaluation.rows) if evaluation.rows else [OPTIMIZER, LOSS]
+    lines += _head(["problem", *columns])
+    sentences = []
+    for problem in evaluation.problems:
+        rows = ranked(evaluation.rows_of(problem))
+        for i, row in enumerate(rows):
+            figures = row_figures(row)
+            name = code(problem) if i == 0 else ""
+            lines.append(_line([name, _label(figures, best=i == 0), *(figures[column].text for column in columns[1:])]))
+        said_of = [
+            *verdicts(evaluation, problem),
+            *(f"{STAR[1:]} {row.label}: {note(row)}" for row in rows if note(row)),
+        ]
+        sentences += [f"- {code(problem)}: {_plain('; '.join(said_of))}"] if said_of else []
+    return "\n".join([*lines, "", *sentences]).rstrip() + "\n"
 
 
-def shown_columns(problem: ProblemComparison) -> list[str]:
-    """Return the columns of one problem's table: all, but the accuracy only where some row has one."""
-    return [name for name in COLUMNS if name != ACCURACY or any("test_accuracy" in row.test for row in problem.rows)]
+def code(name: str) -> str:
+    """Return a name as Markdown shows it letter by letter, in a table too."""
+    fence = "``" if "`" in name else "`"
+    room = " " if "`" in name else ""
+    return f"{fence}{room}{name}{room}{fence}".replace("|", "\\|")
 
 
-def row_figures(row: Row) -> dict[str, str]:
-    """Return the cells of a row as text, by column; the first column is the caller's."""
-    loss = f"{number(row.loss)} ± {number(row.standard_error, '#.2g')}"
-    if row.diverged:
-        loss = f"{row.diverged} of {len(row.seed_losses)} diverged"
-    accuracy = [100 * value for value in row.test.get("test_accuracy", ())]
-    cells = (
-        loss,
-        several(row.objectives, "#.3g"),
-        several(accuracy, ".1f") + (" %" if accuracy else ""),
-        f"{row.ms_per_step:.2f}",
-        f"{row.forwards} + {row.backwards}",
-    )
-    return dict(zip(COLUMNS[1:], cells, strict=True))
+def _styled(figures: Mapping[str, Shown], place: int, role: str) -> tuple[str, Mapping[str, Shown]]:
+    """Mark the best row and the learned ones."""
+    name = figures[OPTIMIZER].text
+    marked = Shown(("> " if role == "learned" else "  ") + name, name)
+    styles = ["bold"] * (place == 0) + ["red"] * (role == "learned")
+    return " ".join(styles), {**figures, OPTIMIZER: marked}
 
 
-def several(values: Sequence[float], form: str) -> str:
-    """Return all of up to three values, else their range and how many there are."""
-    if not values or not all(map(math.isfinite, values)):
-        return NOTHING
-    if len(values) <= 3:
-        return " / ".join(number(value, form) for value in values)
-    return f"{number(min(values), form)} … {number(max(values), form)} ({len(values)})"
+def _tables(rows: Rows, columns: Sequence[str]) -> list[Table | Text]:
+    """Return the columns as one table, or as several of about one width, each of which begins with the optimizer."""
+    widths = {name: _width(name, [figures[name].text for _, figures in rows]) for name in columns}
+    limit = WIDTH
+    parts = _parts(widths, limit)
+    while limit > 1 and len(narrower := _parts(widths, limit - 1)) == len(parts):
+        parts, limit = narrower, limit - 1
+    found: list[Table | Text] = []
+    for i, part in enumerate(parts):
+        found += [Text()] if i else []
+        found.append(_table(rows, [OPTIMIZER, *part], widths))
+    return found
 
 
-def verdicts(problem: ProblemComparison) -> list[str]:
-    """Return, in a sentence each, how the learned rule does against the best baseline and the untrained network."""
-    return [_verdict(versus) for versus in (problem.versus_baseline, problem.versus_initial) if versus is not None]
+def _parts(widths: Mapping[str, int], limit: int) -> list[list[str]]:
+    """Split the columns after the first into parts that fit within `limit` beside it, at least one in each."""
+    parts: list[list[str]] = [[]]
+    for name in list(widths)[1:]:
+        taken = widths[OPTIMIZER] + sum(widths[each] + GAP for each in (*parts[-1], name))
+        if taken > limit and parts[-1]:
+            parts.append([])
+        parts[-1].append(name)
+    return parts
 
 
-def _verdict(versus: Versus) -> str:
-    figures = ""
-    if math.isfinite(versus.difference.mean):
-        error = number(versus.difference.standard_error, "#.2g")
-        figures = f" ({_signed(versus.difference.mean)} ± {error}"
-        figures += f", ratio {versus.ratio:.3f})" if math.isfinite(versus.ratio) else ")"
-    return f"{LEARNED} - {versus.reference}: {versus.verdict}{figures}"
+def _table(rows: Rows, columns: Sequence[str], widths: Mapping[str, int]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, collapse_padding=True)
+    room = WIDTH - sum(widths[name] + GAP for name in columns[1:])
+    names = max(len(figures[OPTIMIZER].text) for _, figures in rows)
+    table.add_column(OPTIMIZER, overflow="fold", width=max(widths[OPTIMIZER], min(room, names)))
+    for name in columns[1:]:
+        table.add_column("\n".join(filter(None, heading(name))), justify="right", overflow="fold", width=widths[name])
+    for style, figures in rows:
+        table.add_row(*(Text(figures[name].text) for name in columns), style=style)
+    return table
 
 
-def notes(problem: ProblemComparison) -> list[str]:
-    """Return what a reader must know about the tuning of a row, each beginning with the row's label."""
-    return [f"* {row.label}: {row.note}" for row in problem.rows if row.note]
+def _width(name: str, cells: Sequence[str]) -> int:
+    width = max(map(len, cells))
+    return max(min(width, LONGEST_NAME) if name == OPTIMIZER else width, *map(len, heading(name)))
 
 
-def caption(comparison: Comparison) -> str:
-    """Return what the figures are and how they were made."""
-    grid = ", ".join(f"{lr:g}" for lr in comparison.learning_rates)
-    seeds = f"{comparison.tuning_seeds} other seed{'' if comparison.tuning_seeds == 1 else 's'}"
-    any_tuned = any(row.tuning for problem in comparison.problems for row in problem.rows)
-    tuned = f"Baselines: best learning rate of {grid} on {seeds}. " if any_tuned else ""
-    return (
-        f"Summed loss over the last tenth of {comparison.steps} steps, mean ± standard error of {comparison.seeds} "
-        f"paired seeds; lower is better. {tuned}Evaluations: forward + backward passes of a run. "
-        "Differences are paired: below 0, the learned rule is better."
-    )
+def _head(columns: Sequence[str]) -> list[str]:
+    left = columns.index(OPTIMIZER) + 1
+    return [_line(columns), "|" + "---|" * left + "---:|" * (len(columns) - left)]
 
 
-def _mark(row: Row) -> str:
-    return "> " if is_contestant(row, LEARNED) else "  "
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
 
 
-def _star(row: Row) -> str:
-    return " *" if row.note else ""
+def _label(figures: Mapping[str, Shown], *, best: bool) -> str:
+    text = figures[OPTIMIZER].text
+    shown = code(text.removesuffix(STAR)) + (STAR if text.endswith(STAR) else "")
+    return f"**{shown}**" if best else shown
 
 
-def is_contestant(row: Row, label: str) -> bool:
-    """Tell whether a row is that of the contestant `label`, not of a baseline that happens to be called so."""
-    return row.label == label and not row.baseline
-
-
-def number(value: float, form: str = "#.4g") -> str:
-    """Return a figure as text, `NOTHING` for one that is not finite."""
-    return format(value, form).removesuffix(".") if math.isfinite(value) else NOTHING
-
-
-def _signed(value: float) -> str:
-    return ("-" if value < 0 else "+") + number(abs(value), "#.3g")
+def _plain(text: str) -> str:
+    """Return text that holds names as Markdown that no name can turn into HTML."""
+    return text.replace("&", "&amp;").replace("<", "&lt;")

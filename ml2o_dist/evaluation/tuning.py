@@ -8,7 +8,6 @@ from dataclasses import dataclass
 
 from ml2o_dist.evaluation.cells import Cell, CellFailure, Outcome
 from ml2o_dist.evaluation.contestants import Contestant
-from ml2o_dist.problems import ProblemSpec
 
 
 @dataclass(frozen=True)
@@ -38,11 +37,11 @@ class Tuned:
 
 def tune(
     tunables: Sequence[Tunable],
-    problems: Sequence[ProblemSpec],
+    problems: Sequence[str],
     learning_rates: Sequence[float],
-    trial: Callable[[Contestant, ProblemSpec], Sequence[Cell]],
+    trial: Callable[[Contestant, str], Sequence[Cell]],
     run_cells: Callable[[Sequence[Cell]], Sequence[Outcome]],
-) -> dict[tuple[str, ProblemSpec], Tuned]:
+) -> dict[tuple[str, str], Tuned]:
     """Give every optimizer its learning rate on every problem, by (name, problem).
 
     The criterion is the mean summed loss over the last tenth of the steps of the cells of a `trial`; of equal ones the
@@ -52,8 +51,8 @@ def tune(
     trials = [trial(each.contestant(lr), problem) for each, problem, lr in keys]
     cells = [cell for part in trials for cell in part]
     outcomes = iter(run_cells(cells) if cells else ())
-    scores: dict[tuple[str, ProblemSpec], dict[float, float]] = {}
-    failures: dict[tuple[str, ProblemSpec], dict[float, str]] = {}
+    scores: dict[tuple[str, str], dict[float, float]] = {}
+    failures: dict[tuple[str, str], dict[float, str]] = {}
     for (each, problem, lr), part in zip(keys, trials, strict=True):
         found = [next(outcomes) for _ in part]
         scores.setdefault((each.name, problem), {})[lr] = _criterion(found)

@@ -6,7 +6,6 @@ import math
 import re
 import subprocess
 import sys
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from xml.etree import ElementTree
@@ -21,51 +20,16 @@ from ml2o_dist.evaluation.plots import (
     STRONG,
     draw_history,
     inline_svg,
-    plot_comparison,
+    log_axis,
     plot_meta_loss,
 )
-from tests.evaluation.comparisons import COMPARISON, DIGITS, LOST, MANY, STEPS
 
 
 def strong_pixels(path: Path) -> int:
-    """How many pixels have the colour of the learned rule."""
+    """How many pixels have the colour of what matters most."""
     image = matplotlib.image.imread(path)[:, :, :3]
     strong = np.array([int(STRONG[i : i + 2], 16) / 255 for i in (1, 3, 5)])
     return int((np.abs(image - strong).max(axis=2) < 0.02).sum())
-
-
-@pytest.mark.parametrize("count", [1, 2, 4, 5])
-def test_learning_curves_are_drawn(tmp_path: Path, count: int) -> None:
-    path = tmp_path / "plots" / "curves.png"
-    plot_comparison(replace(COMPARISON, problems=(DIGITS, MANY, DIGITS, MANY, DIGITS)[:count]), path)
-    # in every panel the learned curve crosses most of it: more than 100 pixels wide, several high
-    assert strong_pixels(path) > 500 * count
-
-
-def test_a_comparison_without_the_learned_rule_has_nothing_in_its_colour(tmp_path: Path) -> None:
-    path = tmp_path / "curves.png"
-    plot_comparison(replace(COMPARISON, problems=(replace(DIGITS, rows=DIGITS.rows[1:3]),)), path)
-    assert strong_pixels(path) == 0
-
-
-def test_curves_that_are_negative_or_all_diverged_are_drawn(tmp_path: Path) -> None:
-    below = tuple(1 - k / 10 for k in range(STEPS))
-    negative = replace(MANY, rows=tuple(replace(r, curve=below) for r in MANY.rows))
-    lost = replace(DIGITS, rows=(replace(LOST, curve=(math.nan,) * STEPS),))
-    path = tmp_path / "curves.png"
-    plot_comparison(replace(COMPARISON, problems=(negative, lost)), path)
-    assert strong_pixels(path) > 500
-
-
-def test_a_diverged_run_does_not_set_the_scale() -> None:
-    from matplotlib.figure import Figure
-
-    panel = Figure().subplots()
-    plots.draw_learning_curves(panel, DIGITS, plots.optimizer_colours(COMPARISON), STEPS)
-    low, high = panel.get_ylim()
-    assert panel.get_yscale() == "log"
-    assert 0 < low < 0.6
-    assert 4 * 0.9 < high < 10
 
 
 def test_the_meta_loss_is_drawn(tmp_path: Path) -> None:
@@ -98,6 +62,7 @@ def test_the_picture_says_that_validation_is_what_to_look_at(tmp_path: Path, mon
 def test_drawing_does_not_load_pyplot(tmp_path: Path) -> None:
     code = (
         "import sys; from pathlib import Path\n"
+        "import ml2o_dist.evaluation.evaluation_plots, ml2o_dist.evaluation.evaluation_page\n"
         "from ml2o_dist.evaluation.plots import plot_meta_loss\n"
         "assert 'matplotlib' not in sys.modules\n"
         "plot_meta_loss([{'meta_step': 0, 'meta_loss': 1.0, 'validation': None}], Path(sys.argv[1]))\n"
@@ -118,7 +83,7 @@ def test_every_curve_of_a_run_is_an_svg_element_in_the_colours_of_the_page(key: 
     svg = inline_svg(partial(draw_history, history=HISTORY, key=key), "what <it> is", "one")
     root = ElementTree.fromstring(svg)
     assert root.get("aria-label") == "what <it> is"
-    assert "var(--strong)" in svg
+    assert "var(--strong-0)" in svg
     assert "var(--ink)" in svg
     assert not re.search("#[0-9a-f]{6}", svg), "a colour that the page cannot change"
     assert all(identity.startswith("one-") for identity in re.findall(r' id="([^"]*)"', svg))
@@ -145,3 +110,15 @@ def test_the_drawn_curve_goes_where_the_history_goes() -> None:
 
 def test_a_curve_without_a_finite_figure_says_so() -> None:
     assert "none recorded" in inline_svg(partial(draw_history, history=HISTORY, key="nothing"), "x", "x")
+
+
+@pytest.mark.parametrize("which", ["x", "y"])
+def test_a_logarithmic_axis_reaches_a_little_further_than_its_values(which: str) -> None:
+    from matplotlib.figure import Figure
+
+    panel = Figure().subplots()
+    log_axis(panel, [0.1, 10.0], which)
+    low, high = getattr(panel, f"get_{which}lim")()
+    assert getattr(panel, f"get_{which}scale")() == "log"
+    assert 0.05 < low < 0.1 < 10 < high < 20
+    assert getattr(panel, f"get_{'y' if which == 'x' else 'x'}scale")() == "linear"

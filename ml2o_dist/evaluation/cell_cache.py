@@ -1,0 +1,182 @@
+"""Finished cells on the disk, named by everything that decides what they do: a benchmark that was killed goes on.
+
+A cell is a function of what its key is made from, but for the times that were measured when it was run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from ml2o_dist.artifact import weights_sha256
+from ml2o_dist.evaluation.cells import Cell, CellResult, GuardRecord, Measured, Outcome
+from ml2o_dist.evaluation.criticality import Criticality
+from ml2o_dist.files import cache_folder, replacing
+
+FORMAT = 1
+"""Version of the files; others are not found."""
+
+_PACKAGE = Path(__file__).parents[1]
+_CODE = ("rules", "problems", "evaluation/cells.py", "evaluation/criticality.py", "evaluation/metrics.py", "seeding.py")
+"""The code that a cell runs: where it changes, no cell of before is found."""
+
+_END = ("absolute", "relative", "gap", "weights", "losses")
+
+log = logging.getLogger(__name__)
+
+
+def cell_key(cell: Cell, data_sha256: Mapping[str, str]) -> str:
+    """Return the sha256 of everything that decides what `cell` does; `data_sha256` is of the data behind its problem.
+
+    The optimizer counts as what it is, not as what it is called; torch's version and the code of rules and problems
+    count, too.
+    """
+    content = {
+        "format": FORMAT,
+        "code": code_sha256(),
+        "torch": torch.__version__,
+        "contestant": cell.contestant.identity,
+        "problem": str(cell.problem),
+        "data": dict(data_sha256),
+        "seeds": cell.seeds,
+        "stream": cell.stream,
+        "steps": cell.steps,
+        "device": torch.device(cell.device).type,
+        "dtype": str(cell.dtype),
+        "problem_seed": cell.problem_seed,
+        "criticality_batches": cell.criticality_batches,
+    }
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+@cache
+def code_sha256() -> str:
+    """Return the sha256 of the code that a cell runs."""
+    digest = hashlib.sha256()
+    for name in _CODE:
+        place = _PACKAGE / name
+        for file in sorted(place.rglob("*.py")) if place.is_dir() else [place]:
+            content = file.read_bytes()
+            digest.update(f"{file.relative_to(_PACKAGE)}\n{len(content)}\n".encode() + content)
+    return digest.hexdigest()
+
+
+class CellCache:
+    """Finished cells by their key, a file each."""
+
+    def __init__(self, folder: Path | None = None) -> None:
+        """`folder`: None for `cells` in the cache folder."""
+        self.folder = folder or cache_folder() / "cells"
+        self._warned = False
+
+    def find(self, key: str) -> CellResult | None:
+        """Return the finished cell of this key; None where there is none, or what is there is not whole."""
+        try:
+            content = self._file(key).read_bytes()
+        except OSError:
+            return None
+        try:
+            tensors = load_tensors(content)
+            record = json.loads(bytes(tensors.pop("record").tolist()))
+            if record["key"] != key or record["sha256"] != weights_sha256(tensors):
+                return None
+            return _result(tensors, record)
+        except (SafetensorError, ValueError, KeyError, TypeError):
+            return None
+
+    def keep(self, key: str, result: CellResult) -> None:
+        """Write down a finished cell, whole or not at all; a disk that takes nothing costs one warning."""
+        tensors, record = _parts(result)
+        record |= {"key": key, "sha256": weights_sha256(tensors)}
+        tensors["record"] = torch.tensor(list(json.dumps(record).encode()), dtype=torch.uint8)
+        try:
+            with replacing(self._file(key)) as stream:
+                stream.write(save_tensors(tensors))
+        except OSError as error:
+            if not self._warned:
+                log.warning("finished cells cannot be kept in %s: %s", self.folder, error.strerror or error)
+            self._warned = True
+
+    def _file(self, key: str) -> Path:
+        return self.folder / key[:2] / f"{key}.safetensors"
+
+
+def run_cached(
+    cells: Sequence[Cell],
+    keys: Sequence[str],
+    cache: CellCache,
+    run: Callable[[Sequence[Cell], Callable[[int, Outcome], None], int], None],
+    on_outcome: Callable[[int, Outcome], None],
+) -> None:
+    """Give `on_outcome` (index, outcome) of every cell: first of those that `cache` holds, the others from `run`.
+
+    `run` gets the cells that are missing, a callback as `run_outcomes_on_ray`'s, and how many were found; it is not
+    called where nothing is missing. Cells with one key are run once.
+    """
+    missing: dict[str, list[int]] = {}
+    for index, key in enumerate(keys):
+        found = None if key in missing else cache.find(key)
+        if found is None:
+            missing.setdefault(key, []).append(index)
+        else:
+            on_outcome(index, found)
+    wanted = list(missing.items())
+
+    def keep(position: int, outcome: Outcome) -> None:
+        key, indices = wanted[position]
+        if isinstance(outcome, CellResult):
+            cache.keep(key, outcome)
+        for index in indices:
+            on_outcome(index, outcome)
+
+    if wanted:
+        run([cells[indices[0]] for _, indices in wanted], keep, len(cells) - sum(map(len, missing.values())))
+
+
+def _parts(result: CellResult) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    tensors = {
+        "losses": result.losses,
+        "diverged": result.diverged,
+        "evaluations": result.evaluations,
+        "seconds": result.seconds,
+        **{f"test.{name}": value for name, value in result.test_metrics.items()},
+    }
+    record: dict[str, Any] = {"forwards": result.forwards, "backwards": result.backwards}
+    if result.guard is not None:
+        tensors["accepted"] = result.guard.accepted
+        record["guard_share"] = result.guard.share
+    if result.measured is not None:
+        tensors |= {f"end.{name}": getattr(result.measured.end, name) for name in _END}
+        tensors |= {"conflicting": result.measured.conflicting, "mean_cosine": result.measured.mean_cosine}
+    return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}, record
+
+
+def _result(tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> CellResult:
+    guard = measured = None
+    if "accepted" in tensors:
+        guard = GuardRecord(tensors["accepted"], record["guard_share"])
+    if "conflicting" in tensors:
+        end = Criticality(*(tensors[f"end.{name}"] for name in _END))
+        measured = Measured(end, tensors["conflicting"], tensors["mean_cosine"])
+    return CellResult(
+        losses=tensors["losses"],
+        test_metrics={name.removeprefix("test."): value for name, value in tensors.items() if name.startswith("test.")},
+        diverged=tensors["diverged"],
+        forwards=record["forwards"],
+        backwards=record["backwards"],
+        evaluations=tensors["evaluations"],
+        seconds=tensors["seconds"],
+        guard=guard,
+        measured=measured,
+    )
