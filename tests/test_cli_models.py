@@ -113,7 +113,7 @@ def test_a_table_of_versions_is_whole_in_80_columns() -> None:
     assert max(map(len, lines)) <= 80
     assert not [line for line in lines if "…" in line]
     cells = [line.split() for line in lines]
-    made = ["2026-10-18", "14:03", "-0.1234", "3210/4000", "abababab"]
+    made = ["2026-10-18", "-0.1234", "3210/4000", "abababab"]
     assert ["ml2o/1000", "champion", *made] in cells
     assert ["candidate"] in cells
     assert ["digits-lenet/7", "previous", *made] in cells

@@ -64,6 +64,15 @@ def test_the_same_weights_of_the_same_run_are_registered_once(registry: Registry
     assert [entry["aliases"] for entry in list_versions(registry.uri, "once")] == [[], [], ["candidate"]]
 
 
+def test_equal_weights_under_other_settings_are_another_version(registry: Registry, tmp_path: Path) -> None:
+    weights = ML2ONetwork(RULE).state_dict()
+    versions = []
+    for lr in (0.01, 0.5, 0.01):
+        saved = save_artifact(tmp_path / f"lr{lr}", weights, RULE.model_copy(update={"lr": lr}), {})
+        versions.append(register_version(registry.uri, "rated", saved.path, run_id=registry.run_id))
+    assert versions == [1, 2, 1]
+
+
 def test_an_alias_never_moves_back(registry: Registry) -> None:
     for number in (1, 2, 1):
         register_version(registry.uri, "forward", registry.artifact(number), run_id=registry.run_id)
