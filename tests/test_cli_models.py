@@ -167,7 +167,8 @@ def test_quiet_says_nothing() -> None:
         ("mlo@champion", "ml2o: unknown registered model 'mlo'; did you mean 'ml2o'? (allowed: ml2o)"),
         (
             "ml2o@champ",
-            "ml2o: unknown alias of model 'ml2o' 'champ'; did you mean 'champion'? (allowed: candidate, champion, previous)",
+            "ml2o: unknown alias of model 'ml2o' 'champ'; did you mean 'champion'? "
+            "(allowed: candidate, champion, previous)",
         ),
         ("ml2o/9", "ml2o: unknown version of model 'ml2o' '9' (allowed: 1, 2, 3)"),
         ("ml2o/x", "ml2o: 'models:/ml2o/x' is not of the form models:/NAME@ALIAS or models:/NAME/VERSION"),

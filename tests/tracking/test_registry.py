@@ -14,11 +14,11 @@ import numpy as np
 import pytest
 import torch
 
-from ml2o_dist.artifact import load_artifact
+from ml2o_dist.artifact import load_artifact, save_artifact
 from ml2o_dist.errors import UserError
-from ml2o_dist.rules.ml2o import ML2ORule
+from ml2o_dist.rules.ml2o import ML2ONetwork, ML2ORule
 from ml2o_dist.tracking.registry import list_versions, register_version, resolve_model
-from tests.tracking.filled_registry import Registry
+from tests.tracking.filled_registry import RULE, Registry
 
 UNREACHABLE = "http://127.0.0.1:9"
 
