@@ -168,7 +168,7 @@ def test_mlflow_has_a_run_for_each_optimizer_with_tags_figures_curves_and_files(
     assert len(runs) == len(OPTIMIZERS)
     assert {name: run.info.run_id for name, run in by_name.items()} == answer["summary"]["mlflow_runs"]
     run = by_name["gml2o:models:/ml2o@candidate"]
-    assert (run.info.status, run.info.run_name) == ("FINISHED", "ml2o v1 on evaluation")
+    assert (run.info.status, run.info.run_name) == ("FINISHED", "ml2o v1 guarded on evaluation")
     tags = run.data.tags
     assert (tags["model"], tags["model_version"], tags["guard"]) == ("ml2o", "1", "dssmg")
     assert tags["suite_sha256"] == answer["summary"]["suite_sha256"]

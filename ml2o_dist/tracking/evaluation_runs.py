@@ -28,6 +28,10 @@ METRICS_PER_CALL, WORDS_PER_CALL = 1000, 100
 """MLflow's limits for one `log_batch`."""
 
 
+UNGUARDED = "none"
+"""The tag `guard` of an optimizer without one."""
+
+
 @dataclass(frozen=True)
 class Version:
     """The registered version that an optimizer is."""
@@ -71,7 +75,7 @@ def log_evaluation(
         client = connect(uri)
         experiment = ensure_experiment(client, uri, evaluation.settings.tracking.experiment)
         return {
-            name: _log(client, experiment, evaluation, name, files, identities[name], guards.get(name, "none"),
+            name: _log(client, experiment, evaluation, name, files, identities[name], guards.get(name, UNGUARDED),
                        versions.get(name), git)
             for name in optimizers
         }  # fmt: skip
@@ -99,7 +103,7 @@ def _log(
             return str(run.info.run_id)
         client.delete_run(run.info.run_id)  # it was cut short: what it holds is not known
     suite = evaluation.suite or "evaluation"
-    shown = f"{version.model} v{version.version}" if version else optimizer
+    shown = f"{version.model} v{version.version}{'' if guard == UNGUARDED else ' guarded'}" if version else optimizer
     tags = {
         RUN_KEY_TAG: key,
         "optimizer": optimizer,

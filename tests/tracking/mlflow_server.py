@@ -1,4 +1,4 @@
-"""A real `mlflow server` over an sqlite file, which can be killed and started again on the same port."""
+"""A real `mlflow server` over an sqlite file or another store, which can be killed and started again on its port."""
 
 from __future__ import annotations
 
@@ -9,19 +9,20 @@ import subprocess
 import sys
 import time
 import urllib.request
+from contextlib import suppress
 from pathlib import Path
 
 
 class MlflowServer:
     """Not started at first: `uri` is then an address where nobody answers."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, store: str = "") -> None:
         self.folder = folder
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             self.port = int(probe.getsockname()[1])
         self.uri = f"http://127.0.0.1:{self.port}"
-        self.store = f"sqlite:///{folder}/server.db"
+        self.store = store or f"sqlite:///{folder}/server.db"
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
@@ -53,6 +54,7 @@ class MlflowServer:
     def kill(self) -> None:
         """SIGKILL it, if it runs."""
         if self._process is not None:
-            self.signal(signal.SIGKILL)
+            with suppress(ProcessLookupError):  # it has ended by itself
+                self.signal(signal.SIGKILL)
             self._process.wait(timeout=60)
             self._process = None
