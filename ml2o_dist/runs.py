@@ -183,8 +183,7 @@ def check_problems(settings: MetaTrainSettings) -> dict[str, str]:
     It also builds the image caches before several workers ask for them. Returns the sha256 of the data behind each
     problem that has any; raises UserError.
     """
-    if settings.compare:
-        compared(settings)
+    compared(settings)
     if settings.rule.guard is not None:
         fallback_rule(settings.rule.guard)
     data: dict[str, str] = {}

@@ -20,6 +20,7 @@ from ml2o_dist.metatrain.capacity import check_capacity
 def no_ray(monkeypatch):
     monkeypatch.setattr(ray, "is_initialized", lambda: False)
     monkeypatch.setattr(ray, "init", lambda **options: pytest.fail("Ray was asked for"))
+    monkeypatch.setattr(ray, "shutdown", lambda: None)  # of the session's cluster, which other tests use
 
 
 @pytest.fixture(params=[b"HTTP/1.1 400 Bad Request\r\n\r\n", b"SSH-2.0-OpenSSH_9.6\r\n", b""])

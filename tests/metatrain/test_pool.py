@@ -178,7 +178,7 @@ class Faulty(RolloutWorker):
         for kind in ("once", "hang"):
             try:
                 (self.folder / f"{name}.{kind}").unlink()
-            except FileNotFoundError:
+            except (FileNotFoundError, ProcessLookupError):  # gone before it was opened, or before it was read
                 continue
             if kind == "once":
                 raise OSError("no space left on this node")
@@ -327,5 +327,5 @@ def _alive(pid: int) -> bool:
     try:
         with open(f"/proc/{pid}/stat") as file:
             return file.read().rsplit(")", 1)[1].split()[0] != "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # gone before it was opened, or before it was read
         return False
