@@ -10,6 +10,7 @@ import pytest
 from matplotlib.figure import Figure
 
 from ml2o_dist.errors import UserError
+from ml2o_dist.evaluation.plots import MUTED, STRONG
 from ml2o_dist.evaluation.trajectory_plots import plot_trajectories, stages, trajectories_file, trajectory_panels
 from ml2o_dist.metatrain.recorder import Trajectory
 from ml2o_dist.metatrain.schedule import Key, WorkItem, training_items
@@ -104,7 +105,7 @@ def test_panels_by_the_number_of_objectives(tmp_path, objectives, panels, pairs)
     assert {tuple(line.get_ydata()[:1]) for line in lines_of(drawn[-1]).get_lines()[:2]} == {(0.5,)}
     plot_trajectories(rows, tmp_path / "a.png")
     image = matplotlib.image.imread(tmp_path / "a.png")[:, :, :3]
-    for colour in ("#c8102e", "#5b8db8"):
+    for colour in (STRONG, MUTED[0]):
         wanted = np.array([int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5)])
         assert (np.abs(image - wanted).max(axis=2) < 0.02).sum() > 500
 
