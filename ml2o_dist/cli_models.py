@@ -178,16 +178,16 @@ def models_import(console: Console, path: str, name: str, tracking_uri: str) -> 
 
 def versions_table(versions: Sequence[ModelVersion], title: str) -> Table:
     """Return a table of versions that is legible in 80 columns; the rest is in `ml2o models show`."""
-    columns = ("model", "aliases", "made (UTC)", "validation", "best of steps", "weights")
+    columns = ("model", "aliases", "made", "validation", "best/steps", "weights")
     table = Table(*columns, title=title, box=box.SIMPLE)
     for version in versions:
         tags = version["tags"]
         table.add_row(
             Text(f"{version['name']}/{version['version']}", overflow="fold"),
             Text("\n".join(version["aliases"])),
-            version["created"].replace("T", " ")[:16],
+            version["created"][:10],
             tags.get("validation_score", "")[:7],
-            f"{tags.get('best_meta_step', '?')} of {tags.get('meta_steps', '?')}",
+            f"{tags.get('best_meta_step', '?')}/{tags.get('meta_steps', '?')}",
             tags.get("weights_sha256", "")[:8],
         )
     return table

@@ -55,14 +55,14 @@ def evaluate(
         Incomplete: cells failed; Interrupted: stopped by a signal. What was done is kept.
     """
     console = console or Console(stderr=True)
-    evaluation, answer, lacking = evaluated(settings, run_dir, address=address, console=console)
+    evaluation, answer, lacking = run_evaluation(settings, run_dir, address=address, console=console)
     wrong = [*failures(evaluation), *lacking]
     if wrong:
         raise Incomplete("; ".join(wrong), answer)
     return answer
 
 
-def evaluated(
+def run_evaluation(
     settings: EvaluateSettings, run_dir: str | None, *, address: str, console: Console
 ) -> tuple[Evaluation, dict[str, Any], list[str]]:
     """Do what `evaluate` does; return the evaluation, its answer, and what a remote place lacks of it.

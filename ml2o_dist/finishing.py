@@ -207,13 +207,21 @@ def _compare(trainer: Trainer, console: Console, stop: StopRequest) -> Evaluatio
     return comparison
 
 
+def _description(comparison: Evaluation | None) -> str:
+    """Return the standings, or where there are none how the figures were made: what MLflow shows in a small box."""
+    if comparison is None:
+        return "Not compared with baselines."
+    beginning, _, _ = evaluation_markdown(comparison).partition("\n\n")
+    return f"On problems that its meta-training did not see (all of it: comparison.md of the run):\n\n{beginning}"
+
+
 def _register(
     trainer: Trainer, sink: MlflowSink, uri: str, comparison: Evaluation | None, console: Console
 ) -> int | None:
     tracking = trainer.settings.tracking
     if not tracking.register_version:
         return None
-    description = evaluation_markdown(comparison) if comparison else "Not compared with baselines."
+    description = _description(comparison)
     try:
         version = register_version(
             uri,

@@ -9,7 +9,7 @@ from rich.console import Console
 from ml2o_dist.config import EvaluateSettings
 from ml2o_dist.errors import Incomplete, Refused, UserError
 from ml2o_dist.evaluation.promotion import Judgement, judge
-from ml2o_dist.evaluations import evaluated, failures
+from ml2o_dist.evaluations import failures, run_evaluation
 from ml2o_dist.tracking.promotion import ChampionChanged, champion_of, promote_version
 from ml2o_dist.tracking.registry import CANDIDATE, CHAMPION, find_version
 from ml2o_dist.tracking.store import tracking_uri_to_keep
@@ -74,7 +74,7 @@ def _judge(
     over = None if champion is None else f"models:/{model}/{champion}"
     names = (candidate,) if over is None else (candidate, over)
     chosen = settings.model_copy(update={"optimizers": names})
-    evaluation, answer, _ = evaluated(chosen, None, address=address, console=console)
+    evaluation, answer, _ = run_evaluation(chosen, None, address=address, console=console)
     if wrong := failures(evaluation):
         raise Incomplete(f"{model}/{number} is not promoted: {'; '.join(wrong)}", answer)
     other = f"tuned {settings.reference}" if champion is None else f"{model}/{champion}"

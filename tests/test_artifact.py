@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from ml2o_dist.artifact import FORMAT, load_artifact, save_artifact, weights_sha256
 from ml2o_dist.config import RuleSettings
 from ml2o_dist.errors import UserError
 from ml2o_dist.rules.ml2o import ML2ONetwork
+from tests.forged_artifact import edit_card, replace_tensors
 
 RULE = RuleSettings(hidden=4, objectives="per_objective", count=3)
 PROVENANCE = {"config_hash": "c0ffee", "seed": 7, "meta_steps": 12, "family": ["a", "b"]}
@@ -26,24 +24,6 @@ PROVENANCE = {"config_hash": "c0ffee", "seed": 7, "meta_steps": 12, "family": ["
 def folder(tmp_path: Path) -> Path:
     save_artifact(tmp_path, ML2ONetwork(RULE).state_dict(), RULE, PROVENANCE)
     return tmp_path
-
-
-def edit_card(folder: Path, change: Callable[[dict[str, Any]], object], consistent: bool = True) -> None:
-    """Change the card; with `consistent` its own digest is made to agree, as a careful forger would."""
-    file = folder / "weights.json"
-    card = json.loads(file.read_text())
-    change(card)
-    if consistent:
-        card.pop("card_sha256", None)
-        card["card_sha256"] = hashlib.sha256(json.dumps(card, sort_keys=True).encode()).hexdigest()
-    file.write_text(json.dumps(card))
-
-
-def replace_tensors(folder: Path, tensors: dict[str, torch.Tensor]) -> None:
-    """Write other tensors with every digest made to agree."""
-    save_file(tensors, folder / "weights.safetensors")
-    digest = hashlib.sha256((folder / "weights.safetensors").read_bytes()).hexdigest()
-    edit_card(folder, lambda card: card.update(file_sha256=digest, weights_sha256=weights_sha256(tensors)))
 
 
 def test_round_trip_keeps_every_bit_and_the_provenance(folder: Path) -> None:
@@ -209,6 +189,26 @@ def test_a_tensor_of_another_shape_is_refused(folder: Path) -> None:
     replace_tensors(folder, tensors)
     with pytest.raises(UserError, match=r"head\.weight has shape \[2, 5\], not \[2, 4\]"):
         load_artifact(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "differing"),
+    [
+        ({"hidden": 8}, "hidden 4, not 8"),
+        ({"features": "agreement"}, "feature channels 3, not 4"),
+        ({"objectives": "tied"}, "objective modules 3, not 1"),
+        ({"count": 2}, "objective modules 3, not 2"),
+        ({"output": "scaled"}, "outputs 2, not 1"),
+        ({"hidden": 8, "features": "log_sign"}, "hidden 4, not 8; feature channels 3, not 2"),
+    ],
+)
+def test_the_card_of_another_architecture_is_refused_by_what_differs(
+    folder: Path, change: dict[str, object], differing: str
+) -> None:
+    edit_card(folder, lambda card: card["rule"].update(change))
+    with pytest.raises(UserError) as refusal:
+        load_artifact(folder)
+    assert f"weights.safetensors' do not fit its rule settings ({differing}): " in str(refusal.value)
 
 
 def test_weights_of_another_rule_are_not_written(tmp_path: Path) -> None:

@@ -49,7 +49,7 @@ def speedup(ours: ArrayLike, baseline: ArrayLike, window: int) -> float:
 
     Steps that `baseline` needs to the target / steps that `ours` needs, as VeLO (Metz et al. 2022) counts. The target
     (ours) is the higher of the trailing means at the two ends, which both curves reach by definition, so that a method
-    that ends worse has a figure below 1 instead of none. A run that diverged has no speedup: NaN where a loss of either
+    that ends worse has a figure, too. A run that diverged has no speedup: NaN where a loss of either
     curve is not finite, and where a curve is empty; report how many diverged beside it. The lengths may differ; the
     figure lies within window / T and T / window, T the longer one.
 

@@ -92,7 +92,8 @@ def draw_profile(panel: Axes, losses: Mapping[str, Sequence[float]], looks: Look
         look = looks[name]
         style: dict[str, Any] = {"drawstyle": "steps-post", "linewidth": look.width, "zorder": look.layer()}
         panel.plot(factors, 100 * shares[name], look.line, color=look.colour, **style)
-    log_axis(panel, factors, "x")
+    if last > 2:  # a logarithmic axis of less has no ticks
+        log_axis(panel, factors, "x")
     panel.set_xlim(1, last)
     panel.set_ylim(-3, 103)
     panel.set_xlabel("factor of the best loss on the same problem and seed")

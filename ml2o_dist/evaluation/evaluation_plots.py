@@ -84,7 +84,8 @@ def _pareto(evaluation: Evaluation, looks: Looks) -> Figure | None:
     def draw(panel: Axes, problem: str) -> None:
         draw_ends(panel, ends[problem], evaluation.fronts.get(problem, ()), looks)
 
-    title = f"End points of {_seeds(evaluation)}, and the known front in grey (lower is better)"
+    front = ", and the known front in grey" if evaluation.fronts else ""
+    title = f"End points of {_seeds(evaluation)}{front} (lower is better)"
     shown = {name: look for name, look in looks.items() if any(name in each for each in ends.values())}
     return _grid([problem for problem, each in ends.items() if each], draw, title, "", "", shown)
 

@@ -22,6 +22,7 @@ import getpass
 import logging
 import os
 import random
+import re
 import socket
 import time
 import uuid
@@ -49,7 +50,8 @@ _PAUSE_S = 0.1
 _STALE_AFTER_S = 2.0
 """Seconds of waiting before, and between, two looks at how old a lock is."""
 
-_TOKEN, _OWNER = "ml2o.lock_token", "ml2o.lock_owner"
+_DESCRIPTION = "Lock {token} of {owner}; held while aliases are written, see ml2o_dist.tracking.promotion_lock."
+"""Who holds it stands here and not in tags: MLflow reads those later than the row, when it may be gone (or another)."""
 
 _log = logging.getLogger("ml2o_dist.tracking")
 
@@ -135,8 +137,6 @@ def _acquire(client: Any, uri: str, name: str, token: str, limit: float) -> int:
                 return created
         elif holder.token == token:  # created by a request that MLflow sent again, because its answer was lost
             return holder.created_ms
-        elif not holder.token:
-            raise UserError(f"{name!r} at {redacted(uri)} is a registered model, no lock: give it another name")
         elif time.monotonic() > limit:
             raise _busy(uri, name, holder)
         elif time.monotonic() > look:
@@ -164,7 +164,10 @@ def _holder(client: Any, name: str) -> _Holder | None:
         if error.error_code != "RESOURCE_DOES_NOT_EXIST":
             raise
         return None
-    return _Holder(lock.tags.get(_TOKEN, ""), lock.tags.get(_OWNER, "?"), int(lock.creation_timestamp))
+    said = re.fullmatch(_DESCRIPTION.format(token="([0-9a-f]+)", owner="(.*)"), lock.description or "")
+    if said is None:
+        raise UserError(f"the registered model {name!r} is no lock: give it another name")
+    return _Holder(said[1], said[2], int(lock.creation_timestamp))
 
 
 def _create(client: Any, name: str, token: str) -> int | None:
@@ -174,8 +177,7 @@ def _create(client: Any, name: str, token: str) -> int | None:
     try:
         lock = client.create_registered_model(
             name,
-            tags={_TOKEN: token, _OWNER: f"{this_user()}, process {os.getpid()}"},
-            description="Held while aliases are written; see ml2o_dist/tracking/promotion_lock.py.",
+            description=_DESCRIPTION.format(token=token, owner=f"{this_user()}, process {os.getpid()}"),
         )
     except MlflowException as error:
         # The second: MLflow looks at what exists in order to name it, and it has been released by then.
@@ -190,6 +192,8 @@ def _release(client: Any, name: str, token: str) -> None:
         holder = _holder(client, name)
         if holder is not None and holder.token == token:
             client.delete_registered_model(name)
+    except UserError:  # it is no lock
+        return
     except Exception as error:  # what the block did, or raised, counts; the lock that stays is broken in time
         _log.warning("the lock %r is not released, and is broken after %.0f s: %s", name, STALE_S, one_line(error))
 

@@ -5,6 +5,8 @@ Every call names its store: the process-wide tracking URI is neither read nor se
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import tempfile
 from collections.abc import Iterator, Mapping
@@ -212,13 +214,20 @@ def _create(
 def _tags(artifact: Artifact) -> dict[str, str]:
     provenance = artifact.card["provenance"]
     tags = {key: str(provenance[key]) for key in _PROVENANCE_TAGS if provenance.get(key) is not None}
-    return {**{key: str(artifact.card[key]) for key in DIGEST_TAGS}, **tags}
+    return {**{key: str(artifact.card[key]) for key in DIGEST_TAGS}, "rule_sha256": _rule_sha256(artifact), **tags}
+
+
+def _rule_sha256(artifact: Artifact) -> str:
+    """Return the sha256 of the rule settings: equal weights under other settings are another optimizer."""
+    return hashlib.sha256(json.dumps(artifact.card["rule"], sort_keys=True).encode()).hexdigest()
 
 
 def _same_version(client: Any, model: str, artifact: Artifact, run_id: str | None) -> int | None:
+    rule = _rule_sha256(artifact)
     for entry in _pages(client.search_model_versions, model):
         same_weights = entry.tags.get("weights_sha256") == artifact.weights_sha256
-        if entry.name == model and same_weights and run_id in (None, entry.run_id):
+        same_rule = entry.tags.get("rule_sha256", rule) == rule  # versions of before have no such tag
+        if entry.name == model and same_weights and same_rule and run_id in (None, entry.run_id):
             return int(entry.version)
     return None
 

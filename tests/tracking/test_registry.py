@@ -15,33 +15,12 @@ import pytest
 import torch
 
 from ml2o_dist.artifact import load_artifact, save_artifact
-from ml2o_dist.config import RuleSettings
 from ml2o_dist.errors import UserError
 from ml2o_dist.rules.ml2o import ML2ONetwork, ML2ORule
 from ml2o_dist.tracking.registry import list_versions, register_version, resolve_model
-from ml2o_dist.tracking.store import connect, ensure_experiment
+from tests.tracking.filled_registry import RULE, Registry
 
-RULE = RuleSettings(hidden=4)
 UNREACHABLE = "http://127.0.0.1:9"
-
-
-class Registry:
-    """A store with one run in it and three artifacts beside it."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self.uri = f"sqlite:///{folder}/mlflow.db"
-        self.client = connect(self.uri)
-        self.experiment_id = ensure_experiment(self.client, self.uri, "ml2o/meta-train")
-        self.run_id = self.new_run()
-
-    def new_run(self) -> str:
-        return str(self.client.create_run(self.experiment_id).info.run_id)
-
-    def artifact(self, number: int) -> Path:
-        """Write an artifact whose weights `number` determines; return its folder."""
-        state = {name: tensor + number / 8 for name, tensor in ML2ONetwork(RULE).state_dict().items()}
-        return save_artifact(self.folder / f"run{number}", state, RULE, {"config_hash": f"hash{number}"}).path
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +62,15 @@ def test_the_same_weights_of_the_same_run_are_registered_once(registry: Registry
     other_run = register_version(registry.uri, "once", registry.artifact(1), run_id=registry.new_run())
     assert (first, newer, again, other_run) == (1, 2, 1, 3)
     assert [entry["aliases"] for entry in list_versions(registry.uri, "once")] == [[], [], ["candidate"]]
+
+
+def test_equal_weights_under_other_settings_are_another_version(registry: Registry, tmp_path: Path) -> None:
+    weights = ML2ONetwork(RULE).state_dict()
+    versions = []
+    for lr in (0.01, 0.5, 0.01):
+        saved = save_artifact(tmp_path / f"lr{lr}", weights, RULE.model_copy(update={"lr": lr}), {})
+        versions.append(register_version(registry.uri, "rated", saved.path, run_id=registry.run_id))
+    assert versions == [1, 2, 1]
 
 
 def test_an_alias_never_moves_back(registry: Registry) -> None:
