@@ -48,7 +48,8 @@ CURVES = (
 )
 PROFILE = (
     "How many of an optimizer's runs, over all problems and seeds, end within a factor of the best loss on the same "
-    "problem from the same seed; higher and further left is better. A run that diverged is within none."
+    "problem from the same seed; higher and further left is better. A run that diverged is within none. Left out are "
+    "runs that failed for some optimizer, and problems whose losses are not positive."
 )
 ENDS = (
     "The losses of the seeds' end points on a large fixed batch; lower is better. The known front is drawn in grey. "

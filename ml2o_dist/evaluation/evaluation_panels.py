@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 
 from ml2o_dist.evaluation.evaluated import Evaluation, Row
+from ml2o_dist.evaluation.evaluation_figures import seed_losses
 from ml2o_dist.evaluation.optimizer_looks import Look, short_name
 from ml2o_dist.evaluation.plots import GRID, PLAIN, log_axis, plain_axes
 from ml2o_dist.evaluation.statistics import exponential_average
@@ -144,19 +145,22 @@ def draw_times(panel: Axes, rows: Sequence[Row], looks: Looks, *, named: bool) -
 
 
 def profile_losses(evaluation: Evaluation) -> dict[str, list[float]]:
-    """Return the losses of each optimizer over all problems and seeds, inf where a run diverged or was not made.
+    """Return the loss of each run by optimizer, inf where it diverged; {} where there is nothing to compare.
 
-    Problems with a loss that is not positive are left out: nothing is within a factor of it; so are those without any.
+    A run is a problem and a seed. Left out are runs that failed, or were not made, for some optimizer, optimizers of
+    which all runs failed, and problems with a loss that is not positive: nothing is within a factor of it.
     """
-    losses: dict[str, list[float]] = {row.optimizer: [] for row in evaluation.rows}
+    losses: dict[str, list[float]] = {row.optimizer: [] for row in evaluation.rows if row.seeds}
     for problem in evaluation.problems:
-        found = {row.optimizer: row.seed_losses for row in evaluation.rows_of(problem)}
-        known = [loss for each in found.values() for loss in each if math.isfinite(loss)]
-        runs = max(map(len, found.values()))
+        found = {row.optimizer: seed_losses(evaluation, row) for row in evaluation.rows_of(problem)}
+        if not losses.keys() <= found.keys():
+            continue
+        runs = zip(*(found[name] for name in losses), strict=True)
+        made = [run for run in runs if not any(map(math.isnan, run))]
+        known = [loss for run in made for loss in run if math.isfinite(loss)]
         if known and min(known) > 0:
-            for name, each in losses.items():
-                each += [_or_inf(loss) for loss in found.get(name, ())]
-                each += [math.inf] * (runs - len(found.get(name, ())))
+            for each, of_one in zip(losses.values(), zip(*made, strict=True), strict=True):
+                each += of_one
     return losses if any(losses.values()) else {}
 
 
@@ -259,10 +263,6 @@ def _line(panel: Axes, steps: Sequence[int], values: Sequence[float], look: Look
         markeredgewidth=0,
         **marks,
     )
-
-
-def _or_inf(value: float) -> float:
-    return value if math.isfinite(value) else math.inf
 
 
 def _smooth(values: Sequence[float]) -> list[float]:

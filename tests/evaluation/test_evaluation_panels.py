@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 
@@ -11,7 +12,7 @@ from matplotlib.axes import Axes
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 
-from ml2o_dist.evaluation.evaluated import Curve
+from ml2o_dist.evaluation.evaluated import Curve, Evaluation, FailedCell
 from ml2o_dist.evaluation.evaluation_panels import (
     draw_acceptance,
     draw_curves,
@@ -131,10 +132,24 @@ def test_problems_whose_losses_are_not_positive_are_not_in_the_profile() -> None
     assert profile_losses(evaluation(rows[2:])) == {}
 
 
-def test_an_optimizer_that_was_not_run_on_a_problem_is_within_no_factor_there() -> None:
-    rows = [row("a", "p", 1.0, seeds=2), row("b", "p", 2.0, seeds=2), row("a", "q", 1.0, seeds=2)]
-    losses = profile_losses(evaluation(rows))
-    assert losses["b"] == [*rows[1].seed_losses, math.inf, math.inf]
+def test_runs_that_failed_for_some_optimizer_are_not_in_the_profile() -> None:
+    rows = [
+        row("a", "p", 1.0, seed_losses=(1.0, math.inf, 3.0)),
+        row("b", "p", 2.0, seed_losses=(math.nan, 2.0, 4.0), seeds=2, failed=1),
+    ]
+    shown = evaluation(rows, failures=[FailedCell("b", "p", 0, None, "no memory")])
+    assert profile_losses(shown) == {"a": [math.inf, 3.0], "b": [2.0, 4.0]}
+    assert profile_losses(Evaluation.from_json(json.loads(json.dumps(shown.to_json())))) == profile_losses(shown)
+
+
+def test_an_optimizer_without_any_run_hides_no_other_in_the_profile() -> None:
+    rows = [row("a", "p", 1.0), failed(row("b", "p", 2.0))]
+    assert profile_losses(evaluation(rows)) == {"a": list(rows[0].seed_losses)}
+
+
+def test_a_problem_that_an_optimizer_was_not_run_on_is_not_in_the_profile() -> None:
+    rows = [row("a", "p", 1.0), row("b", "p", 2.0), row("a", "q", 1.0)]
+    assert profile_losses(evaluation(rows)) == {each.optimizer: list(each.seed_losses) for each in rows[:2]}
 
 
 def test_end_points_of_two_objectives_are_marks_before_the_front() -> None:
