@@ -8,7 +8,7 @@ STYLE = """
   --grid: #39414a; --strong-0: #ff6577; --strong-1: #ffa14d; --strong-2: #d98bea; --alert: #f0c060; --muted-0: #6ea8e0;
   --muted-1: #dcb95c; --muted-2: #7fc7a6; --muted-3: #b8a3d6; --muted-4: #a5d8ee; --muted-5: #c7a48e } }
 * { box-sizing: border-box }
-body { margin: 0 auto; max-width: 75rem; padding: 1.5rem clamp(.9rem, 3vw, 2.5rem) 3rem; background: var(--page);
+body { margin: 0 auto; max-width: 82rem; padding: 1.5rem clamp(.9rem, 3vw, 2.5rem) 3rem; background: var(--page);
   color: var(--ink); font: 16px/1.5 system-ui, -apple-system, "Segoe UI", Roboto, "Liberation Sans", sans-serif }
 h1 { margin: 0; font-size: 1.9rem; line-height: 1.2; overflow-wrap: anywhere }
 h2 { margin: 0 0 .8rem; font-size: 1.3rem }
@@ -22,7 +22,7 @@ section { padding: 1.6rem 0 .6rem; border-top: 1px solid var(--grid); margin-top
 nav { display: flex; flex-wrap: wrap; gap: .3rem 1.2rem; margin-top: 1rem }
 a { color: inherit; text-underline-offset: .2em }
 footer { margin-top: 2rem; font-size: .85rem; overflow-wrap: anywhere }
-.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 12rem), 1fr)); gap: .7rem;
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 11rem), 1fr)); gap: .7rem;
   margin: 1.1rem 0 0 }
 .tiles div { background: var(--card); border-radius: .5rem; padding: .6rem .8rem }
 .tiles dt { color: var(--soft); font-size: .85rem }
@@ -46,7 +46,7 @@ figcaption .key::before { border-top-width: 2px }
 .line-1::before { border-top-style: dashed }
 .line-2::before { border-top-style: dotted }
 .swatch { display: inline-block; width: 2.1em; height: .87em; margin-right: .5em; vertical-align: -.08em }
-.bar { display: inline-block; width: min(9rem, 20vw); height: .8em; margin-right: .7em; vertical-align: -.08em }
+.bar { display: inline-block; width: min(9rem, 15vw); height: .8em; margin-right: .7em; vertical-align: -.08em }
 .fine, .terms { font-size: .82rem; color: var(--soft); max-width: none }
 .terms { columns: 22rem; column-gap: 2rem; margin: .3rem 0 .8rem }
 .terms div { break-inside: avoid; margin-bottom: .15rem }
@@ -66,7 +66,9 @@ tbody tr + tr td, thead + tbody td { border-top: 1px solid var(--grid) }
 .sortable :is(th, td):first-child { position: sticky; left: 0; background: var(--page) }
 .sortable .long { white-space: normal; overflow-wrap: anywhere; min-width: 14rem }
 @media (max-width: 40rem) {
-  .sortable td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 9.2rem } }
+  .sortable td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 9.2rem }
+  .sortable td:has(.swatch) { padding-left: 2.8rem; min-width: 10.4rem }
+  .sortable td .swatch { position: absolute; left: .42rem; top: .6rem } }
 th button { all: unset; cursor: pointer; color: inherit }
 th button:hover, th[aria-sort] { color: var(--ink) }
 th button:focus-visible { outline: 2px solid var(--strong-0); outline-offset: 2px; border-radius: 2px }
@@ -77,6 +79,7 @@ th[aria-sort=descending] button::after { content: " \\25bc" }
 .words th, .words td { text-align: left }
 .words td:first-child { color: var(--soft) }
 .words td:last-child { white-space: normal; overflow-wrap: anywhere; min-width: 12rem }
+@media (max-width: 40rem) { .words td:first-child:nth-last-child(2) { white-space: normal; overflow-wrap: anywhere } }
 details { margin: .9rem 0 }
 summary { cursor: pointer; margin-bottom: .5rem }
 @media print { nav { display: none } details { display: block } }

@@ -99,7 +99,8 @@ def log_axis(panel: Axes, values: Sequence[float], which: Literal["x", "y"] = "y
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     low, high = min(values), max(values)
-    ratio, room = high / low, max(high / low, 1.01) ** 0.1
+    ratio = high / low
+    room = max(ratio, 1.5) ** 0.1  # of a level curve, too, ticks must differ in what is written at them
     axis = panel.yaxis if which == "y" else panel.xaxis
     panel.set(**{f"{which}scale": "log", f"{which}lim": (low / room, high * room)})
     subs = (1, 1.5, 2, 3, 4, 5, 7) if ratio < 10 else (1, 2, 5) if ratio < 200 else (1,)

@@ -112,6 +112,19 @@ def test_a_curve_without_a_finite_figure_says_so() -> None:
     assert "none recorded" in inline_svg(partial(draw_history, history=HISTORY, key="nothing"), "x", "x")
 
 
+def test_the_ticks_of_a_level_curve_differ() -> None:
+    from matplotlib.figure import Figure
+
+    panel = Figure().subplots()
+    log_axis(panel, [0.5, 0.5])
+    low, high = panel.get_ylim()
+    axis = panel.yaxis
+    ticks = [tick for tick in axis.get_major_locator()() if low <= tick <= high]
+    written = [axis.get_major_formatter()(tick) for tick in ticks]
+    assert len(written) >= 3
+    assert len(set(written)) == len(written)
+
+
 @pytest.mark.parametrize("which", ["x", "y"])
 def test_a_logarithmic_axis_reaches_a_little_further_than_its_values(which: str) -> None:
     from matplotlib.figure import Figure
