@@ -158,7 +158,7 @@ def models_export(console: Console, reference: str, output: str, tracking_uri: s
 def models_import(console: Console, path: str, name: str, tracking_uri: str) -> dict[str, Any]:
     """Verify a weights file, or the one in a folder, a run directory or at a URI, and register it as a candidate.
 
-    The same weights are registered once.
+    The same weights and rule settings are registered once.
     """
     from ml2o_dist.files import home_folder
     from ml2o_dist.remote_files import is_uri

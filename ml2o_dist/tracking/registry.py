@@ -61,8 +61,8 @@ def register_version(
 ) -> int:
     """Register a learned optimizer as a version of `model` and give it `alias`; return the version.
 
-    The same weights from the same run (without one: from any) are registered once: a second call (a resumed run)
-    returns the version of the first. An alias never moves back to an older version.
+    The same weights and rule settings from the same run (without one: from any) are registered once: a second call (a
+    resumed run) returns the version of the first. An alias never moves back to an older version.
 
     Args:
         uri: where, as `resolve_tracking_uri` returns it.

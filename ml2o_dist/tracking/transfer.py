@@ -48,7 +48,7 @@ def import_version(uri: str, model: str, place: str) -> tuple[int, bool]:
             `imported_from`.
 
     Returns:
-        The version, and whether it is new: the same weights are registered once.
+        The version, and whether it is new: the same weights and rule settings are registered once.
 
     Raises:
         UserError: what `load_artifact` and `register_version` raise.

@@ -18,6 +18,7 @@ from ml2o_dist.artifact import load_artifact, save_artifact
 from ml2o_dist.errors import UserError
 from ml2o_dist.rules.ml2o import ML2ONetwork, ML2ORule
 from ml2o_dist.tracking.registry import list_versions, register_version, resolve_model
+from ml2o_dist.tracking.transfer import import_version
 from tests.tracking.filled_registry import RULE, Registry
 
 UNREACHABLE = "http://127.0.0.1:9"
@@ -71,6 +72,11 @@ def test_equal_weights_under_other_settings_are_another_version(registry: Regist
         saved = save_artifact(tmp_path / f"lr{lr}", weights, RULE.model_copy(update={"lr": lr}), {})
         versions.append(register_version(registry.uri, "rated", saved.path, run_id=registry.run_id))
     assert versions == [1, 2, 1]
+    files = [str(tmp_path / f"lr{lr}" / "weights.safetensors") for lr in (0.01, 0.5)]
+    assert [import_version(registry.uri, "brought", file) for file in files * 2] == [
+        (1, True), (2, True), (1, False), (2, False)]  # fmt: skip
+    registry.client.delete_model_version_tag("rated", "1", "rule_sha256")  # as versions of before are
+    assert register_version(registry.uri, "rated", tmp_path / "lr0.01", run_id=registry.run_id) == 1
 
 
 def test_an_alias_never_moves_back(registry: Registry) -> None:
