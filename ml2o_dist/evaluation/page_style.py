@@ -67,7 +67,7 @@ tbody tr + tr td, thead + tbody td { border-top: 1px solid var(--grid) }
 .sortable .long { white-space: normal; overflow-wrap: anywhere; min-width: 14rem }
 @media (max-width: 40rem) {
   .sortable td:first-child { white-space: normal; overflow-wrap: anywhere; min-width: 9.2rem }
-  .sortable td:has(.swatch) { padding-left: 2.8rem; min-width: 10.4rem }
+  .sortable td:has(.swatch) { padding-left: 2.6rem; min-width: 11.2rem }
   .sortable td .swatch { position: absolute; left: .42rem; top: .6rem } }
 th button { all: unset; cursor: pointer; color: inherit }
 th button:hover, th[aria-sort] { color: var(--ink) }
