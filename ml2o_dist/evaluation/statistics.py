@@ -244,9 +244,10 @@ def share_interval(count: int, total: int, *, level: float = 0.95) -> Interval:
     """
     if not 0 <= count <= total:
         raise ValueError(f"{count} of {total} is no share")
+    tail = _tail(level)
     if total == 0:
         return Interval(math.nan, 0.0, 1.0)
-    return _wilson(count / total, total, _tail(level))
+    return _wilson(count / total, total, tail)
 
 
 def _tail(level: float, repetitions: int = 2) -> float:

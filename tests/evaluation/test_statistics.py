@@ -151,7 +151,7 @@ def test_an_interval_is_the_percentile_interval_widened_by_hesterbergs_factor() 
 
 
 @pytest.mark.parametrize("outlier", [0.0, 1000.0])
-@pytest.mark.parametrize("sizes", [(8,), (5, 5), (5, 9, 20), (2, 10)])
+@pytest.mark.parametrize("sizes", [(8,), (5, 5), (5, 9, 20), (2, 10), (10, 3)])
 def test_problems_are_resampled_apart_and_weigh_by_their_winsorised_spread(
     sizes: tuple[int, ...], outlier: float
 ) -> None:
@@ -255,17 +255,27 @@ def test_probability_of_improvement_by_hand() -> None:
     assert probability_of_improvement([[1.0, 2.0], [5.0]], [[3.0, 3.0], [4.0]]) == 0.5  # the mean over problems
 
 
-def test_improvement_interval_is_the_logit_interval_of_all_joint_resamples() -> None:
-    ours, theirs = [1.0, 2.2, 6.0], [2.0, 3.0, 5.0]
-
-    def wins(seeds: tuple[int, ...]) -> float:
-        return probability_of_improvement([[ours[i] for i in seeds]], [[theirs[i] for i in seeds]])
-
-    variance = np.var([wins(seeds) for seeds in itertools.product(range(3), repeat=3)]) * 3 / 2
-    p = 5 / 9
-    margin = scipy.stats.t.ppf(0.975, 2) * math.sqrt(variance) / (p * (1 - p))
+@pytest.mark.parametrize(
+    ("ours", "theirs"),
+    [
+        ([[1.0, 2.2, 6.0]], [[2.0, 3.0, 5.0]]),
+        ([[1.0, 2.2, 6.0], [1.0, 4.0, 7.0, 9.0]], [[2.0, 3.0, 5.0], [3.0, 2.0, 6.0, 8.0]]),
+    ],
+)
+def test_improvement_interval_is_the_logit_interval_of_all_joint_resamples(ours: Strata, theirs: Strata) -> None:
+    variances = []  # of each problem's part of the mean
+    for x, y in zip(ours, theirs, strict=True):
+        n = len(x)
+        wins = [
+            scipy.stats.mannwhitneyu([y[i] for i in seeds], [x[i] for i in seeds]).statistic / n**2
+            for seeds in itertools.product(range(n), repeat=n)
+        ]
+        variances.append(np.var(wins) * n / (n - 1) / len(ours) ** 2)
+    freedom = sum(variances) ** 2 / sum(v**2 / (len(x) - 1) for v, x in zip(variances, ours, strict=True))
+    p = probability_of_improvement(ours, theirs)
+    margin = scipy.stats.t.ppf(0.975, freedom) * math.sqrt(sum(variances)) / (p * (1 - p))
     low, high = (1 / (1 + math.exp(-math.log(p / (1 - p)) + sign * margin)) for sign in (1, -1))
-    found = improvement_interval([ours], [theirs], repetitions=100_000)
+    found = improvement_interval(ours, theirs, repetitions=100_000)
     assert ends(found) == pytest.approx((low, p, high), abs=0.005)
 
 
@@ -317,6 +327,7 @@ def test_of_no_runs_nothing_is_known() -> None:
         (lambda: share_interval(3, 2), "3 of 2 is no share"),
         (lambda: share_interval(-1, 2), "-1 of 2 is no share"),
         (lambda: share_interval(1, 2, level=0.0), "the level is 0.0"),
+        (lambda: share_interval(0, 0, level=5.0), "the level is 5.0"),
     ],
 )
 def test_what_has_no_interval_is_refused(refused: Callable[[], object], message: str) -> None:

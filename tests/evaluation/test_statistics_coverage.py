@@ -63,6 +63,12 @@ def test_intervals_of_few_seeds_hold_the_true_value(shape: str, seeds: int) -> N
     assert share_holding(true_iqm(SHAPES[shape]), found) >= 0.90
 
 
+@pytest.mark.parametrize("shape", ["normal", "log-normal", "three spreads"])
+def test_intervals_of_many_seeds_hold_the_true_value_as_often_as_they_say(shape: str) -> None:
+    found = [iqm_interval(figures, repetitions=400) for figures in draws(SHAPES[shape], 50, 1000)]
+    assert 0.93 <= share_holding(true_iqm(SHAPES[shape]), found) <= 0.97
+
+
 @pytest.mark.parametrize(("seeds", "most"), [(10, 28), (50, 18)])
 @pytest.mark.parametrize("compare", [paired_interval, improvement_interval])
 def test_rules_that_are_alike_are_seldom_told_apart(seeds: int, most: int, compare: Callable[..., Interval]) -> None:
