@@ -64,11 +64,10 @@ class MlflowSink:
         self._begun = False
         self._away = False
         self._changed = threading.Condition()  # guards everything below
-        self._hurry = False
+        self._asked = self._served = 0  # calls of `flush`, and how many of them a delivery has begun after
         self._closed = False
         self._ending = False  # one last try
         self._tried = False
-        self._failures = 0
         self._first_error: Exception | None = None
         self._thread = threading.Thread(target=self._work, name="mlflow-sink", daemon=True)
         self._thread.start()
@@ -171,17 +170,14 @@ class MlflowSink:
         self._backlog.put([Version(path.absolute(), model, description)])
 
     def flush(self, limit_s: float = 10.0) -> bool:
-        """Wait for all to be sent, no longer than the server answers nor than `limit_s` s; tells whether all was."""
+        """Have all sent that waits, once, taking at most `limit_s` seconds; tells whether all was."""
         until = time.monotonic() + limit_s
         if not self._backlog.settle(limit_s):
             return False
         with self._changed:
-            self._hurry = True
+            self._asked = asked = self._asked + 1
             self._changed.notify_all()
-            failures = self._failures
-            self._changed.wait_for(
-                lambda: not self._backlog.unsent or self._failures > failures, until - time.monotonic()
-            )
+            self._changed.wait_for(lambda: self._served >= asked, until - time.monotonic())
         return not self._backlog.unsent
 
     def close(self, status: Status = "FINISHED", limit_s: float = 10.0) -> int:
@@ -223,13 +219,12 @@ class MlflowSink:
         pause, ending = 0.0, False
         while not ending:
             with self._changed:
-                self._changed.wait_for(lambda: self._ending or self._hurry, timeout=pause)
-                self._hurry = False
-                ending = self._ending
+                self._changed.wait_for(lambda: self._ending or self._asked > self._served, timeout=pause)
+                asked, ending = self._asked, self._ending
             sent = self._deliver(ending)
             with self._changed:
                 self._tried = True
-                self._failures += not sent
+                self._served = asked
                 self._changed.notify_all()
             pause = self._flush_s if sent else min(_LONGEST_PAUSE_S, max(1.0, 2 * pause))
 

@@ -198,7 +198,7 @@ def test_a_spool_is_sent_by_the_next_sink_in_order_and_then_removed(run: FakeRun
 def test_killed_between_sending_and_noting_the_same_points_are_sent_again(run: FakeRun, tmp_path: Path) -> None:
     """MLflow stores equal points once, and a run that is gone on with is asked (test_run.py, in a real store)."""
     first = spooled(run, tmp_path / "spool")
-    assert first.flush()  # its thread is up, and waits
+    assert first.flush()  # its thread is up, and waits for the next call
     for step in range(5):
         first.log({"a": step}, step)
     run.lost_answers = 1
