@@ -125,10 +125,11 @@ def _improvement(ours: Losses, theirs: Losses) -> Interval:
 
 
 def _mean_rank(found: Mapping[str, Row], others: Sequence[Mapping[str, Row]]) -> float:
-    def losses(rows: Mapping[str, Row]) -> list[float]:
-        return [math.inf if math.isnan(loss) else loss for problem in found for loss in rows[problem].seed_losses]
-
-    return mean_ranks([losses(found), *map(losses, others)])[0]
+    """Seeds that could not be run of one of them are left out of all, and others none of whose seeds could be."""
+    ours, *theirs = ([loss for p in found for loss in rows[p].seed_losses] for rows in (found, *others))
+    table = [ours, *(losses for losses in theirs if not all(map(math.isnan, losses)))]
+    runs = [run for run in zip(*table, strict=True) if not any(map(math.isnan, run))]
+    return mean_ranks(list(zip(*runs, strict=True)))[0] if runs else math.nan
 
 
 def _loss(row: Row) -> float:

@@ -111,6 +111,20 @@ def test_diverged_and_failed_runs() -> None:
     assert math.isnan(lost.improvement.estimate)
 
 
+def test_ranks_are_of_the_seeds_that_all_could_be_run_from() -> None:
+    losses = {
+        "mean+adam": [1.0, 4.0, NAN, 5.0],
+        "mgda": [3.0, 1.0, 1.0, 1.0],
+        "x": [2.0, 3.0, 9.0, NAN],
+        "gone": [NAN] * 4,
+    }
+    rows = [row(name, "p", each) for name, each in losses.items()]
+    *found, gone = (each.mean_rank for each in standings(rows, "mean+adam", {"p"}))
+    table = np.array([losses[name][:2] for name in ("mean+adam", "mgda", "x")])
+    assert found == pytest.approx(rankdata(table, axis=0).mean(axis=1))
+    assert math.isnan(gone)
+
+
 def test_without_the_reference_there_are_none() -> None:
     assert standings(ROWS, "pcgrad+adam", {"p", "q"}) == ()
     assert standings([], "mean+adam", set()) == ()
