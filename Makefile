@@ -23,10 +23,10 @@ train: $(STAMP)
 	$(BIN)/ml2o meta-train --run-dir $(RUN_DIR)
 
 test: $(STAMP)
-	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadgroup -m "not long"
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile -m "not long"
 
 test-full: $(STAMP)
-	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadgroup
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile
 
 check: $(STAMP)
 	$(BIN)/ruff check .

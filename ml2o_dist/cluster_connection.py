@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import fcntl
 import logging
 import os
 import signal
 import socket
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -53,7 +55,7 @@ def connected(address: str = "auto") -> Iterator[str]:
         # None: RAY_ADDRESS, else a cluster that `ray start` began here, else a new one; never a stranger's ray.init().
         target = None if address == "auto" else address
         try:
-            with own_handlers_kept(), _marked(mark):
+            with own_handlers_kept(), one_start_at_a_time(), _marked(mark):
                 context = ray.init(
                     address=target,
                     include_dashboard=False,
@@ -69,6 +71,18 @@ def connected(address: str = "auto") -> Iterator[str]:
     finally:
         ray.shutdown()
         _kill_marked(mark)
+
+
+@contextmanager
+def one_start_at_a_time() -> Iterator[None]:
+    """Wait until no other `with` block of this user on this machine is open.
+
+    Two Rays that start at once take each other's ports: each looks for free ones, and listens there only later (Ray
+    2.60).
+    """
+    with open(Path(tempfile.gettempdir()) / f"ml2o-ray-start-{os.getuid()}.lock", "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)  # let go by the kernel when the process ends, however it ends
+        yield
 
 
 @contextmanager

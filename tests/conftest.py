@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import atexit
 import os
-import re
 import shutil
 import tempfile
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 
 # Set before anything imports torch, Ray or MLflow, all of which read the environment once.
@@ -17,6 +15,7 @@ atexit.register(shutil.rmtree, _SESSION, ignore_errors=True)
 (_SESSION / "home").mkdir()
 os.environ.update(
     HOME=str(_SESSION / "home"),  # no test writes into the user's home
+    RAY_TMPDIR=str(_SESSION),  # nor joins a Ray that runs here for something else
     ML2O_CACHE=str(_SESSION / "cache"),  # built once for the session; subprocesses share it
     OMP_NUM_THREADS="1",
     RAY_USAGE_STATS_ENABLED="0",
@@ -56,32 +55,24 @@ def real_data_root() -> str:
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[None]:
-    """A local Ray with 4 CPUs, one for the whole session."""
+    """A local Ray with 4 CPUs, one for the whole session of this process."""
     import ray
 
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
+    from ml2o_dist.cluster_connection import one_start_at_a_time
+
+    with one_start_at_a_time():
+        ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that use `real_data_root`; skip those marked `real_data` where there is no real data.
-
-    Where files run side by side, those that start Ray do so one after the other: two Rays starting at once on one
-    machine take each other's ports.
-    """
+    """Mark the tests that use `real_data_root`; skip those marked `real_data` where there is no real data."""
     for item in items:
-        item.add_marker(pytest.mark.xdist_group("ray" if _starts_ray(item.path) else item.path.stem))
         if "real_data_root" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.real_data)
         if _REAL_DATA is None and item.get_closest_marker("real_data") is not None:
             item.add_marker(pytest.mark.skip(reason="no real image data in ML2O_DATA or ../shared/data"))
-
-
-@cache
-def _starts_ray(file: Path) -> bool:
-    return re.search(r"\b(ray|cluster)\b", file.read_text()) is not None
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

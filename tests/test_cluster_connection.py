@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 
@@ -11,7 +13,7 @@ import pytest
 import ray
 
 from ml2o_dist import cluster_connection
-from ml2o_dist.cluster_connection import connected, own_capacity
+from ml2o_dist.cluster_connection import connected, one_start_at_a_time, own_capacity
 from ml2o_dist.errors import UserError
 from ml2o_dist.metatrain.capacity import check_capacity
 
@@ -95,7 +97,17 @@ def test_what_is_not_known_is_not_refused():
         check_capacity(5, ResourceSettings(num_cpus=0.5), {"CPU": 2.0}, "this machine")
 
 
-def test_where_files_run_side_by_side_those_with_ray_are_one_group(request):
-    if "PYTEST_XDIST_WORKER" not in os.environ:
-        pytest.skip("files run one after the other")
-    assert request.node.nodeid.endswith("@ray")
+def test_rays_start_one_after_the_other(tmp_path):
+    begun = tmp_path / "begun"
+    code = (
+        "import sys; from pathlib import Path; from ml2o_dist.cluster_connection import one_start_at_a_time as alone\n"
+        "print('here', flush=True)\nwith alone(): Path(sys.argv[1]).touch()"
+    )
+    with one_start_at_a_time():
+        other = subprocess.Popen([sys.executable, "-c", code, begun], stdout=subprocess.PIPE)
+        assert other.stdout.readline() == b"here\n"
+        with pytest.raises(subprocess.TimeoutExpired):
+            other.wait(timeout=0.5)
+        assert not begun.exists()
+    other.communicate(timeout=30)
+    assert begun.exists()

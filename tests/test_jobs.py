@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 
 from ml2o_dist.artifact import load_artifact, weights_sha256
+from ml2o_dist.cluster_connection import one_start_at_a_time
 from ml2o_dist.config_file import load_settings
 from ml2o_dist.metatrain.checkpoint import newest_checkpoint
 from ml2o_dist.metatrain.episode import run_episode
@@ -34,6 +35,17 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
+def await_answer(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    limit = time.monotonic() + 90
+    while True:
+        try:
+            urllib.request.urlopen(url, timeout=2).close()
+            return
+        except OSError:
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < limit, log.read_text()
+
+
 @pytest.fixture
 def head():
     """A Ray head with 2 CPUs; yields the address of its dashboard. Ended by pid, since others may be running."""
@@ -43,22 +55,16 @@ def head():
     command = [RAY, "start", "--head", "--block", f"--port={free_port()}", f"--dashboard-port={dashboard}",
                f"--ray-client-server-port={free_port()}", f"--dashboard-agent-listen-port={free_port()}",
                "--num-cpus=2", f"--temp-dir={folder}"]  # fmt: skip
-    with open(Path(folder) / "head.log", "w") as log:
-        process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
-    address = f"http://127.0.0.1:{dashboard}"
+    address, process = f"http://127.0.0.1:{dashboard}", None
     try:
-        limit = time.monotonic() + 90
-        while True:
-            try:
-                urllib.request.urlopen(f"{address}/api/version", timeout=2).close()
-                break
-            except OSError:
-                assert process.poll() is None, (Path(folder) / "head.log").read_text()
-                assert time.monotonic() < limit, (Path(folder) / "head.log").read_text()
+        with one_start_at_a_time(), open(Path(folder) / "head.log", "w") as log:
+            process = subprocess.Popen(command, stdout=log, stderr=log, env=environment, start_new_session=True)
+            await_answer(f"{address}/api/version", process, Path(folder) / "head.log")
         yield address
     finally:
-        process.send_signal(signal.SIGTERM)
-        process.wait(timeout=60)
+        if process:
+            process.send_signal(signal.SIGTERM)
+            process.wait(timeout=60)
         shutil.rmtree(folder, ignore_errors=True)
 
 
