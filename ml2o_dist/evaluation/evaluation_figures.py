@@ -11,6 +11,8 @@ from ml2o_dist.evaluation.statistics import Interval, PairedDifference, paired_d
 
 NOTHING = "-"
 STAR = " *"
+RATIO_FORM = "#.4g"
+"""Of figures that are often so near to 1 that three digits would not tell on which side."""
 SHORT_HEADING = 8
 """Letters of the name of a column that is not broken into two lines."""
 LEARNED, INITIAL = "learned", "initial"
@@ -74,8 +76,8 @@ def standing_figures(standing: Standing) -> dict[str, Shown]:
     share = standing.diverged
     return {
         OPTIMIZER: Shown(standing.optimizer, standing.optimizer),
-        RATIO: _interval(standing.ratio, "#.3g"),
-        TO_BEST: _interval(standing.to_best, "#.3g"),
+        RATIO: _interval(standing.ratio, RATIO_FORM),
+        TO_BEST: _interval(standing.to_best, RATIO_FORM),
         IMPROVED: _interval(_hundredfold(standing.improvement), ".0f"),
         RANK: _number(standing.mean_rank, ".2f"),
         RATIO_AT_EVALUATIONS: _number(standing.ratio_at_evaluations, "#.3g"),

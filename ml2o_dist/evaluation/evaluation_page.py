@@ -13,6 +13,7 @@ from ml2o_dist.evaluation.evaluation_captions import Terms, row_terms, rows_lead
 from ml2o_dist.evaluation.evaluation_figures import (
     NOTHING,
     OPTIMIZER,
+    RATIO_FORM,
     Shown,
     note,
     number,
@@ -112,7 +113,7 @@ def _tiles(evaluation: Evaluation) -> list[tuple[str, str]]:
     ]
     if evaluation.standings:
         best = ranked_standings(evaluation.standings)[0]
-        reference, ratio = evaluation.settings.reference, number(best.ratio.estimate, "#.3g")
+        reference, ratio = evaluation.settings.reference, number(best.ratio.estimate, RATIO_FORM)
         of = ", the reference" if best.optimizer == reference else f", {ratio} of {reference}"
         tiles.append(("Best", best.optimizer + ("" if ratio == NOTHING else of)))
     if evaluation.seconds is not None:

@@ -138,7 +138,7 @@ def test_what_a_figure_is_sorted_by_is_the_figure() -> None:
     assert text == "failed"
     assert math.isnan(value)
     shown = standing_figures(standing("a", "other", 0.5, 3, diverged=Interval(0.25, 0.1, 0.4), delta_m_accuracy=None))
-    assert shown["ratio"] == ("0.500 [0.450, 0.550]", 0.5)
+    assert shown["ratio"] == ("0.5000 [0.4500, 0.5500]", 0.5)
     assert shown["diverged %"] == ("25", 25)
     assert shown["Δm % accuracy"].text == "-"
     assert shown["Δm %"] == ("-50.0", -50)
