@@ -89,7 +89,7 @@ class MultiTaskImages(Problem):
         """Draw B training pairs with replacement for each instance."""
         rows = torch.randint(len(self._images), (self.instances, self._batch), generator=generator)
         rows = rows.to(self.device)
-        return ImageBatch(self._floats(self._images[rows]), self._labels[rows][..., : self.objectives])
+        return ImageBatch(self._floats(self._images[rows]), _task_labels(self._labels[rows], self.objectives))
 
     def sample_losses(self, parameters: Tensor, batch: Batch) -> Tensor:
         """Return the cross-entropies [P, B, m]; `parameters` [P, n]."""
@@ -126,7 +126,7 @@ class MultiTaskImages(Problem):
             for start in range(0, count, _TEST_CHUNK):
                 chunk = rows[start : start + _TEST_CHUNK]
                 images = self._floats(pairs.images[chunk].to(self.device))
-                labels = pairs.labels[chunk, : self.objectives].to(self.device)
+                labels = _task_labels(pairs.labels[chunk].to(self.device), self.objectives)
                 for p, row in enumerate(parameters.detach()):
                     tensors = self.network.split(row)
                     logits = self.network.logits(tensors, self.network.features(tensors.trunk, images))
@@ -185,6 +185,12 @@ class MultiTaskImages(Problem):
             jacobian[:, i, own : own + network.head_dimension] = to_heads[:, i]
 
 
+def _task_labels(labels: Tensor, tasks: int) -> Tensor:
+    """Return the labels [..., m] of the tasks, of those [..., 2] of the images."""
+    both = labels.sum(dim=-1, keepdim=True) % CLASSES
+    return torch.cat([labels, both], dim=-1)[..., :tasks]
+
+
 def _log_likelihoods(logits: Tensor, labels: Tensor) -> Tensor:
     """Return the log-likelihoods [..., m, B] of `labels` [..., B, m] under `logits` [..., m, B, classes]."""
     return logits.log_softmax(dim=-1).gather(-1, labels.mT.unsqueeze(-1)).squeeze(-1)
@@ -210,8 +216,8 @@ def _register(data: str, summary: str) -> None:
         for setting, value, least in (("batch", batch, 1), ("tasks", tasks, 1), ("size", size, 0)):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise UserError(f"{setting} {value!r} of {data} is not an integer >= {least}")
-        if tasks > 2:
-            raise UserError(f"tasks {tasks} of {data} is not 1 (the top-left image only) or 2")
+        if tasks > 3:
+            raise UserError(f"tasks {tasks} of {data} is not 1 (the top-left image), 2 (both) or 3 (and their sum)")
         if isinstance(init, bool) or not isinstance(init, int | float) or not 0 < init < float("inf"):
             raise UserError(f"init {init!r} of {data} is not a positive number")
         network = build_network(
@@ -236,7 +242,8 @@ net: mlp (uses hidden), cnn (channels, kernel 3 or 5), lenet5 (variant cosmos or
     width for each block). Settings that the net does not use are ignored.
 hidden, channels: widths joined by '-', as in 24 or 40-40.  activation: relu, tanh or gelu.
 batch: pairs in a batch, for each instance.  size: side after average pooling, a divisor of the canvas; 0 keeps it.
-tasks: 2, or 1 for the top-left image only.  init: factor on torch's default initialisation."""
+tasks: 2, one for each image; 1 for the top-left one only; 3 for both and, as a third task (ours), the sum of the two
+    class indices modulo 10.  init: factor on torch's default initialisation."""
 
 _register("multimnist", "Two overlapping MNIST digits on 36x36 pixels, one classification task for each.")
 _register("multifashion", "Two overlapping Fashion-MNIST articles on 36x36 pixels, one classification task for each.")

@@ -59,7 +59,13 @@ def test_standings_come_first_the_lowest_ratio_on_top_and_learned_ones_are_marke
     text = "\n".join(found)
     assert "> learned" in text
     assert "> initial" not in text
-    for said in ["1.000 [0.9000, 1.100]", "83 [70, 92]", "+0.0", "-1.2", "mean+adam on the same seeds, over 3 problems"]:
+    for said in [
+        "1.000 [0.9000, 1.100]",
+        "83 [70, 92]",
+        "+0.0",
+        "-1.2",
+        "mean+adam on the same seeds, over 3 problems",
+    ]:
         assert said in text, said
 
 

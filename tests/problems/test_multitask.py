@@ -43,6 +43,7 @@ def start_and_batch(problem: MultiTaskImages) -> tuple[Tensor, Any]:
         "multidigits[batch=8,hidden=6]",
         "multidigits[batch=8,hidden=6-5,activation=tanh,tasks=1]",
         "multidigits[batch=6,net=cnn,channels=2-3,activation=gelu]",
+        "multidigits[batch=8,hidden=6,tasks=3]",
     ],
 )
 def test_digits_keep_the_contract(text: str) -> None:
@@ -179,6 +180,21 @@ def test_one_task_is_the_top_left_image() -> None:
     assert torch.equal(one.test_metrics(cut)["test_accuracy"], expected)
 
 
+def test_the_third_task_is_the_sum_of_the_two_modulo_ten() -> None:
+    two, three = build("multidigits"), build("multidigits[tasks=3]")
+    labels, more = start_and_batch(two)[1].labels.numpy(), start_and_batch(three)[1].labels.numpy()
+    assert (more[..., :2] == labels).all()
+    assert (more[..., 2] == (labels[..., 0] + labels[..., 1]) % 10).all()
+    start = three.initial_parameters([0, 1])
+    pairs = load_pairs("multidigits", "test")
+    sums = (pairs.labels[:, 0] + pairs.labels[:, 1]) % 10
+    third = start.clone()
+    bias = third.view(2, -1)[:, -10:]  # of the last head: it names class 3 whatever it sees
+    bias[:, 3] += 1e4
+    accuracy = three.test_metrics(third, samples=None)["test_accuracy"][:, 2]
+    torch.testing.assert_close(accuracy, (sums == 3).float().mean().expand(2))
+
+
 def test_settings_names_and_descriptions() -> None:
     assert set(NAMES) <= set(problem_names())
     for name in NAMES:
@@ -207,7 +223,7 @@ def test_settings_names_and_descriptions() -> None:
         ("batch=0", "batch 0 of multidigits is not an integer >= 1"),
         ("batch=1.5", "batch 1.5"),
         ("batch=many", "batch 'many'"),
-        ("tasks=3", r"tasks 3 of multidigits is not 1 .* or 2"),
+        ("tasks=4", r"tasks 4 of multidigits is not 1 .*, 2 .* or 3"),
         ("size=5", "size 5 of multidigits does not divide"),
         ("init=-1", "init -1"),
         ("init=true", "init True"),
