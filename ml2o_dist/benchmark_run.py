@@ -14,7 +14,7 @@ from ml2o_dist.evaluation.cell_tasks import run_outcomes_on_ray
 from ml2o_dist.evaluation.cells import Cell, Outcome
 from ml2o_dist.evaluation.evaluated import Evaluation
 from ml2o_dist.evaluation.optimizer_names import Entrant
-from ml2o_dist.metatrain.pool import Stopped
+from ml2o_dist.metatrain.workers import Stopped
 from ml2o_dist.progress import StepDisplay
 from ml2o_dist.stopping import StopRequest
 

@@ -224,7 +224,11 @@ class MetaTrainSettings(_Settings):
     instances: int = Field(1, ge=1, description="P, problem instances advanced together in one slot")
     horizon: tuple[int, ...] = Field((50, 100, 200), min_length=1, description="K; one is drawn for each meta-step")
     unroll: int = Field(0, ge=0, description="LSTM back-propagation in chunks of so many steps; 0: the whole episode")
-    staleness: Literal[0] = Field(0, description="0: synchronous")
+    staleness: int = Field(
+        0,
+        ge=0,
+        description="S: rollouts go on beside updates, under weights S updates old; 0: they take turns",
+    )
     backward: Literal["worker"] = "worker"
     checkpoint_every: int = Field(0, ge=0, description="meta-steps; 0: as many as take about half a minute")
     keep_checkpoints: int = Field(3, ge=1)

@@ -23,8 +23,8 @@ from ml2o_dist.evaluation.plots import plot_meta_loss
 from ml2o_dist.evaluation.report import evaluation_markdown, evaluation_table
 from ml2o_dist.evaluation.suites import comparison_settings
 from ml2o_dist.files import replacing
-from ml2o_dist.metatrain.pool import Stopped
 from ml2o_dist.metatrain.trainer import Trainer
+from ml2o_dist.metatrain.workers import Stopped
 from ml2o_dist.run_log import COMPARISON_FAILED
 from ml2o_dist.run_report import write_report
 from ml2o_dist.run_storage import RunStorage

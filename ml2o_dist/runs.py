@@ -19,8 +19,9 @@ from ml2o_dist.errors import Aborted, Incomplete, Interrupted, UserError
 from ml2o_dist.finishing import compared, finish, finished_answer, show_finished
 from ml2o_dist.metatrain.capacity import check_capacity
 from ml2o_dist.metatrain.checkpoint import newest_manifest
-from ml2o_dist.metatrain.pool import PoolError, Stopped, WorkerPool
+from ml2o_dist.metatrain.pool import WorkerPool
 from ml2o_dist.metatrain.trainer import Row, Trainer, TrainingError
+from ml2o_dist.metatrain.workers import PoolError, Stopped
 from ml2o_dist.problems import ProblemContext, ProblemSpec
 from ml2o_dist.problems.multitask import MultiTaskImages
 from ml2o_dist.progress import StepDisplay
@@ -233,4 +234,4 @@ def _train(trainer: Trainer, pool: WorkerPool, sink: MlflowSink, console: Consol
 
         for row in progress.history:  # of a resumed run: MLflow may have been away when they were made
             sink.log({name: v for name, v in row.items() if name != "meta_step"}, int(row["meta_step"]))
-        trainer.run(pool.run, on_row)
+        trainer.run(pool.begin, on_row)

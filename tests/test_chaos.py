@@ -18,12 +18,11 @@ import ray
 from mlflow.tracking import MlflowClient
 from scipy.stats import theilslopes
 
-from ml2o_dist.artifact import weights_sha256
 from ml2o_dist.config import FaultSettings, ResourceSettings
 from ml2o_dist.metatrain.checkpoint import newest_checkpoint
-from ml2o_dist.metatrain.episode import run_episode
 from ml2o_dist.metatrain.pool import WorkerPool
 from ml2o_dist.metatrain.trainer import Trainer
+from tests.metatrain.executing import digests, in_process, later
 from tests.metatrain.settings import small
 
 pytestmark = pytest.mark.long
@@ -31,13 +30,9 @@ pytestmark = pytest.mark.long
 CONFIG = Path(__file__).parent / "small_run.yaml"
 
 
-def digests(trainer):
-    return weights_sha256(trainer.learner.weights), weights_sha256(trainer.best_weights)
-
-
 def calm(settings, folder):
     trainer = Trainer(settings, folder)
-    trainer.run(lambda items, weights: [run_episode(weights, item.spec) for item in items])
+    trainer.run(later(in_process))
     return digests(trainer)
 
 
@@ -61,7 +56,7 @@ def test_ten_workers_killed_at_random_moments_leave_the_weights_equal(cluster, t
 
     trainer = Trainer(settings, tmp_path / "chaos")
     try:
-        trainer.run(pool.run, on_row)
+        trainer.run(pool.begin, on_row)
         assert len(set(victims)) == pool.restarts == 10
     finally:
         pool.close()
@@ -89,7 +84,7 @@ def test_a_stopped_worker_is_replaced_and_leaves_the_weights_equal(cluster, tmp_
 
     trainer = Trainer(settings, tmp_path / "stopped")
     try:
-        trainer.run(pool.run, on_row)
+        trainer.run(pool.begin, on_row)
         assert pool.restarts == 1
         assert stopped[0] not in pool.pids()
     finally:
@@ -246,7 +241,7 @@ def test_memory_is_flat_over_a_thousand_meta_steps(cluster, tmp_path):
             seen["object store"].append(store_mb())
 
     try:
-        Trainer(settings, tmp_path).run(pool.run, on_row)
+        Trainer(settings, tmp_path).run(pool.begin, on_row)
     finally:
         pool.close()
     for name, values in seen.items():
@@ -268,7 +263,7 @@ def test_object_references_are_gone_after_a_run(cluster, tmp_path):
     settings = small(meta_steps=4)
     pool = WorkerPool(2, settings.resources)
     try:
-        Trainer(settings, tmp_path).run(pool.run)
+        Trainer(settings, tmp_path).run(pool.begin)
     finally:
         pool.close()
     del pool

@@ -39,7 +39,7 @@ def refused(*overrides: str) -> str:
         ("workers=0", ["'workers': must be greater than or equal to 1", "0"]),
         ("workers=many", ["'workers'", "valid integer", "'many'"]),
         ("estimator.gamma=1.5", ["'estimator.gamma'", "less than or equal to 1", "1.5"]),
-        ("staleness=2", ["'staleness'", "0", "2"]),
+        ("staleness=-1", ["'staleness'", "0", "-1"]),
         ("backward=learner", ["'backward'", "'worker'", "'learner'"]),
         ("horizon=0", ["'horizon'", "at least 1"]),
         ("family.test=[multidigitz]", ["family.test", "'multidigitz'", "did you mean 'multidigits'?"]),

@@ -21,9 +21,9 @@ from ml2o_dist.artifact import load_artifact, weights_sha256
 from ml2o_dist.cluster_connection import one_start_at_a_time
 from ml2o_dist.config_file import load_settings
 from ml2o_dist.metatrain.checkpoint import newest_checkpoint
-from ml2o_dist.metatrain.episode import run_episode
 from ml2o_dist.metatrain.trainer import Trainer
 from ml2o_dist.tracking.registry import list_versions
+from tests.metatrain.executing import in_process, later
 
 REPOSITORY = Path(__file__).parents[1]
 RAY = Path(sys.executable).parent / "ray"
@@ -131,7 +131,7 @@ def test_a_job_that_is_stopped_leaves_a_checkpoint_within_its_grace_and_another_
     resumed = submit(head, tmp_path, "--run-dir", "runs/job", "--resume")
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr
     calm = Trainer(load_settings(config, [*overrides, "device=cpu"]), tmp_path / "calm")
-    calm.run(lambda items, weights: [run_episode(weights, item.spec) for item in items])
+    calm.run(later(in_process))
     assert load_artifact(tmp_path / "runs" / "job").weights_sha256 == weights_sha256(calm.best_weights)
 
 

@@ -11,15 +11,15 @@ from rich.console import Console
 
 from ml2o_dist import finishing, runs
 from ml2o_dist.errors import Aborted, Incomplete, Interrupted
-from ml2o_dist.metatrain.pool import Stopped
 from ml2o_dist.metatrain.trainer import Trainer
+from ml2o_dist.metatrain.workers import Stopped
 from ml2o_dist.run_directory import written_to
 from ml2o_dist.run_log import RunLog, Warned, read_log
 from ml2o_dist.run_report import load_record, write_report
 from ml2o_dist.run_storage import RunStorage
 from ml2o_dist.stopping import StopRequest
+from tests.metatrain.executing import in_process, later
 from tests.metatrain.settings import small
-from tests.metatrain.test_trainer import in_process
 
 QUIET = Console(quiet=True)
 SINK = SimpleNamespace(run_id="", flush=lambda: None, log_artifact=lambda *arguments: None)
@@ -30,7 +30,7 @@ def trainer(tmp_path_factory):
     """A run that has only its end before it."""
     settings = small(meta_steps=2, tracking={"register": False})
     trainer = Trainer(settings, tmp_path_factory.mktemp("home") / "run")
-    trainer.run(in_process)
+    trainer.run(later(in_process))
     return trainer
 
 

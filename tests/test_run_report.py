@@ -17,8 +17,8 @@ from ml2o_dist.metatrain.trainer import Trainer
 from ml2o_dist.run_report import load_evaluation_record, load_record, write_report
 from tests.evaluation.synthetic import DIGITS_ROWS, evaluation
 from tests.evaluation.test_page import Page
+from tests.metatrain.executing import Cut, cut_after, in_process, later
 from tests.metatrain.settings import small
-from tests.metatrain.test_trainer import Cut, cut_after, in_process
 
 COMPARISON = evaluation(DIGITS_ROWS[:1] + DIGITS_ROWS[-2:-1])
 LOG = """2026-11-24 20:00:00,123 INFO ml2o_dist.metatrain.pool: all is well
@@ -39,7 +39,7 @@ def run_dir(tmp_path) -> Path:
     settings = small(meta_steps=4)
     trainer = Trainer(settings, folder)
     trainer.progress.tracking_run = "the-mlflow-run"
-    trainer.run(in_process)
+    trainer.run(later(in_process))
     (folder / "config.yaml").write_text(dump_settings(settings))
     save_artifact(folder, trainer.best_weights, settings.rule, {"git": "0123456789ab", "best_meta_step": 4})
     (folder / "comparison.json").write_text(json.dumps(COMPARISON.to_json(curves=True)))
@@ -97,7 +97,7 @@ def test_a_run_that_was_cut_off_says_what_it_has_and_what_not(tmp_path):
     assert answer["sections"] == ["configuration", "origin"]
     assert set(answer["missing"]) == {"curves", "comparison", "trajectories", "origin", "warnings"}
     with pytest.raises(Cut):
-        Trainer(settings, tmp_path).run(cut_after(6))
+        Trainer(settings, tmp_path).run(later(cut_after(6)))
     result = call("report", str(tmp_path))
     assert result.exit_code == 0, result.output
     assert "comparison: No comparison: it is made when meta-training is done." in result.stdout

@@ -19,9 +19,9 @@ from ml2o_dist.run_storage import RemoteRunStorage, RunStorage, StorageError, op
 from ml2o_dist.tracking.sink import MlflowSink
 from ml2o_dist.tracking.store import connect
 from tests.faulty_store import FaultyStore
+from tests.metatrain.executing import Cut, cut_after, digests, in_process, later
 from tests.metatrain.faulty_disk import Killed
 from tests.metatrain.settings import small
-from tests.metatrain.test_trainer import Cut, cut_after, digests, in_process
 
 SETTINGS = small(meta_steps=4, checkpoint_every=1, keep_checkpoints=2, slots=2, horizon=2, validation={"every": 2})
 BASE = "bucket/runs/x"
@@ -56,7 +56,7 @@ def begin(store, folder, settings=SETTINGS):
 @pytest.fixture(scope="module")
 def calm(tmp_path_factory):
     trainer = Trainer(SETTINGS, tmp_path_factory.mktemp("calm"))
-    trainer.run(in_process)
+    trainer.run(later(in_process))
     return digests(trainer)
 
 
@@ -71,7 +71,7 @@ def test_everything_is_committed_and_only_the_newest_checkpoints_are_kept(tmp_pa
     (storage.folder / "spool").mkdir()
     (storage.folder / "spool" / "points").write_text("not sent yet")
     (storage.folder / ".half").write_text("")
-    trainer.run(in_process)
+    trainer.run(later(in_process))
     storage.settle()
     assert steps(store.files) == ["step_000003", "step_000004"]
     local = {p.relative_to(storage.folder).as_posix(): p for p in storage.folder.rglob("*") if p.is_file()}
@@ -83,7 +83,7 @@ def test_everything_is_committed_and_only_the_newest_checkpoints_are_kept(tmp_pa
 def test_a_checkpoint_is_committed_by_its_manifest_and_removed_with_it_first(tmp_path):
     store = FaultyStore()
     storage, trainer = begin(store, tmp_path / "a")
-    trainer.run(in_process)
+    trainer.run(later(in_process))
     storage.settle()
     for step in ("step_000002", "step_000004"):
         calls = [call for call in store.calls if f"checkpoints/{step}" in call]
@@ -104,7 +104,7 @@ def test_a_checkpoint_is_committed_by_its_manifest_and_removed_with_it_first(tmp
 def test_what_did_not_change_is_not_written_again(tmp_path):
     store = FaultyStore()
     storage, trainer = begin(store, tmp_path / "a")
-    trainer.run(in_process)
+    trainer.run(later(in_process))
     before = len(store.calls)
     storage.settle()
     assert len(store.calls) == before
@@ -117,7 +117,7 @@ def run_until_killed(store, folder):
     acknowledged = [0]
     with pytest.raises(Killed):  # noqa: PT012
         storage, trainer = begin(store, folder)
-        trainer.run(in_process, lambda step, row: acknowledged.append(step - 1))
+        trainer.run(later(in_process), lambda step, row: acknowledged.append(step - 1))
         storage.settle()
     return acknowledged[-1]
 
@@ -126,7 +126,7 @@ def test_killed_between_any_two_remote_operations_another_machine_goes_on_to_the
     """In a store whose files are torn while they are written. The counting pass finds the operations."""
     counting = FaultyStore()
     storage, trainer = begin(counting, tmp_path / "counting")
-    trainer.run(in_process)
+    trainer.run(later(in_process))
     storage.settle()
     resumed = 0
     for k in range(len(counting.calls)):
@@ -136,7 +136,7 @@ def test_killed_between_any_two_remote_operations_another_machine_goes_on_to_the
         storage, trainer = begin(left, tmp_path / f"{k}b")
         assert trainer.learner.version >= acknowledged, (k, counting.calls[k])
         resumed += trainer.learner.version > 0
-        trainer.run(in_process)
+        trainer.run(later(in_process))
         storage.settle()
         assert digests(trainer) == calm, (k, counting.calls[k])
         assert steps(left.files)[-2:] == ["step_000003", "step_000004"]
@@ -150,12 +150,12 @@ def test_killed_between_any_two_remote_operations_another_machine_goes_on_to_the
 def test_a_store_that_fails_once_at_any_call_costs_nothing(tmp_path, calm):
     counting = FaultyStore()
     storage, trainer = begin(counting, tmp_path / "counting")
-    trainer.run(in_process)
+    trainer.run(later(in_process))
     storage.settle()
     for k in range(0, len(counting.calls), 3):
         store = FaultyStore(at=k, killed=False)
         storage, trainer = begin(store, tmp_path / str(k))
-        trainer.run(in_process)
+        trainer.run(later(in_process))
         try:
             storage.settle()
         except StorageError:
@@ -173,7 +173,7 @@ def test_an_outage_is_said_once_and_the_next_checkpoint_brings_what_was_missed(t
         store.away = step in (2, 3)
 
     with caplog.at_level("INFO", "ml2o_dist"):
-        trainer.run(in_process, on_row)
+        trainer.run(later(in_process), on_row)
     messages = [r.getMessage() for r in caplog.records if r.name == "ml2o_dist.run_storage"]
     assert len(messages) == 2
     assert messages[0].startswith(f"store://x cannot be written; training goes on in {tmp_path}/a")
@@ -186,7 +186,7 @@ def test_an_outage_is_said_once_and_the_next_checkpoint_brings_what_was_missed(t
 def test_what_an_outage_at_the_end_kept_from_the_store_is_brought_there_by_resuming(tmp_path, calm):
     store = FaultyStore()
     storage, trainer = begin(store, tmp_path / "a")
-    trainer.run(in_process, lambda step, row: setattr(store, "away", step >= 3))
+    trainer.run(later(in_process), lambda step, row: setattr(store, "away", step >= 3))
     with pytest.raises(StorageError, match="the store is away"):
         storage.settle()
     assert steps(store.files) == ["step_000001", "step_000002"]
@@ -201,7 +201,7 @@ def test_what_an_outage_at_the_end_kept_from_the_store_is_brought_there_by_resum
 def test_a_working_copy_of_another_run_gives_way_and_its_spool_stays(tmp_path):
     store = FaultyStore()
     storage, trainer = begin(store, tmp_path / "a")
-    trainer.run(in_process)
+    trainer.run(later(in_process))
     storage.settle()
     (tmp_path / "a" / "spool").mkdir()
     (tmp_path / "a" / "spool" / "points").write_text("not sent yet")
@@ -209,7 +209,7 @@ def test_a_working_copy_of_another_run_gives_way_and_its_spool_stays(tmp_path):
     other = small(meta_steps=2, checkpoint_every=1, slots=2, horizon=2, seed=5)
     storage, trainer = begin(store, tmp_path / "b", other)
     with pytest.raises(Cut):
-        trainer.run(cut_after(2))
+        trainer.run(later(cut_after(2)))
     storage.settle()
     again = at(store, tmp_path / "a")
     again.refresh(resume=True)
@@ -222,7 +222,7 @@ def test_a_working_copy_of_another_run_gives_way_and_its_spool_stays(tmp_path):
 def test_damage_at_the_store_is_refused_by_name_and_a_torn_config_does_not_matter(tmp_path, calm):
     store = FaultyStore()
     storage, trainer = begin(store, tmp_path / "a")
-    trainer.run(in_process)
+    trainer.run(later(in_process))
     storage.settle()
     name = f"{BASE}/checkpoints/step_000004/tensors.safetensors"
     store.files[name] = store.files[name][:-1]
@@ -235,7 +235,7 @@ def test_damage_at_the_store_is_refused_by_name_and_a_torn_config_does_not_matte
     (refusal,) = trainer.resume()
     assert storage.named(refusal).startswith("store://x/checkpoints/step_000004/tensors.safetensors: its sha256")
     assert trainer.learner.version == 3
-    trainer.run(in_process)
+    trainer.run(later(in_process))
     storage.settle()
     assert digests(trainer) == calm
     assert store.files[name] == (storage.folder / "checkpoints/step_000004/tensors.safetensors").read_bytes()
@@ -244,7 +244,7 @@ def test_damage_at_the_store_is_refused_by_name_and_a_torn_config_does_not_matte
 def test_checkpoints_that_rotate_away_while_they_are_read_cost_the_store_none(tmp_path, monkeypatch):
     store = FaultyStore()
     storage, trainer = begin(store, tmp_path / "a")
-    trainer.run(in_process)
+    trainer.run(later(in_process))
     folder = storage.folder / "checkpoints"
     (folder / "step_000003").rename(folder / "step_000009")
     real = Path.read_bytes
@@ -275,7 +275,7 @@ def test_a_commit_does_not_hold_up_training(tmp_path):
     storage = RemoteRunStorage("store://x", store.filesystem(), BASE, tmp_path / "a")
     storage.folder.mkdir()
     trainer = Trainer(SETTINGS, storage.folder, on_saved=storage.commit)
-    trainer.run(in_process)
+    trainer.run(later(in_process))
     assert not store.files
     blocked.set()
     storage.settle()

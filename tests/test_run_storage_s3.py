@@ -15,7 +15,7 @@ from ml2o_dist.errors import UserError
 from ml2o_dist.metatrain.checkpoint import newest_checkpoint
 from ml2o_dist.metatrain.trainer import Trainer
 from ml2o_dist.run_storage import open_storage, read_run
-from tests.metatrain.test_trainer import Cut, cut_after, digests, in_process
+from tests.metatrain.executing import Cut, cut_after, digests, in_process, later
 from tests.test_run_storage import QUICK, SETTINGS, calm, ml2o  # noqa: F401
 
 
@@ -49,7 +49,7 @@ def trained(uri, execute):
     if newest_checkpoint(storage.folder / "checkpoints")[0] is not None:
         trainer.resume()
     try:
-        trainer.run(execute)
+        trainer.run(later(execute))
     except Cut:
         trainer.save()
     storage.settle()

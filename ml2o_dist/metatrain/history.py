@@ -31,6 +31,7 @@ SCHEMA = pa.schema(
             nullable=False,
         ),
         _column("horizon", pa.int64(), "K, inner steps of every training episode of the meta-step"),
+        _column("lag", pa.int64(), "updates between the weights that its episodes ran under and those that it changed"),
         _column("meta_loss", pa.float64(), "mean of the training episodes that were finite; other problems each time"),
         _column("validation", pa.float64(), "mean score on family.validation of the average weights after the step"),
         _column("gradient_norm", pa.float64(), "of the reduced meta-gradient, before learner.clip"),

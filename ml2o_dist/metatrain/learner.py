@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
@@ -26,7 +27,8 @@ class UpdateInfo:
 class Learner:
     """Holds theta (flat, float32, CPU), Adam's moments, and the exponential moving average of theta.
 
-    `version` counts updates. The reduction runs over results in slot order in float64, so that the weights do not
+    `version` counts updates; the `staleness` versions before are kept, since episodes may still have to be rolled out
+    under them. The reduction runs over results in slot order in float64, so that the weights do not
     depend on who computed what when.
     """
 
@@ -38,11 +40,17 @@ class Learner:
         self._theta = start.clone().requires_grad_(True)
         self._average = start.clone()
         self._adam = torch.optim.Adam([self._theta], lr=settings.learner.lr)
+        self._earlier: deque[Tensor] = deque(maxlen=settings.staleness)  # theta of the versions before, oldest first
 
     @property
     def weights(self) -> dict[str, Tensor]:
         """The network's state dict at `version`."""
         return self._named(self._theta.detach())
+
+    def weights_of(self, version: int) -> dict[str, Tensor]:
+        """Return the state dict of `version`: the current one, or one of the `staleness` before it."""
+        back = self.version - version
+        return self._named(self._earlier[-back]) if back else self.weights
 
     @property
     def averaged_weights(self) -> dict[str, Tensor]:
@@ -57,6 +65,7 @@ class Learner:
         Raises:
             ArithmeticError: the step would leave weights that are not finite; nothing has changed.
         """
+        before = self.tensors()
         gradients = [torch.from_numpy(r.gradient.copy()).double() for r in results if r.gradient is not None]
         learner, rate = self.settings.learner, self._rate()
         norm = math.nan
@@ -66,7 +75,6 @@ class Learner:
             self._theta.grad = (mean * min(1.0, learner.clip / max(norm, 1e-30))).float()
             for group in self._adam.param_groups:
                 group["lr"] = rate
-            before = self.tensors()
             self._adam.step()
             if not bool(self._theta.isfinite().all()):
                 self.restore(before, self.version)
@@ -74,6 +82,7 @@ class Learner:
             decay = min(learner.ema, (1 + self.version) / (10 + self.version))
             self._average.lerp_(self._theta.detach(), 1 - decay)
         self.version += 1
+        self._earlier.append(before["theta"])
         return UpdateInfo(norm, rate, len(results) - len(gradients))
 
     def tensors(self) -> dict[str, Tensor]:
@@ -86,6 +95,7 @@ class Learner:
             "exp_avg": state.get("exp_avg", zero).detach().clone(),
             "exp_avg_sq": state.get("exp_avg_sq", zero).detach().clone(),
             "adam_step": torch.as_tensor(state.get("step", 0.0)).float().reshape(1).clone(),
+            **{f"earlier/{back}": theta for back, theta in enumerate(reversed(self._earlier), start=1)},
         }
 
     def restore(self, tensors: Mapping[str, Tensor], version: int) -> None:
@@ -94,6 +104,8 @@ class Learner:
             self._theta.copy_(tensors["theta"])
         self._average.copy_(tensors["average"])
         self.version = version
+        self._earlier.clear()
+        self._earlier.extend(tensors[f"earlier/{back}"] for back in range(min(version, self.settings.staleness), 0, -1))
         self._adam.state.clear()
         if tensors["adam_step"].item() > 0:
             self._adam.state[self._theta] = {

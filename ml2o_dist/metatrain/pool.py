@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import logging
-import math
-import time
-from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import ray
@@ -15,75 +11,21 @@ from ray.exceptions import RayTaskError
 
 from ml2o_dist.config import FaultSettings, ResourceSettings
 from ml2o_dist.errors import UserError
-from ml2o_dist.metatrain.capacity import check_capacity, cluster_total, free_room
-from ml2o_dist.metatrain.costs import Costs
+from ml2o_dist.metatrain.dispatch import Batch, Dispatch, Flight
 from ml2o_dist.metatrain.episode import EpisodeResult, Weights, failed_episode
 from ml2o_dist.metatrain.schedule import WorkItem
 from ml2o_dist.metatrain.worker import RolloutWorker
 from ml2o_dist.metatrain.worker_loss import LOST, reason
-
-POLL_S = 0.2
-"""How often the driver looks whether it was asked to stop."""
-
-BUDGET_S = 3600.0
-"""`resources.max_restarts` counts the replacements of so long a time: a crash loop ends a run, a spot node does not."""
-
-RUNS_PER_ERROR = 2
-"""A key whose episode raised runs again once, on another worker: an error of the machine is not one of the episode."""
+from ml2o_dist.metatrain.workers import POLL_S, PoolError, Stopped, Workers
 
 log = logging.getLogger(__name__)
 
 
-class Stopped(Exception):
-    """The run was asked to stop; nothing of the meta-step under way was used."""
-
-
-class PoolError(Exception):
-    """The pool cannot go on; the run ends with a checkpoint."""
-
-
-@dataclass(eq=False)
-class _Worker:
-    """One actor; `pid` is known once it is up. Who replaces it has its number, counted from 1."""
-
-    actor: Any
-    number: int
-    pid: int = 0
-
-    def __str__(self) -> str:
-        return f"worker {self.number} (pid {self.pid})" if self.pid else f"worker {self.number}"
-
-
-@dataclass(eq=False)
-class _Task:
-    """An item on its way to a result: how often it ran, where it failed last, how often it raised or was overdue."""
-
-    index: int
-    item: WorkItem
-    runs: int = 0
-    avoid: _Worker | None = None
-    errors: int = 0
-    overdue: int = 0
-
-
-@dataclass(frozen=True, eq=False)
-class _Flight:
-    """A task that `worker` is working on, and until when (monotonic) it may."""
-
-    task: _Task
-    worker: _Worker
-    deadline: float
-
-
 class WorkerPool:
-    """`workers` Ray actors, each with one item in flight, longest items first.
+    """`workers` Ray actors, each with one item in flight, in the order of `Dispatch`.
 
     Results come back in the order of the items whoever computed them. A worker that died, or that is far slower than
     its item's kind was so far (it hangs, or was stopped), is ended and replaced, and its item runs again.
-
-    Attributes:
-        restarts: workers replaced so far.
-        repeated: episodes run again so far, after their worker was lost or they raised.
     """
 
     def __init__(
@@ -100,223 +42,131 @@ class WorkerPool:
             UserError: the cluster has no room for them, or they do not come up in `resources.start_timeout_s`.
             Stopped: a stop was requested meanwhile.
         """
-        self._resources = resources
         self._faults = faults
         self._stop_requested = stop_requested
-        self._costs = Costs(faults)
-        self._replaced_at: deque[float] = deque()
-        self._short_since = math.inf
-        self.restarts = 0
-        self.repeated = 0
-        check_capacity(workers, resources, cluster_total(), "the cluster")
-        self._up: list[_Worker] = []
-        self._idle: list[_Worker] = []
-        self._starting: dict[Any, _Worker] = {}
-        try:
-            for number in range(1, workers + 1):
-                self._start(number)
-            self._await_start()
-        except BaseException:
-            self.close()
-            raise
+        self._workers = Workers(RolloutWorker, workers, resources, stop_requested)
+        self._dispatch = Dispatch(faults)
+        self._in_flight: dict[Any, Flight] = {}
 
     @property
     def alive(self) -> int:
         """How many workers are up."""
-        return len(self._up)
+        return len(self._workers.up)
+
+    @property
+    def restarts(self) -> int:
+        """How many workers were replaced so far."""
+        return self._workers.restarts
+
+    @property
+    def repeated(self) -> int:
+        """How many episodes were begun again so far: their worker was lost, they raised, or they took very long."""
+        return self._dispatch.repeated
 
     def pids(self) -> list[int]:
         """Return the process ids of the workers that are up."""
-        return [worker.pid for worker in self._up]
+        return [worker.pid for worker in self._workers.up]
 
-    def run(self, items: Sequence[WorkItem], weights: Weights) -> list[EpisodeResult]:
-        """Run all items under `weights`; return their results in the order given.
+    def begin(self, items: Sequence[WorkItem], weights: Weights) -> Callable[[], list[EpisodeResult]]:
+        """Begin all items under `weights`; return what waits for their results and returns them in the order given.
 
-        An item whose episode raised twice ends the run, or with `faults.on_error=skip` has `failed_episode` for its
-        result.
+        Several batches may be under way; whichever is waited for, all go on. An item whose episode raised twice ends
+        the run, or with `faults.on_error=skip` has `failed_episode` for its result. What is returned raises:
 
-        Raises:
             Stopped: a stop was requested meanwhile.
             UserError: an episode found its settings or data wrong.
             PoolError: an episode failed otherwise, more workers had to be replaced than the budget allows, or fewer
                 than `resources.min_workers` were up for `resources.start_timeout_s`.
+
+        Then everything that was begun is given up.
         """
-        reference = ray.put(weights)
-        tasks = [_Task(index, item) for index, item in enumerate(items)]
-        waiting = sorted(tasks, key=lambda task: self._costs.expected(task.item))
-        in_flight: dict[Any, _Flight] = {}
-        results: dict[int, EpisodeResult] = {}
-        self._idle = list(self._up)
-        try:
-            while len(results) < len(items):
-                self._assign(waiting, in_flight, reference)
-                ready, _ = ray.wait([*in_flight, *self._starting], num_returns=1, timeout=POLL_S)
-                if self._stop_requested():
-                    raise Stopped
-                for future in ready:
-                    if future in self._starting:
-                        self._idle += self._started(future)
-                        continue
-                    flight = in_flight.pop(future)
-                    result = self._outcome(future, flight)
-                    if result is None:
-                        waiting.append(flight.task)
-                    else:
-                        results[flight.task.index] = result
-                waiting += self._end_overdue(in_flight)
-                self._check_floor()
-        finally:
-            for future in in_flight:
-                ray.cancel(future, force=False)
-        return [results[i] for i in range(len(items))]
+        batch = self._dispatch.add(items, ray.put(weights))
+        self._assign()
+        return lambda: self._await(batch)
+
+    def run(self, items: Sequence[WorkItem], weights: Weights) -> list[EpisodeResult]:
+        """Begin all items and wait for their results; see `begin`."""
+        return self.begin(items, weights)()
 
     def close(self) -> None:
         """End all workers; Ray itself kills a process that does not answer within some seconds."""
-        for worker in [*self._up, *self._starting.values()]:
-            ray.kill(worker.actor)
-        self._up, self._idle, self._starting = [], [], {}
+        self._give_up()
+        self._workers.close()
 
-    def _assign(self, waiting: list[_Task], in_flight: dict[Any, _Flight], reference: Any) -> None:
-        """Give the idle workers the longest tasks that wait, none while fewer are up than `resources.min_workers`."""
-        if self.alive < self._resources.min_workers:
+    def _await(self, batch: Batch) -> list[EpisodeResult]:
+        try:
+            while not batch.complete:
+                self._assign()
+                ready, _ = ray.wait([*self._in_flight, *self._workers.starting], num_returns=1, timeout=POLL_S)
+                if self._stop_requested():
+                    raise Stopped
+                for future in ready:
+                    if future in self._workers.starting:
+                        self._workers.started(future)
+                    else:
+                        self._land(future, self._in_flight.pop(future))
+                self._end_overdue()
+                self._workers.check_floor()
+        except BaseException:
+            self._give_up()
+            raise
+        return batch.in_order()
+
+    def _give_up(self) -> None:
+        for future in self._in_flight:
+            ray.cancel(future, force=False)
+        self._in_flight.clear()
+        self._dispatch.drop()
+        self._workers.idle = list(self._workers.up)
+
+    def _assign(self) -> None:
+        """Have the idle workers begin what comes next, nothing while fewer are up than `resources.min_workers`."""
+        if not self._workers.enough:
             return
-        for task in reversed(list(waiting)):
-            others = [worker for worker in self._idle if worker is not task.avoid or self.alive == 1]
-            if not others:
-                continue
-            worker = others[-1]
-            self._idle.remove(worker)
-            waiting.remove(task)
-            task.runs += 1
-            self.repeated += task.runs > 1
-            future = worker.actor.run.remote(reference, task.item.spec)
-            in_flight[future] = _Flight(task, worker, time.monotonic() + self._costs.allowed(task.item, task.overdue))
+        for flight in self._dispatch.assign(list(self._workers.idle), self.alive):
+            self._workers.idle.remove(flight.worker)
+            task = flight.task
+            self._in_flight[flight.worker.actor.run.remote(task.batch.weights, task.item.spec)] = flight
 
-    def _outcome(self, future: Any, flight: _Flight) -> EpisodeResult | None:
-        """Return the result of a flight that has ended, None where its task is to run again."""
-        task, worker = flight.task, flight.worker
+    def _land(self, future: Any, flight: Flight) -> None:
+        """Take in how a flight has ended."""
+        worker, key = flight.worker, flight.task.item.key
         try:
             result: EpisodeResult = ray.get(future)
         except RayTaskError as error:
             if isinstance(error.cause, UserError):
                 raise UserError(str(error.cause)) from None
-            self._idle.append(worker)
-            return self._raised(task, worker, error)
+            self._workers.idle.append(worker)
+            self._raised(flight, error)
         except LOST as error:
-            log.warning("%s: %s is lost: %s; it runs again elsewhere", task.item.key, worker, reason(error))
+            log.warning("%s: %s is lost: %s; it runs again elsewhere", key, worker, reason(error))
             log.debug("the whole of it: %s", error)
-            self._replace(worker, f"{worker}: {reason(error)}")
-            return None
-        self._idle.append(worker)
-        self._costs.learn(task.item, result)
-        return result
+            self._dispatch.lost(flight)
+            self._workers.replace(worker, f"{worker}: {reason(error)}")
+        else:
+            self._workers.idle.append(worker)
+            self._dispatch.finished(flight, result)
 
-    def _raised(self, task: _Task, worker: _Worker, error: RayTaskError) -> EpisodeResult | None:
-        task.errors += 1
-        task.avoid = worker
-        what = f"{task.item.key} ({task.item.spec.problem}) failed"
-        if task.errors < RUNS_PER_ERROR:
+    def _raised(self, flight: Flight, error: RayTaskError) -> None:
+        item = flight.task.item
+        what = f"{item.key} ({item.spec.problem}) failed"
+        if self._dispatch.raised(flight):
             log.warning("%s: %r; it runs once more, elsewhere if there is another worker", what, error.cause)
-            return None
-        if self._faults.on_error == "skip":
+        elif self._faults.on_error == "skip":
             log.warning("%s twice: %r; skipped (faults.on_error=skip)", what, error.cause)
-            return failed_episode(repr(error.cause))
-        raise PoolError(f"{what}: {error.cause!r} (twice; faults.on_error=skip goes on without it)") from error
+            self._dispatch.settle(flight.task, failed_episode(repr(error.cause)))
+        else:
+            raise PoolError(f"{what}: {error.cause!r} (twice; faults.on_error=skip goes on without it)") from error
 
-    def _end_overdue(self, in_flight: dict[Any, _Flight]) -> list[_Task]:
-        """Replace the workers whose deadline has passed; return their tasks, which get twice the time."""
-        now = time.monotonic()
-        late = [(future, flight) for future, flight in in_flight.items() if now > flight.deadline]
-        for future, flight in late:
-            task = flight.task
+    def _end_overdue(self) -> None:
+        """Replace the workers whose deadline has passed."""
+        for flight, allowed in self._dispatch.end_overdue():
+            key = flight.task.item.key
             log.warning(
                 "%s did not end in %.0f s: %s is ended, the episode runs elsewhere, with twice the time",
-                task.item.key,
-                self._costs.allowed(task.item, task.overdue),
+                key,
+                allowed,
                 flight.worker,
             )
-            task.overdue += 1
-            del in_flight[future]
-            self._replace(flight.worker, f"{task.item.key} did not end in time")
-        return [flight.task for _, flight in late]
-
-    def _start(self, number: int) -> None:
-        resources = self._resources
-        actor = (
-            ray.remote(RolloutWorker)
-            .options(
-                num_cpus=resources.num_cpus,
-                num_gpus=resources.num_gpus,
-                max_restarts=0,
-                max_task_retries=0,
-                scheduling_strategy="SPREAD",
-            )
-            .remote()
-        )
-        self._starting[actor.pid.remote()] = _Worker(actor, number)
-
-    def _replace(self, worker: _Worker, cause: str) -> None:
-        """Start a worker in place of `worker`; it is given work once it answers."""
-        ray.kill(worker.actor)
-        if worker in self._up:
-            self._up.remove(worker)
-        now = time.monotonic()
-        self._replaced_at.append(now)
-        while now - self._replaced_at[0] > BUDGET_S:
-            self._replaced_at.popleft()
-        if len(self._replaced_at) > self._resources.max_restarts:
-            raise PoolError(
-                f"{len(self._replaced_at)} workers were lost within an hour, "
-                f"resources.max_restarts={self._resources.max_restarts}; the last: {cause}"
-            )
-        self.restarts += 1
-        self._start(worker.number)
-
-    def _started(self, future: Any) -> list[_Worker]:
-        """Return the worker behind `future` in a list; an empty one where it died and was replaced again."""
-        worker = self._starting.pop(future)
-        try:
-            return [self._come_up(worker, future)]
-        except LOST as error:
-            self._replace(worker, f"{worker}: {reason(error)}")
-            return []
-
-    def _come_up(self, worker: _Worker, future: Any) -> _Worker:
-        worker.pid = ray.get(future)
-        self._up.append(worker)
-        return worker
-
-    def _check_floor(self) -> None:
-        """Say once what is waited for while too few workers are up; raise PoolError when it has taken too long."""
-        resources, now = self._resources, time.monotonic()
-        if self.alive >= resources.min_workers:
-            self._short_since = math.inf
-            return
-        missing = f"{self.alive} workers are up, resources.min_workers={resources.min_workers}"
-        if self._short_since == math.inf:
-            self._short_since = now
-            log.warning("%s: waiting up to %g s for more; %s", missing, resources.start_timeout_s, free_room(resources))
-        elif now - self._short_since > resources.start_timeout_s:
-            raise PoolError(
-                f"{missing}, and no other came up in resources.start_timeout_s={resources.start_timeout_s:g}: "
-                f"{free_room(resources)}"
-            )
-
-    def _await_start(self) -> None:
-        """Wait until every worker is up."""
-        limit, total = time.monotonic() + self._resources.start_timeout_s, len(self._starting)
-        while self._starting:
-            if self._stop_requested():
-                raise Stopped
-            ready, _ = ray.wait(list(self._starting), num_returns=1, timeout=POLL_S)
-            for future in ready:
-                worker = self._starting.pop(future)
-                try:
-                    self._come_up(worker, future)
-                except LOST as error:
-                    raise UserError(f"{worker} died while it started: {reason(error)}") from error
-            if self._starting and not ready and time.monotonic() > limit:
-                raise UserError(
-                    f"only {self.alive} of workers={total} could be placed in resources.start_timeout_s="
-                    f"{self._resources.start_timeout_s:g}: {free_room(self._resources)}; ask for fewer workers"
-                )
+            self._in_flight = {future: each for future, each in self._in_flight.items() if each is not flight}
+            self._workers.replace(flight.worker, f"{key} did not end in time")

@@ -51,6 +51,16 @@ def horizon(settings: MetaTrainSettings, meta_step: int) -> int:
     return choices[derive_seed("horizon", settings.seed, meta_step) % len(choices)]
 
 
+def weights_version(settings: MetaTrainSettings, meta_step: int) -> int:
+    """Return how many updates the weights have had under which `meta_step` is rolled out, at most `meta_step`."""
+    return max(0, meta_step - settings.staleness)
+
+
+def admitted(settings: MetaTrainSettings, version: int) -> range:
+    """Return the meta-steps from `version` on whose weights exist after `version` updates: those may be rolled out."""
+    return range(version, min(version + settings.staleness + 1, settings.meta_steps))
+
+
 def training_items(settings: MetaTrainSettings, meta_step: int, device: str) -> list[WorkItem]:
     """Return the episodes of `meta_step`, in slot order."""
     family = settings.family.training()

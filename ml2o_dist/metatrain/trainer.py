@@ -20,7 +20,15 @@ from ml2o_dist.metatrain.checkpoint import Checkpoint, newest_checkpoint, save_c
 from ml2o_dist.metatrain.episode import EpisodeResult, Weights
 from ml2o_dist.metatrain.history import write_history
 from ml2o_dist.metatrain.learner import Learner, UpdateInfo
-from ml2o_dist.metatrain.schedule import WorkItem, horizon, training_items, validates, validation_items
+from ml2o_dist.metatrain.schedule import (
+    WorkItem,
+    admitted,
+    horizon,
+    training_items,
+    validates,
+    validation_items,
+    weights_version,
+)
 from ml2o_dist.metatrain.trajectories import TrajectoryWriter
 
 CHECKPOINT_SECONDS = 30.0
@@ -31,8 +39,11 @@ LOST_STEPS = 10
 
 log = logging.getLogger(__name__)
 
-Execute = Callable[[Sequence[WorkItem], Weights], list[EpisodeResult]]
-"""Runs work items under weights and returns their results in the order given: `WorkerPool.run`, or a plain loop."""
+Pending = Callable[[], list[EpisodeResult]]
+"""Waits for the results of work items and returns them in the order in which they were given."""
+
+Begin = Callable[[Sequence[WorkItem], Weights], Pending]
+"""Begins work items under weights: `WorkerPool.begin`, or what puts a plain loop off."""
 
 Row = dict[str, float]
 """One meta-step's figures by name; one that was not measured, or is not a number, is not there."""
@@ -125,10 +136,12 @@ class Trainer:
         self._saved = (checkpoint.meta_step, self.progress.validated_step)
         return refused
 
-    def run(self, execute: Execute, on_row: Callable[[int, Row], None] = lambda step, row: None) -> None:
+    def run(self, begin: Begin, on_row: Callable[[int, Row], None] = lambda step, row: None) -> None:
         """Meta-train up to `meta_steps`, calling `on_row(meta_step, figures)` after each one.
 
-        Validation figures of a step come in a call of their own. Any exception leaves the state at the last whole
+        With `staleness` S the episodes of up to S later meta-steps are under way beside those of the next one, under
+        weights that are at most S updates old; which ones is a function of the meta-step alone. Validation figures of
+        a step come in a call of their own. Any exception leaves the state at the last whole
         meta-step, ready for `save`. The state is saved before anything is computed: a run that is killed at any later
         moment can be resumed. A checkpoint on the way that cannot be written costs a warning, the last one raises
         OSError.
@@ -140,16 +153,22 @@ class Trainer:
         self._try_to_save()
         self._saved_at = time.monotonic()
         self._trajectories.discard_from(self.learner.version + 1)
+        begun: dict[int, tuple[Sequence[WorkItem], Pending]] = {}
         while True:
             step = self.learner.version
             if validates(self.settings, step) and self.progress.validated_step < step:
-                self._record(step, {"validation": self._validate(step, execute)}, on_row)
+                self._record(step, {"validation": self._validate(step, begin)}, on_row)
             if step >= self.settings.meta_steps:
                 self.save()
                 return
             if self._checkpoint_due():
                 self._try_to_save()
-            self._record(step + 1, self._train(step, execute), on_row)
+            for later in admitted(self.settings, step):
+                if later not in begun:
+                    items = training_items(self.settings, later, self.settings.device)
+                    weights = self.learner.weights_of(weights_version(self.settings, later))
+                    begun[later] = items, begin(items, weights)
+            self._record(step + 1, self._train(step, *begun.pop(step)), on_row)
 
     def save(self) -> None:
         """Write checkpoint and metrics for the current state, unless they are there already; OSError: not possible."""
@@ -185,10 +204,9 @@ class Trainer:
                 )
             self._unwritable, self._saved_at = True, time.monotonic()
 
-    def _train(self, step: int, execute: Execute) -> Row:
+    def _train(self, step: int, items: Sequence[WorkItem], pending: Pending) -> Row:
         began = time.monotonic()
-        items = training_items(self.settings, step, self.settings.device)
-        results = execute(items, self.learner.weights)
+        results = pending()
         seconds = time.monotonic() - began
         self._trajectories.add(step + 1, items, results)
         inner_steps = sum(r.inner_steps for r in results)
@@ -215,6 +233,7 @@ class Trainer:
             "skipped_episodes": float(update.skipped),
             "failed_episodes": float(failed),
             "horizon": float(horizon(self.settings, step)),
+            "lag": float(step - weights_version(self.settings, step)),
             "inner_steps_per_s": inner_steps / seconds,
         }
 
@@ -240,9 +259,9 @@ class Trainer:
             history.append({"meta_step": float(step), **row})
         on_row(step, row)
 
-    def _validate(self, step: int, execute: Execute) -> float:
+    def _validate(self, step: int, begin: Begin) -> float:
         weights = self.learner.averaged_weights
-        results = execute(validation_items(self.settings, step, self.settings.device), weights)
+        results = begin(validation_items(self.settings, step, self.settings.device), weights)()
         score = sum(r.score for r in results) / len(results) if all(r.finite for r in results) else math.inf
         if score < self.progress.best_score:
             self.progress.best_score, self.progress.best_step, self.best_weights = score, step, weights

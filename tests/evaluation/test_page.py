@@ -21,8 +21,8 @@ from ml2o_dist.metatrain.trajectories import episodes_table
 from ml2o_dist.rules.ml2o import ML2ONetwork
 from ml2o_dist.run_log import RunLog, Warned
 from tests.evaluation.synthetic import DIGITS_ROWS, HOSTILE, evaluation
+from tests.metatrain.executing import in_process
 from tests.metatrain.settings import small
-from tests.metatrain.test_trainer import in_process
 
 HISTORY = [
     {

@@ -15,14 +15,14 @@ from ml2o_dist.metatrain.checkpoint import newest_checkpoint
 from ml2o_dist.metatrain.history import FILE, SCHEMA, read_history, write_history
 from ml2o_dist.metatrain.schedule import horizon
 from ml2o_dist.metatrain.trainer import Trainer
+from tests.metatrain.executing import in_process, later
 from tests.metatrain.settings import small
-from tests.metatrain.test_trainer import in_process
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     trainer = Trainer(small(), tmp_path_factory.mktemp("trained"))
-    trainer.run(in_process)
+    trainer.run(later(in_process))
     return trainer
 
 

@@ -21,10 +21,12 @@ from ml2o_dist.config import FaultSettings, ResourceSettings
 from ml2o_dist.errors import UserError
 from ml2o_dist.metatrain import pool as pool_module
 from ml2o_dist.metatrain.episode import failed_episode, run_episode
-from ml2o_dist.metatrain.pool import PoolError, Stopped, WorkerPool
+from ml2o_dist.metatrain.pool import WorkerPool
 from ml2o_dist.metatrain.schedule import Key, WorkItem, training_items, validation_items
 from ml2o_dist.metatrain.trainer import Trainer
 from ml2o_dist.metatrain.worker import RolloutWorker
+from ml2o_dist.metatrain.workers import PoolError, Stopped
+from tests.metatrain.executing import digests, in_process, later
 from tests.metatrain.settings import small
 
 RESOURCES = ResourceSettings()
@@ -44,21 +46,17 @@ def pool(cluster):
         each.close()
 
 
-def digests(trainer):
-    return weights_sha256(trainer.learner.weights), weights_sha256(trainer.best_weights)
-
-
 @pytest.fixture(scope="module")
 def calm(tmp_path_factory):
     trainer = Trainer(small(), tmp_path_factory.mktemp("calm"))
-    trainer.run(lambda items, weights: [run_episode(weights, item.spec) for item in items])
+    trainer.run(later(in_process))
     return digests(trainer)
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
 def test_weights_after_12_meta_steps_do_not_depend_on_the_number_of_workers(pool, tmp_path, calm, workers):
     trainer = Trainer(small(workers=workers), tmp_path)
-    trainer.run(pool(workers).run)
+    trainer.run(pool(workers).begin)
     assert digests(trainer) == calm
 
 
@@ -88,10 +86,10 @@ def test_the_same_holds_for_networks_and_exact_gradients_with_a_worker_killed(po
                 os.kill(workers.pids()[0], signal.SIGKILL)
 
         trainers.append(Trainer(small(**NETWORKS), tmp_path / str(count)))
-        trainers[-1].run(workers.run, on_row)
+        trainers[-1].run(workers.begin, on_row)
         assert workers.restarts == count // 3
     plain = Trainer(small(**NETWORKS), tmp_path / "plain")
-    plain.run(lambda items, weights: [run_episode(weights, item.spec) for item in items])
+    plain.run(later(in_process))
     assert digests(trainers[0]) == digests(trainers[1]) == digests(plain)
     assert digests(plain)[0] != weights_sha256(Trainer(small(**NETWORKS), tmp_path).learner.weights)
 
@@ -105,7 +103,7 @@ def test_nor_on_a_worker_that_is_killed_on_the_way(pool, tmp_path, calm):
             victims.append(workers.pids()[0])
             threading.Thread(target=os.kill, args=(victims[0], signal.SIGKILL)).start()
 
-    trainer.run(workers.run, on_row)
+    trainer.run(workers.begin, on_row)
     assert digests(trainer) == calm
     assert workers.restarts == 1
     assert victims[0] not in workers.pids()
@@ -116,13 +114,13 @@ def test_nor_on_a_stop_and_a_resume_with_another_number_of_workers(pool, tmp_pat
     asked = []
     first, workers = Trainer(small(), tmp_path), pool(2, stop=lambda: bool(asked))
     with pytest.raises(Stopped):
-        first.run(workers.run, lambda step, row: asked.append(step) if step == 5 else None)
+        first.run(workers.begin, lambda step, row: asked.append(step) if step == 5 else None)
     first.save()
     assert first.learner.version == 5
     workers.close()
     second = Trainer(small(), tmp_path)
     second.resume()
-    second.run(pool(3).run)
+    second.run(pool(3).begin)
     assert digests(second) == calm
 
 
@@ -238,7 +236,7 @@ def test_or_is_skipped_and_counted(pool, faults, tmp_path):
     bad = training_items(settings, 1, "cpu")[2]
     faults.order(bad, "always")
     trainer = Trainer(settings, tmp_path / "run")
-    trainer.run(pool(2, faults=FaultSettings(on_error="skip")).run)
+    trainer.run(pool(2, faults=FaultSettings(on_error="skip")).begin)
     assert (trainer.progress.failed_episodes, trainer.progress.skipped_episodes) == (1, 1)
     assert [row.get("failed_episodes") for row in trainer.progress.history] == [None, 0.0, 1.0]
     assert len(faults.pids(bad)) == 2
@@ -247,7 +245,7 @@ def test_or_is_skipped_and_counted(pool, faults, tmp_path):
         return [failed_episode("") if item == bad else run_episode(weights, item.spec) for item in items]
 
     again = Trainer(settings, tmp_path / "again")
-    again.run(without_it)
+    again.run(later(without_it))
     assert digests(again) == digests(trainer)
 
 
@@ -256,8 +254,8 @@ def test_a_validation_that_fails_is_never_the_best(pool, faults, tmp_path):
     faults.order(validation_items(settings, 1, "cpu")[0], "always")
     trainer = Trainer(settings, tmp_path / "run")
     with pytest.raises(PoolError, match=r"^validation at meta-step 0 slot 0"):
-        trainer.run(pool(2).run)
-    trainer.run(pool(2, faults=FaultSettings(on_error="skip")).run)
+        trainer.run(pool(2).begin)
+    trainer.run(pool(2, faults=FaultSettings(on_error="skip")).begin)
     assert trainer.progress.best_step == -1
     assert trainer.progress.history[-1]["validation"] == math.inf
 

@@ -9,47 +9,21 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from ml2o_dist.artifact import weights_sha256
 from ml2o_dist.errors import UserError
 from ml2o_dist.metatrain.checkpoint import newest_checkpoint, save_checkpoint
-from ml2o_dist.metatrain.episode import run_episode
 from ml2o_dist.metatrain.schedule import training_items
 from ml2o_dist.metatrain.trainer import Trainer, TrainingError
 from ml2o_dist.rules.base import Oracle
 from ml2o_dist.rules.ml2o import ML2ONetwork
+from tests.metatrain.executing import Cut, cut_after, digests, in_process, later
 from tests.metatrain.faulty_disk import FaultyDisk, Killed
 from tests.metatrain.settings import small
-
-
-class Cut(Exception):
-    """Stands for whatever ends a run from outside."""
-
-
-def in_process(items, weights):
-    return [run_episode(weights, item.spec) for item in items]
-
-
-def cut_after(calls):
-    """An executor that works `calls` times and is then cut off."""
-    left = [calls]
-
-    def execute(items, weights):
-        if not left[0]:
-            raise Cut
-        left[0] -= 1
-        return in_process(items, weights)
-
-    return execute
-
-
-def digests(trainer):
-    return weights_sha256(trainer.learner.weights), weights_sha256(trainer.best_weights)
 
 
 @pytest.fixture(scope="module")
 def calm(tmp_path_factory):
     trainer = Trainer(small(), tmp_path_factory.mktemp("calm"))
-    trainer.run(in_process)
+    trainer.run(later(in_process))
     return trainer
 
 
@@ -73,7 +47,7 @@ def test_nor_does_any_tensor_of_the_other_forms_stay_as_it_was(tmp_path, rule, k
     settings = small(meta_steps=3, rule=rule, estimator={"kind": kind}, family={"train": train})
     trainer = Trainer(settings, tmp_path)
     start = trainer.learner.weights
-    trainer.run(in_process)
+    trainer.run(later(in_process))
     assert not [name for name, tensor in trainer.learner.weights.items() if torch.equal(tensor, start[name])]
 
 
@@ -83,7 +57,7 @@ def test_the_meta_loss_falls(tmp_path):
     trainer = Trainer(settings, tmp_path)
     fresh = [item for step in range(100, 106) for item in training_items(settings, step, "cpu")]
     before = [r.meta_loss for r in in_process(fresh, trainer.learner.weights)]
-    trainer.run(in_process)
+    trainer.run(later(in_process))
     after = [r.meta_loss for r in in_process(fresh, trainer.learner.weights)]
     assert sum(after) / len(after) < sum(before) / len(before) - 0.05
     assert sum(a < b for a, b in zip(after, before, strict=True)) > 0.8 * len(after)
@@ -102,16 +76,16 @@ def test_cut_anywhere_and_resumed_ends_at_the_same_weights(calm, tmp_path, calls
     """16 calls in all: 12 meta-steps and 4 validations."""
     first = Trainer(small(), tmp_path)
     with pytest.raises(Cut):
-        first.run(cut_after(calls))
+        first.run(later(cut_after(calls)))
     first.save()
     second = Trainer(small(), tmp_path)
     assert second.resume() == []
     with pytest.raises(Cut):
-        second.run(cut_after(1))
+        second.run(later(cut_after(1)))
     second.save()
     third = Trainer(small(workers=2), tmp_path)
     third.resume()
-    third.run(in_process)
+    third.run(later(in_process))
     assert digests(third) == digests(calm)
     names = ("meta_step", "meta_loss", "validation")
     assert [[r.get(n) for n in names] for r in third.progress.history] == [
@@ -130,7 +104,7 @@ def test_killed_at_any_file_operation_of_a_checkpoint_and_resumed_ends_at_the_sa
 
         with monkeypatch.context() as patch:
             patch.setattr("ml2o_dist.metatrain.trainer.save_checkpoint", struck)
-            trainer.run(in_process)
+            trainer.run(later(in_process))
 
     calm, disk = Trainer(settings, tmp_path / "calm"), FaultyDisk()
     run_on(disk, calm)
@@ -143,7 +117,7 @@ def test_killed_at_any_file_operation_of_a_checkpoint_and_resumed_ends_at_the_sa
         if newest_checkpoint(first.run_dir / "checkpoints")[0] is not None:
             assert second.resume() == []
             resumed += 1
-        second.run(in_process)
+        second.run(later(in_process))
         assert digests(second) == digests(calm), (at, disk.done[at])
     assert resumed > len(disk.done) // 2
 
@@ -167,7 +141,7 @@ def test_a_checkpoint_that_cannot_be_written_is_warned_of_once_and_the_next_one_
 ):
     calls, saved = failing_saves(monkeypatch, {3, 4, 6}), []
     trainer = Trainer(small(checkpoint_every=2), tmp_path, on_saved=lambda: saved.append(trainer.learner.version))
-    trainer.run(in_process)
+    trainer.run(later(in_process))
     assert digests(trainer) == digests(calm)
     assert [checkpoint.meta_step for _, checkpoint, _ in calls] == [0, 2, 4, 6, 8, 10, 12]
     assert saved == [0, 2, 8, 12]
@@ -192,14 +166,14 @@ def test_the_time_of_all_processes_is_in_the_checkpoint(tmp_path, monkeypatch):
     settings = small(meta_steps=4, validation={"every": 4}, checkpoint_every=1)
     first = Trainer(settings, tmp_path)
     with pytest.raises(Cut):
-        first.run(cut_off)
+        first.run(later(cut_off))
     now[0] += 5.0
     first.save()  # there already
     now[0] += 5000.0
     second = Trainer(settings, tmp_path)
     second.resume()
     now[0] += 60.0  # Ray starts
-    second.run(slow)
+    second.run(later(slow))
     state = newest_checkpoint(tmp_path / "checkpoints")[0].state["progress"]
     assert state["seconds"] == 6 * 7.0, "four meta-steps and two validations"
 
@@ -208,7 +182,7 @@ def test_the_last_checkpoint_must_be_written(tmp_path, monkeypatch):
     failing_saves(monkeypatch, {3})
     trainer = Trainer(small(meta_steps=4, checkpoint_every=2), tmp_path)
     with pytest.raises(OSError, match="No space left"):
-        trainer.run(in_process)
+        trainer.run(later(in_process))
     trainer.save()
     assert newest_checkpoint(tmp_path / "checkpoints")[0].meta_step == 4
 
@@ -235,7 +209,7 @@ def test_episodes_that_are_not_finite_are_skipped_counted_and_survived(tmp_path)
                 for i, r in enumerate(results)]  # fmt: skip
 
     trainer = Trainer(small(meta_steps=3), tmp_path)
-    trainer.run(spoiled)
+    trainer.run(later(spoiled))
     assert trainer.progress.skipped_episodes == 3
     assert all(bool(t.isfinite().all()) for t in trainer.learner.weights.values())
 
@@ -248,7 +222,7 @@ def test_a_validation_that_diverges_is_never_the_best(tmp_path):
         return results
 
     trainer = Trainer(small(), tmp_path)
-    trainer.run(diverging)
+    trainer.run(later(diverging))
     assert trainer.progress.best_step == 0
     assert trainer.progress.history[-1]["validation"] == math.inf
 
@@ -258,7 +232,7 @@ OVERFLOWS = "multidigits[hidden=4,batch=8,init=1e30]"  # its logits are infinite
 
 def check_that_others_go_on(trainer, name):
     """Slots of the sound problem go on training; nothing of the other's gets into the weights."""
-    trainer.run(in_process)
+    trainer.run(later(in_process))
     steps = trainer.settings.meta_steps
     items = [item for step in range(steps) for item in training_items(trainer.settings, step, "cpu")]
     spoiled = sum(item.spec.problem.name == name for item in items)
@@ -295,7 +269,7 @@ def test_ten_meta_steps_without_a_usable_episode_end_the_run(tmp_path):
     settings = small(meta_steps=40, family={"train": [{"problem": OVERFLOWS}]})
     trainer = Trainer(settings, tmp_path)
     with pytest.raises(TrainingError, match="no episode of the last 10 meta-steps gave a finite meta-gradient"):
-        trainer.run(in_process)
+        trainer.run(later(in_process))
     assert trainer.learner.version == 9
     trainer.save()
     again = Trainer(settings, tmp_path)
@@ -309,9 +283,9 @@ def test_a_run_that_is_killed_before_its_first_meta_step_can_be_resumed(calm, tm
         raise Cut
 
     with pytest.raises(Cut):
-        Trainer(small(), tmp_path).run(killed)
+        Trainer(small(), tmp_path).run(later(killed))
     second = Trainer(small(), tmp_path)
     second.resume()
     assert second.learner.version == 0
-    second.run(in_process)
+    second.run(later(in_process))
     assert digests(second) == digests(calm)

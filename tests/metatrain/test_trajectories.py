@@ -29,8 +29,8 @@ from ml2o_dist.metatrain.trajectories import (
     recorded_problems,
 )
 from ml2o_dist.rules.ml2o import ML2ONetwork
+from tests.metatrain.executing import Cut, cut_after, digests, in_process, later
 from tests.metatrain.settings import small
-from tests.metatrain.test_trainer import Cut, cut_after, digests, in_process
 
 SETTINGS = {"instances": 2, "trajectories": {"meta_steps": 4, "slots": 3}}
 
@@ -38,7 +38,7 @@ SETTINGS = {"instances": 2, "trajectories": {"meta_steps": 4, "slots": 3}}
 @pytest.fixture(scope="module")
 def recorded(tmp_path_factory):
     trainer = Trainer(small(**SETTINGS), tmp_path_factory.mktemp("recorded"))
-    trainer.run(in_process)
+    trainer.run(later(in_process))
     return trainer
 
 
@@ -91,7 +91,7 @@ def test_meta_steps_have_one_number_everywhere(tmp_path, caplog):
         return [replace(r, gradient=None, finite=False) if lost and i == 2 else r for i, r in enumerate(results)]
 
     trainer = Trainer(small(meta_steps=3, checkpoint_every=1, trajectories={"meta_steps": 3}), tmp_path)
-    trainer.run(spoiled)
+    trainer.run(later(spoiled))
     figures = pq.read_table(tmp_path / "metrics.parquet").to_pylist()
     horizons = {row["meta_step"]: row["horizon"] for row in figures if row["horizon"] is not None}
     assert sorted(horizons) == [1, 2, 3]
@@ -118,7 +118,7 @@ def test_the_size_is_bounded_by_the_settings(recorded, tmp_path):
     assert sum(item.spec.record for item in training_items(settings, 0, "cpu")) == 8
     assert len(read_trajectories(recorded.run_dir).rows) <= 4 * 3 * 2 * 8
     none = Trainer(small(meta_steps=2, trajectories={"meta_steps": 0}), tmp_path)
-    none.run(in_process)
+    none.run(later(in_process))
     assert not (tmp_path / "trajectories").exists()
 
 
@@ -134,7 +134,7 @@ def test_an_inner_step_takes_some_thirty_bytes():
 
 def test_recording_changes_no_weight(recorded, tmp_path):
     without = Trainer(small(instances=2, trajectories={"meta_steps": 0}), tmp_path)
-    without.run(in_process)
+    without.run(later(in_process))
     assert digests(without) == digests(recorded)
 
 
@@ -144,14 +144,14 @@ def test_cut_anywhere_and_resumed_leaves_the_same_files(recorded, tmp_path, call
     settings = small(**SETTINGS, checkpoint_every=2)
     first = Trainer(settings, tmp_path)
     with pytest.raises(Cut):
-        first.run(cut_after(calls))
+        first.run(later(cut_after(calls)))
     first._trajectories.flush()  # that thread may have got any far: here, all the way
     try:
         second = Trainer(settings, tmp_path)
         second.resume()
     except UserError:  # no checkpoint yet: from the start
         second = Trainer(settings, tmp_path)
-    second.run(in_process)
+    second.run(later(in_process))
     assert files(tmp_path) == files(recorded.run_dir)
 
 
@@ -169,7 +169,7 @@ def test_a_checkpoint_is_not_written_before_what_was_recorded(tmp_path, monkeypa
     settings = small(meta_steps=3, checkpoint_every=3, trajectories={"meta_steps": 3})
     trainer = Trainer(settings, tmp_path)
     monkeypatch.setattr("ml2o_dist.metatrain.trainer.write_history", lambda *arguments: seen.append("metrics"))
-    trainer.run(in_process)
+    trainer.run(later(in_process))
     assert seen == ["metrics", 1, 2, 3, "metrics"], "the first ones are written before anything is computed"
 
 
@@ -178,7 +178,7 @@ def test_a_run_begun_anew_keeps_nothing_of_one_that_was_killed_before_its_first_
     (tmp_path / "trajectories" / "step_000002.parquet").write_bytes(b"another run's")
     (tmp_path / "trajectories" / "notes.txt").write_text("the user's own")
     trainer = Trainer(small(**SETTINGS), tmp_path)
-    trainer.run(in_process)
+    trainer.run(later(in_process))
     assert (tmp_path / "trajectories" / "notes.txt").exists()
     assert {k: v for k, v in files(tmp_path).items() if k != "notes.txt"} == files(recorded.run_dir)
 
@@ -190,7 +190,7 @@ def test_a_full_disk_is_said_once_and_costs_only_the_trajectories(recorded, tmp_
     monkeypatch.setattr("ml2o_dist.metatrain.trajectories.replacing", full)
     trainer = Trainer(small(**SETTINGS), tmp_path)
     with caplog.at_level(logging.WARNING):
-        trainer.run(in_process)
+        trainer.run(later(in_process))
     assert digests(trainer) == digests(recorded)
     said = [record.message for record in caplog.records if "trajectories" in record.message]
     assert len(said) == 1

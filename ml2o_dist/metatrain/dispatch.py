@@ -1,0 +1,202 @@
+"""Which item runs next on which worker, and which again: bookkeeping without Ray, driven by whoever has the workers."""
+
+from __future__ import annotations
+
+import time
+from bisect import insort
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ml2o_dist.config import FaultSettings
+from ml2o_dist.metatrain.costs import Costs
+from ml2o_dist.metatrain.episode import EpisodeResult
+from ml2o_dist.metatrain.schedule import WorkItem
+
+RUNS_PER_ERROR = 2
+"""A key whose episode raised runs again once, on another worker: an error of the machine is not one of the episode."""
+
+TWIN_AFTER = 2.0
+"""A worker with nothing else to do runs an episode a second time that has taken so many times what it should take."""
+
+
+@dataclass(eq=False)
+class Batch:
+    """Items that run under the same weights, and the results that are there, by place."""
+
+    items: Sequence[WorkItem]
+    weights: Any
+    results: dict[int, EpisodeResult] = field(default_factory=dict)
+
+    @property
+    def complete(self) -> bool:
+        """Every item has its result."""
+        return len(self.results) == len(self.items)
+
+    def in_order(self) -> list[EpisodeResult]:
+        """Return the results in the order of the items."""
+        return [self.results[place] for place in range(len(self.items))]
+
+
+@dataclass(eq=False)
+class Task:
+    """An item on its way to a result: how often it ran, where it failed last, how often it raised or was overdue."""
+
+    batch: Batch
+    place: int
+    expected: float
+    runs: int = 0
+    flying: int = 0
+    avoid: Any = None
+    errors: int = 0
+    overdue: int = 0
+
+    @property
+    def item(self) -> WorkItem:
+        """What runs."""
+        return self.batch.items[self.place]
+
+    @property
+    def done(self) -> bool:
+        """Its result is there."""
+        return self.place in self.batch.results
+
+
+@dataclass(frozen=True, eq=False)
+class Flight:
+    """A task that `worker` is working on since `began`, and until when it may (seconds of the clock)."""
+
+    task: Task
+    worker: Any
+    began: float
+    deadline: float
+
+
+class Dispatch:
+    """Items that wait or run, of one batch or of several at once.
+
+    What is needed first starts first: items of the earliest meta-step, its validation before its training (the order
+    in which the results are waited for), the longest by measured cost first. An item runs again where its worker was
+    lost or it raised, and a straggler a second time where a worker has nothing else to do: episodes are pure functions,
+    so the first result counts and another one would be equal.
+
+    Attributes:
+        repeated: episodes begun again so far.
+        twins: of these, stragglers that went on elsewhere.
+    """
+
+    def __init__(self, faults: FaultSettings, clock: Callable[[], float] = time.monotonic) -> None:
+        self._faults = faults
+        self._clock = clock
+        self._costs = Costs(faults)
+        self._waiting: list[Task] = []  # what is needed first comes last
+        self._flights: set[Flight] = set()
+        self.repeated = 0
+        self.twins = 0
+
+    @property
+    def flights(self) -> Collection[Flight]:
+        """What runs."""
+        return self._flights
+
+    def add(self, items: Sequence[WorkItem], weights: Any) -> Batch:
+        """Take in a batch; its items wait from now on."""
+        batch = Batch(items, weights)
+        for place, item in enumerate(items):
+            self._wait(Task(batch, place, self._costs.expected(item)))
+        return batch
+
+    def drop(self) -> None:
+        """Forget everything that waits or runs."""
+        self._waiting.clear()
+        self._flights.clear()
+
+    def assign(self, idle: Iterable[Any], alive: int) -> list[Flight]:
+        """Return what the `idle` ones of `alive` workers are to begin now."""
+        begun = []
+        for worker in idle:
+            task = self._next(worker, alive) or self._straggler(worker)
+            if task is not None:
+                begun.append(self._begin(task, worker))
+        return begun
+
+    def finished(self, flight: Flight, result: EpisodeResult) -> None:
+        """Take in the result of a flight; that of a twin which is late is the one that is there already."""
+        self._land(flight)
+        self._costs.learn(flight.task.item, result)
+        self.settle(flight.task, result)
+
+    def settle(self, task: Task, result: EpisodeResult) -> None:
+        """Make `result` that of the task, whatever is still on its way."""
+        task.batch.results.setdefault(task.place, result)
+
+    def lost(self, flight: Flight) -> None:
+        """Have a flight's task run again, since its worker is gone."""
+        self._land(flight)
+        self._again(flight.task)
+
+    def raised(self, flight: Flight) -> bool:
+        """Have a flight's task run again, on another worker if there is one; False where it has raised too often."""
+        self._land(flight)
+        task = flight.task
+        task.errors += 1
+        task.avoid = flight.worker
+        if task.errors >= RUNS_PER_ERROR and not task.done:
+            return False
+        self._again(task)
+        return True
+
+    def end_overdue(self) -> list[tuple[Flight, float]]:
+        """Return flights past their deadline with the seconds they had; their tasks run again and get twice that."""
+        late = [flight for flight in self._flights if self._clock() > flight.deadline]
+        for flight in late:
+            self._land(flight)
+            flight.task.overdue += 1
+            self._again(flight.task)
+        return [(flight, flight.deadline - flight.began) for flight in late]
+
+    def _next(self, worker: Any, alive: int) -> Task | None:
+        for place in range(len(self._waiting) - 1, -1, -1):
+            if self._waiting[place].avoid is not worker or alive == 1:
+                return self._waiting.pop(place)
+        return None
+
+    def _straggler(self, worker: Any) -> Task | None:
+        """Return what has taken longest, in multiples of what it should take, if that is long and no twin has begun."""
+        if self._waiting:
+            return None
+        now = self._clock()
+        late = [
+            ((now - flight.began) / max(flight.task.expected, 1e-6), flight.task)
+            for flight in self._flights
+            if flight.task.flying == 1 and not flight.task.done and flight.worker is not worker
+        ]
+        factor, task = max(late, key=lambda each: each[0], default=(0.0, None))
+        return task if factor > TWIN_AFTER else None
+
+    def _begin(self, task: Task, worker: Any) -> Flight:
+        self.repeated += task.runs > 0
+        self.twins += task.flying
+        task.runs += 1
+        task.flying += 1
+        now = self._clock()
+        flight = Flight(task, worker, now, now + self._costs.allowed(task.item, task.overdue))
+        self._flights.add(flight)
+        return flight
+
+    def _land(self, flight: Flight) -> None:
+        self._flights.discard(flight)
+        flight.task.flying -= 1
+
+    def _again(self, task: Task) -> None:
+        if not task.done and not task.flying:
+            task.expected = self._costs.expected(task.item)
+            self._wait(task)
+
+    def _wait(self, task: Task) -> None:
+        insort(self._waiting, task, key=_urgency)
+
+
+def _urgency(task: Task) -> tuple[int, bool, float, int]:
+    key = task.item.key
+    return -key.meta_step, key.purpose != "train", task.expected, -key.slot

@@ -1,0 +1,179 @@
+"""The rollout workers as Ray actors: started, found dead, replaced, within a budget and above a floor."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from ml2o_dist.config import ResourceSettings
+from ml2o_dist.errors import UserError
+from ml2o_dist.metatrain.capacity import check_capacity, cluster_total, free_room
+from ml2o_dist.metatrain.worker_loss import LOST, reason
+
+POLL_S = 0.2
+"""How often the driver looks whether it was asked to stop."""
+
+BUDGET_S = 3600.0
+"""`resources.max_restarts` counts the replacements of so long a time: a crash loop ends a run, a spot node does not."""
+
+log = logging.getLogger(__name__)
+
+
+class Stopped(Exception):
+    """The run was asked to stop; nothing of the meta-step under way was used."""
+
+
+class PoolError(Exception):
+    """The pool cannot go on; the run ends with a checkpoint."""
+
+
+@dataclass(eq=False)
+class Worker:
+    """One actor; `pid` is known once it is up. Who replaces it has its number, counted from 1."""
+
+    actor: Any
+    number: int
+    pid: int = 0
+
+    def __str__(self) -> str:
+        return f"worker {self.number} (pid {self.pid})" if self.pid else f"worker {self.number}"
+
+
+class Workers:
+    """So many actors of a class that has `pid()`; one that is lost is replaced under its number.
+
+    Attributes:
+        up, idle: those that answered, and those of them that have nothing to do.
+        starting: those that have not answered yet, by the reference of their answer.
+        restarts: workers replaced so far.
+    """
+
+    def __init__(
+        self, actor_class: type, count: int, resources: ResourceSettings, stop_requested: Callable[[], bool]
+    ) -> None:
+        """Start them and wait until all are up.
+
+        Raises:
+            UserError: the cluster has no room for them, or they do not come up in `resources.start_timeout_s`.
+            Stopped: a stop was requested meanwhile.
+        """
+        self._class = actor_class
+        self._resources = resources
+        self._replaced_at: deque[float] = deque()
+        self._short_since = math.inf
+        self.restarts = 0
+        self.up: list[Worker] = []
+        self.idle: list[Worker] = []
+        self.starting: dict[Any, Worker] = {}
+        check_capacity(count, resources, cluster_total(), "the cluster")
+        try:
+            for number in range(1, count + 1):
+                self._start(number)
+            self._await_start(stop_requested)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def enough(self) -> bool:
+        """At least `resources.min_workers` are up."""
+        return len(self.up) >= self._resources.min_workers
+
+    def close(self) -> None:
+        """End all; Ray itself kills a process that does not answer within some seconds."""
+        for worker in [*self.up, *self.starting.values()]:
+            ray.kill(worker.actor)
+        self.up, self.idle, self.starting = [], [], {}
+
+    def replace(self, worker: Worker, cause: str) -> None:
+        """End `worker` and start one in its place, which is idle once it answers.
+
+        Raises:
+            PoolError: more had to be replaced than the budget allows.
+        """
+        ray.kill(worker.actor)
+        if worker in self.up:
+            self.up.remove(worker)
+        if worker in self.idle:
+            self.idle.remove(worker)
+        now = time.monotonic()
+        self._replaced_at.append(now)
+        while now - self._replaced_at[0] > BUDGET_S:
+            self._replaced_at.popleft()
+        if len(self._replaced_at) > self._resources.max_restarts:
+            raise PoolError(
+                f"{len(self._replaced_at)} workers were lost within an hour, "
+                f"resources.max_restarts={self._resources.max_restarts}; the last: {cause}"
+            )
+        self.restarts += 1
+        self._start(worker.number)
+
+    def started(self, future: Any) -> None:
+        """Take in the answer of a worker that was starting; one that died is replaced again."""
+        worker = self.starting.pop(future)
+        try:
+            self._come_up(worker, future)
+        except LOST as error:
+            self.replace(worker, f"{worker}: {reason(error)}")
+
+    def check_floor(self) -> None:
+        """Say once what is waited for while too few workers are up; raise PoolError when it has taken too long."""
+        resources, now = self._resources, time.monotonic()
+        if self.enough:
+            self._short_since = math.inf
+            return
+        missing = f"{len(self.up)} workers are up, resources.min_workers={resources.min_workers}"
+        if self._short_since == math.inf:
+            self._short_since = now
+            log.warning("%s: waiting up to %g s for more; %s", missing, resources.start_timeout_s, free_room(resources))
+        elif now - self._short_since > resources.start_timeout_s:
+            raise PoolError(
+                f"{missing}, and no other came up in resources.start_timeout_s={resources.start_timeout_s:g}: "
+                f"{free_room(resources)}"
+            )
+
+    def _start(self, number: int) -> None:
+        resources = self._resources
+        actor = (
+            ray.remote(self._class)
+            .options(
+                num_cpus=resources.num_cpus,
+                num_gpus=resources.num_gpus,
+                max_restarts=0,
+                max_task_retries=0,
+                scheduling_strategy="SPREAD",
+            )
+            .remote()
+        )
+        self.starting[actor.pid.remote()] = Worker(actor, number)
+
+    def _come_up(self, worker: Worker, future: Any) -> None:
+        worker.pid = ray.get(future)
+        self.up.append(worker)
+        self.idle.append(worker)
+
+    def _await_start(self, stop_requested: Callable[[], bool]) -> None:
+        """Wait until every worker is up."""
+        limit, total = time.monotonic() + self._resources.start_timeout_s, len(self.starting)
+        while self.starting:
+            if stop_requested():
+                raise Stopped
+            ready, _ = ray.wait(list(self.starting), num_returns=1, timeout=POLL_S)
+            for future in ready:
+                worker = self.starting.pop(future)
+                try:
+                    self._come_up(worker, future)
+                except LOST as error:
+                    raise UserError(f"{worker} died while it started: {reason(error)}") from error
+            if self.starting and not ready and time.monotonic() > limit:
+                raise UserError(
+                    f"only {len(self.up)} of workers={total} could be placed in resources.start_timeout_s="
+                    f"{self._resources.start_timeout_s:g}: {free_room(self._resources)}; ask for fewer workers"
+                )
