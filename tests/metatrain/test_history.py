@@ -29,7 +29,7 @@ def trained(tmp_path_factory):
 def test_counts_and_numbers_of_meta_steps_are_integers(trained):
     schema = pq.read_schema(trained.run_dir / FILE)
     whole = {field.name for field in schema if field.type == pa.int64()}
-    assert whole == {"meta_step", "horizon", "skipped_episodes", "failed_episodes"}
+    assert whole == {"meta_step", "horizon", "lag", "skipped_episodes", "failed_episodes"}
     assert {field.type for field in schema if field.name not in whole} == {pa.float64()}
     rows = duckdb.sql(f"SELECT meta_step, horizon, skipped_episodes FROM '{trained.run_dir / FILE}'").fetchall()
     drawn = [horizon(trained.settings, step) for step in range(12)]
