@@ -68,9 +68,9 @@ def await_workers(pool, count):
     limit = time.monotonic() + 60
     while pool.alive < count:
         assert time.monotonic() < limit
-        ready, _ = ray.wait(list(pool._starting), timeout=1)
+        ready, _ = ray.wait(list(pool._workers.starting), timeout=1)
         for future in ready:
-            pool._started(future)
+            pool._workers.started(future)
 
 
 def test_a_stopped_worker_is_replaced_and_leaves_the_weights_equal(cluster, tmp_path):

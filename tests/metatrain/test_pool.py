@@ -48,16 +48,21 @@ def pool(cluster):
 
 @pytest.fixture(scope="module")
 def calm(tmp_path_factory):
-    trainer = Trainer(small(), tmp_path_factory.mktemp("calm"))
-    trainer.run(later(in_process))
-    return digests(trainer)
+    """The digests of an undisturbed run by staleness."""
+    found = {}
+    for staleness in (0, 2):
+        trainer = Trainer(small(staleness=staleness), tmp_path_factory.mktemp("calm"))
+        trainer.run(later(in_process))
+        found[staleness] = digests(trainer)
+    assert found[0] != found[2]
+    return found
 
 
-@pytest.mark.parametrize("workers", [1, 2, 3])
-def test_weights_after_12_meta_steps_do_not_depend_on_the_number_of_workers(pool, tmp_path, calm, workers):
-    trainer = Trainer(small(workers=workers), tmp_path)
+@pytest.mark.parametrize(("workers", "staleness"), [(1, 0), (2, 0), (3, 0), (1, 2), (3, 2)])
+def test_weights_after_12_meta_steps_do_not_depend_on_the_number_of_workers(pool, tmp_path, calm, workers, staleness):
+    trainer = Trainer(small(workers=workers, staleness=staleness), tmp_path)
     trainer.run(pool(workers).begin)
-    assert digests(trainer) == calm
+    assert digests(trainer) == calm[staleness]
 
 
 NETWORKS = {
@@ -94,8 +99,9 @@ def test_the_same_holds_for_networks_and_exact_gradients_with_a_worker_killed(po
     assert digests(plain)[0] != weights_sha256(Trainer(small(**NETWORKS), tmp_path).learner.weights)
 
 
-def test_nor_on_a_worker_that_is_killed_on_the_way(pool, tmp_path, calm):
-    trainer, workers = Trainer(small(), tmp_path), pool(2)
+@pytest.mark.parametrize("staleness", [0, 2])
+def test_nor_on_a_worker_that_is_killed_on_the_way(pool, tmp_path, calm, staleness):
+    trainer, workers = Trainer(small(staleness=staleness), tmp_path), pool(2)
     victims = []
 
     def on_row(step, row):
@@ -104,24 +110,36 @@ def test_nor_on_a_worker_that_is_killed_on_the_way(pool, tmp_path, calm):
             threading.Thread(target=os.kill, args=(victims[0], signal.SIGKILL)).start()
 
     trainer.run(workers.begin, on_row)
-    assert digests(trainer) == calm
+    assert digests(trainer) == calm[staleness]
     assert workers.restarts == 1
     assert victims[0] not in workers.pids()
-    assert workers.alive + len(workers._starting) == 2
+    assert workers.alive + len(workers._workers.starting) == 2
 
 
-def test_nor_on_a_stop_and_a_resume_with_another_number_of_workers(pool, tmp_path, calm):
+@pytest.mark.parametrize("staleness", [0, 2])
+def test_nor_on_a_stop_and_a_resume_with_another_number_of_workers(pool, tmp_path, calm, staleness):
     asked = []
-    first, workers = Trainer(small(), tmp_path), pool(2, stop=lambda: bool(asked))
+    settings = small(staleness=staleness)
+    first, workers = Trainer(settings, tmp_path), pool(2, stop=lambda: bool(asked))
     with pytest.raises(Stopped):
         first.run(workers.begin, lambda step, row: asked.append(step) if step == 5 else None)
     first.save()
     assert first.learner.version == 5
     workers.close()
-    second = Trainer(small(), tmp_path)
+    second = Trainer(settings, tmp_path)
     second.resume()
     second.run(pool(3).begin)
-    assert digests(second) == calm
+    assert digests(second) == calm[staleness]
+
+
+def test_batches_that_overlap_are_each_answered_in_their_order(pool):
+    weights = Trainer(small(), "unused").learner.weights
+    batches = [training_items(small(), step, "cpu") for step in range(3)]
+    workers = pool(2)
+    pending = [workers.begin(items, weights) for items in batches]
+    results = [each() for each in reversed(pending)]
+    for items, found in zip(reversed(batches), results, strict=True):
+        assert equal(found, [run_episode(weights, item.spec) for item in items])
 
 
 def test_results_come_back_in_the_order_of_the_items(pool):
@@ -291,7 +309,7 @@ def test_below_the_floor_the_run_says_what_it_waits_for_and_gives_up(pool, monke
     resources = ResourceSettings(min_workers=2, start_timeout_s=2)
     made = pool(2, resources.model_copy(update={"start_timeout_s": 30}))
     os.kill(made.pids()[0], signal.SIGKILL)
-    monkeypatch.setattr(made, "_resources", resources.model_copy(update={"num_cpus": 99}))
+    monkeypatch.setattr(made._workers, "_resources", resources.model_copy(update={"num_cpus": 99}))
     items = training_items(small(), 0, "cpu")
     with pytest.raises(PoolError, match=r"1 workers are up, resources\.min_workers=2, and no other came up in .*=2: "):
         made.run(items * 5, Trainer(small(), "unused").learner.weights)
