@@ -36,8 +36,9 @@ def calm(settings, folder):
     return digests(trainer)
 
 
-def test_ten_workers_killed_at_random_moments_leave_the_weights_equal(cluster, tmp_path):
-    settings, source = small(meta_steps=60), random.Random(1)
+@pytest.mark.parametrize("staleness", [0, 2])
+def test_ten_workers_killed_at_random_moments_leave_the_weights_equal(cluster, tmp_path, staleness):
+    settings, source = small(meta_steps=60, staleness=staleness), random.Random(1)
     pool = WorkerPool(3, ResourceSettings(), FaultSettings(shortest_deadline_s=5))
     victims = []
 
@@ -169,21 +170,23 @@ def test_a_second_signal_ends_the_command_at_once_and_says_how_to_go_on(tmp_path
     until(lambda: not started_with(tmp_path), 30, lambda: started_with(tmp_path))
 
 
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    home = tmp_path_factory.mktemp("calm")
-    child = drive(home, *WORDS)
+@pytest.fixture(scope="module", params=[0, 2])
+def undisturbed(request, tmp_path_factory):
+    """The words of a run with a staleness, and what it answered."""
+    home, words = tmp_path_factory.mktemp("calm"), [*WORDS, "--set", f"staleness={request.param}"]
+    child = drive(home, *words)
     output, _ = child.communicate(timeout=200)
     assert child.returncode == 0, (home / "stderr").read_text()
-    return json.loads(output)
+    return words, json.loads(output)
 
 
 @pytest.mark.timeout(600)
 def test_the_driver_killed_three_times_ends_at_the_same_weights_in_one_mlflow_run(undisturbed, tmp_path):
+    words, expected = undisturbed
     checkpoints, source = tmp_path / "runs" / "killed" / "checkpoints", random.Random(2)
     steps = []
     for number, step in enumerate((0, 12, 24)):
-        child = drive(tmp_path, *WORDS, *["--resume"] * (number > 0))
+        child = drive(tmp_path, *words, *["--resume"] * (number > 0))
         try:
             until(lambda wanted=checkpoints / f"step_{step:06d}", child=child: wanted.exists() or child.poll(), 120)
             assert child.poll() is None, (tmp_path / "stderr").read_text()
@@ -194,22 +197,22 @@ def test_the_driver_killed_three_times_ends_at_the_same_weights_in_one_mlflow_ru
         steps.append(newest_checkpoint(checkpoints)[0].meta_step)
         until(lambda: not descendants(tmp_path), 60, lambda: descendants(tmp_path))
     assert steps[-1] < 40
-    child = drive(tmp_path, *WORDS, "--resume")
+    child = drive(tmp_path, *words, "--resume")
     output, _ = child.communicate(timeout=200)
     assert child.returncode == 0, (tmp_path / "stderr").read_text()
     answer = json.loads(output)
-    assert answer["weights_sha256"] == undisturbed["weights_sha256"]
+    assert answer["weights_sha256"] == expected["weights_sha256"]
     client = MlflowClient(f"sqlite:///{tmp_path}/mlflow.db")
     (run,) = client.search_runs([client.get_experiment_by_name("ml2o/meta-train").experiment_id])
-    for key, expected in (("meta_loss", range(1, 41)), ("validation", (0, 10, 20, 30, 40))):
-        assert [metric.step for metric in client.get_metric_history(run.info.run_id, key)] == list(expected)
+    for key, steps in (("meta_loss", range(1, 41)), ("validation", (0, 10, 20, 30, 40))):
+        assert [metric.step for metric in client.get_metric_history(run.info.run_id, key)] == list(steps)
     until(lambda: not descendants(tmp_path), 60, lambda: descendants(tmp_path))
     for pid in started_with(tmp_path):
         os.kill(pid, signal.SIGKILL)
 
 
 def test_a_run_leaves_no_process_behind(undisturbed):
-    home = Path(undisturbed["run_dir"]).parents[1]
+    home = Path(undisturbed[1]["run_dir"]).parents[1]
     until(lambda: not started_with(home), 60, lambda: started_with(home))
 
 
