@@ -43,7 +43,7 @@ def meta_train(
     tracking_uri: str | None,
     resume: bool,
 ) -> dict[str, Any]:
-    """Meta-train an optimizer, compare it with baselines, register it in MLflow.
+    """Meta-train, compare with baselines, register in MLflow.
 
     Every setting is a key of the config file; `--set workers=4 --set rule.output=scaled` overrides it. Image problems
     need data: --set data.root=FOLDER or ML2O_DATA (`ml2o data fetch` downloads it); the default needs none.
@@ -100,7 +100,9 @@ def evaluate(
     address: str,
     tracking_uri: str | None,
 ) -> dict[str, Any]:
-    """Run optimizers on problems, from the same starting points and batches for all, and compare them.
+    """Run optimizers on problems and compare them.
+
+    All have the same starting points and batches.
 
     Optimizers: `initial` (untrained), a run directory, a weights file, `models:/NAME@ALIAS`, `dssmg`, `smg`, the
     adversaries `random`, `ascent`, `nan`, `huge`, `frozen`, `drift`, `turncoat`, and hand-designed ones as
@@ -136,7 +138,7 @@ def evaluate(
 @click.option("--tracking-uri", default="", help="MLflow [default: where the run was tracked].")
 @command
 def sync(console: Console, run_dir: str, tracking_uri: str) -> dict[str, Any]:
-    """Send MLflow what it has not got of a run, because it was away.
+    """Send MLflow what it has not got of a run.
 
     A run says at its end if this is needed. It goes into the same MLflow run, each value once, and so does the
     learned optimizer into the registry. What a run at a URI has to send lies on the machine that ran it: run this
@@ -172,7 +174,9 @@ def sync(console: Console, run_dir: str, tracking_uri: str) -> dict[str, Any]:
 @click.option("--output", help="HTML file [default: RUN_DIR/report.html; ./report.html where RUN_DIR is a URI].")
 @command
 def report(console: Console, run_dir: str, output: str | None) -> dict[str, Any]:
-    """Write RUN_DIR/report.html: a run's curves, comparison and configuration as one page that loads nothing.
+    """Write a run as one page, RUN_DIR/report.html.
+
+    It has the curves, the comparison and the configuration, and loads nothing.
 
     `ml2o meta-train` writes it when it is done; for a run that is not, it shows what is there and says what is missing.
     A file that cannot be read is named on stderr and on the page, which shows the rest.
@@ -201,7 +205,7 @@ def report(console: Console, run_dir: str, output: str | None) -> dict[str, Any]
 def trajectories(
     console: Console, run_dir: str, problem: str | None, output: str | None
 ) -> list[dict[str, Any]] | dict[str, Any]:
-    """List the problems whose training episodes a run recorded, or draw one's: losses, gradients, updates.
+    """List or draw the training episodes that a run recorded.
 
     The data set itself, RUN_DIR/trajectories/*.parquet, is plain Parquet for DuckDB, pandas or Ray Data. The settings
     `trajectories.meta_steps` and `trajectories.slots` say how much of a run is recorded.

@@ -44,7 +44,10 @@ def models() -> None:
 @click.option("--name", default="", help="Only the versions of this model.")
 @command
 def models_list(console: Console, tracking_uri: str, name: str) -> list[dict[str, Any]]:
-    """List every registered version with its aliases and its validation score (lower is better)."""
+    """List every registered version.
+
+    With its aliases and its validation score (lower is better).
+    """
     from ml2o_dist.tracking.registry import list_versions
     from ml2o_dist.tracking.store import redacted, resolve_tracking_uri
 
@@ -60,7 +63,7 @@ def models_list(console: Console, tracking_uri: str, name: str) -> list[dict[str
 @tracking_uri_option
 @command
 def models_show(console: Console, reference: str, tracking_uri: str) -> dict[str, Any]:
-    """Show one version in full, or, where REFERENCE is a bare NAME, which versions of a model have which alias.
+    """Show one version, or the aliases of a bare NAME.
 
     A version whose file cannot be used is shown with what is wrong with it.
     """
@@ -99,7 +102,7 @@ def models_promote(
     address: str,
     tracking_uri: str,
 ) -> dict[str, Any]:
-    """Make a version the champion if it is better than the champion: REFERENCE, or the candidate.
+    """Make REFERENCE, or the candidate, champion if it is better.
 
     Both are evaluated on the suite, from the same starting points and batches. Better: the whole 95 % interval of the
     ratio of their losses lies below 1. The first champion must be better than tuned Adam on the sum. What was evaluated
@@ -123,7 +126,10 @@ def models_promote(
 @tracking_uri_option
 @command
 def models_rollback(console: Console, name: str, tracking_uri: str) -> dict[str, Any]:
-    """Make the previous champion champion again; a second rollback undoes the first."""
+    """Make the previous champion champion again.
+
+    A second rollback undoes the first.
+    """
     from ml2o_dist.tracking.promotion import rollback
     from ml2o_dist.tracking.store import resolve_tracking_uri
 
@@ -139,7 +145,10 @@ def models_rollback(console: Console, name: str, tracking_uri: str) -> dict[str,
 @tracking_uri_option
 @command
 def models_export(console: Console, reference: str, output: str, tracking_uri: str) -> dict[str, Any]:
-    """Write a version's weights.safetensors and its card, weights.json, as they were registered, and verify them."""
+    """Write a version's weights and card, verified.
+
+    As they were registered: weights.safetensors and weights.json.
+    """
     from ml2o_dist.files import home_folder
     from ml2o_dist.tracking.store import resolve_tracking_uri
     from ml2o_dist.tracking.transfer import export_version
@@ -156,7 +165,9 @@ def models_export(console: Console, reference: str, output: str, tracking_uri: s
 @tracking_uri_option
 @command
 def models_import(console: Console, path: str, name: str, tracking_uri: str) -> dict[str, Any]:
-    """Verify a weights file, or the one in a folder, a run directory or at a URI, and register it as a candidate.
+    """Verify a weights file and register it as a candidate.
+
+    It may be a file, or lie in a folder, a run directory or at a URI.
 
     The same weights and rule settings are registered once.
     """

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 from uuid import uuid4
 
 import ray
@@ -55,22 +56,34 @@ def connected(address: str = "auto") -> Iterator[str]:
         # None: RAY_ADDRESS, else a cluster that `ray start` began here, else a new one; never a stranger's ray.init().
         target = None if address == "auto" else address
         try:
-            with own_handlers_kept(), one_start_at_a_time(), _marked(mark):
-                context = ray.init(
-                    address=target,
-                    include_dashboard=False,
-                    logging_level=logging.ERROR,
-                    log_to_driver=log.isEnabledFor(logging.DEBUG),  # paragraphs on a worker that dies; ours are shorter
-                )
+            try:
+                context = _init(target, mark)
+            except (ConnectionError, ValueError, RuntimeError):
+                raise
+            except Exception as error:  # a plain one, where its processes are not up in half a minute (Ray 2.60)
+                log.warning("Ray did not start: %s; once more, as on a busy machine", _first_line(error))
+                ray.shutdown()
+                _kill_marked(mark)
+                context = _init(target, mark)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise UserError(f"--address {address!r}: no Ray cluster answers there ({_first_line(error)})") from error
-        except Exception as error:  # a plain Exception, where its processes are not up in half a minute (Ray 2.60)
-            raise UserError(f"Ray did not start; on a busy machine try again: {_first_line(error)}") from error
+        except Exception as error:
+            raise UserError(f"Ray did not start, twice; the machine is too busy: {_first_line(error)}") from error
         total = ray.cluster_resources()
         yield f"{context.address_info['address']}: {total.get('CPU', 0):g} CPU, {total.get('GPU', 0):g} GPU"
     finally:
         ray.shutdown()
         _kill_marked(mark)
+
+
+def _init(target: str | None, mark: str) -> Any:
+    with own_handlers_kept(), one_start_at_a_time(), _marked(mark):
+        return ray.init(
+            address=target,
+            include_dashboard=False,
+            logging_level=logging.ERROR,
+            log_to_driver=log.isEnabledFor(logging.DEBUG),  # paragraphs on a worker that dies; ours are shorter
+        )
 
 
 @contextmanager

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import ray
@@ -57,13 +58,26 @@ def test_a_server_that_says_nothing_is_waited_for_some_seconds_only(no_ray, monk
             connected(address).__enter__()
 
 
-def test_a_ray_that_does_not_come_up_is_one_line(no_ray, monkeypatch):
+@pytest.mark.parametrize("times", [1, 2])
+def test_a_ray_that_does_not_come_up_is_started_once_more_and_then_is_one_line(no_ray, monkeypatch, caplog, times):
+    failures = [Exception("The current node timed out during startup.\nThis could happen ...") for _ in range(times)]
+
     def init(**options):
-        raise Exception("The current node timed out during startup.\nThis could happen ...")
+        if failures:
+            raise failures.pop()
+        return SimpleNamespace(address_info={"address": "127.0.0.1:1"})
 
     monkeypatch.setattr(ray, "init", init)
-    with pytest.raises(UserError, match=r"^Ray did not start; on a busy machine try again: The current node timed out"):
-        connected("local").__enter__()
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 2.0})
+    if times == 1:
+        with connected("local") as line:
+            assert line == "127.0.0.1:1: 2 CPU, 0 GPU"
+    else:
+        with pytest.raises(
+            UserError, match=r"^Ray did not start, twice; the machine is too busy: The current node timed"
+        ):
+            connected("local").__enter__()
+    assert caplog.text.count("Ray did not start: The current node timed out during startup.; once more") == 1
 
 
 def test_a_real_cluster_passes(cluster):

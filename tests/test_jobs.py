@@ -36,7 +36,7 @@ def free_port() -> int:
 
 
 def await_answer(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    limit = time.monotonic() + 90
+    limit = time.monotonic() + 180  # a busy machine
     while True:
         try:
             urllib.request.urlopen(url, timeout=2).close()

@@ -122,6 +122,7 @@ def run_until_killed(store, folder):
     return acknowledged[-1]
 
 
+@pytest.mark.long
 def test_killed_between_any_two_remote_operations_another_machine_goes_on_to_the_same_weights(tmp_path, calm):
     """In a store whose files are torn while they are written. The counting pass finds the operations."""
     counting = FaultyStore()
@@ -315,6 +316,7 @@ def refusal(*words):
     return line
 
 
+@pytest.mark.long
 def test_meta_train_at_a_uri_is_resumed_on_another_machine(cluster, home, monkeypatch):
     uri, remote = f"file://{home}/remote/x", home / "remote" / "x"
     result = ml2o(*QUICK, "--run-dir", uri, "--json")

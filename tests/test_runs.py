@@ -221,7 +221,9 @@ def test_resuming_a_finished_run_registers_no_second_version(finished, monkeypat
     assert json.loads(again.stdout)["weights_sha256"] == answer["weights_sha256"]
 
 
-@pytest.mark.parametrize(("signal_number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("signal_number", "code"), [pytest.param(signal.SIGINT, 130, marks=pytest.mark.long), (signal.SIGTERM, 143)]
+)
 def test_stopped_by_a_signal_and_resumed_in_the_same_mlflow_run(finished, home, signal_number, code):
     """The signal is sent at the first progress line, before any meta-step is done."""
     command = [sys.executable, "-m", "ml2o_dist", "meta-train", "--run-dir", "runs/b", "--address", "local"]
@@ -257,7 +259,9 @@ def test_stopped_by_a_signal_and_resumed_in_the_same_mlflow_run(finished, home, 
     assert run.info.status == "FINISHED"
 
 
-@pytest.mark.parametrize("error", [RuntimeError("a solver gave up"), UserError("a solver gave up")])
+@pytest.mark.parametrize(
+    "error", [RuntimeError("a solver gave up"), pytest.param(UserError("a solver gave up"), marks=pytest.mark.long)]
+)
 def test_a_comparison_that_breaks_costs_neither_weights_nor_version_and_exits_with_3(cluster, home, monkeypatch, error):
     def broken(cells, on_outcome, **options):
         raise error
@@ -322,6 +326,7 @@ def test_resume_refuses_other_image_data(cluster, home, monkeypatch):
     assert "multidigits[size=0] has sha256 000000000000, it was" in refusal("--run-dir", "runs/f", "--resume")
 
 
+@pytest.mark.long
 def test_a_resumed_run_sends_mlflow_what_it_may_have_missed(cluster, home):
     words = [*QUICK, "--run-dir", "runs/g"]
     assert ml2o(*words).exit_code == 0
@@ -343,7 +348,7 @@ def test_a_tracking_server_that_is_down_costs_the_version_not_the_run(cluster, h
     assert load_artifact(home / "runs/c").weights_sha256 == json.loads(result.stdout)["weights_sha256"]
 
 
-@pytest.mark.parametrize("name", ["multimnist", "published"])
+@pytest.mark.parametrize("name", ["multimnist", pytest.param("published", marks=pytest.mark.long)])
 def test_the_real_configurations_run_on_real_data(cluster, home, real_data_root, name):
     config = Path(__file__).parents[1] / "jobs" / "configs" / f"{name}.yaml"
     small = ["meta_steps=1", "slots=2", "horizon=4", "validation.horizon=4", "compare=false", "tracking.register=false"]

@@ -70,7 +70,8 @@ def standings_lead(evaluation: Evaluation) -> str:
     """Return what the standings are of; or why there are none."""
     reference, problems = evaluation.settings.reference, len(evaluation.problems)
     if not evaluation.standings:
-        return f"No standings: the reference {reference} is not among the optimizers." if problems else ""
+        missing = f"the reference {reference} is not among the optimizers (add --optimizer {reference})"
+        return f"No standings: {missing}." if problems else ""
     counted = max(standing.problems for standing in evaluation.standings)
     of = "" if counted == problems else f" of {problems} (the other losses are not positive by construction)"
     return f"Against {reference} on the same seeds, over {count(counted, 'problem')}{of}; [in brackets] 95 % intervals."

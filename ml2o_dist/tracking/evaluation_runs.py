@@ -150,11 +150,12 @@ def _points(rows: Sequence[Row], cells: Sequence[EvaluatedCell], standing: Stand
         for name in ("ratio_at_evaluations", "ratio_at_time", "mean_rank", "delta_m", "speedup", "log_area"):
             figures.append(Point(name, getattr(standing, name)))
         figures += _some("delta_m_accuracy", standing.delta_m_accuracy)
-    figures.append(Point("diverged", float(sum(row.diverged for row in rows))))
+        figures.append(Point("diverged", standing.diverged.estimate))
     for row in rows:
         place = problems[row.problem]
         figures += _some(f"learning_rate/{place}", row.learning_rate) + _some(f"acceptance/{place}", row.acceptance)
-        for name in ("loss", "criticality", "evaluations", "ms_per_step", "loss_at_evaluations", "loss_at_time"):
+        budgets = ("loss_at_evaluations", "loss_at_time") if standing is not None else ()  # the reference's
+        for name in ("loss", "criticality", "evaluations", "ms_per_step", *budgets):
             figures.append(Point(f"{name}/{place}", getattr(row, name)))
         for name, values in (("loss", row.losses), ("test_accuracy", row.test_accuracy or ())):
             figures += [Point(f"{name}_{i + 1}/{place}", value) for i, value in enumerate(values)]

@@ -131,7 +131,10 @@ def test_sections_without_anything_to_show_are_left_out() -> None:
     one = evaluation([row("mgda+adam", "p", 1.0, objectives=1)])
     sections = evaluation_sections(one)
     assert [section.name for section in sections] == ["comparison", "learning-curves", "profile", "time"]
-    assert "No standings: the reference mean+adam is not among the optimizers." in sections[0].body
+    assert (
+        "No standings: the reference mean+adam is not among the optimizers (add --optimizer mean+adam)."
+        in sections[0].body
+    )
 
 
 def test_failed_runs_are_listed_with_their_cause() -> None:

@@ -169,8 +169,8 @@ def test_more_workers_than_the_cluster_can_hold_is_said_at_once(cluster):
 
 def test_workers_that_others_leave_no_room_for_are_named_after_a_time(pool):
     pool(3)
-    with pytest.raises(UserError, match=r"only 1 of workers=2 could be placed in resources\.start_timeout_s=20"):
-        WorkerPool(2, ResourceSettings(start_timeout_s=20))
+    with pytest.raises(UserError, match=r"only 1 of workers=2 could be placed in resources\.start_timeout_s=12"):
+        WorkerPool(2, ResourceSettings(start_timeout_s=12))
 
 
 def test_wrong_data_in_an_episode_is_the_users_error(pool):

@@ -76,7 +76,7 @@ def test_a_run_has_tags_to_sort_by_figures_inputs_and_files(uri: str, tmp_path: 
     assert run.data.metrics == {
         "ratio": 0.9, "ratio_low": 0.8, "ratio_high": 0.95, "to_best": 0.9, "to_best_low": 0.8, "to_best_high": 0.95,
         "improvement": 0.75, "improvement_low": 0.5, "improvement_high": 1.0, "ratio_at_evaluations": 0.91,
-        "mean_rank": 1.5, "delta_m": -3.0, "speedup": 1.2, "log_area": -0.1, "diverged": 1.0,
+        "mean_rank": 1.5, "delta_m": -3.0, "speedup": 1.2, "log_area": -0.1, "diverged": 0.5,
         f"learning_rate/{place}": 0.03, f"acceptance/{place}": 0.5, f"loss/{place}": 1.25, f"evaluations/{place}": 60.0,
         f"ms_per_step/{place}": 1.5, f"loss_at_evaluations/{place}": 1.5, f"loss_1/{place}": 0.5,
         f"loss_2/{place}": 0.75, f"test_accuracy_1/{place}": 0.25, f"hypervolume/{place}": 0.5,
