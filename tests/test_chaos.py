@@ -21,6 +21,7 @@ from scipy.stats import theilslopes
 from ml2o_dist.config import FaultSettings, ResourceSettings
 from ml2o_dist.metatrain.checkpoint import newest_checkpoint
 from ml2o_dist.metatrain.pool import WorkerPool
+from ml2o_dist.metatrain.schedule import training_items
 from ml2o_dist.metatrain.trainer import Trainer
 from tests.metatrain.executing import digests, in_process, later
 from tests.metatrain.settings import small
@@ -86,6 +87,8 @@ def test_a_stopped_worker_is_replaced_and_leaves_the_weights_equal(cluster, tmp_
     trainer = Trainer(settings, tmp_path / "stopped")
     try:
         trainer.run(pool.begin, on_row)
+        items = training_items(settings, 0, "cpu")  # a twin has done its episode: it may take the rest of its time
+        until(lambda: pool.run(items, trainer.learner.weights) and pool.restarts, 30)
         assert pool.restarts == 1
         assert stopped[0] not in pool.pids()
     finally:

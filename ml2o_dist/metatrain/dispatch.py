@@ -16,8 +16,8 @@ from ml2o_dist.metatrain.schedule import WorkItem
 RUNS_PER_ERROR = 2
 """A key whose episode raised runs again once, on another worker: an error of the machine is not one of the episode."""
 
-TWIN_AFTER = 2.0
-"""A worker with nothing else to do runs an episode a second time that has taken so many times what it should take."""
+TWIN_AFTER = 0.25
+"""A worker with nothing else to do runs an episode a second time that has used so much of the time it may take."""
 
 
 @dataclass(eq=False)
@@ -81,8 +81,8 @@ class Dispatch:
     so the first result counts and another one would be equal.
 
     Attributes:
-        repeated: episodes begun again so far.
-        twins: of these, stragglers that went on elsewhere.
+        repeated: episodes begun again so far, since their worker was lost, they raised or were overdue.
+        twins: stragglers that were begun a second time.
     """
 
     def __init__(self, faults: FaultSettings, clock: Callable[[], float] = time.monotonic) -> None:
@@ -162,21 +162,23 @@ class Dispatch:
         return None
 
     def _straggler(self, worker: Any) -> Task | None:
-        """Return what has taken longest, in multiples of what it should take, if that is long and no twin has begun."""
+        """Return the item that has used most of its time, if that is much, and no twin of it has begun."""
         if self._waiting:
             return None
         now = self._clock()
         late = [
-            ((now - flight.began) / max(flight.task.expected, 1e-6), flight.task)
+            ((now - flight.began) / (flight.deadline - flight.began), flight.task)
             for flight in self._flights
             if flight.task.flying == 1 and not flight.task.done and flight.worker is not worker
         ]
-        factor, task = max(late, key=lambda each: each[0], default=(0.0, None))
-        return task if factor > TWIN_AFTER else None
+        used, task = max(late, key=lambda each: each[0], default=(0.0, None))
+        return task if used > TWIN_AFTER else None
 
     def _begin(self, task: Task, worker: Any) -> Flight:
-        self.repeated += task.runs > 0
-        self.twins += task.flying
+        if task.flying:
+            self.twins += 1
+        elif task.runs:
+            self.repeated += 1
         task.runs += 1
         task.flying += 1
         now = self._clock()

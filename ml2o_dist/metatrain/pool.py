@@ -60,7 +60,7 @@ class WorkerPool:
 
     @property
     def repeated(self) -> int:
-        """How many episodes were begun again so far: their worker was lost, they raised, or they took very long."""
+        """How many episodes were begun again so far: their worker was lost, they raised or were overdue."""
         return self._dispatch.repeated
 
     def pids(self) -> list[int]:

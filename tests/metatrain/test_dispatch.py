@@ -126,9 +126,9 @@ def test_whatever_happens_every_key_has_one_result_and_the_lag_is_bounded(
     crew = Crew(workers, staleness, meta_steps, slots, random.Random(seed))
     crew.train(chaos)
     assert set(crew.ran) == {Key(step, slot) for step in range(meta_steps) for slot in range(slots)}
-    assert sum(crew.ran.values()) - len(crew.ran) == crew.dispatch.repeated
+    assert sum(crew.ran.values()) - len(crew.ran) == crew.dispatch.repeated + crew.dispatch.twins
     if not chaos:
-        assert crew.dispatch.repeated == crew.dispatch.twins
+        assert crew.dispatch.repeated == 0
 
 
 def begun(dispatch: Dispatch, workers: int) -> list[str]:
@@ -161,7 +161,7 @@ def test_a_kind_that_was_not_measured_starts_first() -> None:
 
 
 def straggling() -> tuple[Dispatch, Clock, Any, Any]:
-    """A dispatch of which one flight has taken three times what it should, with its batch."""
+    """A dispatch of which one flight has used a quarter of the ten seconds that it may take, with its batch."""
     clock = Clock()
     dispatch = Dispatch(FAULTS, clock)
     first = dispatch.add(items_of(0, 1), None)
@@ -170,9 +170,9 @@ def straggling() -> tuple[Dispatch, Clock, Any, Any]:
     assert first.complete
     batch = dispatch.add(items_of(1, 1), None)
     (slow,) = dispatch.assign([object()], 2)
-    clock.now += 1.9
-    assert dispatch.assign([object()], 2) == [], "not twice what it should take yet"
-    clock.now += 1.1
+    clock.now += 2.4
+    assert dispatch.assign([object()], 2) == [], "not a straggler yet"
+    clock.now += 0.2
     return dispatch, clock, batch, slow
 
 
@@ -183,7 +183,7 @@ def test_an_idle_worker_runs_a_twin_of_a_straggler_and_the_first_result_counts(f
     assert twin.task is slow.task
     assert twin.worker is not slow.worker
     assert dispatch.assign([object()], 3) == [], "one twin is enough"
-    assert (dispatch.repeated, dispatch.twins) == (1, 1)
+    assert (dispatch.repeated, dispatch.twins) == (0, 1)
     flights, results = (twin, slow) if first == "the twin" else (slow, twin), [result(), result()]
     dispatch.finished(flights[0], results[0])
     assert batch.in_order() == results[:1]

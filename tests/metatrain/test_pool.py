@@ -58,7 +58,7 @@ def calm(tmp_path_factory):
     return found
 
 
-@pytest.mark.parametrize(("workers", "staleness"), [(1, 0), (2, 0), (3, 0), (1, 2), (3, 2)])
+@pytest.mark.parametrize(("workers", "staleness"), [(1, 0), (3, 0), (2, 2)])
 def test_weights_after_12_meta_steps_do_not_depend_on_the_number_of_workers(pool, tmp_path, calm, workers, staleness):
     trainer = Trainer(small(workers=workers, staleness=staleness), tmp_path)
     trainer.run(pool(workers).begin)
@@ -99,7 +99,7 @@ def test_the_same_holds_for_networks_and_exact_gradients_with_a_worker_killed(po
     assert digests(plain)[0] != weights_sha256(Trainer(small(**NETWORKS), tmp_path).learner.weights)
 
 
-@pytest.mark.parametrize("staleness", [0, 2])
+@pytest.mark.parametrize("staleness", [pytest.param(0, marks=pytest.mark.long), 2])
 def test_nor_on_a_worker_that_is_killed_on_the_way(pool, tmp_path, calm, staleness):
     trainer, workers = Trainer(small(staleness=staleness), tmp_path), pool(2)
     victims = []
@@ -116,7 +116,7 @@ def test_nor_on_a_worker_that_is_killed_on_the_way(pool, tmp_path, calm, stalene
     assert workers.alive + len(workers._workers.starting) == 2
 
 
-@pytest.mark.parametrize("staleness", [0, 2])
+@pytest.mark.parametrize("staleness", [pytest.param(0, marks=pytest.mark.long), 2])
 def test_nor_on_a_stop_and_a_resume_with_another_number_of_workers(pool, tmp_path, calm, staleness):
     asked = []
     settings = small(staleness=staleness)
@@ -285,8 +285,11 @@ def test_a_hung_episode_runs_elsewhere_and_its_worker_is_ended(pool, faults, wor
     faults.order(items[3], "hang")
     results = made.run(items, weights)
     assert equal(results, [run_episode(weights, item.spec) for item in items])
-    assert (made.restarts, made.repeated) == (1, 1)
     hung, other = faults.pids(items[3])
+    if workers == 2:  # the other one has run it meanwhile: nobody has waited for the deadline
+        assert (made.restarts, made.repeated) == (0, 0)
+        until(lambda: made.run(items, weights) and made.restarts)
+    assert made.restarts == 1
     assert hung != other
     assert re.search(rf"meta-step 1 slot 3 did not end in 12 s: worker [12] \(pid {hung}\) is ended", caplog.text)
     until(lambda: not _alive(int(hung)))
