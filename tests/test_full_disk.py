@@ -58,9 +58,9 @@ def fill(disk):
 @contextmanager
 def filled_before(calls, disk):
     """Fill the disk before these calls of the pool, from 1, and free it before all others."""
-    real, count = WorkerPool.run, [0]
+    real, count = WorkerPool.begin, [0]
 
-    def run(pool, items, weights):
+    def begin(pool, items, weights):
         count[0] += 1
         (disk / "filler").unlink(missing_ok=True)
         if count[0] in calls:
@@ -68,7 +68,7 @@ def filled_before(calls, disk):
         return real(pool, items, weights)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(WorkerPool, "run", run)
+        patch.setattr(WorkerPool, "begin", begin)
         yield
 
 

@@ -295,7 +295,7 @@ def test_workers_without_a_guard_import_neither_scipy_nor_torchjd():
 
 
 def test_an_error_in_mid_run_aborts_with_a_checkpoint_and_exit_code_4(cluster, home, monkeypatch):
-    real, calls = WorkerPool.run, []
+    real, calls = WorkerPool.begin, []
 
     def failing(pool, items, weights):
         calls.append(items)
@@ -303,7 +303,7 @@ def test_an_error_in_mid_run_aborts_with_a_checkpoint_and_exit_code_4(cluster, h
             raise MemoryError("no memory left")
         return real(pool, items, weights)
 
-    monkeypatch.setattr(WorkerPool, "run", failing)
+    monkeypatch.setattr(WorkerPool, "begin", failing)
     result = ml2o(*QUICK, "--run-dir", "runs/e")
     assert result.exit_code == 4, result.output
     assert "MemoryError: no memory left; checkpoint at meta-step 2 of 6 written" in result.stderr

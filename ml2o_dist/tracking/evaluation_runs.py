@@ -150,7 +150,8 @@ def _points(rows: Sequence[Row], cells: Sequence[EvaluatedCell], standing: Stand
         for name in ("ratio_at_evaluations", "ratio_at_time", "mean_rank", "delta_m", "speedup", "log_area"):
             figures.append(Point(name, getattr(standing, name)))
         figures += _some("delta_m_accuracy", standing.delta_m_accuracy)
-        figures.append(Point("diverged", standing.diverged.estimate))
+    if seeds := sum(row.seeds for row in rows):
+        figures.append(Point("diverged", sum(row.diverged for row in rows) / seeds))
     for row in rows:
         place = problems[row.problem]
         figures += _some(f"learning_rate/{place}", row.learning_rate) + _some(f"acceptance/{place}", row.acceptance)

@@ -142,14 +142,6 @@ def test_batches_that_overlap_are_each_answered_in_their_order(pool):
         assert equal(found, [run_episode(weights, item.spec) for item in items])
 
 
-def test_results_come_back_in_the_order_of_the_items(pool):
-    items = [item for step in range(3) for item in training_items(small(), step, "cpu")]
-    weights = Trainer(small(), "unused").learner.weights
-    results = pool(3).run(items, weights)
-    expected = [run_episode(weights, item.spec) for item in items]
-    assert [r.meta_loss for r in results] == [r.meta_loss for r in expected]
-
-
 def test_more_deaths_than_the_budget_end_the_run(pool):
     workers = pool(2, ResourceSettings(max_restarts=0))
     os.kill(workers.pids()[0], signal.SIGKILL)
@@ -281,14 +273,14 @@ def test_a_validation_that_fails_is_never_the_best(pool, faults, tmp_path):
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_hung_episode_runs_elsewhere_and_its_worker_is_ended(pool, faults, workers, caplog):
     items, weights = training_items(small(), 0, "cpu"), Trainer(small(), "unused").learner.weights
-    made = pool(workers, faults=FaultSettings(shortest_deadline_s=12, first_deadline_s=12))
+    made = pool(workers, faults=FaultSettings(shortest_deadline_s=12, first_deadline_s=12, deadline_factor=2))
     faults.order(items[3], "hang")
     results = made.run(items, weights)
     assert equal(results, [run_episode(weights, item.spec) for item in items])
     hung, other = faults.pids(items[3])
     if workers == 2:  # the other one has run it meanwhile: nobody has waited for the deadline
         assert (made.restarts, made.repeated) == (0, 0)
-        until(lambda: made.run(items, weights) and made.restarts)
+        until(lambda: made.run(items, weights) and made.restarts, 60)
     assert made.restarts == 1
     assert hung != other
     assert re.search(rf"meta-step 1 slot 3 did not end in 12 s: worker [12] \(pid {hung}\) is ended", caplog.text)

@@ -348,9 +348,10 @@ def test_a_step_that_is_refused_leaves_the_versions_before_it(tmp_path):
     trainer = Trainer(small(staleness=2, meta_steps=4), tmp_path)
     trainer.run(later(in_process))
     learner = trainer.learner
-    before = learner.tensors()
     results = in_process(training_items(trainer.settings, 0, "cpu"), learner.weights)
-    learner.settings = small(staleness=2, meta_steps=4, learner={"lr": 1e39, "final_lr": 1e39})  # no float32
+    learner.restore(learner.tensors() | {"theta": torch.full_like(learner.tensors()["theta"], 3e38)}, learner.version)
+    learner.settings = small(staleness=2, meta_steps=4, learner={"lr": 1e38, "final_lr": 1e38})  # the sum is no float32
+    before = learner.tensors()
     with pytest.raises(ArithmeticError, match="would not be finite"):
         learner.update(results)
     after = learner.tensors()
