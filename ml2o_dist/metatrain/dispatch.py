@@ -113,11 +113,15 @@ class Dispatch:
 
     def assign(self, idle: Iterable[Any], alive: int) -> list[Flight]:
         """Return what the `idle` ones of `alive` workers are to begin now."""
-        begun = []
+        begun, spare = [], []
         for worker in idle:
-            task = self._next(worker, alive) or self._straggler(worker)
-            if task is not None:
+            task = self._next(worker, alive)
+            if task is None:
+                spare.append(worker)
+            else:
                 begun.append(self._begin(task, worker))
+        if spare and not self._waiting:
+            begun += [self._begin(task, worker) for worker, task in zip(spare, self._stragglers(), strict=False)]
         return begun
 
     def finished(self, flight: Flight, result: EpisodeResult) -> None:
@@ -161,18 +165,16 @@ class Dispatch:
                 return self._waiting.pop(place)
         return None
 
-    def _straggler(self, worker: Any) -> Task | None:
-        """Return the item that has used most of its time, if that is much, and no twin of it has begun."""
-        if self._waiting:
-            return None
+    def _stragglers(self) -> list[Task]:
+        """Return the items that have used much of their time and have no twin, those that have used most first."""
         now = self._clock()
         late = [
             ((now - flight.began) / (flight.deadline - flight.began), flight.task)
             for flight in self._flights
-            if flight.task.flying == 1 and not flight.task.done and flight.worker is not worker
+            if flight.task.flying == 1 and not flight.task.done
         ]
-        used, task = max(late, key=lambda each: each[0], default=(0.0, None))
-        return task if used > TWIN_AFTER else None
+        late.sort(key=lambda each: each[0], reverse=True)
+        return [task for used, task in late if used > TWIN_AFTER]
 
     def _begin(self, task: Task, worker: Any) -> Flight:
         if task.flying:

@@ -151,6 +151,8 @@ class WorkerPool:
         item = flight.task.item
         what = f"{item.key} ({item.spec.problem}) failed"
         if self._dispatch.raised(flight):
+            if flight.task.done:  # by its twin
+                return
             log.warning("%s: %r; it runs once more, elsewhere if there is another worker", what, error.cause)
         elif self._faults.on_error == "skip":
             log.warning("%s twice: %r; skipped (faults.on_error=skip)", what, error.cause)
