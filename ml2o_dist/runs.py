@@ -19,8 +19,9 @@ from ml2o_dist.errors import Aborted, Incomplete, Interrupted, UserError
 from ml2o_dist.finishing import compared, finish, finished_answer, show_finished
 from ml2o_dist.metatrain.capacity import check_capacity
 from ml2o_dist.metatrain.checkpoint import newest_manifest
+from ml2o_dist.metatrain.history import Row
 from ml2o_dist.metatrain.pool import WorkerPool
-from ml2o_dist.metatrain.trainer import Row, Trainer, TrainingError
+from ml2o_dist.metatrain.trainer import Trainer, TrainingError
 from ml2o_dist.metatrain.workers import PoolError, Stopped
 from ml2o_dist.problems import ProblemContext, ProblemSpec
 from ml2o_dist.problems.multitask import MultiTaskImages
