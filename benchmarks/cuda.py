@@ -1,0 +1,78 @@
+"""What a learned step and its replay take on a GPU, over the number of parameters and the blocks they are walked in.
+
+    .venv/bin/python benchmarks/cuda.py
+
+Wall milliseconds, the device awaited; the blocks that the package takes are the last column of each table.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from unittest import mock
+
+import click
+import torch
+
+from ml2o_dist.config import EstimatorSettings, RuleSettings
+from ml2o_dist.metatrain import metagradient
+from ml2o_dist.metatrain.metagradient import Rollout, replay
+from ml2o_dist.rules import ml2o
+from ml2o_dist.rules.ml2o import ML2ONetwork, ML2ORule
+
+OBJECTIVES, STEPS = 2, 200
+STEP_BLOCKS = (ml2o.BLOCK, 2**14, ml2o.GPU_BLOCK)
+REPLAY_COLUMNS = (metagradient.REPLAY_BLOCK, 2**12, metagradient.GPU_REPLAY // STEPS)
+
+
+def milliseconds(call: Callable[[], object], rounds: int) -> float:
+    """Return the median over the rounds, after two that are not counted."""
+    times = []
+    for _ in range(rounds + 2):
+        torch.cuda.synchronize()
+        began = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        times.append((time.perf_counter() - began) * 1e3)
+    return statistics.median(times[2:])
+
+
+def step_ms(network: ML2ONetwork, dimension: int, block: int) -> float:
+    """Return what one step takes."""
+    with mock.patch.object(ml2o, "GPU_BLOCK", block):
+        rule = ML2ORule(network)
+        jacobian = torch.randn(1, OBJECTIVES, dimension, device="cuda")
+        _, state = rule.update(jacobian, rule.initial_state(1, OBJECTIVES, dimension))
+        return milliseconds(lambda: rule.update(jacobian, state), 20)
+
+
+def replay_ms(network: ML2ONetwork, dimension: int, columns: int) -> float:
+    """Return what the replay of one episode takes."""
+    losses = torch.rand(STEPS + 1, 1, OBJECTIVES, device="cuda")
+    gradients = torch.randn(STEPS + 1, 1, OBJECTIVES, dimension, device="cuda")
+    ones = torch.ones(STEPS, 1, device="cuda")
+    rollout = Rollout(losses, gradients, ones, ones, 1.0)
+    with mock.patch.object(metagradient, "GPU_REPLAY", columns * STEPS):
+        return milliseconds(lambda: replay(network, rollout, EstimatorSettings(), "log_sum", 0, None), 3)
+
+
+@click.command()
+def main() -> None:
+    """Print both tables."""
+    network = ML2ONetwork(RuleSettings()).to("cuda")
+    click.echo(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, m = {OBJECTIVES}, H = 16")
+    click.echo("one step, ms; columns at a time:      " + "".join(f"{block:>12,}" for block in STEP_BLOCKS))
+    for dimension in (1_000, 10_000, 42_000, 300_000, 1_000_000):
+        times = (step_ms(network, dimension, block) for block in STEP_BLOCKS)
+        click.echo(f"{dimension:>12,}" + " " * 26 + "".join(f"{ms:12.2f}" for ms in times))
+    click.echo(
+        f"replay of {STEPS} steps, ms; columns at a time:" + "".join(f"{block:>11,}" for block in REPLAY_COLUMNS)
+    )
+    for dimension in (1_000, 10_000, 42_000, 300_000):
+        times = (replay_ms(network, dimension, columns) for columns in REPLAY_COLUMNS)
+        click.echo(f"{dimension:>12,}" + " " * 29 + "".join(f"{ms:11.0f}" for ms in times))
+
+
+if __name__ == "__main__":
+    main()
