@@ -1,8 +1,10 @@
-"""What a learned step and its replay take on a GPU, over the number of parameters and the blocks they are walked in.
+"""What a learned step, its replay and whole episodes take on a GPU.
 
     .venv/bin/python benchmarks/cuda.py
 
-Wall milliseconds, the device awaited; the blocks that the package takes are the last column of each table.
+Steps and replays: wall milliseconds, the device awaited, over the number of parameters and the blocks they are walked
+in; the package takes the blocks of the last column. Episodes: inner steps a second of one process, over the instances
+that one episode advances together, on the GPU and on one thread of the CPU beside it, replay included.
 """
 
 from __future__ import annotations
@@ -17,7 +19,9 @@ import torch
 
 from ml2o_dist.config import EstimatorSettings, RuleSettings
 from ml2o_dist.metatrain import metagradient
+from ml2o_dist.metatrain.episode import EpisodeSpec, run_episode
 from ml2o_dist.metatrain.metagradient import Rollout, replay
+from ml2o_dist.problems import ProblemSpec
 from ml2o_dist.rules import ml2o
 from ml2o_dist.rules.ml2o import ML2ONetwork, ML2ORule
 
@@ -54,14 +58,30 @@ def replay_ms(network: ML2ONetwork, dimension: int, columns: int) -> float:
     ones = torch.ones(STEPS, 1, device="cuda")
     rollout = Rollout(losses, gradients, ones, ones, 1.0)
     with mock.patch.object(metagradient, "GPU_REPLAY", columns * STEPS):
-        return milliseconds(lambda: replay(network, rollout, EstimatorSettings(), "log_sum", 0, None), 3)
+        return milliseconds(lambda: replay(network, rollout, EstimatorSettings(), "log_sum", 0, None), 1)
+
+
+def inner_steps_per_s(problem: str, instances: int, device: str) -> float:
+    """Return the pace of the second of two equal episodes."""
+    rule = RuleSettings()
+    spec = EpisodeSpec(ProblemSpec.parse(problem), 1, 30, instances, rule, EstimatorSettings(), device=device)
+    weights = ML2ONetwork(rule).state_dict()
+    run_episode(weights, spec)
+    result = run_episode(weights, spec)
+    return result.inner_steps / result.seconds
 
 
 @click.command()
-def main() -> None:
-    """Print both tables."""
+@click.option("--problem", default="multidigits[net=cnn,channels=8-16]", show_default=True)
+def main(problem: str) -> None:
+    """Print the three tables."""
+    torch.set_num_threads(1)
     network = ML2ONetwork(RuleSettings()).to("cuda")
     click.echo(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, m = {OBJECTIVES}, H = 16")
+    click.echo(f"inner steps a second on {problem}; instances, GPU, CPU:")
+    for instances in (1, 8, 64):
+        paces = (inner_steps_per_s(problem, instances, device) for device in ("cuda", "cpu"))
+        click.echo(f"{instances:>12,}" + "".join(f"{pace:12,.0f}" for pace in paces))
     click.echo("one step, ms; columns at a time:      " + "".join(f"{block:>12,}" for block in STEP_BLOCKS))
     for dimension in (1_000, 10_000, 42_000, 300_000, 1_000_000):
         times = (step_ms(network, dimension, block) for block in STEP_BLOCKS)
@@ -69,7 +89,7 @@ def main() -> None:
     click.echo(
         f"replay of {STEPS} steps, ms; columns at a time:" + "".join(f"{block:>11,}" for block in REPLAY_COLUMNS)
     )
-    for dimension in (1_000, 10_000, 42_000, 300_000):
+    for dimension in (1_000, 10_000, 42_000):
         times = (replay_ms(network, dimension, columns) for columns in REPLAY_COLUMNS)
         click.echo(f"{dimension:>12,}" + " " * 29 + "".join(f"{ms:11.0f}" for ms in times))
 
