@@ -42,6 +42,10 @@ SCHEMA = pa.schema(
         _column("skipped_episodes", pa.int64(), "training episodes left out: those that failed or were not finite"),
         _column("failed_episodes", pa.int64(), "those of them that raised twice (faults.on_error=skip)"),
         _column("inner_steps_per_s", pa.float64(), "inner steps of training per second, over all workers"),
+        _column("result_bytes", pa.int64(), "meta-gradients that came back from the workers"),
+        _column("seconds", pa.float64(), "wall time since the meta-step before, validation and checkpoints included"),
+        _column("learner_share", pa.float64(), "share of it in which no episode was waited for: updates, checkpoints"),
+        _column("worker_utilisation", pa.float64(), "seconds of the episodes used, over this time and all workers"),
     ],
     metadata={"description": "ml2o_dist: figures of a meta-training by meta-step"},
 )

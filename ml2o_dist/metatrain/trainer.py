@@ -108,7 +108,8 @@ class Trainer:
         self.best_weights: dict[str, Tensor] = self.learner.weights
         self._trajectories = TrajectoryWriter(run_dir)
         self._saved = (-1, -1)
-        self._saved_at = self._timed_at = time.monotonic()
+        self._saved_at = self._timed_at = self._stepped_at = time.monotonic()
+        self._waited = self._busy = 0.0  # seconds since the last meta-step: for results, of workers
         self._unwritable = False
 
     def resume(self) -> list[str]:
@@ -144,7 +145,7 @@ class Trainer:
         Raises:
             TrainingError: the weights or all episodes of `LOST_STEPS` meta-steps are not finite.
         """
-        self._timed_at = time.monotonic()
+        self._timed_at = self._stepped_at = time.monotonic()
         self._try_to_save()
         self._saved_at = time.monotonic()
         self._trajectories.discard_from(self.learner.version + 1)
@@ -200,9 +201,7 @@ class Trainer:
             self._unwritable, self._saved_at = True, time.monotonic()
 
     def _train(self, step: int, items: Sequence[WorkItem], pending: Pending) -> Row:
-        began = time.monotonic()
-        results = pending()
-        seconds = time.monotonic() - began
+        results, seconds = self._await(pending)
         self._trajectories.add(step + 1, items, results)
         inner_steps = sum(r.inner_steps for r in results)
         failed = sum(bool(r.error) for r in results)
@@ -230,7 +229,30 @@ class Trainer:
             "horizon": float(horizon(self.settings, step)),
             "lag": float(step - weights_version(self.settings, step)),
             "inner_steps_per_s": inner_steps / seconds,
+            "result_bytes": float(sum(r.gradient.nbytes for r in results if r.gradient is not None)),
+            **self._shares(),
         }
+
+    def _await(self, pending: Pending) -> tuple[list[EpisodeResult], float]:
+        """Return results and the seconds that were waited for them."""
+        began = time.monotonic()
+        results = pending()
+        waited = time.monotonic() - began
+        self._waited += waited
+        self._busy += sum(r.seconds for r in results)
+        return results, waited
+
+    def _shares(self) -> Row:
+        """Return where the time since the last meta-step went."""
+        now = time.monotonic()
+        seconds, self._stepped_at = now - self._stepped_at, now
+        shares = {
+            "seconds": seconds,
+            "learner_share": 1 - self._waited / seconds,
+            "worker_utilisation": self._busy / seconds / self.settings.workers,
+        }
+        self._waited = self._busy = 0.0
+        return shares
 
     def _update(self, results: Sequence[EpisodeResult]) -> UpdateInfo:
         """Update the weights, or raise TrainingError and leave everything as it is."""
@@ -253,7 +275,7 @@ class Trainer:
 
     def _validate(self, step: int, begin: Begin) -> float:
         weights = self.learner.averaged_weights
-        results = begin(validation_items(self.settings, step, self.settings.device), weights)()
+        results, _ = self._await(begin(validation_items(self.settings, step, self.settings.device), weights))
         score = sum(r.score for r in results) / len(results) if all(r.finite for r in results) else math.inf
         if score < self.progress.best_score:
             self.progress.best_score, self.progress.best_step, self.best_weights = score, step, weights

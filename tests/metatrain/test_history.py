@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 
 import duckdb
 import pyarrow as pa
@@ -29,7 +30,7 @@ def trained(tmp_path_factory):
 def test_counts_and_numbers_of_meta_steps_are_integers(trained):
     schema = pq.read_schema(trained.run_dir / FILE)
     whole = {field.name for field in schema if field.type == pa.int64()}
-    assert whole == {"meta_step", "horizon", "lag", "skipped_episodes", "failed_episodes"}
+    assert whole == {"meta_step", "horizon", "lag", "skipped_episodes", "failed_episodes", "result_bytes"}
     assert {field.type for field in schema if field.name not in whole} == {pa.float64()}
     rows = duckdb.sql(f"SELECT meta_step, horizon, skipped_episodes FROM '{trained.run_dir / FILE}'").fetchall()
     drawn = [horizon(trained.settings, step) for step in range(12)]
@@ -92,3 +93,24 @@ def test_rows_keep_what_was_added_to_them_and_nothing_that_is_no_number():
     assert next(iter(reversed(history))) == history[-1] == history[1]
     assert list(History(history.columns)) == list(history)
     assert len(History()) == 0
+
+
+def test_the_rows_say_where_the_time_of_a_run_went(tmp_path):
+    worked, settings = [], small(meta_steps=4, workers=2)
+
+    def execute(items, weights):
+        results = in_process(items, weights)
+        worked.append(sum(result.seconds for result in results))
+        return results
+
+    trainer = Trainer(settings, tmp_path)
+    began = time.monotonic()
+    trainer.run(later(execute))
+    total = time.monotonic() - began
+    rows = [row for row in trainer.progress.history if "seconds" in row]
+    assert len(rows) == 4
+    assert 0.5 * total < sum(row["seconds"] for row in rows) < total
+    busy = sum(2 * row["worker_utilisation"] * row["seconds"] for row in rows)
+    assert busy == pytest.approx(sum(worked[:-1]))  # the last validation is after the last row
+    assert busy < sum((1 - row["learner_share"]) * row["seconds"] for row in rows) < total
+    assert {row["result_bytes"] for row in rows} == {4 * 4 * sum(t.numel() for t in trainer.learner.weights.values())}
