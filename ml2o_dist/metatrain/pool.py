@@ -97,7 +97,7 @@ class WorkerPool:
         try:
             while not batch.complete:
                 self._assign()
-                ready, _ = ray.wait([*self._in_flight, *self._workers.starting], num_returns=1, timeout=POLL_S)
+                ready = self._ready()
                 if self._stop_requested():
                     raise Stopped
                 for future in ready:
@@ -111,6 +111,15 @@ class WorkerPool:
             self._give_up()
             raise
         return batch.in_order()
+
+    def _ready(self) -> list[Any]:
+        """Wait for an answer; return all that are there, so that a thousand workers need few looks at all of them."""
+        asked = [*self._in_flight, *self._workers.starting]
+        first, others = ray.wait(asked, num_returns=1, timeout=POLL_S)
+        if not first or not others:
+            return list(first)
+        more, _ = ray.wait(others, num_returns=len(others), timeout=0)
+        return [*first, *more]
 
     def _give_up(self) -> None:
         for future in self._in_flight:
