@@ -64,6 +64,13 @@ class EstimatorSettings(_Settings):
     clip: float = Field(1.0, gt=0, description="largest norm of one slot's meta-gradient")
 
 
+class ShareSettings(_Settings):
+    """What one process asks of Ray."""
+
+    num_cpus: float = Field(1.0, gt=0)
+    num_gpus: float = Field(0.0, ge=0, description="a fraction shares one GPU between processes")
+
+
 class LearnerSettings(_Settings):
     """The meta-optimizer: Adam with a cosine schedule, and an exponential moving average of its weights."""
 
@@ -71,6 +78,10 @@ class LearnerSettings(_Settings):
     final_lr: float = Field(3e-4, ge=0, description="learning rate at the last meta-step")
     clip: float = Field(1.0, gt=0, description="largest norm of the reduced meta-gradient")
     ema: float = Field(0.9, ge=0, lt=1, description="decay of the average that is validated and shipped; 0: none")
+    rollouts: int = Field(
+        16, ge=1, description="backward=learner: with so many rollouts not replayed yet, workers begin no more"
+    )
+    resources: ShareSettings = Field(ShareSettings(), description="backward=learner: of the process that replays")
 
 
 class MemberSettings(_Settings):
@@ -145,13 +156,6 @@ class ComparisonSettings(_Settings):
     baselines: tuple[str, ...] | None = Field(
         None, description="AGGREGATOR[+sgd|+momentum|+adam][@LR], tuned without @LR, and all that `ml2o evaluate` takes"
     )
-
-
-class ShareSettings(_Settings):
-    """What one process asks of Ray."""
-
-    num_cpus: float = Field(1.0, gt=0)
-    num_gpus: float = Field(0.0, ge=0, description="a fraction shares one GPU between processes")
 
 
 class ResourceSettings(ShareSettings):
@@ -229,7 +233,10 @@ class MetaTrainSettings(_Settings):
         ge=0,
         description="S: rollouts go on beside updates, under weights S updates old; 0: they take turns",
     )
-    backward: Literal["worker"] = "worker"
+    backward: Literal["worker", "learner"] = Field(
+        "worker",
+        description="where rollouts are replayed: worker: where they ran; learner: in one process, with a GPU perhaps",
+    )
     checkpoint_every: int = Field(0, ge=0, description="meta-steps; 0: as many as take about half a minute")
     keep_checkpoints: int = Field(3, ge=1)
     compare: bool = True
@@ -268,6 +275,8 @@ class MetaTrainSettings(_Settings):
             raise ValueError(f"estimator.kind={kind} takes no unroll, estimator.truncated or estimator.coordinates < 1")
         if kind == "exact" and self.rule.guard is not None:
             raise ValueError("estimator.kind=exact cannot differentiate what rule.guard decides; use replay or es")
+        if self.backward == "learner" and kind != "replay":
+            raise ValueError(f"backward=learner replays rollouts: it needs estimator.kind=replay, not {kind}")
         _check_device(self.device, self.resources)
         if self.resources.min_workers > self.workers:
             raise ValueError(f"resources.min_workers={self.resources.min_workers} is more than workers={self.workers}")

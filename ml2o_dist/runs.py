@@ -97,7 +97,10 @@ def meta_train(
         console.print(f"Ray            {where}", highlight=False, soft_wrap=True)
         stop.at_once = False
         try:
-            pool = WorkerPool(settings.workers, settings.resources, settings.faults, stop_requested=stop)
+            learner = settings.learner if settings.backward == "learner" else None
+            pool = WorkerPool(
+                settings.workers, settings.resources, settings.faults, learner=learner, stop_requested=stop
+            )
         except Stopped:
             raise Interrupted(stop.signal_number, f"stopped by {stop.name}; {last_words()}") from None
         with (

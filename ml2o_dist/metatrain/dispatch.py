@@ -126,9 +126,17 @@ class Dispatch:
 
     def finished(self, flight: Flight, result: EpisodeResult) -> None:
         """Take in the result of a flight; that of a twin which is late is the one that is there already."""
+        self.rolled_out(flight, result)
+        self.settle(flight.task, result)
+
+    def rolled_out(self, flight: Flight, result: EpisodeResult) -> None:
+        """Take in that a flight has ended whose result is not whole yet; `settle` or `again` follows."""
         self._land(flight)
         self._costs.learn(flight.task.item, result)
-        self.settle(flight.task, result)
+
+    def again(self, task: Task) -> None:
+        """Have a task run again whose result was lost after its flight had ended."""
+        self._again(task)
 
     def settle(self, task: Task, result: EpisodeResult) -> None:
         """Make `result` that of the task, whatever is still on its way."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -55,7 +55,7 @@ class EpisodeResult:
     """What comes back from an episode.
 
     Attributes:
-        meta_loss: L of metagradient, or nan where there was no estimator.
+        meta_loss: L of metagradient, or nan where there was no estimator, or no replay yet.
         score: mean over the last tenth of the steps and the instances of l_t (log of the summed objectives where
             they are positive); what validation compares.
         gradient: the clipped meta-gradient, flat float32 in the order of the network's parameters; None where none
@@ -84,29 +84,100 @@ def failed_episode(error: str) -> EpisodeResult:
     return EpisodeResult(math.nan, math.inf, None, nothing, finite=False, inner_steps=0, seconds=0.0, error=error)
 
 
+@dataclass(frozen=True)
+class Replayable:
+    """What replay needs of an episode besides its weights and settings; `minima` [P, m] are those of `log_gap`."""
+
+    rollout: Rollout
+    kind: str
+    minima: Tensor | None
+
+
 def run_episode(weights: Weights, spec: EpisodeSpec) -> EpisodeResult:
     """Run K inner steps from fresh starting points; a pure function of its arguments (on one kind of device)."""
     began = time.perf_counter()
-    device, estimator = torch.device(spec.device), spec.estimator
-    context = ProblemContext(spec.instances, derive_seed("problem", spec.seed), device, data_root=spec.data_root)
+    estimator = spec.estimator
+    if estimator is None or estimator.kind == "replay":
+        result, replayable = roll_out_episode(weights, spec)
+        if replayable is not None:
+            result = replayed(result, *replay_episode(weights, spec, replayable))
+        return replace(result, seconds=time.perf_counter() - began)
+    problem, start = _begin(spec)
+    recorder = TrajectoryRecorder() if spec.record else None
+    kind = metagradient.meta_loss_kind(estimator, problem)
+    loss, gradient, losses = _estimate(weights, spec, problem, start, kind, recorder)
+    flat = _clipped(gradient, estimator.clip)
+    episodes = 2 * estimator.pairs if estimator.kind == "es" else 1
+    result = _result(spec, problem, losses, recorder, began, episodes)
+    return replayed(result, loss.item(), None if flat is None else flat.cpu().numpy())
+
+
+def roll_out_episode(weights: Weights, spec: EpisodeSpec) -> tuple[EpisodeResult, Replayable | None]:
+    """Run the first part of an episode whose estimator is replay or none; return what the second part needs.
+
+    That is None where nothing is to be replayed: no estimator, or losses that are not finite. The result has no
+    meta-loss and no gradient yet.
+    """
+    began = time.perf_counter()
+    problem, start = _begin(spec)
+    rule = guarded(ML2ORule.from_weights(spec.rule, weights, problem.device), spec.rule.guard)
+    recorder = TrajectoryRecorder() if spec.record else None
+    estimator = spec.estimator
+    chosen = None if estimator is None else _choose(problem, estimator.coordinates, spec.seed)
+    oracle = Oracle(problem, generator("batches", spec.seed))
+    rollout = roll_out(rule, oracle, start, spec.horizon, chosen, recorder)
+    result = _result(spec, problem, rollout.losses, recorder, began)
+    if estimator is None or not result.finite:
+        return result, None
+    return result, Replayable(rollout, metagradient.meta_loss_kind(estimator, problem), problem.minima)
+
+
+def replay_episode(
+    weights: Weights, spec: EpisodeSpec, replayable: Replayable
+) -> tuple[float, NDArray[np.float32] | None]:
+    """Return the meta-loss and the clipped meta-gradient, where the rollout's tensors lie; None if it is not finite."""
+    estimator, rollout = spec.estimator, replayable.rollout
+    assert estimator is not None
+    network = ML2ORule.from_weights(spec.rule, weights, rollout.losses.device).network
+    loss, gradient = metagradient.replay(network, rollout, estimator, replayable.kind, spec.unroll, replayable.minima)
+    flat = _clipped(gradient, estimator.clip)
+    return loss.item(), None if flat is None else flat.cpu().numpy()
+
+
+def replayed(result: EpisodeResult, meta_loss: float, gradient: NDArray[np.float32] | None) -> EpisodeResult:
+    """Return the result with its meta-loss and, where everything is finite, its gradient."""
+    finite = result.finite and gradient is not None and math.isfinite(meta_loss)
+    return replace(result, meta_loss=meta_loss, gradient=gradient if finite else None, finite=finite)
+
+
+def _begin(spec: EpisodeSpec) -> tuple[Problem, Tensor]:
+    """Return the problem and its starting points [P, n]."""
+    context = ProblemContext(
+        spec.instances, derive_seed("problem", spec.seed), torch.device(spec.device), data_root=spec.data_root
+    )
     problem = spec.problem.build(context)
     if spec.parameter_scale != 1:
         problem = Rescaled(problem, spec.parameter_scale)
-    start = problem.initial_parameters([derive_seed("start", spec.seed, i) for i in range(spec.instances)])
-    recorder = TrajectoryRecorder() if spec.record else None
-    kind = metagradient.meta_loss_kind(estimator or EstimatorSettings(), problem)
-    loss, gradient, losses = _estimate(weights, spec, problem, start, kind, recorder)
-    flat = None if gradient is None or estimator is None else _clipped(gradient, estimator.clip)
-    finite = bool(losses.isfinite().all()) and (estimator is None or (flat is not None and bool(loss.isfinite())))
+    return problem, problem.initial_parameters([derive_seed("start", spec.seed, i) for i in range(spec.instances)])
+
+
+def _result(
+    spec: EpisodeSpec,
+    problem: Problem,
+    losses: Tensor,
+    recorder: TrajectoryRecorder | None,
+    began: float,
+    episodes: int = 1,
+) -> EpisodeResult:
+    """Return what losses [K+1, P, m] say of an episode, without meta-loss and gradient."""
+    kind = metagradient.meta_loss_kind(spec.estimator or EstimatorSettings(), problem)
     tail = losses[-max(1, spec.horizon // 10) :]
-    score = metagradient.step_losses(kind, tail, losses[0], problem.minima).mean().item()
-    episodes = 2 * estimator.pairs if estimator is not None and estimator.kind == "es" else 1
     return EpisodeResult(
-        meta_loss=loss.item(),
-        score=score,
-        gradient=flat.cpu().numpy() if finite and flat is not None else None,
+        meta_loss=math.nan,
+        score=metagradient.step_losses(kind, tail, losses[0], problem.minima).mean().item(),
+        gradient=None,
         losses=losses.mean(dim=1).float().cpu().numpy(),
-        finite=finite,
+        finite=bool(losses.isfinite().all()),
         inner_steps=episodes * spec.horizon * spec.instances,
         seconds=time.perf_counter() - began,
         trajectory=None if recorder is None else recorder.trajectory(),
@@ -115,35 +186,26 @@ def run_episode(weights: Weights, spec: EpisodeSpec) -> EpisodeResult:
 
 def _estimate(
     weights: Weights, spec: EpisodeSpec, problem: Problem, start: Tensor, kind: str, recorder: TrajectoryRecorder | None
-) -> tuple[Tensor, list[Tensor] | None, Tensor]:
-    """Return the meta-loss, its gradient in the order of the network's parameters, and the losses [K+1, P, m].
-
-    The first two are nan and None where there is no estimator, or nothing finite to estimate from.
-    """
+) -> tuple[Tensor, list[Tensor], Tensor]:
+    """Return the meta-loss, its gradient in the order of the network's parameters, and the losses [K+1, P, m]."""
     estimator, device = spec.estimator, problem.device
+    assert estimator is not None
     network = ML2ORule.from_weights(spec.rule, weights, device).network
-    oracle = Oracle(problem, generator("batches", spec.seed))
-    if estimator is not None and estimator.kind == "exact":
+    if estimator.kind == "exact":
+        oracle = Oracle(problem, generator("batches", spec.seed))
         batches = [oracle.draw() for _ in range(spec.horizon + 1)]
         return metagradient.exact(network, problem, start, batches, estimator, recorder)
-    if estimator is not None and estimator.kind == "es":
-        recorders = iter([recorder])  # of the first trial
+    recorders = iter([recorder])  # of the first trial
 
-        def trial(theta: Tensor) -> Tensor:
-            vector_to_parameters(theta.to(device), network.parameters())
-            paired = Oracle(problem, generator("batches", spec.seed))
-            rule = guarded(ML2ORule(network), spec.rule.guard)
-            return roll_out(rule, paired, start, spec.horizon, None, next(recorders, None)).losses
+    def trial(theta: Tensor) -> Tensor:
+        vector_to_parameters(theta.to(device), network.parameters())
+        paired = Oracle(problem, generator("batches", spec.seed))
+        rule = guarded(ML2ORule(network), spec.rule.guard)
+        return roll_out(rule, paired, start, spec.horizon, None, next(recorders, None)).losses
 
-        theta = parameters_to_vector(network.parameters()).detach().cpu()
-        loss, gradient, losses = evolution_strategy(theta, trial, estimator, kind, problem.minima, spec.seed)
-        return loss, [gradient], losses
-    rule = guarded(ML2ORule(network), spec.rule.guard)
-    chosen = None if estimator is None else _choose(problem, estimator.coordinates, spec.seed)
-    rollout = roll_out(rule, oracle, start, spec.horizon, chosen, recorder)
-    if estimator is None or not bool(rollout.losses.isfinite().all()):
-        return torch.tensor(math.nan), None, rollout.losses
-    return *metagradient.replay(network, rollout, estimator, kind, spec.unroll, problem.minima), rollout.losses
+    theta = parameters_to_vector(network.parameters()).detach().cpu()
+    loss, gradient, losses = evolution_strategy(theta, trial, estimator, kind, problem.minima, spec.seed)
+    return loss, [gradient], losses
 
 
 @torch.no_grad()

@@ -7,12 +7,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import ray
-from ray.exceptions import RayTaskError
+from ray.exceptions import ObjectLostError, RayTaskError
 
-from ml2o_dist.config import FaultSettings, ResourceSettings
+from ml2o_dist.config import FaultSettings, LearnerSettings, ResourceSettings
 from ml2o_dist.errors import UserError
 from ml2o_dist.metatrain.dispatch import Batch, Dispatch, Flight
-from ml2o_dist.metatrain.episode import EpisodeResult, Weights, failed_episode
+from ml2o_dist.metatrain.episode import EpisodeResult, Weights, failed_episode, replayed
+from ml2o_dist.metatrain.replays import Replays
 from ml2o_dist.metatrain.schedule import WorkItem
 from ml2o_dist.metatrain.worker import RolloutWorker
 from ml2o_dist.metatrain.worker_loss import LOST, reason
@@ -34,9 +35,13 @@ class WorkerPool:
         resources: ResourceSettings,
         faults: FaultSettings = FaultSettings(),  # noqa: B008  # frozen
         *,
+        learner: LearnerSettings | None = None,
         stop_requested: Callable[[], bool] = lambda: False,
     ) -> None:
         """Start the workers and wait until all are up.
+
+        With the settings of a `learner` rollouts are replayed in a process of its own (backward=learner), else where
+        they ran.
 
         Raises:
             UserError: the cluster has no room for them, or they do not come up in `resources.start_timeout_s`.
@@ -44,9 +49,18 @@ class WorkerPool:
         """
         self._faults = faults
         self._stop_requested = stop_requested
-        self._workers = Workers(RolloutWorker, workers, resources, stop_requested)
         self._dispatch = Dispatch(faults)
         self._in_flight: dict[Any, Flight] = {}
+        self._rollouts: dict[Flight, Any] = {}
+        self._replays = None if learner is None else Replays(learner, faults)
+        try:
+            if self._replays is not None:
+                self._replays.await_start(resources.start_timeout_s, stop_requested, Stopped())
+            self._workers = Workers(RolloutWorker, workers, resources, stop_requested)
+        except BaseException:
+            if self._replays is not None:
+                self._replays.close()
+            raise
 
     @property
     def alive(self) -> int:
@@ -92,6 +106,8 @@ class WorkerPool:
         """End all workers; Ray itself kills a process that does not answer within some seconds."""
         self._give_up()
         self._workers.close()
+        if self._replays is not None:
+            self._replays.close()
 
     def _await(self, batch: Batch) -> list[EpisodeResult]:
         try:
@@ -103,8 +119,10 @@ class WorkerPool:
                 for future in ready:
                     if future in self._workers.starting:
                         self._workers.started(future)
-                    else:
+                    elif future in self._in_flight:
                         self._land(future, self._in_flight.pop(future))
+                    elif self._replays is not None and future in self._replays.under_way:  # else it was restarted
+                        self._take_replay(self._replays, future)
                 self._end_overdue()
                 self._workers.check_floor()
         except BaseException:
@@ -115,6 +133,8 @@ class WorkerPool:
     def _ready(self) -> list[Any]:
         """Wait for an answer; return all that are there, so that a thousand workers need few looks at all of them."""
         asked = [*self._in_flight, *self._workers.starting]
+        if self._replays is not None:
+            asked += self._replays.under_way
         first, others = ray.wait(asked, num_returns=1, timeout=POLL_S)
         if not first or not others:
             return list(first)
@@ -125,21 +145,32 @@ class WorkerPool:
         for future in self._in_flight:
             ray.cancel(future, force=False)
         self._in_flight.clear()
+        self._rollouts.clear()
+        if self._replays is not None:
+            self._replays.give_up()
         self._dispatch.drop()
         self._workers.idle = list(self._workers.up)
 
     def _assign(self) -> None:
-        """Have the idle workers begin what comes next, nothing while fewer are up than `resources.min_workers`."""
-        if not self._workers.enough:
+        """Have the idle workers begin what comes next.
+
+        Nothing while fewer are up than `resources.min_workers`, or while so many rollouts wait for the learner as may.
+        """
+        if not self._workers.enough or (self._replays is not None and self._replays.full):
             return
         for flight in self._dispatch.assign(list(self._workers.idle), self.alive):
             self._workers.idle.remove(flight.worker)
-            task = flight.task
-            self._in_flight[flight.worker.actor.run.remote(task.batch.weights, task.item.spec)] = flight
+            actor, weights, spec = flight.worker.actor, flight.task.batch.weights, flight.task.item.spec
+            if self._replays is None or spec.estimator is None:
+                self._in_flight[actor.run.remote(weights, spec)] = flight
+            else:
+                result, rollout = actor.roll_out.options(num_returns=2).remote(weights, spec)
+                self._in_flight[result], self._rollouts[flight] = flight, rollout
 
     def _land(self, future: Any, flight: Flight) -> None:
         """Take in how a flight has ended."""
         worker, key = flight.worker, flight.task.item.key
+        rollout = self._rollouts.pop(flight, None)
         try:
             result: EpisodeResult = ray.get(future)
         except RayTaskError as error:
@@ -154,7 +185,47 @@ class WorkerPool:
             self._workers.replace(worker, f"{worker}: {reason(error)}")
         else:
             self._workers.idle.append(worker)
-            self._dispatch.finished(flight, result)
+            if self._replays is None or rollout is None or not result.finite:
+                self._dispatch.finished(flight, result)
+                return
+            self._dispatch.rolled_out(flight, result)
+            if not (flight.task.done or self._replays.has(flight.task)):  # by its twin
+                self._replays.add(flight.task, result, rollout)
+
+    def _take_replay(self, replays: Replays, future: Any) -> None:
+        """Take in how a replay has ended."""
+        replay = replays.under_way[future]
+        key = replay.task.item.key
+        try:
+            meta_loss, gradient = ray.get(future)
+        except RayTaskError as error:
+            del replays.under_way[future]
+            replays.answered(replay)
+            if isinstance(error.cause, LOST):  # the rollout was on a host that is gone
+                log.warning("the rollout of %s is lost: %s; it runs again", key, reason(error.cause))
+                self._dispatch.again(replay.task)
+            elif self._faults.on_error == "skip":
+                log.warning("the replay of %s failed: %r; skipped (faults.on_error=skip)", key, error.cause)
+                self._dispatch.settle(replay.task, failed_episode(repr(error.cause)))
+            else:
+                raise PoolError(f"the replay of {key} failed: {error.cause!r}") from error
+        except ObjectLostError as error:
+            del replays.under_way[future]
+            log.warning("the rollout of %s is lost: %s; it runs again", key, reason(error))
+            self._dispatch.again(replay.task)
+        except LOST as error:
+            self._restart_replays(replays, reason(error))
+        else:
+            del replays.under_way[future]
+            replays.answered(replay)
+            self._dispatch.settle(replay.task, replayed(replay.result, meta_loss, gradient))
+
+    def _restart_replays(self, replays: Replays, why: str) -> None:
+        """Start another replayer; what the last one had runs again, within the budget of lost workers."""
+        log.warning("the process that replays is lost: %s; another one is started, what it had runs again", why)
+        self._workers.count_loss(f"the process that replays: {why}")
+        for replay in replays.restart():
+            self._dispatch.again(replay.task)
 
     def _raised(self, flight: Flight, error: RayTaskError) -> None:
         item = flight.task.item
@@ -170,7 +241,9 @@ class WorkerPool:
             raise PoolError(f"{what}: {error.cause!r} (twice; faults.on_error=skip goes on without it)") from error
 
     def _end_overdue(self) -> None:
-        """Replace the workers whose deadline has passed."""
+        """Replace the workers whose deadline has passed, and the replayer that answers nothing."""
+        if self._replays is not None and self._replays.overdue():
+            self._restart_replays(self._replays, f"no answer in {self._faults.first_deadline_s:g} s")
         for flight, allowed in self._dispatch.end_overdue():
             key = flight.task.item.key
             log.warning(
@@ -180,4 +253,5 @@ class WorkerPool:
                 flight.worker,
             )
             self._in_flight = {future: each for future, each in self._in_flight.items() if each is not flight}
+            self._rollouts.pop(flight, None)
             self._workers.replace(flight.worker, f"{key} did not end in time")

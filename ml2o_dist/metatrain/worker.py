@@ -1,4 +1,4 @@
-"""The Ray actor around `run_episode`: it knows nothing that another worker could not recompute."""
+"""The Ray actors around an episode and its replay: they know nothing that another one could not recompute."""
 
 from __future__ import annotations
 
@@ -6,11 +6,23 @@ import os
 
 import torch
 
-from ml2o_dist.metatrain.episode import EpisodeResult, EpisodeSpec, Weights, run_episode
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from ml2o_dist.metatrain.episode import (
+    EpisodeResult,
+    EpisodeSpec,
+    Weights,
+    replay_episode,
+    roll_out_episode,
+    run_episode,
+)
+from ml2o_dist.metatrain.rollout_record import read_rollout, rollout_batch
 
 
-class RolloutWorker:
-    """Runs episodes on one torch thread: results depend neither on the core count nor on the neighbours."""
+class _OneThread:
+    """Computes on one torch thread: results depend neither on the core count nor on the neighbours."""
 
     def __init__(self) -> None:
         torch.set_num_threads(1)
@@ -19,9 +31,32 @@ class RolloutWorker:
             torch.use_deterministic_algorithms(True)
 
     def pid(self) -> int:
-        """Return the process id: answers once the worker is up."""
+        """Return the process id: answers once the process is up."""
         return os.getpid()
+
+
+class RolloutWorker(_OneThread):
+    """Runs episodes."""
 
     def run(self, weights: Weights, spec: EpisodeSpec) -> EpisodeResult:
         """Run one episode."""
         return run_episode(weights, spec)
+
+    def roll_out(self, weights: Weights, spec: EpisodeSpec) -> tuple[EpisodeResult, pa.RecordBatch | None]:
+        """Run an episode up to what is to be replayed elsewhere."""
+        result, replayable = roll_out_episode(weights, spec)
+        return result, None if replayable is None else rollout_batch(replayable)
+
+
+class Replayer(_OneThread):
+    """Replays what workers rolled out, on a device of its own."""
+
+    def __init__(self, device: str) -> None:
+        super().__init__()
+        self._device = device
+
+    def replay(
+        self, weights: Weights, spec: EpisodeSpec, batch: pa.RecordBatch
+    ) -> tuple[float, NDArray[np.float32] | None]:
+        """Return the meta-loss and the meta-gradient of an episode."""
+        return replay_episode(weights, spec, read_rollout(batch, self._device))

@@ -103,6 +103,11 @@ class Workers:
             self.up.remove(worker)
         if worker in self.idle:
             self.idle.remove(worker)
+        self.count_loss(cause)
+        self._start(worker.number)
+
+    def count_loss(self, cause: str) -> None:
+        """Count the loss of a process against the budget; PoolError: there were more than it allows."""
         now = time.monotonic()
         self._replaced_at.append(now)
         while now - self._replaced_at[0] > BUDGET_S:
@@ -113,7 +118,6 @@ class Workers:
                 f"resources.max_restarts={self._resources.max_restarts}; the last: {cause}"
             )
         self.restarts += 1
-        self._start(worker.number)
 
     def started(self, future: Any) -> None:
         """Take in the answer of a worker that was starting; one that died is replaced again."""

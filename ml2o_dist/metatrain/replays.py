@@ -1,0 +1,115 @@
+"""The rollouts that wait to be replayed, and the process that replays them: started, found dead, replaced."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import ray
+
+from ml2o_dist.config import FaultSettings, LearnerSettings
+from ml2o_dist.errors import UserError
+from ml2o_dist.metatrain.dispatch import Task
+from ml2o_dist.metatrain.episode import EpisodeResult
+from ml2o_dist.metatrain.worker import Replayer
+from ml2o_dist.metatrain.worker_loss import LOST, reason
+
+
+@dataclass(frozen=True, eq=False)
+class Replay:
+    """A rollout that is being replayed, or waits for it, and its result so far."""
+
+    task: Task
+    result: EpisodeResult
+
+
+class Replays:
+    """Replays rollouts one after the other, in the order in which they came.
+
+    The rollouts themselves go from the worker to the replayer through Ray's object store; the driver has references
+    only.
+
+    Attributes:
+        under_way: what was handed over and is not answered, by the reference of its answer.
+    """
+
+    def __init__(self, settings: LearnerSettings, faults: FaultSettings) -> None:
+        """Have Ray start the replayer; it may take its time."""
+        self._settings, self._faults = settings, faults
+        self._answered_at = time.monotonic()
+        self.under_way: dict[Any, Replay] = {}
+        self._actor = self._start()
+
+    @property
+    def full(self) -> bool:
+        """As many rollouts wait as may: no more are to be begun."""
+        return len(self.under_way) >= self._settings.rollouts
+
+    def has(self, task: Task) -> bool:
+        """Tell whether a rollout of `task` is under way already, its twin's."""
+        return any(replay.task is task for replay in self.under_way.values())
+
+    def add(self, task: Task, result: EpisodeResult, rollout: Any) -> None:
+        """Hand over the `rollout`, a reference, of a task."""
+        if not self.under_way:
+            self._answered_at = time.monotonic()
+        answer = self._actor.replay.remote(task.batch.weights, task.item.spec, rollout)
+        self.under_way[answer] = Replay(task, result)
+
+    def answered(self, replay: Replay) -> None:
+        """Note that `replay` came back: the replayer is alive."""
+        self._answered_at = time.monotonic()
+
+    def overdue(self) -> bool:
+        """Tell whether the replayer has answered nothing for `faults.first_deadline_s` though it has work."""
+        return bool(self.under_way) and time.monotonic() - self._answered_at > self._faults.first_deadline_s
+
+    def restart(self) -> list[Replay]:
+        """End the replayer and have another one started; return what was under way, which is lost."""
+        ray.kill(self._actor)
+        lost = list(self.under_way.values())
+        self.under_way.clear()
+        self._actor = self._start()
+        return lost
+
+    def give_up(self) -> None:
+        """Forget what is under way."""
+        for answer in self.under_way:
+            ray.cancel(answer, force=False)
+        self.under_way.clear()
+
+    def close(self) -> None:
+        """End the replayer."""
+        self.under_way.clear()
+        ray.kill(self._actor)
+
+    def await_start(self, timeout_s: float, stop_requested: Callable[[], bool], stopped: Exception) -> None:
+        """Wait until the replayer is up.
+
+        Raises:
+            UserError: it does not come up in time, or it died.
+            stopped: a stop was requested meanwhile.
+        """
+        pid, limit, needs = self._actor.pid.remote(), time.monotonic() + timeout_s, self._settings.resources
+        while not ray.wait([pid], timeout=0.2)[0]:
+            if stop_requested():
+                raise stopped
+            if time.monotonic() > limit:
+                raise UserError(
+                    f"the process that replays (backward=learner) could not be placed in {timeout_s:g} s: it needs "
+                    f"{needs.num_cpus:g} CPU and {needs.num_gpus:g} GPU (learner.resources)"
+                )
+        try:
+            ray.get(pid)
+        except LOST as error:
+            raise UserError(
+                f"the process that replays (backward=learner) died at its start: {reason(error)}"
+            ) from error
+
+    def _start(self) -> Any:
+        needs = self._settings.resources
+        device = "cuda" if needs.num_gpus > 0 else "cpu"
+        options = {"num_cpus": needs.num_cpus, "num_gpus": needs.num_gpus, "max_restarts": 0, "max_task_retries": 0}
+        return ray.remote(Replayer).options(**options).remote(device)
