@@ -14,13 +14,17 @@ from ml2o_dist.errors import UserError
 
 
 @click.command("sweep")
-@click.option("--config", type=click.Path(path_type=Path), help="YAML settings: the search space, the base, the search.")
+@click.option(
+    "--config", type=click.Path(path_type=Path), help="YAML settings: the search space, the base, the search."
+)
 @click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a dotted key; repeatable.")
 @click.option("--run-dir", help="Where the sweep lives: a folder that all machines share [default: runs/sweep-<time>].")
 @click.option("--seed", type=int, help="Of the search: short for --set seed=N. Trials have meta_train.seed.")
 @click.option("--address", default="auto", show_default=True, help="Ray: auto, local, or HOST:PORT.")
 @click.option("--tracking-uri", help="Short for --set tracking.uri=URI.")
-@click.option("--resume", is_flag=True, help="Go on with the sweep in --run-dir: running trials from their checkpoints.")
+@click.option(
+    "--resume", is_flag=True, help="Go on with the sweep in --run-dir: running trials from their checkpoints."
+)
 @command
 def sweep(
     console: Console,
@@ -52,8 +56,6 @@ def sweep(
     if resume and run_dir is None:
         raise UserError("--resume needs --run-dir, the directory of the sweep to go on with")
     place = f"runs/sweep-{datetime.now():%Y%m%d-%H%M%S}" if run_dir is None else run_dir
-    if resume and config is None:
-        settings = sweeps.resumed_sweep(place, overrides)
-    else:
-        settings = load_sweep(config, overrides)
+    again = resume and config is None
+    settings = sweeps.resumed_sweep(place, overrides) if again else load_sweep(config, overrides)
     return sweeps.sweep(settings, place, resume=resume, address=address, console=console)

@@ -1,4 +1,4 @@
-"""`ml2o report`: what lies in the folder of a run, an evaluation or a sweep, read back and written as one page beside it."""
+"""`ml2o report`: what lies in the folder of a run, evaluation or sweep, read back and written as one page beside it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ Found = TypeVar("Found")
 
 
 def write_report(run_dir: Path, path: Path | None = None, place: str = "") -> dict[str, Any]:
-    """Write `path` (None: `RUN_DIR/report.html`) from whatever of a run, an evaluation or a sweep is there, finished or not.
+    """Write `path` (None: `RUN_DIR/report.html`) from whatever of a run, evaluation or sweep is there, finished or not.
 
     `place` is what the user knows the folder by, where that is not its path: a URI.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,7 +21,14 @@ from ml2o_dist.remote_files import is_uri
 from ml2o_dist.run_directory import check_folder, check_writable, logged_to
 from ml2o_dist.runs import check_problems
 from ml2o_dist.stopping import StopRequest, own_handlers_kept, stop_on_signals
-from ml2o_dist.sweeping.outcome import SETTINGS, best_optimizer, finished_answer, keep_answer, show_trials, write_results
+from ml2o_dist.sweeping.outcome import (
+    SETTINGS,
+    best_optimizer,
+    finished_answer,
+    keep_answer,
+    show_trials,
+    write_results,
+)
 from ml2o_dist.sweeping.record import FILE, SweepRecord
 from ml2o_dist.sweeping.search import check_search
 from ml2o_dist.sweeping.settings import SweepSettings
@@ -210,7 +216,8 @@ def _tracked(
         unsent = sink.close(status, limit) + runs.unsent
         if unsent:
             console.print(
-                f"[yellow]not sent to MLflow:[/] {unsent} values; when {redacted(uri)} answers: {resume_command(folder)}",
+                f"[yellow]not sent to MLflow:[/] {unsent} values; when {redacted(uri)} answers: "
+                f"{resume_command(folder)}",
                 highlight=False,
                 soft_wrap=True,
             )

@@ -53,7 +53,7 @@ class Importances:
     def caption(self) -> str:
         """What the figures are, and whether they mean anything, in sentences."""
         if not self.by_key:
-            return f"Not measured: it takes {FEWEST} trials with a finite score that differ in it; there are {self.trials}."
+            return f"Not measured: it takes {FEWEST} trials with finite, different scores; {self.trials} are there."
         said = (
             "By how much a random forest's R^2 on the ranks of the scores falls when a key's values are shuffled among "
             f"the {self.trials} trials. On trials that its trees did not see, its R^2 is {self.out_of_bag:.2f}"
@@ -65,7 +65,7 @@ class Importances:
 
 def importance(settings: SweepSettings, record: SweepRecord) -> Importances:
     """Return the importance of each key of the space; the same for the same trials."""
-    trials = [trial for trial in record.trials.values() if math.isfinite(trial.score)]
+    trials = [trial for trial in record.in_order if math.isfinite(trial.score)]
     scores = np.array([trial.score for trial in trials])
     if len(trials) < FEWEST or len(set(scores)) < 2:
         return Importances((), len(trials), math.nan)
@@ -82,14 +82,14 @@ def importance(settings: SweepSettings, record: SweepRecord) -> Importances:
 
 
 def encoded(settings: SweepSettings, trials: list[Trial]) -> np.ndarray:
-    """Return the trials' values as numbers, [trials, keys]: the logarithm of a logarithmic one, a list's by its place."""
+    """Return the trials' values as numbers, [trials, keys]: see `as_number`."""
     return np.array(
         [[as_number(each, trial.values[key]) for key, each in settings.space.items()] for trial in trials], dtype=float
     )
 
 
 def as_number(distribution: Distribution, value: object) -> float:
-    """Return the place of a value on the axis of its distribution."""
+    """Return a value as a number: its place in a list, the logarithm of one that is even in it, else itself."""
     if distribution.interval is None:
         texts = [json.dumps(each, sort_keys=True) for each in distribution.values]
         return float(texts.index(json.dumps(value, sort_keys=True)))

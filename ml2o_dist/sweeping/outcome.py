@@ -14,14 +14,16 @@ from rich.table import Table
 
 from ml2o_dist import artifact
 from ml2o_dist.config_file import dump_settings
+from ml2o_dist.errors import UserError
 from ml2o_dist.files import replacing
-from ml2o_dist.metatrain.checkpoint import CheckpointError, load_checkpoint
+from ml2o_dist.metatrain.checkpoint import load_checkpoint
 from ml2o_dist.run_report import write_report
 from ml2o_dist.sweeping.importance import importance
 from ml2o_dist.sweeping.plots import plot_sweep
 from ml2o_dist.sweeping.record import SweepRecord, Trial, markdown, shown, write_table
 from ml2o_dist.sweeping.settings import SweepSettings
 from ml2o_dist.sweeping.space import trial_settings
+from ml2o_dist.tracking.registry import register_version
 from ml2o_dist.tracking.sink import MlflowSink
 from ml2o_dist.tracking.sweep_runs import SweepRuns
 
@@ -49,7 +51,7 @@ def best_optimizer(
     """Save the weights and the configuration of the best trial; None where no trial has come to a validation.
 
     Raises:
-        UserError: the weights cannot be written; CheckpointError: those of the trial cannot be read.
+        UserError: the weights cannot be written; CheckpointError: those of the trial were cut or altered.
     """
     trial = record.best()
     if trial is None:
@@ -109,7 +111,7 @@ def write_results(
     version = _register(settings, folder, record, best, runs, uri, console) if best else None
     answer = {
         "run_dir": str(folder),
-        "trials": [trial.to_json() for trial in record.trials.values()],
+        "trials": [trial.to_json() for trial in record.in_order],
         "best": None if best is None else best.trial.to_json() | {"weights_sha256": best.saved.weights_sha256},
         "registered_version": version,
     }
@@ -162,9 +164,6 @@ def _register(
     uri: str,
     console: Console,
 ) -> int | None:
-    from ml2o_dist.errors import UserError
-    from ml2o_dist.tracking.registry import register_version  # late: MLflow takes 2 s
-
     tracking = settings.tracking
     if not tracking.register_version:
         return None
@@ -186,7 +185,7 @@ def _register(
 
 
 def _wrong(record: SweepRecord, best: Best | None) -> list[str]:
-    failed = [trial for trial in record.trials.values() if trial.state == "failed"]
+    failed = [trial for trial in record.in_order if trial.state == "failed"]
     if not failed:
         return [] if best else ["no trial has come to a finite validation"]
     first = failed[0]

@@ -56,7 +56,7 @@ def render_sweep(record: SweepPageRecord, sections: Sequence[Section]) -> str:
 
 
 def _all(record: SweepPageRecord) -> list[Trial]:
-    return list(record.trials.trials.values()) if record.trials else []
+    return record.trials.in_order if record.trials else []
 
 
 def _state(record: SweepPageRecord) -> str:

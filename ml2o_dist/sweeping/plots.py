@@ -34,7 +34,7 @@ Place = tuple[float, str]
 
 def plot_sweep(settings: SweepSettings, record: SweepRecord, importances: Importances, folder: Path) -> list[Path]:
     """Write the pictures of a sweep into `folder`, those that have something to show; return their paths."""
-    scored = [trial for trial in record.trials.values() if math.isfinite(trial.score)]
+    scored = [trial for trial in record.in_order if math.isfinite(trial.score)]
     figures: dict[str, Figure | None] = {
         "parallel_coordinates": _parallel_coordinates(settings, scored) if scored else None,
         "importance": _importance(importances) if importances.by_key else None,
@@ -120,6 +120,8 @@ def _importance(importances: Importances) -> Figure:
 
 
 def _progress(trials: list[Trial]) -> Figure:
+    from matplotlib.ticker import MaxNLocator
+
     figure = new_figure(7.0, 3.2)
     panel: Axes = figure.subplots()
     numbers, scores = [trial.number for trial in trials], [trial.score for trial in trials]
@@ -128,6 +130,6 @@ def _progress(trials: list[Trial]) -> Figure:
     panel.set_xlabel("trial")
     panel.set_ylabel("validation (lower is better)")
     panel.legend(frameon=False, fontsize=8.5)
-    panel.xaxis.get_major_locator().set_params(integer=True)
+    panel.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     plain_axes(panel)
     return figure

@@ -1,4 +1,4 @@
-"""What the trials of a sweep have reported: a line each in `trials.jsonl`, the truth behind tables, MLflow and pages."""
+"""What the trials of a sweep have reported: lines of `trials.jsonl`, the truth behind tables, MLflow and pages."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ class Report:
 
 @dataclass
 class Trial:
-    """One trial: `number` counts from 1 in the order of their beginning, `id` is Tune's."""
+    """One trial: `number` counts from 1 in the order in which they were drawn, `id` is Tune's."""
 
     id: str
     number: int
@@ -83,7 +83,7 @@ class Trial:
 
 
 class SweepRecord:
-    """All trials by their id, in the order of their beginning; every change is a line of the file first."""
+    """All trials by their id; every change is a line of the file first."""
 
     def __init__(self, folder: Path) -> None:
         """Read what is there; a line that a kill has cut is left out."""
@@ -92,14 +92,14 @@ class SweepRecord:
         for line in self.file.read_bytes().split(b"\n")[:-1] if self.file.exists() else ():
             try:
                 self._take(json.loads(line))
-            except ValueError:
+            except (ValueError, KeyError):
                 continue
 
-    def begin(self, id: str, values: Mapping[str, Any]) -> Trial:
+    def begin(self, id: str, number: int, values: Mapping[str, Any]) -> Trial:
         """Note that a trial runs (again) with these values."""
         known = self.trials.get(id)
         if known is None or known.state != "running" or known.values != dict(values):
-            self._write({"trial": id, "values": dict(values)})
+            self._write({"trial": id, "number": number, "values": dict(values)})
         return self.trials[id]
 
     def report(self, id: str, report: Report) -> None:
@@ -119,8 +119,11 @@ class SweepRecord:
             stream.write(b"".join(line + b"\n" for line in lines))
         for id in ids:
             del self.trials[id]
-        for number, trial in enumerate(self.trials.values(), start=1):
-            trial.number = number
+
+    @property
+    def in_order(self) -> list[Trial]:
+        """All trials by their number."""
+        return sorted(self.trials.values(), key=lambda trial: trial.number)
 
     def best(self) -> Trial | None:
         """Return the trial with the lowest score among those that did not fail; None: there is none."""
@@ -140,20 +143,22 @@ class SweepRecord:
 
     def _take(self, entry: Mapping[str, Any]) -> None:
         id = entry["trial"]
-        trial = self.trials.setdefault(id, Trial(id, len(self.trials) + 1, {}))
+        if "number" in entry:
+            trial = self.trials.setdefault(id, Trial(id, entry["number"], {}))
+            trial.state, trial.error, trial.values = "running", "", dict(entry["values"])
+            return
+        trial = self.trials[id]
         if "meta_step" in entry:
             report = Report(**{key: value for key, value in entry.items() if key != "trial"})
             trial.reports[report.meta_step] = report
             trial.values = dict(report.values)
-        elif "state" in entry:
-            trial.state, trial.error = entry["state"], entry["error"]
         else:
-            trial.state, trial.error, trial.values = "running", "", dict(entry["values"])
+            trial.state, trial.error = entry["state"], entry["error"]
 
 
 def write_table(folder: Path, record: SweepRecord) -> Path:
     """Write a row for each trial: its figures, and each key of the space as a column; values of mixed kinds as JSON."""
-    rows = [trial.to_json() for trial in record.trials.values()]
+    rows = [trial.to_json() for trial in record.in_order]
     keys = list(dict.fromkeys(key for row in rows for key in row["values"]))
     columns: dict[str, list[Any]] = {name: [row[name] for row in rows] for name in rows[0] if name != "values"}
     for key in keys:
@@ -172,7 +177,13 @@ def markdown(record: SweepRecord, name: str) -> str:
     keys = list(dict.fromkeys(key for trial in ranked for key in trial.values))
     head = ["trial", "state", "meta-steps", "validation", *keys]
     rows = [
-        [str(each.number), each.state, str(each.meta_steps), shown(each.score), *(shown(each.values.get(k)) for k in keys)]
+        [
+            str(each.number),
+            each.state,
+            str(each.meta_steps),
+            shown(each.score),
+            *(shown(each.values.get(k)) for k in keys),
+        ]
         for each in ranked
     ]
     lines = [f"Sweep `{name}`: {len(ranked)} trials, validation of the kept weights (lower is better).", ""]

@@ -57,7 +57,7 @@ def check_search(settings: SweepSettings) -> None:
             import optuna  # noqa: F401
         except ImportError:
             raise UserError(
-                "search=optuna needs optuna: pip install 'ml2o-dist[sweep]', or from a checkout pip install -e '.[sweep]'"
+                "search=optuna needs optuna: pip install 'ml2o-dist[sweep]', from a checkout pip install -e '.[sweep]'"
             ) from None
 
 
@@ -74,13 +74,13 @@ def _search(settings: SweepSettings) -> Any:
 
 
 def _scheduler(settings: SweepSettings, recorded: Recorded) -> Any:
-    steps, every = settings.meta_train.meta_steps, settings.meta_train.validation.every
+    every = settings.meta_train.validation.every
     if settings.scheduler == "asha":
         return RememberingAsha(
             recorded,
             time_attr=TIME,
-            max_t=steps,
-            grace_period=min(settings.asha.grace or every, steps),
+            max_t=longest(settings),
+            grace_period=settings.asha.grace or every,
             reduction_factor=settings.asha.reduction,
         )
     if settings.scheduler == "pbt":
@@ -98,6 +98,12 @@ def _scheduler(settings: SweepSettings, recorded: Recorded) -> Any:
             synch=True,  # a copy goes on at its own meta-step: none is left out, none comes twice
         )
     return FIFOScheduler()
+
+
+def longest(settings: SweepSettings) -> int:
+    """Return the most meta-steps that a trial may have."""
+    swept = settings.space.get("meta_steps")
+    return max(swept.values) if swept else settings.meta_train.meta_steps
 
 
 class RememberingAsha(ASHAScheduler):  # type: ignore[misc]  # Ray is not followed

@@ -90,7 +90,9 @@ class PbtSettings(_Settings):
 
     interval: int = Field(0, ge=0, description="meta-steps between two exchanges; 0: validation.every")
     quantile: float = Field(0.25, gt=0, le=0.5, description="share of the trials that is replaced, and that is copied")
-    resample: float = Field(0.25, ge=0, le=1, description="probability that a value is drawn anew, not changed a little")
+    resample: float = Field(
+        0.25, ge=0, le=1, description="probability that a value is drawn anew, not changed a little"
+    )
 
 
 class DriverSettings(_Settings):
@@ -147,7 +149,9 @@ class SweepSettings(_Settings):
     @classmethod
     def _not_empty(cls, space: dict[str, Distribution]) -> dict[str, Distribution]:
         if not space:
-            raise ValueError("it is empty; give at least one key, as in `space: {learner.lr: {loguniform: [1e-4, 0.1]}}`")
+            raise ValueError(
+                "it is empty; give at least one key, as in `space: {learner.lr: {loguniform: [1e-4, 0.1]}}`"
+            )
         return space
 
     @model_validator(mode="after")
@@ -158,7 +162,9 @@ class SweepSettings(_Settings):
             if self.search != "grid" and distribution.kind == "grid":
                 raise ValueError(f"space.{key} is grid, which needs search=grid; choice is drawn from")
         if self.search == "grid" and self.trials is not None:
-            raise ValueError(f"search=grid runs every combination ({self.count}); trials={self.trials} must be left out")
+            raise ValueError(
+                f"search=grid runs every combination ({self.count}); trials={self.trials} must be left out"
+            )
         if self.scheduler == "pbt" and self.search != "random":
             raise ValueError(f"scheduler=pbt draws for itself: search must be random, not {self.search}")
         if self.scheduler == "pbt" and self.count < 2:

@@ -71,6 +71,8 @@ def check_space(settings: SweepSettings) -> None:
             f"scheduler={settings.scheduler} decides by validations on the way: validation.every={scores} must be less "
             f"than meta_steps={settings.meta_train.meta_steps}"
         )
+    if settings.scheduler == "asha" and settings.asha.grace > settings.meta_train.meta_steps:
+        raise UserError(f"asha.grace={settings.asha.grace} is more than meta_steps={settings.meta_train.meta_steps}")
     if settings.scheduler == "pbt" and settings.pbt.interval % scores:
         raise UserError(f"pbt.interval={settings.pbt.interval} must be a multiple of validation.every={scores}")
     for key, distribution in settings.space.items():
@@ -78,7 +80,7 @@ def check_space(settings: SweepSettings) -> None:
             try:
                 trial = trial_settings(settings, {key: value})
             except UserError as error:
-                raise UserError(f"space: {error}") from None
+                raise UserError(f"space: {key}={json.dumps(value)}: {error}") from None
             if _yardstick(trial) != _yardstick(settings.meta_train):
                 raise UserError(f"space: {key} changes what trials are validated on: their scores cannot be compared")
         if _within(key, _NO_EFFECT):

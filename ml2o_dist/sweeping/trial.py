@@ -18,6 +18,9 @@ from ml2o_dist.metatrain.trainer import Row, Trainer
 from ml2o_dist.sweeping.settings import SweepSettings
 from ml2o_dist.sweeping.space import as_values, trial_settings
 
+SCRATCH = "meta-training"
+"""What a trial works in, below its folder of Tune's."""
+
 SCORE, TIME = "validation", "meta_step"
 """What trials report that Tune's schedulers and searches look at: lower is better, after so many meta-steps."""
 
@@ -35,7 +38,7 @@ def as_trainable(settings: SweepSettings) -> Any:
 
 
 def placement(settings: SweepSettings, trial: MetaTrainSettings) -> Any:
-    """Return the placement group of a trial: its driver first, then each worker, as near to each other as there is room.
+    """Return the placement group of a trial: its driver first, then each worker, near to each other if possible.
 
     A driver that asks for nothing has no bundle of its own, and sits beside the first worker.
     """
@@ -51,7 +54,7 @@ def meta_train_trial(settings: MetaTrainSettings) -> None:
     meta-training is raised: the trial has failed.
     """
     torch.set_num_threads(1)
-    folder = Path(tune.get_context().get_trial_dir()) / "meta-training"
+    folder = Path(tune.get_context().get_trial_dir()) / SCRATCH
     shutil.rmtree(folder, ignore_errors=True)  # of a process before: what counts of it came with Tune's checkpoint
     trainer = Trainer(settings, folder)
     if (found := tune.get_checkpoint()) is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -17,7 +18,7 @@ from ml2o_dist.sweeping.record import Report, State, SweepRecord
 from ml2o_dist.sweeping.search import param_space, tune_config
 from ml2o_dist.sweeping.settings import SweepSettings
 from ml2o_dist.sweeping.space import as_values, trial_settings
-from ml2o_dist.sweeping.trial import SCORE, TIME, as_trainable
+from ml2o_dist.sweeping.trial import SCORE, SCRATCH, TIME, as_trainable
 from ml2o_dist.tracking.sweep_runs import SweepRuns
 
 FOLDER = "tune"
@@ -28,6 +29,7 @@ _ENVIRONMENT = {
     "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # trials.jsonl has it all
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # ours is there already
+    "RAY_AIR_NEW_OUTPUT": "0",  # the new one prints a banner even where it is told to be quiet
 }
 
 
@@ -70,11 +72,13 @@ class Watcher(Callback):  # type: ignore[misc]  # Ray is not followed
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Note that a trial runs."""
         values = as_values(self._settings, trial.config)
-        begun = self._record.begin(trial.trial_id, values)
+        begun = self._record.begin(trial.trial_id, trials.index(trial) + 1, values)
         self._runs.begin(trial.trial_id, f"trial {begun.number}", values)
         self._show(trials)
 
-    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any) -> None:
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
         """Note what a trial reports."""
         report = Report(
             meta_step=result[TIME],
@@ -161,6 +165,8 @@ def run_trials(settings: SweepSettings, folder: Path, watcher: Watcher) -> None:
                 ),
             )
         tuner.fit()
+    for scratch in place.glob(f"*/{SCRATCH}"):
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def recorded(id: str) -> list[tuple[int, float]]:

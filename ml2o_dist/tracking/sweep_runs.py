@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,8 @@ class SweepRuns:
         """End the runs of the trials that are still open: they did not come to their end."""
         for trial in list(self._open):
             self.end(trial, "KILLED", limit_s)
+        with suppress(OSError):  # not empty: MLflow has not got everything
+            self._folder.rmdir()
 
     def _nest(self, trial: str) -> None:
         """Put the trial below the sweep as soon as that has a run."""
