@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -19,7 +20,9 @@ from mlflow.tracking import MlflowClient
 from ml2o_dist.artifact import load_artifact, weights_sha256
 from ml2o_dist.cli import main
 from ml2o_dist.config_file import load_settings
+from ml2o_dist.metatrain.checkpoint import load_checkpoint
 from ml2o_dist.metatrain.trainer import Trainer
+from ml2o_dist.sweeping.record import SweepRecord
 from ml2o_dist.tracking.registry import list_versions
 from ml2o_dist.tracking.sweep_runs import PARENT_TAG
 from tests.metatrain.executing import in_process, later
@@ -221,7 +224,16 @@ def test_a_trial_that_raises_is_named_with_exit_code_3_and_the_others_count(clus
 
 @pytest.mark.long
 def test_optuna_searches_by_what_trials_said(cluster, home):
-    words = ["--set", "search=optuna", "--set", "trials=6", "--set", "max_concurrent=2", "--set", "meta_train.meta_steps=2"]
+    words = [
+        "--set",
+        "search=optuna",
+        "--set",
+        "trials=6",
+        "--set",
+        "max_concurrent=2",
+        "--set",
+        "meta_train.meta_steps=2",
+    ]
     result = ml2o("sweep", "--config", str(CONFIG), *words, "--run-dir", "runs/o", "--json")
     assert result.exit_code == 0, result.output
     answer = json.loads(result.stdout)
@@ -234,8 +246,9 @@ def test_optuna_searches_by_what_trials_said(cluster, home):
 @pytest.mark.long
 @pytest.mark.timeout(900)
 def test_pbt_copies_weights_and_changes_values_in_lockstep(cluster, home):
-    words = ["--set", "scheduler=pbt", "--set", "trials=4", "--set", "pbt={quantile: 0.5, interval: 2}",
-             "--set", "meta_train.meta_steps=8", "--set", "space={learner.lr: {loguniform: [0.0001, 0.5]}}"]  # fmt: skip
+    overrides = ["scheduler=pbt", "trials=4", "pbt={quantile: 0.5, interval: 2}", "meta_train.meta_steps=8"]
+    overrides.append("space={learner.lr: {loguniform: [0.0001, 0.5]}}")
+    words = [word for override in overrides for word in ("--set", override)]
     result = ml2o("sweep", "--config", str(CONFIG), *words, "--run-dir", "runs/p", "--json")
     assert result.exit_code == 0, result.output
     answer = json.loads(result.stdout)
@@ -248,9 +261,19 @@ def test_pbt_copies_weights_and_changes_values_in_lockstep(cluster, home):
         assert all(0.0001 <= rate <= 0.5 for rate in rates)
         exploited += len(set(rates)) > 1
     assert exploited >= 2
-    for trial in answer["trials"]:
-        checkpoints = sorted((home / "runs" / "p" / "tune" / trial["id"]).glob("checkpoint_*"))
-        assert len(checkpoints) >= 5  # none is removed: another trial may need it
+    record = SweepRecord(home / "runs" / "p")
+    for trial in record.in_order:
+        folders = (home / "runs" / "p" / "tune" / trial.id).glob("checkpoint_*")
+        last = max((load_checkpoint(folder) for folder in folders), key=lambda each: each.meta_step)
+        assert last.meta_step == 8
+        values = [report.values for report in trial.reports.values()]
+        changed = [step for step, this, then in zip((0, 2, 4, 6), values, values[1:], strict=False) if this != then]
+        if changed:  # its weights were another's then, and with them came the other's history
+            steps, scores = (last.tensors[f"history/{name}"].tolist() for name in ("meta_step", "validation"))
+            rows = dict(zip(steps, scores, strict=True))
+            others = [each.reports[changed[-1]].validation for each in record.in_order if each is not trial]
+            assert rows[changed[-1]] in others
+            assert rows[changed[-1]] < trial.reports[changed[-1]].validation
 
 
 def drive(home, *words):
@@ -273,6 +296,12 @@ def started_with(home):
         except OSError:
             continue
     return found
+
+
+def working(home):
+    """Those of them that are drivers, trials or workers."""
+    ours = (b"ray::Roll", b"ray::Implicit", b"ray::meta_training", b"ml2o_dist")
+    return {pid: line for pid, line in started_with(home).items() if any(name in line for name in ours)}
 
 
 def until(done, seconds, why=lambda: ""):
@@ -303,9 +332,10 @@ def killed_and_resumed(tmp_path_factory):
     finally:
         child.kill()
         child.wait()
-    until(lambda: not any(b"ray::" in line for line in started_with(home).values()), 60)
-    for pid in started_with(home):  # agents of Ray's that were just starting
-        os.kill(pid, signal.SIGKILL)
+    until(lambda: not working(home), 60, lambda: working(home))
+    for pid in started_with(home):  # agents of Ray's own take their time
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
     before = reported(home)
     child = drive(home, "--run-dir", "runs/k", "--resume", "--json")
     output, _ = child.communicate(timeout=500)

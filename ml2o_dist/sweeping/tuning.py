@@ -86,7 +86,7 @@ class Watcher(Callback):  # type: ignore[misc]  # Ray is not followed
             best_validation=result["best_validation"],
             best_meta_step=result["best_meta_step"],
             seconds=result["seconds"],
-            values=as_values(self._settings, trial.config),
+            values=self._record.trials[trial.trial_id].values,  # not trial.config: PBT may have changed it by now
             meta_loss=result["meta_loss"],
         )
         self._record.report(trial.trial_id, report)
@@ -101,7 +101,7 @@ class Watcher(Callback):  # type: ignore[misc]  # Ray is not followed
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Note that a trial failed, and why."""
-        self._end(trial.trial_id, "failed", _why(trial.get_error()))
+        self._end(trial.trial_id, "failed", _why(Path(trial.error_file)))
         self._show(trials)
 
     def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
@@ -222,7 +222,10 @@ def _figures(settings: SweepSettings, report: Report) -> dict[str, float]:
     return figures
 
 
-def _why(error: Any) -> str:
-    """Return the last line of what a trial raised: its type and message, without the traceback."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
+def _why(file: Path) -> str:
+    """Return the last line that Tune wrote of what a trial raised: its type and message, without the traceback."""
+    try:
+        lines = file.read_text(errors="replace").split("\n")
+    except OSError as error:
+        return f"Tune kept no reason ({error.strerror})"
+    return next(line.strip() for line in reversed(lines) if line.strip())
