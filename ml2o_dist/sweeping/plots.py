@@ -98,7 +98,8 @@ def _axis(distribution: Distribution, values: list[object]) -> tuple[list[float]
 
 def _label(value: object) -> str:
     text = value if isinstance(value, str) else json.dumps(value)
-    return text if len(text) <= LONGEST_LABEL else f"{text[: LONGEST_LABEL - 3]}..."
+    shortened = text if len(text) <= LONGEST_LABEL else f"{text[: LONGEST_LABEL - 3]}..."
+    return shortened.replace("$", r"\$")  # no formula
 
 
 def _importance(importances: Importances) -> Figure:
