@@ -61,7 +61,7 @@ class SweepRuns:
         """Set tags of a trial that was begun."""
         self._open[trial].set_tags(tags)
 
-    def end(self, trial: str, status: Status, limit_s: float = 10.0) -> None:
+    def end(self, trial: str, status: Status, limit_s: float = 3.0) -> None:
         """End the run of a trial that was begun; waits for MLflow for so long at most."""
         self._nest(trial)
         sink = self._open.pop(trial)

@@ -1,4 +1,4 @@
-"""A sweep's page: the trials, the pictures, what is missing and why; nothing of a user's gets into the HTML unescaped."""
+"""A sweep's page: trials, pictures, what is missing and why; nothing of a user's gets into the HTML unescaped."""
 
 from __future__ import annotations
 
