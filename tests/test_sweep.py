@@ -25,7 +25,11 @@ from ml2o_dist.metatrain.trainer import Trainer
 from ml2o_dist.sweeping.record import SweepRecord
 from ml2o_dist.tracking.registry import list_versions
 from ml2o_dist.tracking.sweep_runs import PARENT_TAG
+from tests.browser import browser
 from tests.metatrain.executing import in_process, later
+from tests.tracking.mlflow_server import MlflowServer
+
+__all__ = ["browser"]  # a fixture
 
 CONFIG = Path(__file__).parent / "small_sweep.yaml"
 
@@ -371,6 +375,29 @@ def test_a_sweep_whose_driver_was_killed_goes_on_without_doing_anything_twice(ki
         assert best["weights_sha256"] == weights_sha256(trainer.best_weights)
     assert math.isclose(min(trial["validation"] for trial in answer["trials"]), best["validation"])
     until(lambda: not started_with(home), 60, lambda: started_with(home))
+
+
+@pytest.mark.long
+@pytest.mark.timeout(1200)
+def test_mlflow_shows_the_trials_below_their_sweep(killed_and_resumed, browser, tmp_path):
+    """The experiment's page in a real browser: the sweep, and after a click on it its twelve trials."""
+    home, _, answer = killed_and_resumed
+    server = MlflowServer(tmp_path, f"sqlite:///{home}/mlflow.db")
+    server.start()
+    try:
+        experiment = runs_of(home)[1].info.experiment_id
+        page = browser.new_page(viewport={"width": 1600, "height": 1000})
+        page.goto(f"{server.uri}/#/experiments/{experiment}/runs")
+        page.get_by_text("13 matching runs").wait_for(timeout=120_000)
+        assert page.get_by_text("trial 12", exact=True).count() == 0
+        page.get_by_role("row").filter(has_text="small").get_by_role("button").first.click()
+        page.get_by_text("trial 12", exact=True).first.wait_for(timeout=30_000)
+        for trial in answer["trials"]:
+            assert page.get_by_text(f"trial {trial['trial']}", exact=True).count() == 1
+        page.screenshot(path=str(tmp_path / "mlflow.png"))
+        page.close()
+    finally:
+        server.kill()
 
 
 @pytest.mark.long
