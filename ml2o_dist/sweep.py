@@ -13,7 +13,7 @@ from rich.console import Console
 
 from ml2o_dist.cluster_connection import connected, own_capacity
 from ml2o_dist.config_file import dump_settings, flat_settings, resolve_settings, settings_hash
-from ml2o_dist.errors import Incomplete, Interrupted, UserError
+from ml2o_dist.errors import Aborted, Incomplete, Interrupted, UserError
 from ml2o_dist.files import home_folder, replacing
 from ml2o_dist.metatrain.capacity import check_capacity, cluster_total
 from ml2o_dist.progress import StepDisplay
@@ -39,7 +39,7 @@ from ml2o_dist.tracking.identity import load_identity
 from ml2o_dist.tracking.records import Status
 from ml2o_dist.tracking.sink import MlflowSink
 from ml2o_dist.tracking.store import redacted, tracking_uri_to_keep
-from ml2o_dist.tracking.sweep_runs import SweepRuns, delete_runs
+from ml2o_dist.tracking.sweep_runs import SweepRuns
 
 SPOOLS = "spools"
 """The folder of what MLflow has not got yet of the trials."""
@@ -59,7 +59,7 @@ def sweep(
 
     Raises:
         UserError: settings, data, cluster or run directory are not as they must be (exit code 2).
-        Incomplete: trials failed, or there is no version of the best one; Interrupted: stopped by a signal.
+        Incomplete: trials failed; Interrupted: stopped by a signal; Aborted: a disk that is full, or the like.
     """
     console = console or Console(stderr=True)
     settings = settings.model_copy(update={"meta_train": resolve_settings(settings.meta_train)})
@@ -88,6 +88,7 @@ def sweep(
         with replacing(folder / SETTINGS) as stream:
             stream.write(dump_settings(settings).encode())
         with (
+            _resumable(folder),
             connected(address) as where,
             _tracked(settings, folder, uri, console, stop) as (sink, runs),
         ):
@@ -96,7 +97,7 @@ def sweep(
             _check_room(settings, cluster_total(), "the cluster")
             if record.trials:
                 console.print(f"resuming       {_so_far(record)}", highlight=False, soft_wrap=True)
-            checkpoints = _run(settings, folder, record, runs, uri, console, stop)
+            checkpoints = _run(settings, folder, record, runs, console, stop)
             if stop():
                 raise Interrupted(stop.signal_number, f"stopped by {stop.name}; {_so_far(record)}; {last_words()}")
             provenance = {"config_hash": settings_hash(settings), "git": git_commit(), "data_sha256": data}
@@ -106,6 +107,19 @@ def sweep(
     if wrong:
         raise Incomplete("; ".join([*wrong, f"to try again: {resume_command(folder)}"]), answer)
     return answer
+
+
+@contextmanager
+def _resumable(folder: Path) -> Iterator[None]:
+    """Say how to go on when the `with` block is cut short by something that no setting would mend."""
+    try:
+        yield
+    except (UserError, Interrupted, Incomplete, KeyboardInterrupt):
+        raise
+    except Exception as error:
+        log.info("aborted", exc_info=True)  # the traceback belongs into run.log, the line on the screen
+        reason = " ".join(str(error).split())
+        raise Aborted(f"{type(error).__name__}: {reason}; go on with: {resume_command(folder)}") from error
 
 
 def sweep_folder(run_dir: str) -> Path:
@@ -228,7 +242,6 @@ def _run(
     folder: Path,
     record: SweepRecord,
     runs: SweepRuns,
-    uri: str,
     console: Console,
     stop: StopRequest,
 ) -> dict[str, Path]:
@@ -237,7 +250,7 @@ def _run(
     def on_lost(ids: Sequence[str]) -> None:
         if ids:
             log.info("trials %s were lost when the sweep was killed", ", ".join(ids))
-            delete_runs(uri, settings.experiment, runs.key, ids)
+            runs.forget(ids)
             record.forget(ids)
 
     done = sum(trial.state != "running" for trial in record.trials.values())

@@ -3,13 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
-import os
-import signal
-import subprocess
 import sys
-import time
-from contextlib import suppress
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -25,11 +19,7 @@ from ml2o_dist.metatrain.trainer import Trainer
 from ml2o_dist.sweeping.record import SweepRecord
 from ml2o_dist.tracking.registry import list_versions
 from ml2o_dist.tracking.sweep_runs import PARENT_TAG
-from tests.browser import browser
 from tests.metatrain.executing import in_process, later
-from tests.tracking.mlflow_server import MlflowServer
-
-__all__ = ["browser"]  # a fixture
 
 CONFIG = Path(__file__).parent / "small_sweep.yaml"
 
@@ -227,6 +217,19 @@ def test_a_trial_that_raises_is_named_with_exit_code_3_and_the_others_count(clus
 
 
 @pytest.mark.long
+def test_drawn_values_that_do_not_go_together_are_a_trial_that_fails(cluster, home):
+    space = "space={workers: {choice: [1, 2]}, resources.min_workers: {choice: [1, 2]}}"
+    words = ["--config", str(CONFIG), "--set", space, "--set", "trials=6", "--set", "meta_train.workers=2"]
+    result = ml2o("sweep", *words, "--run-dir", "runs/c", "--json")
+    assert result.exit_code == 3, result.output
+    trials = json.loads(result.stdout)["trials"]
+    together = {trial["trial"]: trial["values"] != {"workers": 1, "resources.min_workers": 2} for trial in trials}
+    assert set(together.values()) == {True, False}
+    assert {trial["trial"]: trial["state"] == "finished" for trial in trials} == together
+    assert "resources.min_workers=2 is more than workers=1" in result.stderr
+
+
+@pytest.mark.long
 def test_optuna_searches_by_what_trials_said(cluster, home):
     words = [
         "--set",
@@ -278,140 +281,3 @@ def test_pbt_copies_weights_and_changes_values_in_lockstep(cluster, home):
             others = [each.reports[changed[-1]].validation for each in record.in_order if each is not trial]
             assert rows[changed[-1]] in others
             assert rows[changed[-1]] < trial.reports[changed[-1]].validation
-
-
-def drive(home, *words):
-    """Start the command in a process of its own; everything it starts carries `home` in its environment."""
-    command = [sys.executable, "-m", "ml2o_dist", "sweep", "--address", "local", *words]
-    with open(home / "stderr", "a") as errors:
-        return subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=errors, text=True, env={**os.environ, "ML2O_HOME": str(home)}
-        )
-
-
-def started_with(home):
-    """Return pid and command line of the living processes that were started with this home."""
-    found, mark = {}, f"ML2O_HOME={home}".encode()
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            state = (folder / "stat").read_text().rsplit(")", 1)[1].split()[0]
-            if state != "Z" and mark in (folder / "environ").read_bytes().split(b"\0"):
-                found[int(folder.name)] = (folder / "cmdline").read_bytes()
-        except OSError:
-            continue
-    return found
-
-
-def working(home):
-    """Those of them that are drivers, trials or workers."""
-    ours = (b"ray::Roll", b"ray::Implicit", b"ray::meta_training", b"ml2o_dist")
-    return {pid: line for pid, line in started_with(home).items() if any(name in line for name in ours)}
-
-
-def until(done, seconds, why=lambda: ""):
-    limit = time.monotonic() + seconds
-    while not done():
-        assert time.monotonic() < limit, why()
-        time.sleep(0.05)
-
-
-def reported(home):
-    file = home / "runs" / "k" / "trials.jsonl"
-    return [line for line in file.read_text().splitlines() if '"meta_step"' in line] if file.exists() else []
-
-
-ASHA = ["--config", str(CONFIG), "--run-dir", "runs/k", "--json", "--set", "trials=12", "--set", "scheduler=asha",
-        "--set", "asha={grace: 2, reduction: 2}", "--set", "meta_train.meta_steps=8",
-        "--set", "space.learner.lr={loguniform: [0.0001, 0.5]}"]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def killed_and_resumed(tmp_path_factory):
-    """Twelve trials under ASHA on two CPUs, the driver killed on the way, then gone on with: (home, answer)."""
-    home = tmp_path_factory.mktemp("killed")
-    child = drive(home, *ASHA)
-    try:
-        until(lambda: len(reported(home)) >= 12 or child.poll() is not None, 400)
-        assert child.poll() is None, (home / "stderr").read_text()
-    finally:
-        child.kill()
-        child.wait()
-    until(lambda: not working(home), 60, lambda: working(home))
-    for pid in started_with(home):  # agents of Ray's own take their time
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    before = reported(home)
-    child = drive(home, "--run-dir", "runs/k", "--resume", "--json")
-    output, _ = child.communicate(timeout=500)
-    assert child.returncode == 0, (home / "stderr").read_text()
-    return home, before, json.loads(output)
-
-
-@pytest.mark.long
-@pytest.mark.timeout(1200)
-def test_a_sweep_whose_driver_was_killed_goes_on_without_doing_anything_twice(killed_and_resumed, tmp_path):
-    home, before, answer = killed_and_resumed
-    assert [trial["trial"] for trial in answer["trials"]] == list(range(1, 13))
-    states = [trial["state"] for trial in answer["trials"]]
-    assert set(states) == {"finished", "stopped"}
-    known = {json.loads(line)["trial"] for line in before}
-    assert known & {trial["id"] for trial in answer["trials"]}
-    client, parent, nested = runs_of(home)
-    assert parent.info.status == "FINISHED"
-    assert sorted(nested) == list(range(1, 13))
-    for trial in answer["trials"]:
-        run = nested[trial["trial"]]
-        assert run.info.status == "FINISHED"
-        assert metric_steps(client, run) == list(range(0, trial["meta_steps"] + 1, 2))
-        assert run.data.tags["state"] == trial["state"]
-        assert run.data.params["learner.lr"] == str(trial["values"]["learner.lr"])
-    best = answer["best"]
-    settings = [f"{key}={json.dumps(value)}" for key, value in best["values"].items()]
-    trainer = Trainer(
-        load_settings(CONFIG.parent / "small_sweep_base.yaml", [*settings, "device=cpu", "meta_steps=8"]), tmp_path
-    )
-    trainer.run(later(in_process))
-    if best["state"] == "finished":  # what was killed on the way has come to the weights of a calm run
-        assert best["weights_sha256"] == weights_sha256(trainer.best_weights)
-    assert math.isclose(min(trial["validation"] for trial in answer["trials"]), best["validation"])
-    until(lambda: not started_with(home), 60, lambda: started_with(home))
-
-
-@pytest.mark.long
-@pytest.mark.timeout(1200)
-def test_mlflow_shows_the_trials_below_their_sweep(killed_and_resumed, browser, tmp_path):
-    """The experiment's page in a real browser: the sweep, and after a click on it its twelve trials."""
-    home, _, answer = killed_and_resumed
-    server = MlflowServer(tmp_path, f"sqlite:///{home}/mlflow.db")
-    server.start()
-    try:
-        experiment = runs_of(home)[1].info.experiment_id
-        page = browser.new_page(viewport={"width": 1600, "height": 1000})
-        page.goto(f"{server.uri}/#/experiments/{experiment}/runs")
-        page.get_by_text("13 matching runs").wait_for(timeout=120_000)
-        assert page.get_by_text("trial 12", exact=True).count() == 0
-        page.get_by_role("row").filter(has_text="small").get_by_role("button").first.click()
-        page.get_by_text("trial 12", exact=True).first.wait_for(timeout=30_000)
-        for trial in answer["trials"]:
-            assert page.get_by_text(f"trial {trial['trial']}", exact=True).count() == 1
-        page.screenshot(path=str(tmp_path / "mlflow.png"))
-        page.close()
-    finally:
-        server.kill()
-
-
-@pytest.mark.long
-@pytest.mark.timeout(600)
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_stopped_sweep_says_how_to_go_on_and_leaves_no_process(tmp_path, number, code):
-    child = drive(tmp_path, *ASHA)
-    try:
-        until(lambda: len(reported(tmp_path)) >= 2 or child.poll() is not None, 300)
-        child.send_signal(number)
-        assert child.wait(timeout=120) == code, (tmp_path / "stderr").read_text()
-    finally:
-        child.kill()
-    said = (tmp_path / "stderr").read_text().splitlines()[-1]
-    assert said.startswith(f"ml2o: stopped by {number.name}; ")
-    assert said.endswith(f"go on with: ml2o sweep --run-dir {tmp_path}/runs/k --resume")
-    until(lambda: not started_with(tmp_path), 60, lambda: started_with(tmp_path))

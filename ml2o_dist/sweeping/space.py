@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice, product
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,9 @@ _MUTABLE = (
     "estimator.coordinates", "estimator.clip", "estimator.sigma", "horizon", "slots", "instances", "family.rescale",
 )  # fmt: skip
 """What may change while a meta-training runs: not the rule, which its weights are of, nor the length of the run."""
+
+MOST_CHECKED = 1000
+"""How many combinations of a grid are tried before anything starts."""
 
 _OPERATIONAL = ("tracking", "max_concurrent")
 """What a sweep that is gone on with may change."""
@@ -63,6 +67,7 @@ def load_sweep(file: Path | None, overrides: Iterable[str] = ()) -> SweepSetting
 def check_space(settings: SweepSettings) -> None:
     """Raise UserError unless a meta-training can be made with every value of the space, one key at a time.
 
+    Of a grid, every combination; of what is drawn, one that does not go together is a trial that fails.
     Values that only go together are no two keys: give their group, as `estimator: {choice: [{...}, {...}]}`.
     """
     scores = settings.meta_train.validation.every
@@ -90,10 +95,24 @@ def check_space(settings: SweepSettings) -> None:
                 f"space: {key} cannot change while a meta-training runs, as scheduler=pbt needs it "
                 f"(allowed: {', '.join(sorted(_MUTABLE))})"
             )
+    if settings.search == "grid":
+        _check_combinations(settings)
     keys = sorted(settings.space)
     for key in keys:
         if above := [other for other in keys if key.startswith(f"{other}.")]:
             raise UserError(f"space: {key} is a part of {above[0]}, which is there, too")
+
+
+def _check_combinations(settings: SweepSettings) -> None:
+    """Raise UserError unless the values of a grid go together, as far as `MOST_CHECKED` combinations tell."""
+    combinations = product(*(each.values for each in settings.space.values()))
+    for combination in islice(combinations, MOST_CHECKED):
+        values = dict(zip(settings.space, combination, strict=True))
+        try:
+            trial_settings(settings, values)
+        except UserError as error:
+            together = ", ".join(f"{key}={json.dumps(value)}" for key, value in values.items())
+            raise UserError(f"space: {together}: {error}") from None
 
 
 def trial_settings(settings: SweepSettings, values: Mapping[str, Any]) -> MetaTrainSettings:

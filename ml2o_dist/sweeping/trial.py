@@ -12,6 +12,7 @@ import torch
 from ray import tune
 
 from ml2o_dist.config import MetaTrainSettings
+from ml2o_dist.errors import UserError
 from ml2o_dist.metatrain.checkpoint import load_checkpoint
 from ml2o_dist.metatrain.pool import WorkerPool
 from ml2o_dist.metatrain.trainer import Row, Trainer
@@ -32,7 +33,10 @@ def as_trainable(settings: SweepSettings) -> Any:
         meta_train_trial(_in_trial(settings, sampled))
 
     def resources(sampled: dict[str, Any]) -> Any:
-        return placement(settings, _in_trial(settings, sampled))
+        try:
+            return placement(settings, _in_trial(settings, sampled))
+        except UserError:  # values that do not go together: the trial itself will say so
+            return placement(settings, settings.meta_train)
 
     return tune.with_resources(meta_training, resources)
 

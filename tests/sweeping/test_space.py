@@ -94,6 +94,12 @@ def test_a_wrong_setting_of_the_sweep_is_named(overrides, parts):
         assert part in message, message
 
 
+def test_the_values_of_a_grid_must_go_together():
+    grid = "space={workers: {grid: [1, 2]}, resources.min_workers: {grid: [1, 2]}}"
+    message = refused(grid, "search=grid")
+    assert "space: workers=1, resources.min_workers=2: " in message
+
+
 @pytest.mark.parametrize("key", ["rule.hidden", "rule.lr", "staleness", "meta_steps", "seed", "workers"])
 def test_pbt_refuses_what_cannot_change_on_the_way(key):
     message = refused(f"space={{{key}: {{choice: [1, 2]}}}}", "scheduler=pbt", "meta_train.meta_steps=40")

@@ -9,7 +9,7 @@ import pytest
 
 from ml2o_dist.tracking.sink import MlflowSink
 from ml2o_dist.tracking.store import connect
-from ml2o_dist.tracking.sweep_runs import PARENT_TAG, SweepRuns, delete_runs
+from ml2o_dist.tracking.sweep_runs import PARENT_TAG, SweepRuns
 from tests.tracking.mlflow_server import MlflowServer
 
 EXPERIMENT = "ml2o/sweep/x"
@@ -63,9 +63,11 @@ def test_what_is_told_again_is_written_once_and_a_lost_trial_is_deleted(tmp_path
     )
     assert again.unsent == 0
     assert not (tmp_path / "run" / "spools").exists()
-    delete_runs(uri, EXPERIMENT, "other", ["a"])
-    check(uri, 5)
-    delete_runs(uri, EXPERIMENT, "key", ["b", "never was"])
+    parent = MlflowSink.open(uri, EXPERIMENT, run_dir=tmp_path / "run")
+    SweepRuns(uri, EXPERIMENT, parent, "other", tmp_path).forget(["a"])
+    assert sorted(by_name(uri)) == ["trial 1", "trial 2", "x"]
+    SweepRuns(uri, EXPERIMENT, parent, "key", tmp_path).forget(["b", "never was"])
+    parent.close()
     assert sorted(by_name(uri)) == ["trial 1", "x"]
 
 
