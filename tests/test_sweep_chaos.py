@@ -73,7 +73,7 @@ def kill_and_resume(home, words, after):
 
 @pytest.fixture(scope="module")
 def killed_and_resumed(tmp_path_factory):
-    """Twelve trials under ASHA on two CPUs, the driver killed on the way, then gone on with: (home, reports, answer)."""
+    """Twelve trials under ASHA on two CPUs, the driver killed on the way, then resumed: (home, reports, answer)."""
     home = tmp_path_factory.mktemp("killed")
     return home, *kill_and_resume(home, ASHA, 12)
 

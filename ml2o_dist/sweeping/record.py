@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,7 +43,7 @@ class Report:
 
 @dataclass
 class Trial:
-    """One trial: `number` counts from 1 in the order in which they were drawn, `id` is Tune's."""
+    """One trial: `number` counts from 1 in the order of their beginning, `id` is Tune's."""
 
     id: str
     number: int
@@ -95,9 +96,11 @@ class SweepRecord:
             except (ValueError, KeyError):
                 continue
 
-    def begin(self, id: str, number: int, values: Mapping[str, Any]) -> Trial:
-        """Note that a trial runs (again) with these values."""
+    def begin(self, id: str, values: Mapping[str, Any]) -> Trial:
+        """Note that a trial runs (again) with these values; a new one has the lowest number that is free."""
         known = self.trials.get(id)
+        taken = {trial.number for trial in self.trials.values()}
+        number = known.number if known else next(free for free in count(1) if free not in taken)
         if known is None or known.state != "running" or known.values != dict(values):
             self._write({"trial": id, "number": number, "values": dict(values)})
         return self.trials[id]

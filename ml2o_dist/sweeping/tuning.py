@@ -72,7 +72,7 @@ class Watcher(Callback):  # type: ignore[misc]  # Ray is not followed
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Note that a trial runs."""
         values = as_values(self._settings, trial.config)
-        begun = self._record.begin(trial.trial_id, trials.index(trial) + 1, values)
+        begun = self._record.begin(trial.trial_id, values)
         self._runs.begin(trial.trial_id, f"trial {begun.number}", values)
         self._show(trials)
 

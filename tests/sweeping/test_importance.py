@@ -27,7 +27,7 @@ def recorded(folder, score, trials):
             "learner.ema": source.uniform(0, 0.9),
             "rule.output": source.choice(["residual", "controlled", "scaled"]),
         }
-        record.begin(str(number), number, values)
+        record.begin(str(number), values)
         found = score(values, source)
         record.report(str(number), Report(4, found, found, 4, 1.0, values))
         record.end(str(number), "finished")

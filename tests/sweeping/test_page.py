@@ -21,7 +21,7 @@ def folder(tmp_path):
         return math.inf if values["learner.ema"] > 0.85 else abs(math.log10(values["learner.lr"]) + 2) + source.random()
 
     settings, record = recorded(tmp_path, score, 24)
-    record.begin("25", 25, {"learner.lr": 0.1, "learner.ema": 0.5, "rule.output": "<b>scaled"})
+    record.begin("25", {"learner.lr": 0.1, "learner.ema": 0.5, "rule.output": "<b>scaled"})
     record.end("25", "failed", "ValueError: <script>")
     (tmp_path / "sweep.yaml").write_text(dump_settings(settings))
     plot_sweep(settings, record, importance(settings, record), tmp_path / "plots")

@@ -19,7 +19,7 @@ def report(step, score, values=None, best=None):
 def record(tmp_path):
     record = SweepRecord(tmp_path)
     for id, number, scores in (("a", 1, (3.0, 2.0)), ("b", 2, (3.0, 1.0)), ("c", 3, (3.0, math.inf))):
-        record.begin(id, number, {"lr": number / 10})
+        record.begin(id, {"lr": number / 10})
         for i, score in enumerate(scores):
             record.report(id, report(2 * i, score, {"lr": number / 10}))
     record.end("a", "finished")
@@ -61,7 +61,7 @@ def test_the_score_is_that_of_the_weights_that_are_kept(record):
 
 
 def test_a_trial_that_is_tried_again_runs(record, tmp_path):
-    record.begin("b", 2, {"lr": 0.2})
+    record.begin("b", {"lr": 0.2})
     again = SweepRecord(tmp_path).trials["b"]
     assert (again.state, again.error, len(again.reports)) == ("running", "", 2)
 
@@ -70,6 +70,8 @@ def test_trials_that_are_forgotten_were_never_there(record, tmp_path):
     record.forget(["a", "c"])
     assert list(SweepRecord(tmp_path).trials) == list(record.trials) == ["b"]
     record.forget([])
+    assert [record.begin(id, {}).number for id in ("d", "b", "e", "f")] == [1, 2, 3, 4]
+    assert [trial.id for trial in SweepRecord(tmp_path).in_order] == ["d", "b", "e", "f"]
 
 
 def test_json_has_null_for_what_is_not_finite(record):
@@ -94,6 +96,6 @@ def test_tables_have_a_row_for_each_trial(record, tmp_path):
 def test_values_of_mixed_kinds_are_json_in_the_table(tmp_path):
     record = SweepRecord(tmp_path)
     for number, value in enumerate((None, {"budget": 1}, [4, 8]), start=1):
-        record.begin(str(number), number, {"rule.guard": value})
+        record.begin(str(number), {"rule.guard": value})
     rows = pq.read_table(write_table(tmp_path, record)).to_pylist()
     assert [json.loads(row["rule.guard"]) for row in rows] == [None, {"budget": 1}, [4, 8]]
