@@ -85,8 +85,7 @@ def sweep(
         return f"go on with: {resume_command(folder)}"
 
     with stop_on_signals(at_once=True, last_words=last_words) as stop, logged_to(folder, console):
-        with replacing(folder / SETTINGS) as stream:
-            stream.write(dump_settings(settings).encode())
+        _write_settings(folder, settings)
         with (
             _resumable(folder),
             connected(address) as where,
@@ -114,7 +113,7 @@ def _resumable(folder: Path) -> Iterator[None]:
     """Say how to go on when the `with` block is cut short by something that no setting would mend."""
     try:
         yield
-    except (UserError, Interrupted, Incomplete, KeyboardInterrupt):
+    except (UserError, Interrupted):
         raise
     except Exception as error:
         log.info("aborted", exc_info=True)  # the traceback belongs into run.log, the line on the screen
@@ -149,11 +148,19 @@ def resume_command(folder: Path) -> str:
     return f"ml2o sweep --run-dir {shlex.quote(str(folder))} --resume"
 
 
+def _write_settings(folder: Path, settings: SweepSettings) -> None:
+    try:
+        with replacing(folder / SETTINGS) as stream:
+            stream.write(dump_settings(settings).encode())
+    except OSError as error:
+        raise UserError(f"run directory {str(folder)!r} cannot be written: {error.strerror or error}") from error
+
+
 def _check_fresh(folder: Path, settings: SweepSettings) -> None:
-    for name, what in (("evaluation.json", "an evaluation"), ("checkpoints", "a meta-training")):
-        if (folder / name).exists():
-            raise UserError(f"{folder} holds {what}; choose another --run-dir for the sweep")
     if not (folder / SETTINGS).exists():
+        for name, what in (("evaluation.json", "an evaluation"), ("config.yaml", "a meta-training")):
+            if (folder / name).exists():
+                raise UserError(f"{folder} holds {what}; choose another --run-dir for the sweep")
         return
     difference = sweep_difference(settings, load_sweep(folder / SETTINGS))
     if difference:

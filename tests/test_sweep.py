@@ -166,6 +166,12 @@ def test_a_finished_sweep_is_only_told_again_and_refuses_to_be_another(finished,
             assert part in refused.stderr
     taken = ml2o("meta-train", "--run-dir", "runs/a")
     assert (taken.exit_code, "holds a sweep" in taken.stderr) == (2, True)
+    evaluated = ml2o("evaluate", "--optimizer", "dssmg", "--problem", "fonseca", "--run-dir", "runs/a")
+    assert (evaluated.exit_code, "holds a sweep" in evaluated.stderr) == (2, True)
+    (home / "runs" / "m").mkdir()
+    (home / "runs" / "m" / "config.yaml").write_text("{}")
+    swept = ml2o("sweep", "--config", str(CONFIG), "--run-dir", "runs/m")
+    assert (swept.exit_code, "holds a meta-training" in swept.stderr) == (2, True)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from ml2o_dist import artifact
 from ml2o_dist.config_file import dump_settings
@@ -125,7 +126,7 @@ def show_trials(record: SweepRecord, settings: SweepSettings, console: Console) 
     for trial in record.ranked():
         cells = [str(trial.number), trial.state, str(trial.meta_steps), shown(trial.score)]
         cells += [shown(trial.values.get(key)) for key in settings.space]
-        table.add_row(*cells, style="bold" if trial is best else None)
+        table.add_row(*map(Text, cells), style="bold" if trial is best else None)
     console.print(table)
     for trial in record.ranked():
         if trial.error:
