@@ -84,18 +84,19 @@ def sweep(
     def last_words() -> str:
         return f"go on with: {resume_command(folder)}"
 
-    with stop_on_signals(at_once=True, last_words=last_words) as stop, logged_to(folder, console):
+    with (
+        stop_on_signals(at_once=True, last_words=last_words) as stop,
+        logged_to(folder, console),
+        _resumable(folder),
+        connected(address) as where,
+    ):
+        console.print(f"Ray            {where}", highlight=False, soft_wrap=True)
+        _check_room(settings, cluster_total(), "the cluster")
+        stop.at_once = False
         _write_settings(folder, settings)
-        with (
-            _resumable(folder),
-            connected(address) as where,
-            _tracked(settings, folder, uri, console, stop) as (sink, runs),
-        ):
-            console.print(f"Ray            {where}", highlight=False, soft_wrap=True)
-            stop.at_once = False
-            _check_room(settings, cluster_total(), "the cluster")
-            if record.trials:
-                console.print(f"resuming       {_so_far(record)}", highlight=False, soft_wrap=True)
+        if record.trials:
+            console.print(f"resuming       {_so_far(record)}", highlight=False, soft_wrap=True)
+        with _tracked(settings, folder, uri, console, stop) as (sink, runs):
             checkpoints = _run(settings, folder, record, runs, console, stop)
             if stop():
                 raise Interrupted(stop.signal_number, f"stopped by {stop.name}; {_so_far(record)}; {last_words()}")

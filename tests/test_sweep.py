@@ -189,7 +189,8 @@ def test_nothing_starts_where_something_is_wrong(cluster, home, override, part, 
     result = ml2o("sweep", "--config", str(CONFIG), "--set", override, "--run-dir", "runs/x")
     assert result.exit_code == 2, result.output
     assert part in result.stderr
-    assert not (home / "runs" / "x" / "tune").exists()
+    assert not (home / "runs" / "x" / "sweep.yaml").exists()
+    assert not (home / "mlflow.db").exists()
 
 
 def test_optuna_that_is_not_there_is_one_line(home, monkeypatch):
