@@ -37,8 +37,8 @@ def test_front(problem: MultiTaskImages, weights: Tensor, epochs: int, seed: int
     parameters = problem.initial_parameters([seed] * rays).requires_grad_(True)
     optimizer = torch.optim.Adam([parameters], lr=LR)
     generator = torch.Generator().manual_seed(seed)
-    best, kept = torch.full((rays,), float("inf")), [0] * rays
-    front = torch.full((rays, problem.objectives), float("nan"))
+    best, kept = weights.new_full((rays,), float("inf")), [0] * rays
+    front = weights.new_full((rays, problem.objectives), float("nan"))
     for epoch in range(1, epochs + 1):
         for _ in range(TRAINING_PAIRS // BATCH):
             parameters.grad = autograd_gradient(problem.losses, parameters, problem.sample_batch(generator), weights)
@@ -49,7 +49,7 @@ def test_front(problem: MultiTaskImages, weights: Tensor, epochs: int, seed: int
         score = (validation * weights).sum(dim=1)
         for ray in (score < best).nonzero()[:, 0].tolist():
             best[ray], front[ray], kept[ray] = score[ray], test[ray], epoch
-    return front, kept
+    return front.cpu(), kept
 
 
 @click.command()
@@ -59,9 +59,17 @@ def test_front(problem: MultiTaskImages, weights: Tensor, epochs: int, seed: int
 @click.option("--epochs", default=6, show_default=True)
 @click.option("--seeds", default=1, show_default=True)
 @click.option("--data-root", default="")
+@click.option("--device", default="cpu", show_default=True)
 @click.option("--out", type=click.Path(path_type=Path), default=Path("runs/scalarization-fronts"), show_default=True)
 def main(
-    data_sets: tuple[str, ...], variant: str, rays: int, epochs: int, seeds: int, data_root: str, out: Path
+    data_sets: tuple[str, ...],
+    variant: str,
+    rays: int,
+    epochs: int,
+    seeds: int,
+    data_root: str,
+    device: str,
+    out: Path,
 ) -> None:
     """Print the table; `--out`/fronts.jsonl keeps a line for each data set and seed, done once."""
     torch.set_num_threads(1)
@@ -75,19 +83,21 @@ def main(
             wanted = {"data": data, "variant": variant, "rays": rays, "epochs": epochs, "seed": seed}
             row = next((row for row in done if wanted.items() <= row.items()), None)
             if row is None:
-                row = wanted | measured(data, variant, weights, epochs, seed, data_root)
+                row = wanted | measured(data, variant, weights, epochs, seed, data_root, torch.device(device))
                 with file.open("a") as stream:
                     stream.write(json.dumps(row) + "\n")
             click.echo(f"{data} seed {seed}: hypervolume {row['hypervolume']:.3f}, {row['seconds'] / 60:.0f} min")
 
 
-def measured(data: str, variant: str, weights: Tensor, epochs: int, seed: int, data_root: str) -> dict[str, Any]:
+def measured(
+    data: str, variant: str, weights: Tensor, epochs: int, seed: int, data_root: str, device: torch.device
+) -> dict[str, Any]:
     """Return the front of one data set and seed, its hypervolume, and what it took."""
     start = time.monotonic()
     spec = ProblemSpec.of(data, {"net": "lenet5", "variant": variant, "batch": BATCH})
-    problem = spec.build(ProblemContext(instances=len(weights), data_root=data_root))
+    problem = spec.build(ProblemContext(instances=len(weights), device=device, data_root=data_root))
     assert isinstance(problem, MultiTaskImages)
-    front, kept = test_front(problem, weights, epochs, seed)
+    front, kept = test_front(problem, weights.to(device), epochs, seed)
     return {
         "hypervolume": hypervolume(front, torch.full((2,), 2.0)).value,
         "front": front.tolist(),

@@ -75,7 +75,7 @@ def finish(
     comparison: Evaluation | None = None
     failure = ""
     try:
-        plot_meta_loss(progress.history, plots / "meta_loss.png")
+        plot_meta_loss(list(progress.history), plots / "meta_loss.png")
         if settings.compare:
             comparison = _compare(trainer, console, stop)
             with replacing(run_dir / "comparison.md") as stream:

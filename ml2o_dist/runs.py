@@ -19,14 +19,16 @@ from ml2o_dist.errors import Aborted, Incomplete, Interrupted, UserError
 from ml2o_dist.finishing import compared, finish, finished_answer, show_finished
 from ml2o_dist.metatrain.capacity import check_capacity
 from ml2o_dist.metatrain.checkpoint import newest_manifest
+from ml2o_dist.metatrain.history import History, Row
 from ml2o_dist.metatrain.pool import WorkerPool
-from ml2o_dist.metatrain.trainer import Row, Trainer, TrainingError
+from ml2o_dist.metatrain.trainer import Trainer, TrainingError
 from ml2o_dist.metatrain.workers import PoolError, Stopped
 from ml2o_dist.problems import ProblemContext, ProblemSpec
 from ml2o_dist.problems.multitask import MultiTaskImages
 from ml2o_dist.progress import StepDisplay
 from ml2o_dist.rules.gml2o import fallback_rule
 from ml2o_dist.run_directory import check_folder, check_fresh, check_writable, written_to
+from ml2o_dist.run_gauges import RunGauges
 from ml2o_dist.run_storage import RunStorage, StorageError, open_storage
 from ml2o_dist.stopping import StopRequest, stop_on_signals
 from ml2o_dist.tracked_run import tracked_run
@@ -218,20 +220,36 @@ def _check_data(trainer: Trainer, data: dict[str, str]) -> None:
 def _train(trainer: Trainer, pool: WorkerPool, sink: MlflowSink, console: Console) -> None:
     settings, progress = trainer.settings, trainer.progress
     restarts, repeated = progress.worker_restarts, progress.repeated_episodes  # before this process
+    gauges = RunGauges(trainer.run_dir.name)
     with StepDisplay(console, "meta-train", settings.meta_steps, trainer.learner.version) as display:
 
         def on_row(step: int, row: Row) -> None:
             progress.tracking_run = progress.tracking_run or sink.run_id or ""
             progress.worker_restarts, progress.repeated_episodes = restarts + pool.restarts, repeated + pool.repeated
-            sink.log(row | {"workers": float(pool.alive), "worker_restarts": float(pool.restarts)}, step)
+            figures = row | {
+                "workers": float(pool.alive),
+                "worker_restarts": float(progress.worker_restarts),
+                "repeated_episodes": float(progress.repeated_episodes),
+            }
+            sink.log(figures, step)
+            gauges.set(step, figures)
             last = next((r["meta_loss"] for r in reversed(progress.history) if "meta_loss" in r), float("nan"))
             shown = f"{last:.4f}" if last == last else "-"
             display.update(
                 step,
                 f"meta-loss {shown}  best validation {progress.best_score:.4f} (step {progress.best_step})  "
-                f"{progress.inner_steps_per_s:,.0f} inner steps/s  workers {pool.alive}",
+                f"{progress.inner_steps_per_s:,.0f} steps/s  {_occupied(progress.history, pool.alive)}",
             )
 
         for row in progress.history:  # of a resumed run: MLflow may have been away when they were made
             sink.log({name: v for name, v in row.items() if name != "meta_step"}, int(row["meta_step"]))
         trainer.run(pool.begin, on_row)
+
+
+def _occupied(history: History, workers: int) -> str:
+    """Say how many workers are up and how busy they and the learner were in the last meta-step."""
+    row = next((row for row in reversed(history) if "seconds" in row), None)
+    if row is None:
+        return f"{workers} workers"
+    lag = f"  lag {row['lag']:.0f}" if row["lag"] else ""
+    return f"{workers} workers {row['worker_utilisation']:.0%} busy  learner {row['learner_share']:.0%}{lag}"

@@ -5,10 +5,13 @@ What a column holds stands in the `description` of its Arrow field (`SCHEMA`), w
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from array import array
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -39,15 +42,61 @@ SCHEMA = pa.schema(
         _column("skipped_episodes", pa.int64(), "training episodes left out: those that failed or were not finite"),
         _column("failed_episodes", pa.int64(), "those of them that raised twice (faults.on_error=skip)"),
         _column("inner_steps_per_s", pa.float64(), "inner steps of training per second, over all workers"),
+        _column("result_bytes", pa.int64(), "meta-gradients that came back from the workers"),
+        _column("seconds", pa.float64(), "wall time since the meta-step before, validation and checkpoints included"),
+        _column("learner_share", pa.float64(), "share of it in which no episode was waited for: updates, checkpoints"),
+        _column("worker_utilisation", pa.float64(), "seconds of the episodes used, over this time and all workers"),
     ],
     metadata={"description": "ml2o_dist: figures of a meta-training by meta-step"},
 )
 """The columns of the file. What was not measured is null: validation at most meta-steps, all else in the row of 0."""
 
 
-def write_history(run_dir: Path, rows: Sequence[Mapping[str, float]]) -> None:
-    """Write the rows, keyed as in `SCHEMA`, in their order; OSError: it is not possible."""
-    table = pa.Table.from_pylist(list(rows), schema=SCHEMA)
+Row = dict[str, float]
+"""One meta-step's figures by name; one that was not measured, or is not a number, is not there."""
+
+
+class History:
+    """The rows of a run in memory, as columns: eight bytes a figure, however long the run is.
+
+    Attributes:
+        columns: the figures by name, float64, nan where a row has none; all are of one length.
+    """
+
+    def __init__(self, columns: Mapping[str, Iterable[float]] | None = None) -> None:
+        self.columns = {name: array("d", values) for name, values in (columns or {"meta_step": ()}).items()}
+
+    def __len__(self) -> int:
+        return len(self.columns["meta_step"])
+
+    def __getitem__(self, place: int) -> Row:
+        return {name: column[place] for name, column in self.columns.items() if not math.isnan(column[place])}
+
+    def __iter__(self) -> Iterator[Row]:
+        return map(self.__getitem__, range(len(self)))
+
+    def add(self, meta_step: int, figures: Row) -> None:
+        """Put figures into the row of `meta_step`: the last one, or a new one behind it. A nan is no figure."""
+        steps = self.columns["meta_step"]
+        if not steps or steps[-1] != meta_step:
+            for column in self.columns.values():
+                column.append(math.nan)
+            steps[-1] = meta_step
+        for name, figure in figures.items():
+            if name not in self.columns:
+                self.columns[name] = array("d", [math.nan]) * len(self)
+            if not math.isnan(figure):
+                self.columns[name][-1] = figure
+
+
+def write_history(run_dir: Path, history: History) -> None:
+    """Write the rows, named as in `SCHEMA`, in their order; OSError: it is not possible."""
+    none = np.full(len(history), math.nan)
+    columns = [  # nan becomes null
+        pa.array(np.array(history.columns.get(field.name, none)), pa.float64(), from_pandas=True).cast(field.type)
+        for field in SCHEMA
+    ]
+    table = pa.Table.from_arrays(columns, schema=SCHEMA)
     with replacing(run_dir / FILE) as stream:
         pq.write_table(table, stream)
 

@@ -28,6 +28,9 @@ REPLAY_BLOCK = 1008
 """Columns (coordinates times objectives) replayed at a time: bounds the memory, which is K times a block's states, and
 keeps a step in the cache (measured: 700 to 2,000 are alike; no power of two, see `ml2o.BLOCK`)."""
 
+GPU_REPLAY = 2**22
+"""On a GPU, columns times steps: every block costs thirty kernel launches a step, every column 0.5 kB a step."""
+
 
 @dataclass(frozen=True)
 class Rollout:
@@ -113,7 +116,8 @@ def replay(
     by_controls = [torch.zeros_like(control) for control in controls]
     with torch.enable_grad():
         stacked = network.stacked_weights()
-    blocks = even_blocks(gradients.shape[2], REPLAY_BLOCK // gradients.shape[1])
+    columns = REPLAY_BLOCK if gradients.device.type == "cpu" else GPU_REPLAY // chunk
+    blocks = even_blocks(gradients.shape[2], columns // gradients.shape[1])
     unrolled = Unrolled(stacked.detach(), network.settings, gradients.shape[1], chunk, blocks[0].stop)
     for block in blocks:
         inputs, directions = features.sequence(network.settings, gradients[:, :, block], agreement[:, block])

@@ -7,9 +7,11 @@ import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,7 +20,7 @@ from ml2o_dist.config_file import first_difference, parse_settings
 from ml2o_dist.errors import UserError
 from ml2o_dist.metatrain.checkpoint import Checkpoint, newest_checkpoint, save_checkpoint
 from ml2o_dist.metatrain.episode import EpisodeResult, Weights
-from ml2o_dist.metatrain.history import write_history
+from ml2o_dist.metatrain.history import History, Row, write_history
 from ml2o_dist.metatrain.learner import Learner, UpdateInfo
 from ml2o_dist.metatrain.schedule import (
     WorkItem,
@@ -45,9 +47,6 @@ Pending = Callable[[], list[EpisodeResult]]
 Begin = Callable[[Sequence[WorkItem], Weights], Pending]
 """Begins work items under weights: `WorkerPool.begin`, or what puts a plain loop off."""
 
-Row = dict[str, float]
-"""One meta-step's figures by name; one that was not measured, or is not a number, is not there."""
-
 
 @dataclass
 class Progress:
@@ -71,7 +70,7 @@ class Progress:
     validated_step: int = -1
     tracking_run: str = ""
     data_sha256: dict[str, str] = field(default_factory=dict)
-    history: list[Row] = field(default_factory=list)
+    history: History = field(default_factory=History)
 
     @property
     def inner_steps_per_s(self) -> float:
@@ -84,16 +83,12 @@ class Progress:
 
     def columns(self) -> dict[str, Tensor]:
         """Return the history by figure, [meta-steps] in float64, nan where a row has none."""
-        names = sorted({name for row in self.history for name in row})
-        by_name = {name: [row.get(name, math.nan) for row in self.history] for name in names}
-        return {name: torch.tensor(column, dtype=torch.float64) for name, column in by_name.items()}
+        return {name: torch.from_numpy(np.array(column)) for name, column in self.history.columns.items()}
 
     @classmethod
     def restored(cls, values: Mapping[str, Any], columns: Mapping[str, Tensor]) -> Progress:
         """Return what `values` and `columns` came from."""
-        numbers = zip(*(column.tolist() for column in columns.values()), strict=True)
-        rows = [{name: x for name, x in zip(columns, row, strict=True) if x == x} for row in numbers]
-        return cls(**values, history=rows)
+        return cls(**values, history=History({name: column.tolist() for name, column in columns.items()}))
 
 
 class TrainingError(Exception):
@@ -113,7 +108,8 @@ class Trainer:
         self.best_weights: dict[str, Tensor] = self.learner.weights
         self._trajectories = TrajectoryWriter(run_dir)
         self._saved = (-1, -1)
-        self._saved_at = self._timed_at = time.monotonic()
+        self._saved_at = self._timed_at = self._stepped_at = time.monotonic()
+        self._waited = self._busy = 0.0  # seconds since the last meta-step: for results, of workers
         self._unwritable = False
 
     def resume(self) -> list[str]:
@@ -153,7 +149,7 @@ class Trainer:
         Raises:
             TrainingError: the weights or all episodes of `LOST_STEPS` meta-steps are not finite.
         """
-        self._timed_at = time.monotonic()
+        self._timed_at = self._stepped_at = time.monotonic()
         self._try_to_save()
         self._saved_at = time.monotonic()
         self._trajectories.discard_from(self.learner.version + 1)
@@ -209,9 +205,7 @@ class Trainer:
             self._unwritable, self._saved_at = True, time.monotonic()
 
     def _train(self, step: int, items: Sequence[WorkItem], pending: Pending) -> Row:
-        began = time.monotonic()
-        results = pending()
-        seconds = time.monotonic() - began
+        results, seconds = self._await(pending)
         self._trajectories.add(step + 1, items, results)
         inner_steps = sum(r.inner_steps for r in results)
         failed = sum(bool(r.error) for r in results)
@@ -239,11 +233,34 @@ class Trainer:
             "horizon": float(horizon(self.settings, step)),
             "lag": float(step - weights_version(self.settings, step)),
             "inner_steps_per_s": inner_steps / seconds,
+            "result_bytes": float(sum(r.gradient.nbytes for r in results if r.gradient is not None)),
+            **self._shares(),
         }
+
+    def _await(self, pending: Pending) -> tuple[list[EpisodeResult], float]:
+        """Return results and the seconds that were waited for them."""
+        began = time.monotonic()
+        results = pending()
+        waited = time.monotonic() - began
+        self._waited += waited
+        self._busy += sum(r.seconds for r in results)
+        return results, waited
+
+    def _shares(self) -> Row:
+        """Return where the time since the last meta-step went."""
+        now = time.monotonic()
+        seconds, self._stepped_at = now - self._stepped_at, now
+        shares = {
+            "seconds": seconds,
+            "learner_share": 1 - self._waited / seconds,
+            "worker_utilisation": self._busy / seconds / self.settings.workers,
+        }
+        self._waited = self._busy = 0.0
+        return shares
 
     def _update(self, results: Sequence[EpisodeResult]) -> UpdateInfo:
         """Update the weights, or raise TrainingError and leave everything as it is."""
-        recent = self.progress.history[1 - LOST_STEPS :]
+        recent = islice(reversed(self.progress.history), LOST_STEPS - 1)
         lost = [row for row in recent if row.get("skipped_episodes") == len(results)]
         if len(lost) == LOST_STEPS - 1 and all(r.gradient is None for r in results):
             raise TrainingError(
@@ -256,16 +273,13 @@ class Trainer:
             raise TrainingError(f"meta-step {self.learner.version + 1}: {error}") from None
 
     def _record(self, step: int, row: Row, on_row: Callable[[int, Row], None]) -> None:
-        history, row = self.progress.history, {name: x for name, x in row.items() if x == x}
-        if history and history[-1]["meta_step"] == step:
-            history[-1].update(row)
-        else:
-            history.append({"meta_step": float(step), **row})
+        row = {name: x for name, x in row.items() if x == x}
+        self.progress.history.add(step, row)
         on_row(step, row)
 
     def _validate(self, step: int, begin: Begin) -> float:
         weights = self.learner.averaged_weights
-        results = begin(validation_items(self.settings, step, self.settings.device), weights)()
+        results, _ = self._await(begin(validation_items(self.settings, step, self.settings.device), weights))
         score = sum(r.score for r in results) / len(results) if all(r.finite for r in results) else math.inf
         if score < self.progress.best_score:
             self.progress.best_score, self.progress.best_step, self.best_weights = score, step, weights

@@ -26,6 +26,9 @@ BLOCK = 2016
 """Columns (coordinates times objectives) walked at a time, so that an LSTM's gates stay in the cache (measured: 1,000
 to 4,000 are alike, but for powers of two, whose rows fall into the same cache lines)."""
 
+GPU_BLOCK = 2**20
+"""The same on a GPU, where every block costs some thirty kernel launches: as many as memory bears, 1 kB a column."""
+
 
 @dataclass(frozen=True)
 class BlockState:
@@ -100,7 +103,7 @@ class ML2ONetwork(nn.Module):
             for each in (agreement.value, self.shift(agreement.total, state.step + 1))
         )
         updates, after = [], []
-        for part, block in zip(_blocks(instances * dimension, objectives), state.blocks, strict=True):
+        for part, block in zip(_blocks(instances * dimension, objectives, jacobian.device), state.blocks, strict=True):
             seen, direction, memory = features.advance(
                 self.settings, gradients[:, part], block.memory, state.step, value[part]
             )
@@ -196,8 +199,9 @@ class ML2ORule(UpdateRule):
     def initial_state(self, instances: int, objectives: int, dimension: int) -> ML2OState:
         """Return zero memory and LSTM states for R = P * n coordinates."""
         self.network.check_objectives(objectives)
-        agreement = features.initial_agreement(self.network.head.weight.new_zeros(instances, dimension))
-        widths = [part.stop - part.start for part in _blocks(instances * dimension, objectives)]
+        weight = self.network.head.weight
+        agreement = features.initial_agreement(weight.new_zeros(instances, dimension))
+        widths = [part.stop - part.start for part in _blocks(instances * dimension, objectives, weight.device)]
         return ML2OState(0, agreement, tuple(self.network.initial_block(objectives, width) for width in widths))
 
     @torch.no_grad()
@@ -229,5 +233,5 @@ def even_blocks(rows: int, largest: int) -> list[slice]:
     return [slice(i * size + min(i, wider), (i + 1) * size + min(i + 1, wider)) for i in range(count)]
 
 
-def _blocks(rows: int, objectives: int) -> list[slice]:
-    return even_blocks(rows, BLOCK // objectives)
+def _blocks(rows: int, objectives: int, device: torch.device) -> list[slice]:
+    return even_blocks(rows, (BLOCK if device.type == "cpu" else GPU_BLOCK) // objectives)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 
 import duckdb
 import pyarrow as pa
@@ -12,7 +13,7 @@ import torch
 
 from ml2o_dist.errors import UserError
 from ml2o_dist.metatrain.checkpoint import newest_checkpoint
-from ml2o_dist.metatrain.history import FILE, SCHEMA, read_history, write_history
+from ml2o_dist.metatrain.history import FILE, SCHEMA, History, read_history, write_history
 from ml2o_dist.metatrain.schedule import horizon
 from ml2o_dist.metatrain.trainer import Trainer
 from tests.metatrain.executing import in_process, later
@@ -29,7 +30,7 @@ def trained(tmp_path_factory):
 def test_counts_and_numbers_of_meta_steps_are_integers(trained):
     schema = pq.read_schema(trained.run_dir / FILE)
     whole = {field.name for field in schema if field.type == pa.int64()}
-    assert whole == {"meta_step", "horizon", "lag", "skipped_episodes", "failed_episodes"}
+    assert whole == {"meta_step", "horizon", "lag", "skipped_episodes", "failed_episodes", "result_bytes"}
     assert {field.type for field in schema if field.name not in whole} == {pa.float64()}
     rows = duckdb.sql(f"SELECT meta_step, horizon, skipped_episodes FROM '{trained.run_dir / FILE}'").fetchall()
     drawn = [horizon(trained.settings, step) for step in range(12)]
@@ -46,7 +47,7 @@ def test_every_figure_of_a_run_has_a_column_that_says_what_it_holds(trained):
 
 def test_what_is_read_is_what_the_run_knows(trained):
     rows = [{name: x for name, x in row.items() if x is not None} for row in read_history(trained.run_dir / FILE)]
-    assert rows == trained.progress.history
+    assert rows == list(trained.progress.history)
 
 
 def test_a_checkpoint_keeps_its_history_in_float64(trained):
@@ -57,9 +58,11 @@ def test_a_checkpoint_keeps_its_history_in_float64(trained):
 
 
 def test_an_infinite_validation_and_no_row_at_all_are_written(tmp_path):
-    write_history(tmp_path, [{"meta_step": 0.0, "validation": math.inf}])
+    history = History()
+    history.add(0, {"validation": math.inf})
+    write_history(tmp_path, history)
     assert read_history(tmp_path / FILE)[0]["validation"] == math.inf
-    write_history(tmp_path, [])
+    write_history(tmp_path, History())
     assert read_history(tmp_path / FILE) == []
     assert pq.read_schema(tmp_path / FILE).names == SCHEMA.names
 
@@ -76,3 +79,38 @@ def test_a_file_of_something_else_is_named(tmp_path):
     pq.write_table(pa.table({"x": [1]}), tmp_path / FILE)
     with pytest.raises(UserError, match=r"metrics\.parquet cannot be read: no column meta_step"):
         read_history(tmp_path / FILE)
+
+
+def test_rows_keep_what_was_added_to_them_and_nothing_that_is_no_number():
+    history = History()
+    history.add(0, {"validation": 3.0})
+    history.add(1, {"meta_loss": 2.0, "gradient_norm": math.nan})
+    history.add(1, {"validation": math.inf})
+    assert list(history) == [
+        {"meta_step": 0, "validation": 3.0},
+        {"meta_step": 1, "meta_loss": 2.0, "validation": math.inf},
+    ]
+    assert next(iter(reversed(history))) == history[-1] == history[1]
+    assert list(History(history.columns)) == list(history)
+    assert len(History()) == 0
+
+
+def test_the_rows_say_where_the_time_of_a_run_went(tmp_path):
+    worked, settings = [], small(meta_steps=4, workers=2)
+
+    def execute(items, weights):
+        results = in_process(items, weights)
+        worked.append(sum(result.seconds for result in results))
+        return results
+
+    trainer = Trainer(settings, tmp_path)
+    began = time.monotonic()
+    trainer.run(later(execute))
+    total = time.monotonic() - began
+    rows = [row for row in trainer.progress.history if "seconds" in row]
+    assert len(rows) == 4
+    assert 0.5 * total < sum(row["seconds"] for row in rows) < total
+    busy = sum(2 * row["worker_utilisation"] * row["seconds"] for row in rows)
+    assert busy == pytest.approx(sum(worked[:-1]))  # the last validation is after the last row
+    assert busy < sum((1 - row["learner_share"]) * row["seconds"] for row in rows) < total
+    assert {row["result_bytes"] for row in rows} == {4 * 4 * sum(t.numel() for t in trainer.learner.weights.values())}

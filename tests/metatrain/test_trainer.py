@@ -243,7 +243,7 @@ def check_that_others_go_on(trainer, name):
     assert trainer.progress.skipped_episodes == spoiled
     assert trainer.progress.failed_episodes == 0
     assert all(bool(t.isfinite().all()) for t in trainer.learner.weights.values())
-    assert all(math.isfinite(row["meta_loss"]) for row in trainer.progress.history[1:])
+    assert all(math.isfinite(row["meta_loss"]) for row in list(trainer.progress.history)[1:])
 
 
 @pytest.mark.parametrize("kind", ["replay", "exact"])
