@@ -14,8 +14,9 @@ from ray import tune
 from ml2o_dist.config import MetaTrainSettings
 from ml2o_dist.errors import UserError
 from ml2o_dist.metatrain.checkpoint import load_checkpoint
+from ml2o_dist.metatrain.history import Row
 from ml2o_dist.metatrain.pool import WorkerPool
-from ml2o_dist.metatrain.trainer import Row, Trainer
+from ml2o_dist.metatrain.trainer import Trainer
 from ml2o_dist.sweeping.settings import SweepSettings
 from ml2o_dist.sweeping.space import as_values, trial_settings
 
