@@ -57,15 +57,19 @@ def load_evaluation(file: Path | None = None, overrides: Iterable[str] = ()) -> 
 
 def read_settings(kind: type[Settings], file: Path | None, overrides: Iterable[str]) -> Settings:
     """Read settings of any `kind`; raises UserError as `load_settings` does."""
-    tree = _read_tree(file) if file else {}
+    return checked(kind, overridden(read_tree(file) if file else {}, overrides))
+
+
+def overridden(tree: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    """Apply `key=value` overrides to a nested mapping, in order; returns it. Raises UserError."""
     for override in overrides:
         _override(tree, override)
-    return _checked(kind, tree)
+    return tree
 
 
 def parse_settings(tree: Mapping[str, Any]) -> MetaTrainSettings:
     """Check a nested mapping of settings; raises UserError as `load_settings` does."""
-    return _checked(MetaTrainSettings, tree)
+    return checked(MetaTrainSettings, tree)
 
 
 def resolve_settings(settings: Job) -> Job:
@@ -128,14 +132,16 @@ def changed_settings(settings: MetaTrainSettings) -> tuple[str, dict[str, Any]]:
     return ("the embedded default" if shared else "the defaults of config.py"), changed
 
 
-def _checked(kind: type[Settings], tree: Mapping[str, Any]) -> Settings:
+def checked(kind: type[Settings], tree: Mapping[str, Any]) -> Settings:
+    """Check a nested mapping of settings of any `kind`; raises UserError as `load_settings` does."""
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
         raise _one_line(kind, error) from None
 
 
-def _read_tree(source: Path, extended: tuple[Path, ...] = ()) -> dict[str, Any]:
+def read_tree(source: Path, extended: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """Read a YAML file, laid over the one that it extends; raises UserError."""
     try:
         tree = yaml.safe_load(source.read_text(encoding="utf-8"))
     except UnicodeDecodeError as error:
@@ -153,14 +159,15 @@ def _read_tree(source: Path, extended: tuple[Path, ...] = ()) -> dict[str, Any]:
     below = (source.parent / str(base)).resolve()
     if below in chain:
         raise UserError(f"config file {str(source)!r} extends itself")
-    return _laid_over(_read_tree(below, chain), tree)
+    return laid_over(read_tree(below, chain), tree)
 
 
-def _laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+def laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """Return `below` with the values of `above`, mapping by mapping."""
     both = dict(below)
     for key, value in above.items():
         under = both.get(key)
-        both[key] = _laid_over(under, value) if isinstance(under, dict) and isinstance(value, dict) else value
+        both[key] = laid_over(under, value) if isinstance(under, dict) and isinstance(value, dict) else value
     return both
 
 
@@ -174,14 +181,19 @@ def _override(tree: dict[str, Any], override: str) -> None:
         raise UserError(f"--set {override!r}: the value is not YAML: {' '.join(str(error).split())}") from error
     if text == "":
         value = ""
-    *path, last = key.strip().split(".")
+    put(tree, key.strip(), value, f"--set {override!r}")
+
+
+def put(tree: dict[str, Any], key: str, value: Any, source: str) -> None:
+    """Put `value` into a nested mapping at a dotted `key`; raises UserError, which names the `source` of both."""
+    *path, last = key.split(".")
     node: Any = tree
     for part in path:
         if node.get(part) is None:  # a group that is off, as a written-out configuration has it
             node[part] = {}
         node = node[part]
         if not isinstance(node, dict):
-            raise UserError(f"--set {override!r}: {part!r} is a value, it has no keys below it")
+            raise UserError(f"{source}: {part!r} is a value, it has no keys below it")
     node[last] = value
 
 

@@ -143,7 +143,9 @@ def _folder(run_dir: str | None, settings: EvaluateSettings) -> Iterator[RunStor
 
 
 def _check_free(storage: RunStorage, settings: EvaluateSettings) -> None:
-    """Raise UserError where the folder holds a meta-training, or another evaluation than this one."""
+    """Raise UserError where the folder holds a meta-training, a sweep, or another evaluation than this one."""
+    if (storage.folder / "sweep.yaml").exists():
+        raise UserError(f"{storage.name} holds a sweep; choose another --run-dir for the evaluation")
     if (storage.folder / "config.yaml").exists():
         raise UserError(f"{storage.name} holds a meta-training; choose another --run-dir for the evaluation")
     if not (storage.folder / RESULT).exists():

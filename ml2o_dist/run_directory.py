@@ -37,6 +37,8 @@ def check_fresh(run_dir: Path, settings: MetaTrainSettings) -> bool:
 
     Tells whether it holds this very run, killed before that: its MLflow run is gone on with.
     """
+    if (run_dir / "sweep.yaml").exists():
+        raise UserError(f"{run_dir} holds a sweep; choose another --run-dir")
     checkpoint, _ = newest_checkpoint(run_dir / "checkpoints")
     if checkpoint is None:
         return _holds_start_of(run_dir, settings)

@@ -1,4 +1,4 @@
-"""`ml2o report`: what lies in the folder of a run or of an evaluation, read back and written as one page beside it."""
+"""`ml2o report`: what lies in the folder of a run, evaluation or sweep, read back and written as one page beside it."""
 
 from __future__ import annotations
 
@@ -24,15 +24,21 @@ from ml2o_dist.metatrain.history import read_history
 from ml2o_dist.metatrain.trajectories import FOLDER, Recorded, read_trajectories
 from ml2o_dist.remote_files import is_uri
 from ml2o_dist.run_log import RunLog, read_log
+from ml2o_dist.sweeping.page import SweepPageRecord, read_pictures, render_sweep, sweep_page_sections
+from ml2o_dist.sweeping.record import FILE as TRIALS
+from ml2o_dist.sweeping.record import SweepRecord
+from ml2o_dist.sweeping.space import load_sweep
 
 PAGE = "report.html"
 EVALUATION = ("evaluation.json", "evaluate.yaml")
 """What `ml2o evaluate` leaves in its folder: results, settings."""
+SWEEP = "sweep.yaml"
+"""What `ml2o sweep` leaves in its folder first of all: its settings."""
 Found = TypeVar("Found")
 
 
 def write_report(run_dir: Path, path: Path | None = None, place: str = "") -> dict[str, Any]:
-    """Write `path` (None: `RUN_DIR/report.html`) from whatever of a run or an evaluation is there, finished or not.
+    """Write `path` (None: `RUN_DIR/report.html`) from whatever of a run, evaluation or sweep is there, finished or not.
 
     `place` is what the user knows the folder by, where that is not its path: a URI.
 
@@ -40,9 +46,13 @@ def write_report(run_dir: Path, path: Path | None = None, place: str = "") -> di
     section, why something is not there, and in `unread` a line for each file that cannot be read.
 
     Raises:
-        UserError: the folder holds neither, or cannot be written.
+        UserError: the folder holds none of them, or cannot be written.
     """
-    if not (run_dir / "config.yaml").is_file() and any((run_dir / name).is_file() for name in EVALUATION):
+    if (run_dir / SWEEP).is_file():
+        record = load_sweep_record(run_dir, place)
+        sections, unread = sweep_page_sections(record), record.unread_lines
+        page = render_sweep(record, sections)
+    elif not (run_dir / "config.yaml").is_file() and any((run_dir / name).is_file() for name in EVALUATION):
         evaluation = load_evaluation_record(run_dir, place)
         sections, unread = evaluation_page_sections(evaluation), evaluation.unread_lines
         page = render_evaluation(evaluation, sections)
@@ -103,6 +113,20 @@ def load_evaluation_record(folder: Path, place: str = "") -> EvaluationRecord:
         path=files.place,
         evaluation=evaluation,
         settings=evaluation.settings if settings is None and evaluation is not None else settings,
+        log=files.read("run.log", read_log) or RunLog(),
+        unread=files.unread,
+    )
+
+
+def load_sweep_record(folder: Path, place: str = "") -> SweepPageRecord:
+    """Read back a sweep: what is not there is left out, and what cannot be read is noted in `unread`."""
+    files = _Files(folder, place)
+    return SweepPageRecord(
+        name=files.name,
+        path=files.place,
+        settings=files.read(SWEEP, load_sweep),
+        trials=files.read(TRIALS, lambda file: SweepRecord(file.parent)),
+        pictures=files.read("plots", read_pictures) or {},
         log=files.read("run.log", read_log) or RunLog(),
         unread=files.unread,
     )

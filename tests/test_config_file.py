@@ -19,7 +19,9 @@ from ml2o_dist.config_file import (
 )
 from ml2o_dist.errors import UserError
 
-CONFIGS = sorted((Path(__file__).parents[1] / "jobs" / "configs").glob("*.yaml"))
+CONFIGS = sorted(
+    file for file in (Path(__file__).parents[1] / "jobs" / "configs").glob("*.yaml") if file.stem != "sweep"
+)
 
 
 def refused(*overrides: str) -> str:

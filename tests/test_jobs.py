@@ -161,3 +161,17 @@ def test_a_submitted_evaluation_leaves_its_results_outside_its_working_directory
     failed = submit(head, tmp_path, "--optimizer", "randon", "--problem", "fonseca", script="evaluate.py")
     assert failed.returncode != 0
     assert "did you mean 'random'?" in failed.stdout + failed.stderr
+
+
+@pytest.mark.long
+def test_a_submitted_sweep_leaves_its_best_optimizer_outside_its_working_directory(head, tmp_path):
+    words = ["--config", str(REPOSITORY / "tests" / "small_sweep.yaml"), "--set", "trials=2", "--run-dir", "runs/s"]
+    done = submit(head, tmp_path, *words, script="sweep.py")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"run directory  {tmp_path}/runs/s" in done.stdout
+    (version,) = list_versions(f"sqlite:///{tmp_path}/mlflow.db")
+    assert version["tags"]["weights_sha256"] == load_artifact(tmp_path / "runs" / "s").weights_sha256
+    assert (tmp_path / "runs" / "s" / "report.html").is_file()
+    failed = submit(head, tmp_path, *words, "--set", "space.rule.hiden={choice: [2]}", script="sweep.py")
+    assert failed.returncode != 0
+    assert "did you mean 'rule.hidden'?" in failed.stdout + failed.stderr

@@ -125,12 +125,16 @@ class Trainer:
         difference = first_difference(self.settings, parse_settings(checkpoint.state["config"]))
         if difference:
             raise UserError(f"cannot resume {self.run_dir} with another configuration: {difference}")
+        self.take_over(checkpoint)
+        return refused
+
+    def take_over(self, checkpoint: Checkpoint) -> None:
+        """Go on from `checkpoint`, be it of another configuration, as long as that has the same rule."""
         tensors = checkpoint.tensors
         self.learner.restore(tensors, checkpoint.meta_step)
         self.best_weights = _below("best/", tensors)
         self.progress = Progress.restored(checkpoint.state["progress"], _below("history/", tensors))
         self._saved = (checkpoint.meta_step, self.progress.validated_step)
-        return refused
 
     def run(self, begin: Begin, on_row: Callable[[int, Row], None] = lambda step, row: None) -> None:
         """Meta-train up to `meta_steps`, calling `on_row(meta_step, figures)` after each one.

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import ray
+from ray.util import get_current_placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ml2o_dist.config import ResourceSettings
 from ml2o_dist.errors import UserError
@@ -152,7 +154,7 @@ class Workers:
                 num_gpus=resources.num_gpus,
                 max_restarts=0,
                 max_task_retries=0,
-                scheduling_strategy="SPREAD",
+                scheduling_strategy=_placement(),
             )
             .remote()
         )
@@ -181,3 +183,9 @@ class Workers:
                     f"only {len(self.up)} of workers={total} could be placed in resources.start_timeout_s="
                     f"{self._resources.start_timeout_s:g}: {free_room(self._resources)}; ask for fewer workers"
                 )
+
+
+def _placement() -> Any:
+    """Return where Ray puts a worker: in the placement group of this process where it has one, else spread out."""
+    group = get_current_placement_group()
+    return "SPREAD" if group is None else PlacementGroupSchedulingStrategy(group)

@@ -1,0 +1,268 @@
+"""Joins the rooms for `ml2o sweep`: settings, Ray Tune, MLflow and the run directory."""
+
+from __future__ import annotations
+
+import logging
+import shlex
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ml2o_dist.cluster_connection import connected, own_capacity
+from ml2o_dist.config_file import dump_settings, flat_settings, resolve_settings, settings_hash
+from ml2o_dist.errors import Aborted, Incomplete, Interrupted, UserError
+from ml2o_dist.files import home_folder, replacing
+from ml2o_dist.metatrain.capacity import check_capacity, cluster_total
+from ml2o_dist.progress import StepDisplay
+from ml2o_dist.remote_files import is_uri
+from ml2o_dist.run_directory import check_folder, check_writable, logged_to
+from ml2o_dist.runs import check_problems
+from ml2o_dist.stopping import StopRequest, own_handlers_kept, stop_on_signals
+from ml2o_dist.sweeping.outcome import (
+    SETTINGS,
+    best_optimizer,
+    finished_answer,
+    keep_answer,
+    show_trials,
+    write_results,
+)
+from ml2o_dist.sweeping.record import FILE, SweepRecord
+from ml2o_dist.sweeping.search import check_search
+from ml2o_dist.sweeping.settings import SweepSettings
+from ml2o_dist.sweeping.space import load_sweep, sweep_difference, trial_settings
+from ml2o_dist.sweeping.tuning import Watcher, run_trials
+from ml2o_dist.tracked_run import CLOSE_LIMIT_S, STOP_LIMIT_S, git_commit
+from ml2o_dist.tracking.identity import load_identity
+from ml2o_dist.tracking.records import Status
+from ml2o_dist.tracking.sink import MlflowSink
+from ml2o_dist.tracking.store import redacted, tracking_uri_to_keep
+from ml2o_dist.tracking.sweep_runs import SweepRuns
+
+SPOOLS = "spools"
+"""The folder of what MLflow has not got yet of the trials."""
+
+log = logging.getLogger(__name__)
+
+
+def sweep(
+    settings: SweepSettings,
+    run_dir: str,
+    *,
+    resume: bool = False,
+    address: str = "auto",
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Run all trials, register the best one's weights; return what `ml2o sweep --json` prints.
+
+    Raises:
+        UserError: settings, data, cluster or run directory are not as they must be (exit code 2).
+        Incomplete: trials failed; Interrupted: stopped by a signal; Aborted: a disk that is full, or the like.
+    """
+    console = console or Console(stderr=True)
+    settings = settings.model_copy(update={"meta_train": resolve_settings(settings.meta_train)})
+    uri = tracking_uri_to_keep(settings.tracking.uri)
+    check_search(settings)
+    folder = sweep_folder(run_dir)
+    if resume:
+        _check_same(folder, settings)
+    else:
+        _check_fresh(folder, settings)
+    check_writable(folder)
+    console.print(f"run directory  {folder}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"tracking URI   {redacted(uri)}", highlight=False, soft_wrap=True)
+    if resume and (answer := finished_answer(folder, settings)) is not None:
+        console.print(f"finished       {len(answer['trials'])} trials, nothing is left to do", highlight=False)
+        show_trials(SweepRecord(folder), settings, console)
+        return answer
+    data = _check_problems(settings)
+    _check_room(settings, own_capacity(address), "this machine")
+    record = _record(folder)
+
+    def last_words() -> str:
+        return f"go on with: {resume_command(folder)}"
+
+    with (
+        stop_on_signals(at_once=True, last_words=last_words) as stop,
+        logged_to(folder, console),
+        _resumable(folder),
+        connected(address) as where,
+    ):
+        console.print(f"Ray            {where}", highlight=False, soft_wrap=True)
+        _check_room(settings, cluster_total(), "the cluster")
+        stop.at_once = False
+        _write_settings(folder, settings)
+        if record.trials:
+            console.print(f"resuming       {_so_far(record)}", highlight=False, soft_wrap=True)
+        with _tracked(settings, folder, uri, console, stop) as (sink, runs):
+            checkpoints = _run(settings, folder, record, runs, console, stop)
+            if stop():
+                raise Interrupted(stop.signal_number, f"stopped by {stop.name}; {_so_far(record)}; {last_words()}")
+            provenance = {"config_hash": settings_hash(settings), "git": git_commit(), "data_sha256": data}
+            best = best_optimizer(settings, folder, record, checkpoints, provenance)
+            answer, wrong = write_results(settings, folder, record, best, sink, runs, uri, console)
+        keep_answer(folder, settings, answer, unsent=sink.unsent + runs.unsent)
+    if wrong:
+        raise Incomplete("; ".join([*wrong, f"to try again: {resume_command(folder)}"]), answer)
+    return answer
+
+
+@contextmanager
+def _resumable(folder: Path) -> Iterator[None]:
+    """Say how to go on when the `with` block is cut short by something that no setting would mend."""
+    try:
+        yield
+    except (UserError, Interrupted):
+        raise
+    except Exception as error:
+        log.info("aborted", exc_info=True)  # the traceback belongs into run.log, the line on the screen
+        reason = " ".join(str(error).split())
+        raise Aborted(f"{type(error).__name__}: {reason}; go on with: {resume_command(folder)}") from error
+
+
+def sweep_folder(run_dir: str) -> Path:
+    """Return the folder of a sweep; raises UserError."""
+    if not run_dir:
+        raise UserError("--run-dir is empty (a variable of the shell that is not set?)")
+    if is_uri(run_dir):
+        raise UserError(
+            f"--run-dir {run_dir!r}: a sweep needs a folder that all its machines share, not a URI; the best trial's "
+            "weights are in MLflow's registry, too"
+        )
+    folder = home_folder() / run_dir
+    check_folder(folder)
+    return folder
+
+
+def resumed_sweep(run_dir: str, overrides: Sequence[str]) -> SweepSettings:
+    """Read the settings of a sweep, to go on with it; raises UserError where there is none."""
+    file = sweep_folder(run_dir) / SETTINGS
+    if not file.exists():
+        raise UserError(f"nothing to resume: {file.parent} holds no {SETTINGS}")
+    return load_sweep(file, overrides)
+
+
+def resume_command(folder: Path) -> str:
+    """Return what goes on with the sweep in `folder`."""
+    return f"ml2o sweep --run-dir {shlex.quote(str(folder))} --resume"
+
+
+def _write_settings(folder: Path, settings: SweepSettings) -> None:
+    try:
+        with replacing(folder / SETTINGS) as stream:
+            stream.write(dump_settings(settings).encode())
+    except OSError as error:
+        raise UserError(f"run directory {str(folder)!r} cannot be written: {error.strerror or error}") from error
+
+
+def _check_fresh(folder: Path, settings: SweepSettings) -> None:
+    if not (folder / SETTINGS).exists():
+        for name, what in (("evaluation.json", "an evaluation"), ("config.yaml", "a meta-training")):
+            if (folder / name).exists():
+                raise UserError(f"{folder} holds {what}; choose another --run-dir for the sweep")
+        return
+    difference = sweep_difference(settings, load_sweep(folder / SETTINGS))
+    if difference:
+        raise UserError(f"{folder} holds another sweep ({difference}); choose another --run-dir")
+    raise UserError(f"{folder} holds this sweep; add --resume to go on, or choose another --run-dir")
+
+
+def _check_same(folder: Path, settings: SweepSettings) -> None:
+    if not (folder / SETTINGS).exists():
+        raise UserError(f"nothing to resume: {folder} holds no {SETTINGS}")
+    difference = sweep_difference(settings, load_sweep(folder / SETTINGS))
+    if difference:
+        raise UserError(f"cannot resume {folder} with another configuration: {difference}")
+
+
+def _check_problems(settings: SweepSettings) -> dict[str, str]:
+    """Build the problems of every trial's family once; returns the sha256 of their data. Raises UserError."""
+    data = check_problems(settings.meta_train)
+    for key, distribution in settings.space.items():
+        if key.split(".")[0] in ("family", "rule"):
+            for value in distribution.values:
+                data |= check_problems(trial_settings(settings, {key: value}))
+    return data
+
+
+def _check_room(settings: SweepSettings, total: Mapping[str, float], place: str) -> None:
+    """Raise UserError where `place` has no room for the largest trial: Tune would wait for it without end."""
+    left = {kind: have - settings.driver.num_cpus * (kind == "CPU") for kind, have in total.items()}
+    trials = [settings.meta_train]
+    for key, distribution in settings.space.items():
+        if key == "workers" or key.split(".")[0] == "resources":
+            trials += [trial_settings(settings, {key: value}) for value in distribution.values]
+    for trial in trials:
+        check_capacity(trial.workers, trial.resources, left, place)
+
+
+def _record(folder: Path) -> SweepRecord:
+    try:
+        return SweepRecord(folder)
+    except OSError as error:
+        raise UserError(f"{folder / FILE} cannot be read: {error.strerror or error}") from error
+
+
+def _so_far(record: SweepRecord) -> str:
+    states = [trial.state for trial in record.trials.values()]
+    return f"{sum(state != 'running' for state in states)} trials have ended, {states.count('running')} have not"
+
+
+@contextmanager
+def _tracked(
+    settings: SweepSettings, folder: Path, uri: str, console: Console, stop: StopRequest
+) -> Iterator[tuple[MlflowSink, SweepRuns]]:
+    """Open the MLflow run of the whole sweep, or go on with it, and end it as the `with` block ended."""
+    sink = MlflowSink.open(
+        uri,
+        settings.experiment,
+        run_name=settings.name,
+        params={key: str(value)[:500] for key, value in flat_settings(settings).items()},
+        tags={"config_hash": settings_hash(settings), "git": git_commit(), "run_dir": str(folder)},
+        run_dir=folder,
+        stop=stop,
+    )
+    identity = load_identity(folder)
+    runs = SweepRuns(uri, settings.experiment, sink, identity.run_key if identity else folder.name, folder / SPOOLS)
+    status: Status = "FINISHED"
+    try:
+        yield sink, runs
+    except BaseException as error:
+        status = "KILLED" if isinstance(error, Interrupted) else "FAILED"
+        raise
+    finally:
+        limit = STOP_LIMIT_S if stop() else CLOSE_LIMIT_S
+        runs.close(limit)
+        unsent = sink.close(status, limit) + runs.unsent
+        if unsent:
+            console.print(
+                f"[yellow]not sent to MLflow:[/] {unsent} values; when {redacted(uri)} answers: "
+                f"{resume_command(folder)}",
+                highlight=False,
+                soft_wrap=True,
+            )
+
+
+def _run(
+    settings: SweepSettings,
+    folder: Path,
+    record: SweepRecord,
+    runs: SweepRuns,
+    console: Console,
+    stop: StopRequest,
+) -> dict[str, Path]:
+    """Run the trials; return the newest checkpoint of each."""
+
+    def on_lost(ids: Sequence[str]) -> None:
+        if ids:
+            log.info("trials %s were lost when the sweep was killed", ", ".join(ids))
+            runs.forget(ids)
+            record.forget(ids)
+
+    done = sum(trial.state != "running" for trial in record.trials.values())
+    with StepDisplay(console, "sweep", settings.count, done) as display, own_handlers_kept():
+        watcher = Watcher(settings, record, runs, display, stop, on_lost)
+        run_trials(settings, folder, watcher)
+    return watcher.checkpoints

@@ -1,0 +1,153 @@
+"""The search space of a sweep: read, checked before anything starts, and turned into a trial's settings."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import islice, product
+from pathlib import Path
+from typing import Any
+
+from ml2o_dist.config import MetaTrainSettings
+from ml2o_dist.config_file import (
+    DEFAULT_CONFIG,
+    checked,
+    first_difference,
+    flat_settings,
+    laid_over,
+    overridden,
+    parse_settings,
+    put,
+    read_tree,
+)
+from ml2o_dist.errors import UserError
+from ml2o_dist.sweeping.settings import Distribution, SweepSettings
+
+_NO_EFFECT = ("compare", "comparison", "trajectories", "tracking", "data", "checkpoint_every", "keep_checkpoints")
+"""What a trial does without: the best one alone is registered, and a checkpoint comes with every validation."""
+
+_MUTABLE = (
+    "learner.lr", "learner.final_lr", "learner.clip", "learner.ema", "estimator.gamma", "estimator.step_weights",
+    "estimator.coordinates", "estimator.clip", "estimator.sigma", "horizon", "slots", "instances", "family.rescale",
+)  # fmt: skip
+"""What may change while a meta-training runs: not the rule, which its weights are of, nor the length of the run."""
+
+MOST_CHECKED = 1000
+"""How many combinations of a grid are tried before anything starts."""
+
+_OPERATIONAL = ("tracking", "max_concurrent")
+"""What a sweep that is gone on with may change."""
+
+
+def load_sweep(file: Path | None, overrides: Iterable[str] = ()) -> SweepSettings:
+    """Read a sweep's settings as `config_file.load_settings` does, with its `meta_train` from the file it names.
+
+    `meta_train` is the name of a file beside this one, or a mapping of settings, which may begin with `extends: FILE`;
+    where it is not there, or says no `family` of its own, it is laid over the embedded default.
+
+    Raises:
+        UserError: an unreadable file, a misspelt key or a wrong value, also among those of the space.
+    """
+    tree = read_tree(file) if file else {}
+    given = tree.get("meta_train") or {}
+    beside = file.parent if file else Path()
+    if isinstance(given, str):
+        given = read_tree(beside / given)
+    elif isinstance(given, Mapping) and "extends" in given:
+        below = read_tree(beside / str(given["extends"]))
+        given = laid_over(below, {key: value for key, value in given.items() if key != "extends"})
+    if isinstance(given, dict) and "family" not in given:
+        given = laid_over(read_tree(DEFAULT_CONFIG), given)
+    settings = checked(SweepSettings, overridden({**tree, "meta_train": given}, overrides))
+    check_space(settings)
+    return settings
+
+
+def check_space(settings: SweepSettings) -> None:
+    """Raise UserError unless a meta-training can be made with every value of the space, one key at a time.
+
+    Of a grid, every combination; of what is drawn, one that does not go together is a trial that fails.
+    Values that only go together are no two keys: give their group, as `estimator: {choice: [{...}, {...}]}`.
+    """
+    scores = settings.meta_train.validation.every
+    if settings.scheduler != "none" and scores >= settings.meta_train.meta_steps:
+        raise UserError(
+            f"scheduler={settings.scheduler} decides by validations on the way: validation.every={scores} must be less "
+            f"than meta_steps={settings.meta_train.meta_steps}"
+        )
+    if settings.scheduler == "asha" and settings.asha.grace > settings.meta_train.meta_steps:
+        raise UserError(f"asha.grace={settings.asha.grace} is more than meta_steps={settings.meta_train.meta_steps}")
+    if settings.scheduler == "pbt" and settings.pbt.interval % scores:
+        raise UserError(f"pbt.interval={settings.pbt.interval} must be a multiple of validation.every={scores}")
+    for key, distribution in settings.space.items():
+        for value in distribution.values:
+            try:
+                trial = trial_settings(settings, {key: value})
+            except UserError as error:
+                raise UserError(f"space: {key}={json.dumps(value)}: {error}") from None
+            if _yardstick(trial) != _yardstick(settings.meta_train):
+                raise UserError(f"space: {key} changes what trials are validated on: their scores cannot be compared")
+        if _within(key, _NO_EFFECT):
+            raise UserError(f"space: {key} has no effect on a trial")
+        if settings.scheduler == "pbt" and not _within(key, _MUTABLE):
+            raise UserError(
+                f"space: {key} cannot change while a meta-training runs, as scheduler=pbt needs it "
+                f"(allowed: {', '.join(sorted(_MUTABLE))})"
+            )
+    if settings.search == "grid":
+        _check_combinations(settings)
+    keys = sorted(settings.space)
+    for key in keys:
+        if above := [other for other in keys if key.startswith(f"{other}.")]:
+            raise UserError(f"space: {key} is a part of {above[0]}, which is there, too")
+
+
+def _check_combinations(settings: SweepSettings) -> None:
+    """Raise UserError unless the values of a grid go together, as far as `MOST_CHECKED` combinations tell."""
+    combinations = product(*(each.values for each in settings.space.values()))
+    for combination in islice(combinations, MOST_CHECKED):
+        values = dict(zip(settings.space, combination, strict=True))
+        try:
+            trial_settings(settings, values)
+        except UserError as error:
+            together = ", ".join(f"{key}={json.dumps(value)}" for key, value in values.items())
+            raise UserError(f"space: {together}: {error}") from None
+
+
+def trial_settings(settings: SweepSettings, values: Mapping[str, Any]) -> MetaTrainSettings:
+    """Return the settings of the trial that has these `values` by key; raises UserError."""
+    tree = settings.meta_train.model_dump(mode="json", by_alias=True)
+    for key, value in values.items():
+        put(tree, key, copy.deepcopy(value), f"space.{key}")
+    return parse_settings(tree)
+
+
+def as_sampled(distribution: Distribution, value: Any) -> Any:
+    """Return `value` as Ray Tune and Optuna have it: of a list as JSON text, since those take no lists or mappings."""
+    return json.dumps(value) if distribution.interval is None else value
+
+
+def as_values(settings: SweepSettings, sampled: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values by key of what was sampled as `as_sampled` says."""
+    space = settings.space
+    return {key: json.loads(sampled[key]) if space[key].interval is None else sampled[key] for key in space}
+
+
+def sweep_difference(ours: SweepSettings, theirs: SweepSettings) -> str:
+    """Name the first key that determines a sweep's results and differs, with both values; "" where there is none."""
+    left, right = flat_settings(ours), flat_settings(theirs)
+    for key in sorted(left.keys() | right.keys()):
+        same = left.get(key) == right.get(key) or key.startswith("meta_train.")
+        if key.split(".")[0] not in _OPERATIONAL and not same:
+            return f"{key} is {left.get(key)!r} here and {right.get(key)!r} there"
+    difference = first_difference(ours.meta_train, theirs.meta_train)
+    return f"meta_train.{difference}" if difference else ""
+
+
+def _yardstick(settings: MetaTrainSettings) -> tuple[Any, ...]:
+    return settings.family.validation, settings.validation.horizon, settings.validation.instances
+
+
+def _within(key: str, groups: Sequence[str]) -> bool:
+    return any(key == group or key.startswith(f"{group}.") for group in groups)

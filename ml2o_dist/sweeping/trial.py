@@ -1,0 +1,100 @@
+"""One trial: a whole meta-training in a process of Ray Tune's, with workers of its own in one placement group."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Mapping
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import torch
+from ray import tune
+
+from ml2o_dist.config import MetaTrainSettings
+from ml2o_dist.errors import UserError
+from ml2o_dist.metatrain.checkpoint import load_checkpoint
+from ml2o_dist.metatrain.history import Row
+from ml2o_dist.metatrain.pool import WorkerPool
+from ml2o_dist.metatrain.trainer import Trainer
+from ml2o_dist.sweeping.settings import SweepSettings
+from ml2o_dist.sweeping.space import as_values, trial_settings
+
+SCRATCH = "meta-training"
+"""What a trial works in, below its folder of Tune's."""
+
+SCORE, TIME = "validation", "meta_step"
+"""What trials report that Tune's schedulers and searches look at: lower is better, after so many meta-steps."""
+
+
+def as_trainable(settings: SweepSettings) -> Any:
+    """Return what Ray Tune runs for each trial, with the placement group that it asks for."""
+
+    def meta_training(sampled: dict[str, Any]) -> None:  # Tune knows it by this name when it is gone on with
+        meta_train_trial(_in_trial(settings, sampled))
+
+    def resources(sampled: dict[str, Any]) -> Any:
+        try:
+            return placement(settings, _in_trial(settings, sampled))
+        except UserError:  # values that do not go together: the trial itself will say so
+            return placement(settings, settings.meta_train)
+
+    return tune.with_resources(meta_training, resources)
+
+
+def placement(settings: SweepSettings, trial: MetaTrainSettings) -> Any:
+    """Return the placement group of a trial: its driver first, then each worker, near to each other if possible.
+
+    A driver that asks for nothing has no bundle of its own, and sits beside the first worker.
+    """
+    each = trial.resources
+    worker = {kind: share for kind, share in (("CPU", each.num_cpus), ("GPU", each.num_gpus)) if share}
+    return tune.PlacementGroupFactory([{"CPU": settings.driver.num_cpus}, *[worker] * trial.workers], strategy="PACK")
+
+
+def meta_train_trial(settings: MetaTrainSettings) -> None:
+    """Meta-train, from the checkpoint that Tune gives if there is one, and report every validation with a checkpoint.
+
+    Tune keeps the checkpoints; what lies in the trial's own folder is gone with its process. Whatever ends a
+    meta-training is raised: the trial has failed.
+    """
+    torch.set_num_threads(1)
+    folder = Path(tune.get_context().get_trial_dir()) / SCRATCH
+    shutil.rmtree(folder, ignore_errors=True)  # of a process before: what counts of it came with Tune's checkpoint
+    trainer = Trainer(settings, folder)
+    if (found := tune.get_checkpoint()) is not None:
+        with found.as_directory() as path:
+            trainer.take_over(load_checkpoint(Path(path)))
+    with closing(WorkerPool(settings.workers, settings.resources, settings.faults)) as pool:
+        trainer.run(pool.begin, _reporting(trainer))
+
+
+def _reporting(trainer: Trainer) -> Callable[[int, Row], None]:
+    def on_row(step: int, row: Mapping[str, float]) -> None:
+        if SCORE not in row:
+            return
+        checkpoint = trainer.run_dir / "checkpoints" / f"step_{step:06d}"
+        shutil.rmtree(checkpoint, ignore_errors=True)  # the first one: it was written before the validation
+        trainer.save()
+        progress = trainer.progress
+        figures = {
+            TIME: step,
+            SCORE: row[SCORE],
+            "best_validation": progress.best_score,
+            "best_meta_step": progress.best_step,
+            "meta_loss": next((r["meta_loss"] for r in reversed(progress.history) if "meta_loss" in r), None),
+            "inner_steps": progress.inner_steps,
+            "seconds": progress.seconds,
+            "done": step >= trainer.settings.meta_steps,
+        }
+        tune.report(figures, checkpoint=tune.Checkpoint.from_directory(checkpoint))
+
+    return on_row
+
+
+def _in_trial(settings: SweepSettings, sampled: Mapping[str, Any]) -> MetaTrainSettings:
+    """Return a trial's settings without what is done once for the whole sweep, or not at all."""
+    trial = trial_settings(settings, as_values(settings, sampled))
+    return trial.model_copy(
+        update={"trajectories": trial.trajectories.model_copy(update={"meta_steps": 0}), "keep_checkpoints": 1}
+    )

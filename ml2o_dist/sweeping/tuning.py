@@ -1,0 +1,231 @@
+"""Ray Tune at work on a sweep: begun or gone on with, watched, and stopped when that is asked for."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+from ray.tune import Callback
+
+from ml2o_dist.progress import StepDisplay
+from ml2o_dist.sweeping.record import Report, State, SweepRecord
+from ml2o_dist.sweeping.search import param_space, tune_config
+from ml2o_dist.sweeping.settings import SweepSettings
+from ml2o_dist.sweeping.space import as_values, trial_settings
+from ml2o_dist.sweeping.trial import SCORE, SCRATCH, TIME, as_trainable
+from ml2o_dist.tracking.sweep_runs import SweepRuns
+
+FOLDER = "tune"
+"""Tune's part of the run directory: its state, and a folder with the checkpoints of each trial."""
+
+_ENVIRONMENT = {
+    "TUNE_GLOBAL_CHECKPOINT_S": "1",  # its own 10 s are much to lose of trials that take a minute
+    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # trials.jsonl has it all
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",  # ours is there already
+    "RAY_AIR_NEW_OUTPUT": "0",  # the new one prints a banner even where it is told to be quiet
+}
+
+
+class Watcher(Callback):  # type: ignore[misc]  # Ray is not followed
+    """Writes down what trials say, tells MLflow, shows it, and ends the sweep when a stop is requested.
+
+    Attributes:
+        checkpoints: by trial, the folder of its newest checkpoint; known once the sweep has ended.
+    """
+
+    def __init__(
+        self,
+        settings: SweepSettings,
+        record: SweepRecord,
+        runs: SweepRuns,
+        display: StepDisplay,
+        stop: Callable[[], bool],
+        on_lost: Callable[[Sequence[str]], None],
+    ) -> None:
+        """`on_lost` is told the trials in the record that Tune, killed before it had noted them, does not know."""
+        self.checkpoints: dict[str, Path] = {}
+        self._settings, self._record, self._runs = settings, record, runs
+        self._display, self._stop, self._on_lost = display, stop, on_lost
+        self._begun = False
+
+    def __reduce__(self) -> tuple[Callable[[], Watcher | None], tuple[()]]:
+        """Tune pickles its callbacks: of this one, that it is the one that watches in the process that goes on."""
+        return _watching, ()
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """Look at what came from before, once, and at whether to stop."""
+        if not self._begun:
+            self._begun = True
+            known = {trial.trial_id for trial in trials}
+            self._on_lost([id for id in self._record.trials if id not in known])
+            self.tell_all()
+        if self._stop():
+            signal.raise_signal(signal.SIGUSR1)  # what Tune ends its loop for, with its state saved
+
+    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Note that a trial runs."""
+        values = as_values(self._settings, trial.config)
+        begun = self._record.begin(trial.trial_id, values)
+        self._runs.begin(trial.trial_id, f"trial {begun.number}", values)
+        self._show(trials)
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Any], trial: Any, result: dict[str, Any], **info: Any
+    ) -> None:
+        """Note what a trial reports."""
+        report = Report(
+            meta_step=result[TIME],
+            validation=result[SCORE],
+            best_validation=result["best_validation"],
+            best_meta_step=result["best_meta_step"],
+            seconds=result["seconds"],
+            values=self._record.trials[trial.trial_id].values,  # not trial.config: PBT may have changed it by now
+            meta_loss=result["meta_loss"],
+        )
+        self._record.report(trial.trial_id, report)
+        self._runs.log(trial.trial_id, report.meta_step, _figures(self._settings, report))
+        self._show(trials)
+
+    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Note that a trial came to its end, or to the one that the scheduler gave it."""
+        steps = trial_settings(self._settings, as_values(self._settings, trial.config)).meta_steps
+        self._end(trial.trial_id, "finished" if self._record.trials[trial.trial_id].meta_steps >= steps else "stopped")
+        self._show(trials)
+
+    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Note that a trial failed, and why."""
+        self._end(trial.trial_id, "failed", _why(Path(trial.error_file)))
+        self._show(trials)
+
+    def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
+        """Note where the checkpoints are."""
+        self.checkpoints = {trial.trial_id: Path(trial.checkpoint.path) for trial in trials if trial.checkpoint}
+
+    def tell_all(self) -> None:
+        """Tell MLflow what the record holds; what it has got already is not written again."""
+        for id, trial in self._record.trials.items():
+            first = next(iter(trial.reports.values()), None)
+            self._runs.begin(id, f"trial {trial.number}", first.values if first else trial.values)
+            for report in trial.reports.values():
+                self._runs.log(id, report.meta_step, _figures(self._settings, report))
+            if trial.state != "running":
+                self._runs.tag(id, {"state": trial.state, "error": trial.error or None})
+                self._runs.end(id, "FAILED" if trial.state == "failed" else "FINISHED")
+
+    def recorded(self, id: str) -> list[tuple[int, float]]:
+        """Return meta-steps and scores that a trial has reported."""
+        trial = self._record.trials.get(id)
+        return [(step, report.validation) for step, report in sorted(trial.reports.items())] if trial else []
+
+    def _end(self, id: str, state: State, error: str = "") -> None:
+        self._record.end(id, state, error)
+        trial = self._record.trials[id]
+        self._runs.begin(id, f"trial {trial.number}", trial.values)
+        self._runs.tag(id, {"state": state, "error": error or None})
+        self._runs.end(id, "FAILED" if state == "failed" else "FINISHED")
+
+    def _show(self, trials: Iterable[Any]) -> None:
+        running = sum(trial.status == "RUNNING" for trial in trials)
+        ended = [trial for trial in self._record.trials.values() if trial.state != "running"]
+        best = self._record.best()
+        shown = f"best validation {best.score:.4f} (trial {best.number})" if best else "no validation yet"
+        failed = sum(trial.state == "failed" for trial in ended)
+        self._display.update(len(ended), f"{shown}  running {running}" + (f"  failed {failed}" if failed else ""))
+
+
+def run_trials(settings: SweepSettings, folder: Path, watcher: Watcher) -> None:
+    """Run all trials of a sweep that have not ended yet; failed ones go on from their newest checkpoint.
+
+    Returns when all have ended, or some time after a stop was requested. Trials that fail do not raise.
+    """
+    place = folder / FOLDER
+    with _watched_by(watcher), _set(_ENVIRONMENT), _handler_kept(signal.SIGUSR1):
+        if any(place.glob("experiment_state-*.json")) and tune.Tuner.can_restore(str(place)):
+            tuner = tune.Tuner.restore(str(place), as_trainable(settings), resume_errored=True)
+        else:
+            tuner = tune.Tuner(
+                as_trainable(settings),
+                param_space=param_space(settings),
+                tune_config=tune_config(settings, recorded),
+                run_config=tune.RunConfig(
+                    name=FOLDER,
+                    storage_path=str(folder),
+                    callbacks=[watcher],
+                    verbose=0,
+                    failure_config=tune.FailureConfig(max_failures=settings.retries),
+                    # all of them, each some tens of kB: PBT may need any, and so may a state of Tune's that is behind
+                    checkpoint_config=tune.CheckpointConfig(num_to_keep=None),
+                ),
+            )
+        tuner.fit()
+    for scratch in place.glob(f"*/{SCRATCH}"):
+        shutil.rmtree(scratch, ignore_errors=True)
+
+
+def recorded(id: str) -> list[tuple[int, float]]:
+    """Return what a trial of the sweep that runs in this process has reported; Tune pickles this by its name."""
+    return _current.recorded(id) if _current else []
+
+
+_current: Watcher | None = None
+
+
+def _watching() -> Watcher | None:
+    return _current
+
+
+@contextmanager
+def _watched_by(watcher: Watcher) -> Iterator[None]:
+    global _current
+    _current = watcher
+    try:
+        yield
+    finally:
+        _current = None
+
+
+@contextmanager
+def _set(environment: Mapping[str, str]) -> Iterator[None]:
+    """Set environment variables, those that the user has not set, for the time of a `with` block."""
+    ours = {name: value for name, value in environment.items() if name not in os.environ}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name in ours:
+            del os.environ[name]
+
+
+@contextmanager
+def _handler_kept(number: int) -> Iterator[None]:
+    before = signal.getsignal(number)
+    try:
+        yield
+    finally:
+        signal.signal(number, before)
+
+
+def _figures(settings: SweepSettings, report: Report) -> dict[str, float]:
+    """Return what MLflow plots of a report; with population-based training also values, which change on the way."""
+    figures = {"validation": report.validation, "best_validation": report.best_validation}
+    if report.meta_loss is not None:
+        figures["meta_loss"] = report.meta_loss
+    if settings.scheduler == "pbt":
+        figures |= {key: float(value) for key, value in report.values.items() if isinstance(value, int | float)}
+    return figures
+
+
+def _why(file: Path) -> str:
+    """Return the last line that Tune wrote of what a trial raised: its type and message, without the traceback."""
+    try:
+        lines = file.read_text(errors="replace").split("\n")
+    except OSError as error:
+        return f"Tune kept no reason ({error.strerror})"
+    return next(line.strip() for line in reversed(lines) if line.strip())

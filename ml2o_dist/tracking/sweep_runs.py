@@ -1,0 +1,109 @@
+"""A sweep in MLflow: a run for the whole, and nested below it a run for each trial, found again by the trial's id."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from ml2o_dist.errors import UserError
+from ml2o_dist.tracking.identity import RUN_KEY_TAG, RunIdentity
+from ml2o_dist.tracking.records import Status
+from ml2o_dist.tracking.run import MlflowRun
+from ml2o_dist.tracking.sink import MlflowSink
+from ml2o_dist.tracking.spool import Spool
+from ml2o_dist.tracking.store import answering, connect, ensure_experiment, redacted
+
+_log = logging.getLogger("ml2o_dist.tracking")
+
+PARENT_TAG = "mlflow.parentRunId"
+"""What MLflow's pages nest runs by."""
+
+
+class SweepRuns:
+    """The nested runs. Whatever is told twice is written once: a sweep that is gone on with tells all again.
+
+    Attributes:
+        run_ids: of the trials whose run MLflow has answered for, by the trial's id.
+        unsent: how many metric values of runs that have ended MLflow has not got.
+    """
+
+    def __init__(self, uri: str, experiment: str, parent: MlflowSink, key: str, folder: Path) -> None:
+        """`key` names the sweep among all others; in `folder` lies what MLflow has not got yet."""
+        self.run_ids: dict[str, str] = {}
+        self.unsent = 0
+        self.key = key
+        self._uri, self._experiment, self._parent = uri, experiment, parent
+        self._folder = folder
+        self._open: dict[str, MlflowSink] = {}
+        self._nested: set[str] = set()
+
+    def begin(self, trial: str, name: str, values: Mapping[str, Any]) -> None:
+        """Begin the run of a trial, or go on with it; `values` are its parameters."""
+        if trial in self._open:
+            return
+        identity = RunIdentity(
+            redacted(self._uri),
+            self._experiment,
+            name,
+            run_key=run_key(self.key, trial),
+        )
+        spool = Spool(self._folder / trial)
+        sink = self._open[trial] = MlflowSink(MlflowRun(self._uri, identity), redacted(self._uri), spool)
+        sink.log_params(values)
+        sink.set_tags({"trial": name, "sweep": self._experiment})
+        self._nest(trial)
+
+    def log(self, trial: str, step: int, figures: Mapping[str, float]) -> None:
+        """Write figures of a trial that was begun."""
+        self._nest(trial)
+        self._open[trial].log(dict(figures), step)
+
+    def tag(self, trial: str, tags: Mapping[str, object]) -> None:
+        """Set tags of a trial that was begun."""
+        self._open[trial].set_tags(tags)
+
+    def end(self, trial: str, status: Status, limit_s: float = 3.0) -> None:
+        """End the run of a trial that was begun; waits for MLflow for so long at most."""
+        self._nest(trial)
+        sink = self._open.pop(trial)
+        self._nested.discard(trial)
+        self.unsent += sink.close(status, limit_s)
+        if sink.run_id:
+            self.run_ids[trial] = sink.run_id
+
+    def close(self, limit_s: float) -> None:
+        """End the runs of the trials that are still open: they did not come to their end."""
+        for trial in list(self._open):
+            self.end(trial, "KILLED", limit_s)
+        with suppress(OSError):  # not empty: MLflow has not got everything
+            self._folder.rmdir()
+
+    def forget(self, trials: Sequence[str]) -> None:
+        """Delete the runs of trials that a kill made Tune forget; where MLflow is away they stay, with a warning."""
+        for trial in trials:
+            shutil.rmtree(self._folder / trial, ignore_errors=True)
+        try:
+            with answering(self._uri):
+                client = connect(self._uri)
+                experiment_id = ensure_experiment(client, self._uri, self._experiment)
+                for trial in trials:
+                    key = run_key(self.key, trial)
+                    for run in client.search_runs([experiment_id], f"tags.`{RUN_KEY_TAG}` = '{key}'"):
+                        client.delete_run(run.info.run_id)
+        except UserError as error:
+            _log.warning("the runs of trials %s, which were lost, may stay in MLflow: %s", ", ".join(trials), error)
+
+    def _nest(self, trial: str) -> None:
+        """Put the trial below the sweep as soon as that has a run."""
+        if trial not in self._nested and self._parent.run_id:
+            self._open[trial].set_tags({PARENT_TAG: self._parent.run_id})
+            self._nested.add(trial)
+
+
+def run_key(sweep: str, trial: str) -> str:
+    """Return the tag by which a trial's run is found again."""
+    return f"{sweep}-{trial}"

@@ -1,0 +1,157 @@
+"""A sweep whose driver is killed goes on, one that is stopped says how to, and nothing is left or done twice."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+from contextlib import suppress
+
+import pytest
+
+from ml2o_dist.artifact import weights_sha256
+from ml2o_dist.config_file import load_settings
+from ml2o_dist.metatrain.trainer import Trainer
+from tests.browser import browser
+from tests.metatrain.executing import in_process, later
+from tests.test_chaos import started_with, until
+from tests.test_sweep import CONFIG, metric_steps, runs_of
+from tests.tracking.mlflow_server import MlflowServer
+
+__all__ = ["browser"]  # a fixture
+
+pytestmark = pytest.mark.long
+
+
+def drive(home, *words):
+    """Start the command in a process of its own; everything it starts carries `home` in its environment."""
+    command = [sys.executable, "-m", "ml2o_dist", "sweep", "--address", "local", *words]
+    with open(home / "stderr", "a") as errors:
+        return subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=errors, text=True, env={**os.environ, "ML2O_HOME": str(home)}
+        )
+
+
+def working(home):
+    """Return the living drivers, trials and workers that were started with this home."""
+    ours = (b"ray::Roll", b"ray::Implicit", b"ray::meta_training", b"ml2o_dist")
+    return {pid: line for pid, line in started_with(home).items() if any(name in line for name in ours)}
+
+
+def reported(home):
+    file = home / "runs" / "k" / "trials.jsonl"
+    return [line for line in file.read_text().splitlines() if '"meta_step"' in line] if file.exists() else []
+
+
+ASHA = ["--config", str(CONFIG), "--run-dir", "runs/k", "--json", "--set", "trials=12", "--set", "scheduler=asha",
+        "--set", "asha={grace: 2, reduction: 2}", "--set", "meta_train.meta_steps=8",
+        "--set", "space.learner.lr={loguniform: [0.0001, 0.5]}"]  # fmt: skip
+
+
+def kill_and_resume(home, words, after):
+    """Run a sweep whose driver is killed after so many reports, then go on with it; (reports before, answer)."""
+    child = drive(home, *words)
+    try:
+        until(lambda: len(reported(home)) >= after or child.poll() is not None, 400)
+        assert child.poll() is None, (home / "stderr").read_text()
+    finally:
+        child.kill()
+        child.wait()
+    until(lambda: not working(home), 60, lambda: working(home))
+    for pid in started_with(home):  # agents of Ray's own take their time
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    before = [json.loads(line) for line in reported(home)]
+    child = drive(home, "--run-dir", "runs/k", "--resume", "--json")
+    output, _ = child.communicate(timeout=500)
+    assert child.returncode == 0, (home / "stderr").read_text()
+    return before, json.loads(output)
+
+
+@pytest.fixture(scope="module")
+def killed_and_resumed(tmp_path_factory):
+    """Twelve trials under ASHA on two CPUs, the driver killed on the way, then resumed: (home, reports, answer)."""
+    home = tmp_path_factory.mktemp("killed")
+    return home, *kill_and_resume(home, ASHA, 12)
+
+
+@pytest.mark.timeout(1200)
+def test_a_sweep_whose_driver_was_killed_goes_on_without_doing_anything_twice(killed_and_resumed, tmp_path):
+    home, before, answer = killed_and_resumed
+    assert [trial["trial"] for trial in answer["trials"]] == list(range(1, 13))
+    states = [trial["state"] for trial in answer["trials"]]
+    assert set(states) == {"finished", "stopped"}
+    assert {line["trial"] for line in before} & {trial["id"] for trial in answer["trials"]}
+    client, parent, nested = runs_of(home)
+    assert parent.info.status == "FINISHED"
+    assert sorted(nested) == list(range(1, 13))
+    for trial in answer["trials"]:
+        run = nested[trial["trial"]]
+        assert run.info.status == "FINISHED"
+        assert metric_steps(client, run) == list(range(0, trial["meta_steps"] + 1, 2))
+        assert run.data.tags["state"] == trial["state"]
+        assert run.data.params["learner.lr"] == str(trial["values"]["learner.lr"])
+    best = answer["best"]
+    settings = [f"{key}={json.dumps(value)}" for key, value in best["values"].items()]
+    trainer = Trainer(
+        load_settings(CONFIG.parent / "small_sweep_base.yaml", [*settings, "device=cpu", "meta_steps=8"]), tmp_path
+    )
+    trainer.run(later(in_process))
+    if best["state"] == "finished":  # what was killed on the way has come to the weights of a calm run
+        assert best["weights_sha256"] == weights_sha256(trainer.best_weights)
+    assert math.isclose(min(trial["validation"] for trial in answer["trials"]), best["validation"])
+    until(lambda: not started_with(home), 60, lambda: started_with(home))
+
+
+@pytest.mark.timeout(900)
+def test_a_search_by_optuna_whose_driver_was_killed_has_no_trial_too_many(tmp_path):
+    overrides = ["trials=6", "search=optuna", "max_concurrent=2", "meta_train.meta_steps=4"]
+    words = [word for override in overrides for word in ("--set", override)]
+    before, answer = kill_and_resume(tmp_path, ["--config", str(CONFIG), "--run-dir", "runs/k", *words], 5)
+    assert [trial["trial"] for trial in answer["trials"]] == list(range(1, 7))
+    client, _, nested = runs_of(tmp_path)
+    assert sorted(nested) == list(range(1, 7))
+    assert all(metric_steps(client, run) == [0, 2, 4] for run in nested.values())
+    ended = {line["trial"] for line in before if line["meta_step"] == 4}
+    assert ended <= {trial["id"] for trial in answer["trials"]}
+
+
+@pytest.mark.timeout(1200)
+def test_mlflow_shows_the_trials_below_their_sweep(killed_and_resumed, browser, tmp_path):
+    """The experiment's page in a real browser: the sweep, and after a click on it its twelve trials."""
+    home, _, answer = killed_and_resumed
+    server = MlflowServer(tmp_path, f"sqlite:///{home}/mlflow.db")
+    server.start()
+    try:
+        experiment = runs_of(home)[1].info.experiment_id
+        page = browser.new_page(viewport={"width": 1600, "height": 1000})
+        page.goto(f"{server.uri}/#/experiments/{experiment}/runs")
+        page.get_by_text("13 matching runs").wait_for(timeout=120_000)
+        assert page.get_by_text("trial 12", exact=True).count() == 0
+        page.get_by_role("row").filter(has_text="small").get_by_role("button").first.click()
+        page.get_by_text("trial 12", exact=True).first.wait_for(timeout=30_000)
+        for trial in answer["trials"]:
+            assert page.get_by_text(f"trial {trial['trial']}", exact=True).count() == 1
+        page.screenshot(path=str(tmp_path / "mlflow.png"))
+        page.close()
+    finally:
+        server.kill()
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_stopped_sweep_says_how_to_go_on_and_leaves_no_process(tmp_path, number, code):
+    child = drive(tmp_path, *ASHA)
+    try:
+        until(lambda: len(reported(tmp_path)) >= 2 or child.poll() is not None, 300)
+        child.send_signal(number)
+        assert child.wait(timeout=120) == code, (tmp_path / "stderr").read_text()
+    finally:
+        child.kill()
+    said = (tmp_path / "stderr").read_text().splitlines()[-1]
+    assert said.startswith(f"ml2o: stopped by {number.name}; ")
+    assert said.endswith(f"go on with: ml2o sweep --run-dir {tmp_path}/runs/k --resume")
+    until(lambda: not started_with(tmp_path), 60, lambda: started_with(tmp_path))
