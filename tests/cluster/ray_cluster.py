@@ -12,6 +12,7 @@ from tests.cluster.files import CLUSTER, ROOT, launcher, manifest
 from tests.cluster.hosts import Host, Network, until
 from tests.cluster.kuberay import ray_start
 
+CLIENT = "RAY_AUTH_MODE=token"  # what the README has a shell export
 TOKEN = "0123456789abcdef" * 4
 SOON = {  # a dead host is found in 3 seconds instead of 14
     "RAY_health_check_initial_delay_ms": "1000",
@@ -71,7 +72,7 @@ class RayCluster:
             "import json; from dataclasses import asdict; from ray.util.state import *; "
             f"print('ANSWER', json.dumps([asdict(each) for each in {expression}], default=str))"
         )
-        printed = self.head.sh(f"python -c {shlex.quote(script)}")
+        printed = self.head.sh(f"{CLIENT} python -c {shlex.quote(script)}")
         answer: list[dict[str, object]] = json.loads(printed.partition("ANSWER ")[2])
         return answer
 
@@ -81,7 +82,7 @@ class RayCluster:
             "ray", "job", "submit", f"--address={self.dashboard}", "--runtime-env", CLUSTER / "runtime_env.yaml",
             "--working-dir", ROOT, *options, "--", "python", f"jobs/{script}", *words,
         ]  # fmt: skip
-        return host.sh(shlex.join(map(str, command)), timeout=400)
+        return host.sh(f"{CLIENT} {shlex.join(map(str, command))}", timeout=500)
 
     def _host(self, name: str, number: int, *, head: bool) -> Host:
         environment = dict(SOON)
@@ -119,4 +120,5 @@ class RayCluster:
         assert process.poll() is None, (self.head.folder / "ray.log").read_text()
         probe = f"from ray.job_submission import JobSubmissionClient; JobSubmissionClient('{self.dashboard}').list_jobs()"
         command = [*self.head.enter, "python", "-c", probe]
-        return subprocess.run(command, env=self.head.environment, capture_output=True, check=False).returncode == 0
+        environment = self.head.environment | {"RAY_AUTH_MODE": "token"}
+        return subprocess.run(command, env=environment, capture_output=True, check=False).returncode == 0

@@ -42,7 +42,7 @@ def calm(folder, *overrides):
 def leaves_nothing(ray):
     """Assert that Ray holds no living actor and no object, and that its hosts are empty once it is stopped."""
     assert ray.ask("list_actors(filters=[('state', '!=', 'DEAD')])") == []
-    assert ray.ask("list_objects()") == []
+    until(lambda: ray.ask("list_objects()") == [], 60, lambda: ray.ask("list_objects()"))
     for host in [ray.head, *ray.workers.values()]:
         assert not [line for line in host.command_lines() if "ray::RolloutWorker" in line]
         host.sh("ray stop")
@@ -83,6 +83,8 @@ def test_a_job_runs_on_all_workers_and_leaves_run_metrics_and_version_on_the_ser
         assert seen["steps"] == list(range(1, 13))
         assert seen["version"] == [1, expected]
         assert "config.yaml" in json.dumps(seen["artifacts"])
+        with pytest.raises(AssertionError, match="AuthenticationError"):
+            ray.head.sh(f"RAY_AUTH_MODE=token RAY_AUTH_TOKEN={'f' * 64} ray job list --address {ray.dashboard}")
         leaves_nothing(ray)
     finally:
         server.close()
