@@ -1,7 +1,7 @@
 """Hosts on a network of their own: namespaces of this machine's kernel, joined by a bridge.
 
-A host has its own network, processes, name, /tmp/ray, /dev/shm, /home and names; the rest of the file system is
-this machine's. So the commands of cluster/ run as they are, `ray stop` included, which elsewhere ends every Ray there is.
+A host has its own network, processes, name, /tmp/ray, /dev/shm, /home and /etc/hosts; the rest of the file system is
+this machine's. So the commands of cluster/ run as they are, `ray stop` too, which elsewhere ends every Ray there is.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ class Network:
         self._switch = Namespace()
         self._switch.run("ip link add bridge type bridge && ip link set bridge up")
 
-    def host(self, name: str, number: int, aliases: Iterable[str] = (), environment: Mapping[str, str] = {}) -> Host:  # noqa: B006  # read only
+    def host(self, name: str, number: int, aliases: Iterable[str] = (), environment: Mapping[str, str] = {}) -> Host:
         """Plug in a host, which all hosts know by its name and aliases, at the address PREFIX.number."""
         self.names |= dict.fromkeys([name, *aliases], f"{PREFIX}.{number}")
         made = Host(name, f"{PREFIX}.{number}", self.folder / name, environment)
@@ -110,7 +110,13 @@ class Namespace:
 
     def plug_in(self, host: Host, port: str) -> None:
         """Join a host's eth0 to the bridge of this namespace."""
-        inside = ["nsenter", "--target", str(self.pid), "--net", "--"]  # without its processes: the host is none of them
+        inside = [
+            "nsenter",
+            "--target",
+            str(self.pid),
+            "--net",
+            "--",
+        ]  # without its processes: the host is none of them
         made = ["ip", "link", "add", port, "type", "veth", "peer", "name", "eth0", "netns", str(host.pid)]
         subprocess.run([*inside, *made], check=True, capture_output=True, timeout=30)
         self.run(f"ip link set {port} master bridge up")
@@ -137,7 +143,9 @@ class Host(Namespace):
     def __init__(self, name: str, address: str, folder: Path, environment: Mapping[str, str]) -> None:
         super().__init__()
         self.name, self.address, self.folder = name, address, folder
-        kept = {key: os.environ[key] for key in ("ML2O_CACHE", "OMP_NUM_THREADS", "MKL_NUM_THREADS") if key in os.environ}
+        kept = {
+            key: os.environ[key] for key in ("ML2O_CACHE", "OMP_NUM_THREADS", "MKL_NUM_THREADS") if key in os.environ
+        }
         self.environment = {
             "PATH": f"{BIN}:{os.environ['PATH']}",
             "PYTHONPATH": str(Path(__file__).parents[2]),
@@ -174,7 +182,7 @@ class Host(Namespace):
         """Run a script with the host's environment; see `Namespace.run`."""
         return self.run(script, self.environment, timeout)
 
-    def start(self, command: list[str] | str, log: str, environment: Mapping[str, str] = {}) -> subprocess.Popen[bytes]:  # noqa: B006  # read only
+    def start(self, command: list[str] | str, log: str, environment: Mapping[str, str] = {}) -> subprocess.Popen[bytes]:
         """Start a command that stays; what it prints goes to the file `log` in the host's folder."""
         script = command if isinstance(command, str) else shlex.join(command)
         with open(self.folder / log, "ab") as out:
@@ -187,7 +195,7 @@ class Host(Namespace):
             )
 
     def command_lines(self) -> list[str]:
-        """Return the command lines of all its processes but the first; of those that ended and were not asked after, none."""
+        """Return the command lines of all its living processes but the first."""
         mine, found = os.readlink(f"/proc/{self.pid}/ns/pid"), []
         for folder in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):

@@ -118,7 +118,9 @@ class RayCluster:
 
     def _answers(self, process: subprocess.Popen[bytes]) -> bool:
         assert process.poll() is None, (self.head.folder / "ray.log").read_text()
-        probe = f"from ray.job_submission import JobSubmissionClient; JobSubmissionClient('{self.dashboard}').list_jobs()"
+        probe = (
+            f"from ray.job_submission import JobSubmissionClient; JobSubmissionClient('{self.dashboard}').list_jobs()"
+        )
         command = [*self.head.enter, "python", "-c", probe]
         environment = self.head.environment | {"RAY_AUTH_MODE": "token"}
         return subprocess.run(command, env=environment, capture_output=True, check=False).returncode == 0
