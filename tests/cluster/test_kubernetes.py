@@ -145,6 +145,17 @@ def test_volumes_and_claims_exist():
     assert asked == claims
 
 
+def test_all_of_ray_shares_the_home_of_jobs():
+    """A sweep's trials write into its run directory, wherever they run."""
+    home = yaml.safe_load(JOB["runtimeEnvYAML"])["env_vars"]["ML2O_HOME"]
+    for name, group in GROUPS.items():
+        pod = group["template"]["spec"]
+        (mount,) = [mount for mount in pod["containers"][0]["volumeMounts"] if mount["mountPath"] == home]
+        (volume,) = [volume for volume in pod["volumes"] if volume["name"] == mount["name"]]
+        claim = manifest("raycluster", "PersistentVolumeClaim", volume["persistentVolumeClaim"]["claimName"])
+        assert claim["spec"]["accessModes"] == ["ReadWriteMany"], name
+
+
 def test_services_select_pods_and_meet_their_ports():
     by_label = {}
     for tree in all_manifests():

@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 
 import pytest
+import yaml
 from ray.autoscaler._private.util import prepare_config, validate_config  # what `ray up` does first; works offline
 
-from tests.cluster.files import LAUNCHERS, image, launcher, options
+from tests.cluster.files import CLUSTER, LAUNCHERS, image, launcher, options
 
 CLOUDS = ("aws", "gcp")
 
@@ -78,6 +79,15 @@ def test_there_are_spot_workers_and_workers_that_stay_and_the_head_stays(name):
 
     spot = {key: is_spot(kind) for key, kind in launcher(name)["available_node_types"].items()}
     assert spot == {"head": False, "worker_cpu": False, "worker_cpu_spot": True, "worker_gpu": True}
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_the_home_of_jobs_is_a_folder_of_the_host_that_the_images_user_owns(name):
+    config = launcher(name)
+    (volume,) = [option.split()[1] for option in config["docker"]["run_options"] if option.startswith("--volume")]
+    folder, _, inside = volume.partition(":")
+    assert inside == yaml.safe_load((CLUSTER / "runtime_env.yaml").read_text())["env_vars"]["ML2O_HOME"]
+    assert config["initialization_commands"] == [f"sudo mkdir -p {folder}", f"sudo chown 1000:100 {folder}"]
 
 
 @pytest.mark.parametrize("name", LAUNCHERS)
