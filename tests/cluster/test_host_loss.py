@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import shlex
-import threading
 
 import pytest
 
 from tests.cluster.hosts import until
 from tests.cluster.ray_cluster import RayCluster
-from tests.cluster.test_submitted_job import CONFIG, HOME, calm, leaves_nothing
 from tests.cluster.tracking import TrackingServer
+from tests.cluster.training import Training, calm, leaves_nothing
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 
@@ -28,43 +26,6 @@ OVERRIDES = (
 )
 
 
-class Training:
-    """A submitted meta-training, in a thread of its own."""
-
-    def __init__(self, ray: RayCluster, *overrides: str) -> None:
-        self._ray = ray
-        self._checkpoints = ray.head.folder / HOME / "runs" / "job" / "checkpoints"
-        words = [word for each in (*OVERRIDES, *overrides) for word in ("--set", each)]
-        self._words = ["--config", str(CONFIG), "--run-dir", "runs/job", *words, "--json"]
-        self._printed: list[str] = []
-        self._failed: list[BaseException] = []
-        self._thread = threading.Thread(target=self._run)
-        self._thread.start()
-
-    def _run(self) -> None:
-        try:
-            self._printed.append(self._ray.submit(self._ray.head, *self._words))
-        except BaseException as error:
-            self._failed.append(error)
-
-    def await_step(self, step: int) -> None:
-        """Wait for a meta-step's checkpoint."""
-        wanted = self._checkpoints / f"step_{step:06d}"
-        until(lambda: wanted.exists() or not self._thread.is_alive(), 300, self._ray.logs)
-        assert wanted.exists(), self._failed
-
-    def answer(self) -> dict[str, object]:
-        """Wait for the end; return what `--json` printed."""
-        self._thread.join(timeout=500)
-        assert not self._thread.is_alive()
-        assert not self._failed, self._failed
-        (line,) = [line for line in self._printed[0].splitlines() if line.startswith('{"run_dir"')]
-        return json.loads(line)
-
-    def log(self) -> str:
-        return (self._checkpoints.parent / "run.log").read_text()
-
-
 @pytest.fixture(scope="module", params=[0, 2], ids=lambda staleness: f"staleness{staleness}")
 def expected(request, tmp_path_factory):
     """The setting of a staleness, and the weights of a calm run in one process."""
@@ -76,13 +37,14 @@ def test_a_host_that_dies_and_one_that_is_added_leave_the_weights_equal(network,
     ray = RayCluster(network, "kuberay")
     ray.add(1), ray.add(2)
     ray.await_nodes(3)
-    training = Training(ray, expected[0], "tracking.uri=sqlite:////home/ray/mlflow.db")
+    training = Training(ray, *OVERRIDES, expected[0], "tracking.uri=sqlite:////home/ray/mlflow.db")
     training.await_step(8)
     ray.end(2)  # SIGKILL of all it runs, at once
     training.await_step(20)
     ray.add(3)
     ray.await_nodes(3)
     training.await_step(30)
+    assert training.goes_on
     ray.end(1)  # what is left runs on the host that was added
     assert training.answer()["weights_sha256"] == expected[1]
     assert " is lost: " in training.log(), training.log()
@@ -93,7 +55,7 @@ def test_a_host_that_is_cut_off_and_started_again_leaves_the_weights_equal(netwo
     ray = RayCluster(network, "onprem")
     ray.add(1), ray.add(2)
     ray.await_nodes(3)
-    training = Training(ray, expected[0], "tracking.uri=sqlite:////home/ray/mlflow.db")
+    training = Training(ray, *OVERRIDES, expected[0], "tracking.uri=sqlite:////home/ray/mlflow.db")
     training.await_step(8)
     ray.workers[2].cut_off()
     until(lambda: ray.alive() == 2, 60)
@@ -102,6 +64,7 @@ def test_a_host_that_is_cut_off_and_started_again_leaves_the_weights_equal(netwo
     ray.start_worker(ray.workers[2])  # the launcher's commands: `ray stop`, then `ray start`
     ray.await_nodes(3)
     training.await_step(30)
+    assert training.goes_on
     ray.end(1)
     assert training.answer()["weights_sha256"] == expected[1]
     leaves_nothing(ray)
@@ -136,9 +99,8 @@ def test_a_full_object_store_and_an_absent_mlflow_server_leave_weights_and_metri
         home = ray.head.folder / "home" / "ray"
         ballast = ray.head.start(f"python -c {shlex.quote(BALLAST)}", "ballast.log")
         until((home / "full").exists, 120, lambda: (ray.head.folder / "ballast.log").read_text())
-        spilled = [file for host in ray.workers.values() for file in host.folder.glob("ray/**/*spilled_objects*/*")]
-        assert spilled
-        training = Training(ray, expected[0])
+        assert all(list(host.folder.glob("ray/**/*spilled_objects*/*")) for host in ray.workers.values())
+        training = Training(ray, *OVERRIDES, expected[0])
         training.await_step(8)
         server.kill()
         training.await_step(30)

@@ -12,7 +12,7 @@ import pytest
 
 from tests.cluster.files import CLUSTER, ROOT
 from tests.cluster.hosts import until
-from tests.cluster.test_submitted_job import CONFIG, calm
+from tests.cluster.training import CONFIG, calm
 
 SCRIPT = CLUSTER / "slurm.sh"
 HELD = ["--exclusive", "--nodes=", "--cpus-per-task=", "--time=", "--signal=B:TERM@"]

@@ -3,23 +3,19 @@
 from __future__ import annotations
 
 import json
+import shlex
 import threading
 
 import pytest
 
-from ml2o_dist.artifact import load_artifact, weights_sha256
-from ml2o_dist.config_file import load_settings
-from ml2o_dist.metatrain.trainer import Trainer
-from tests.cluster.files import ROOT
-from tests.cluster.hosts import until
+from ml2o_dist.artifact import load_artifact
+from tests.cluster.files import manifest
 from tests.cluster.ray_cluster import RayCluster
 from tests.cluster.tracking import TrackingServer
-from tests.metatrain.executing import in_process, later
+from tests.cluster.training import CONFIG, HOME, Training, calm, leaves_nothing
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
 
-CONFIG = ROOT / "tests" / "small_run.yaml"
-HOME = "home/ray/ml2o"  # ML2O_HOME of runtime_env.yaml, in a host's folder
 RUN = """
 (run,) = client.search_runs([client.get_experiment_by_name("ml2o/meta-train").experiment_id])
 (version,) = client.search_model_versions("name='ml2o'")
@@ -30,33 +26,6 @@ answer = {
     "artifacts": [file.path for file in client.list_artifacts(run.info.run_id)],
 }
 """
-
-
-def calm(folder, *overrides):
-    """Return the weights that the run ends at in one process, without Ray."""
-    trainer = Trainer(load_settings(CONFIG, [*overrides, "device=cpu"]), folder)
-    trainer.run(later(in_process))
-    return weights_sha256(trainer.best_weights)
-
-
-def held(ray):
-    """Return the objects that somebody refers to, but for what Ray's own agent keeps of a job that it has started."""
-
-    def owner(each):
-        (host,) = [host for host in (ray.head, *ray.workers.values()) if host.address == each["ip"]]
-        return host.sh(f"cat /proc/{each['pid']}/cmdline").strip("\0")
-
-    return [(owner(each), each) for each in ray.ask("list_objects()") if owner(each) != "ray::DashboardAgent"]
-
-
-def leaves_nothing(ray):
-    """Assert that Ray holds no living actor and no object, and that its hosts are empty once it is stopped."""
-    assert ray.ask("list_actors(filters=[('state', '!=', 'DEAD')])") == []
-    until(lambda: held(ray) == [], 60, lambda: held(ray))
-    for host in [ray.head, *ray.workers.values()]:
-        assert not [line for line in host.command_lines() if "ray::RolloutWorker" in line]
-        host.sh("ray stop")
-        until(lambda host=host: not host.command_lines(), 30, lambda host=host: host.command_lines())
 
 
 @pytest.mark.parametrize(("how", "tracking"), [("kuberay", "kubernetes"), ("onprem", "compose")])
@@ -105,3 +74,19 @@ def test_a_job_runs_on_all_workers_and_leaves_run_metrics_and_version_on_the_ser
         leaves_nothing(ray)
     finally:
         server.close()
+
+
+def test_the_end_of_the_heads_pod_stops_its_jobs_with_a_checkpoint(network):
+    """Kubernetes runs preStop first; what it has not done when the grace period is over is killed."""
+    ray = RayCluster(network, "kuberay")
+    ray.add(1)
+    ray.await_nodes(2)
+    training = Training(
+        ray, "meta_steps=60", "horizon=[60]", "checkpoint_every=2", "tracking.uri=sqlite:////home/ray/m.db"
+    )
+    training.await_step(6)
+    (container,) = manifest("raycluster", "RayCluster")["spec"]["headGroupSpec"]["template"]["spec"]["containers"]
+    ray.head.sh(shlex.join(container["lifecycle"]["preStop"]["exec"]["command"]), timeout=60)
+    assert "stopped by SIGTERM; checkpoint at meta-step" in training.log()
+    with pytest.raises(AssertionError, match="stopped"):
+        training.answer()
