@@ -45,9 +45,8 @@ def test_bash_and_slurm_can_read_it():
     asked = [line.removeprefix("#SBATCH ") for line in lines if line.startswith("#SBATCH ")]
     assert all(any(line.startswith(held) for line in asked) for held in HELD)
     code = next(number for number, line in enumerate(lines) if line and not line.startswith("#"))
-    assert (
-        max(number for number, line in enumerate(lines) if line.startswith("#SBATCH")) < code
-    )  # Slurm reads no further
+    last = max(number for number, line in enumerate(lines) if line.startswith("#SBATCH"))
+    assert last < code  # Slurm reads no further
     assert os.access(SCRIPT, os.X_OK)
 
 

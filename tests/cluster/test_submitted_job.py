@@ -28,6 +28,16 @@ answer = {
 """
 
 
+OTHER_NAME = """
+import urllib.error, urllib.request
+asked = urllib.request.Request("http://mlflow:5000/", headers={"Host": "elsewhere.example"})
+try:
+    answer = {"status": urllib.request.urlopen(asked).status}
+except urllib.error.HTTPError as error:
+    answer = {"status": error.code}
+"""
+
+
 @pytest.mark.parametrize(("how", "tracking"), [("kuberay", "kubernetes"), ("onprem", "compose")])
 def test_a_job_runs_on_all_workers_and_leaves_run_metrics_and_version_on_the_server(network, tmp_path, how, tracking):
     server = TrackingServer(network, tracking)
@@ -69,6 +79,7 @@ def test_a_job_runs_on_all_workers_and_leaves_run_metrics_and_version_on_the_ser
         assert seen["steps"] == list(range(1, 13))
         assert seen["version"] == [1, expected]
         assert "config.yaml" in json.dumps(seen["artifacts"])
+        assert server.ask(ray.workers[1], OTHER_NAME) == {"status": 403}  # DNS rebinding
         with pytest.raises(AssertionError, match="AuthenticationError"):
             ray.head.sh(f"RAY_AUTH_MODE=token RAY_AUTH_TOKEN={'f' * 64} ray job list --address {ray.dashboard}")
         leaves_nothing(ray)

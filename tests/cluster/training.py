@@ -77,6 +77,7 @@ class Training:
         """Wait for the end; return what `--json` printed."""
         self._thread.join(timeout=500)
         assert not self._thread.is_alive()
+        print(self.log())  # shown where a test fails
         assert not self._failed, self._failed
         (line,) = [line for line in self._printed[0].splitlines() if line.startswith('{"run_dir"')]
         return json.loads(line)
