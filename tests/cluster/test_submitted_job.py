@@ -99,5 +99,4 @@ def test_the_end_of_the_heads_pod_stops_its_jobs_with_a_checkpoint(network):
     (container,) = manifest("raycluster", "RayCluster")["spec"]["headGroupSpec"]["template"]["spec"]["containers"]
     ray.head.sh(shlex.join(container["lifecycle"]["preStop"]["exec"]["command"]), timeout=60)
     assert "stopped by SIGTERM; checkpoint at meta-step" in training.log()
-    with pytest.raises(AssertionError, match="stopped"):
-        training.answer()
+    assert "was stopped" in training.printed()  # Ray's word for its end; `ray job submit` ends with 0 then

@@ -73,13 +73,17 @@ class Training:
     def goes_on(self) -> bool:
         return self._thread.is_alive()
 
-    def answer(self) -> dict[str, object]:
-        """Wait for the end; return what `--json` printed."""
+    def printed(self) -> str:
+        """Wait for the end; return what `ray job submit` printed, the job's own words among it."""
         self._thread.join(timeout=500)
         assert not self._thread.is_alive()
         print(self.log())  # shown where a test fails
         assert not self._failed, self._failed
-        (line,) = [line for line in self._printed[0].splitlines() if line.startswith('{"run_dir"')]
+        return self._printed[0]
+
+    def answer(self) -> dict[str, object]:
+        """Wait for the end; return what `--json` printed."""
+        (line,) = [line for line in self.printed().splitlines() if line.startswith('{"run_dir"')]
         return json.loads(line)
 
     def log(self) -> str:
