@@ -14,10 +14,10 @@ from tests.cluster.training import Training, calm, leaves_nothing
 pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 
 OVERRIDES = (
-    "meta_steps=60",
+    "meta_steps=100",
     "horizon=[60]",
     "checkpoint_every=1",
-    "keep_checkpoints=60",
+    "keep_checkpoints=100",
     "validation.every=20",
     "workers=4",
     "compare=false",
@@ -109,7 +109,7 @@ def test_a_full_object_store_and_an_absent_mlflow_server_leave_weights_and_metri
         (home / "over").touch()
         assert ballast.wait(timeout=60) == 0
         seen = server.ask(ray.head, METRICS)
-        assert seen["steps"] == list(range(1, 61))
+        assert seen["steps"] == list(range(1, 101))
         leaves_nothing(ray)
     finally:
         server.close()
