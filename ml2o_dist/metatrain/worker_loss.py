@@ -23,6 +23,7 @@ _SHORT = (
     ("low on memory", "Ray ended it: the node was out of memory"),
     ("node has died", "its node died"),
     ("worker process has died", "its process was killed or crashed"),
+    ("actor is temporarily unavailable", "it does not answer any more"),
 )
 """What a text of Ray's (2.60) contains, and what it comes to; the first that fits."""
 

@@ -14,6 +14,11 @@ KILLED = (
     "unexpectedly exits with a connection error code 2. End of file. Some common causes include: (1) the process was "
     "killed by the OOM killer due to high memory usage, (2) ray stop --force was called, or (3) the worker crashed."
 )
+# While its host is gone and Ray has not found so yet.
+GONE = (
+    "The actor f2a0b5f5508891814454728502000000 is unavailable: The actor is temporarily unavailable: RpcError: RPC "
+    "error: Socket closed rpc_code: 14. The task may or may not have been executed on the actor."
+)
 RAISED = (
     "The actor died because of an error raised in its creation task, \x1b[36mray::Bad.__init__()\x1b[39m (pid=21547)\n"
     '  File "die.py", line 11, in __init__\nRuntimeError: its worker process has died, or so \x1b[31mit seems'
@@ -26,6 +31,7 @@ RAISED = (
         (RayActorError(None, KILLED), "its process was killed or crashed"),
         (RayActorError(None, RAISED, True), "RuntimeError: its worker process has died, or so it seems"),
         (RayActorError(None, "The actor is dead because its node has died. Node Id: 4f"), "its node died"),
+        (RayActorError(None, GONE), "it does not answer any more"),
         (NodeDiedError("anything"), "its node died"),
         (OutOfMemoryError("anything"), "Ray ended it: the node was out of memory"),
         (RayActorError(None, "dead\nit was killed by `ray.kill`."), "it was killed by `ray.kill`."),

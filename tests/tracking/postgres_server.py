@@ -9,6 +9,7 @@ import socket
 import subprocess
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -18,30 +19,37 @@ USER = "postgres"
 
 
 class PostgresServer:
-    """Started at once; `uri` is of its empty database."""
+    """Started at once; `uri` is of its empty database.
 
-    def __init__(self) -> None:
+    `within`: words before each of its commands, for a host of their own (tests/cluster/hosts.py); `port`: 0 for a free
+    one; `owner`: who its database belongs to and is named after, the superuser.
+    """
+
+    def __init__(self, within: Sequence[str] = (), port: int = 0, owner: str = USER) -> None:
         binaries = _binaries()
-        self._as_user = ["runuser", "-u", USER, "--"] if os.geteuid() == 0 else []
+        self._as_user = [*within, *(["runuser", "-u", USER, "--"] if os.geteuid() == 0 else [])]
         self._folder = Path(tempfile.mkdtemp(prefix="ml2o-postgres-"))
-        if self._as_user:
+        if os.geteuid() == 0:
             shutil.chown(self._folder, USER)
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = int(probe.getsockname()[1])
+        port = port or _free_port()
         data = self._folder / "data"
-        made = [*self._as_user, binaries / "initdb", "-D", data, "-U", USER, "-A", "trust", "--no-sync"]
+        made = [*self._as_user, binaries / "initdb", "-D", data, "-U", owner, "-A", "trust", "--no-sync"]
         subprocess.run(made, check=True, capture_output=True, cwd="/", timeout=120)
         command = [*self._as_user, binaries / "postgres", "-D", data, "-p", str(port), "-h", "127.0.0.1",
                    "-k", self._folder, "-c", "fsync=off"]  # fmt: skip
         with open(self._folder / "log", "wb") as log:
             self._process = subprocess.Popen(command, stdout=log, stderr=log, cwd="/", start_new_session=True)
-        self.uri = f"postgresql+psycopg2://{USER}@127.0.0.1:{port}/postgres"
+        database = "postgres" if owner == USER else owner
+        self.uri = f"postgresql+psycopg2://{owner}@127.0.0.1:{port}/{database}"
         limit = time.monotonic() + 60
-        while subprocess.run([binaries / "pg_isready", "-q", "-h", "127.0.0.1", "-p", str(port)]).returncode != 0:
+        ready = [*within, binaries / "pg_isready", "-q", "-h", "127.0.0.1", "-p", str(port)]
+        while subprocess.run(ready, check=False).returncode != 0:
             assert self._process.poll() is None, (self._folder / "log").read_text()
             assert time.monotonic() < limit, (self._folder / "log").read_text()
             time.sleep(0.1)
+        if owner != USER:
+            made = [*self._as_user, binaries / "createdb", "-h", "127.0.0.1", "-p", str(port), "-U", owner, owner]
+            subprocess.run(made, check=True, capture_output=True, cwd="/", timeout=60)
 
     def stop(self) -> None:
         """End it and all of its processes, and remove its folder."""
@@ -52,6 +60,12 @@ class PostgresServer:
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait(timeout=30)
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 def _binaries() -> Path:

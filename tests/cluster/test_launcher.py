@@ -1,0 +1,105 @@
+"""The cluster launcher's YAML, by Ray's own validator and by meaning."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import yaml
+from ray.autoscaler._private.util import prepare_config, validate_config  # what `ray up` does first; works offline
+
+from tests.cluster.files import CLUSTER, LAUNCHERS, image, launcher, options
+
+CLOUDS = ("aws", "gcp")
+
+
+def prepared(name):
+    config = prepare_config(copy.deepcopy(launcher(name)))
+    validate_config(config)
+    return config
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_ray_takes_the_file(name):
+    assert prepared(name)["provider"]["type"] == {"onprem": "local"}.get(name, name)
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_the_validator_can_refuse(name):
+    config = launcher(name) | {"max_wrokers": 3}
+    with pytest.raises(Exception, match="max_wrokers"):
+        validate_config(prepare_config(config))
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_images_are_ours_with_the_pinned_ray(name):
+    config = launcher(name)
+    dockers = [config["docker"], *(kind.get("docker", {}) for kind in config.get("available_node_types", {}).values())]
+    named = {docker[key] for docker in dockers for key in docker if key.endswith("image")}
+    assert named == {image("cpu"), image("gpu")}
+
+
+@pytest.mark.parametrize("name", CLOUDS)
+def test_the_head_takes_no_work_and_workers_do(name):
+    kinds = prepared(name)["available_node_types"]
+    head = kinds.pop(launcher(name)["head_node_type"])
+    assert head["resources"] == {"CPU": 0}
+    assert all(kind["resources"]["CPU"] > 0 for kind in kinds.values())
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_workers_come_and_go_within_limits(name):
+    config = prepared(name)
+    workers = [kind for key, kind in config["available_node_types"].items() if key != "head"]
+    assert all(0 <= kind["min_workers"] <= kind["max_workers"] <= config["max_workers"] for kind in workers)
+    assert any(kind["min_workers"] < kind["max_workers"] for kind in workers)
+    assert sum(kind["min_workers"] for kind in workers) >= 1  # meta-training asks for all of its workers at once
+    assert config["idle_timeout_minutes"] > 0
+
+
+@pytest.mark.parametrize("name", CLOUDS)
+def test_gpus_are_only_on_their_own_nodes_with_their_own_image(name):
+    for key, kind in launcher(name)["available_node_types"].items():
+        gpus = kind["resources"].get("GPU", 0)
+        assert (gpus > 0) == (key == "worker_gpu")
+        if gpus:
+            assert kind["docker"] == {"worker_image": image("gpu"), "worker_run_options": ["--gpus all"]}
+        if name == "gcp":
+            assert sum(card["acceleratorCount"] for card in kind["node_config"].get("guestAccelerators", [])) == gpus
+
+
+@pytest.mark.parametrize("name", CLOUDS)
+def test_there_are_spot_workers_and_workers_that_stay_and_the_head_stays(name):
+    def is_spot(kind):
+        config = kind["node_config"]
+        scheduling = {key: value for each in config.get("scheduling", []) for key, value in each.items()}
+        return config.get("InstanceMarketOptions", {}).get("MarketType") == "spot" or bool(
+            scheduling.get("preemptible")
+        )
+
+    spot = {key: is_spot(kind) for key, kind in launcher(name)["available_node_types"].items()}
+    assert spot == {"head": False, "worker_cpu": False, "worker_cpu_spot": True, "worker_gpu": True}
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_the_home_of_jobs_is_a_folder_of_the_host_that_the_images_user_owns(name):
+    config = launcher(name)
+    (volume,) = [option.split()[1] for option in config["docker"]["run_options"] if option.startswith("--volume")]
+    folder, _, inside = volume.partition(":")
+    assert inside == yaml.safe_load((CLUSTER / "runtime_env.yaml").read_text())["env_vars"]["ML2O_HOME"]
+    assert config["initialization_commands"] == [f"sudo mkdir -p {folder}", f"sudo chown 1000:100 {folder}"]
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_ray_starts_with_the_token_on_the_same_port_everywhere(name):
+    config = launcher(name)
+    assert config["file_mounts"] == {"~/.ray/auth_token": "~/.ray/auth_token"}  # where Ray looks for it
+    (head,) = [line for line in config["head_start_ray_commands"] if "ray start" in line]
+    (worker,) = [line for line in config["worker_start_ray_commands"] if "ray start" in line]
+    assert options(head)["port"] == options(worker)["address"].rpartition(":")[2] == "6379"
+    assert options(head)["num-cpus"] == "0"
+    assert options(head)["autoscaling-config"] == "~/ray_bootstrap_config.yaml"
+    assert "head" in options(head)
+    assert "head" not in options(worker)
+    assert all("RAY_AUTH_MODE=token" in line for line in (head, worker))
+    assert "RAY_JOB_STOP_WAIT_TIME_S=120" in head  # read where jobs are supervised: on the head
