@@ -55,7 +55,7 @@ class WorkerPool:
         self._replays = None if learner is None else Replays(learner, faults)
         try:
             if self._replays is not None:
-                self._replays.await_start(resources.start_timeout_s, stop_requested, Stopped())
+                self._replays.await_start(resources.start_timeout_s, stop_requested)
             self._workers = Workers(RolloutWorker, workers, resources, stop_requested)
         except BaseException:
             if self._replays is not None:
@@ -194,30 +194,26 @@ class WorkerPool:
 
     def _take_replay(self, replays: Replays, future: Any) -> None:
         """Take in how a replay has ended."""
-        replay = replays.under_way[future]
-        key = replay.task.item.key
+        key = replays.under_way[future].task.item.key
         try:
             meta_loss, gradient = ray.get(future)
         except RayTaskError as error:
-            del replays.under_way[future]
-            replays.answered(replay)
+            task = replays.take(future).task
             if isinstance(error.cause, LOST):  # the rollout was on a host that is gone
                 log.warning("the rollout of %s is lost: %s; it runs again", key, reason(error.cause))
-                self._dispatch.again(replay.task)
+                self._dispatch.again(task)
             elif self._faults.on_error == "skip":
                 log.warning("the replay of %s failed: %r; skipped (faults.on_error=skip)", key, error.cause)
-                self._dispatch.settle(replay.task, failed_episode(repr(error.cause)))
+                self._dispatch.settle(task, failed_episode(repr(error.cause)))
             else:
                 raise PoolError(f"the replay of {key} failed: {error.cause!r}") from error
         except ObjectLostError as error:
-            del replays.under_way[future]
             log.warning("the rollout of %s is lost: %s; it runs again", key, reason(error))
-            self._dispatch.again(replay.task)
+            self._dispatch.again(replays.take(future).task)
         except LOST as error:
             self._restart_replays(replays, reason(error))
         else:
-            del replays.under_way[future]
-            replays.answered(replay)
+            replay = replays.take(future)
             self._dispatch.settle(replay.task, replayed(replay.result, meta_loss, gradient))
 
     def _restart_replays(self, replays: Replays, why: str) -> None:

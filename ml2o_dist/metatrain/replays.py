@@ -15,6 +15,7 @@ from ml2o_dist.metatrain.dispatch import Task
 from ml2o_dist.metatrain.episode import EpisodeResult
 from ml2o_dist.metatrain.worker import Replayer
 from ml2o_dist.metatrain.worker_loss import LOST, reason
+from ml2o_dist.metatrain.workers import POLL_S, Stopped
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,9 +59,10 @@ class Replays:
         answer = self._actor.replay.remote(task.batch.weights, task.item.spec, rollout)
         self.under_way[answer] = Replay(task, result)
 
-    def answered(self, replay: Replay) -> None:
-        """Note that `replay` came back: the replayer is alive."""
+    def take(self, answer: Any) -> Replay:
+        """Return what `answer` is of, which is no longer under way: the replayer is alive."""
         self._answered_at = time.monotonic()
+        return self.under_way.pop(answer)
 
     def overdue(self) -> bool:
         """Tell whether the replayer has answered nothing for `faults.first_deadline_s` though it has work."""
@@ -85,17 +87,17 @@ class Replays:
         self.under_way.clear()
         ray.kill(self._actor)
 
-    def await_start(self, timeout_s: float, stop_requested: Callable[[], bool], stopped: Exception) -> None:
+    def await_start(self, timeout_s: float, stop_requested: Callable[[], bool]) -> None:
         """Wait until the replayer is up.
 
         Raises:
             UserError: it does not come up in time, or it died.
-            stopped: a stop was requested meanwhile.
+            Stopped: a stop was requested meanwhile.
         """
         pid, limit, needs = self._actor.pid.remote(), time.monotonic() + timeout_s, self._settings.resources
-        while not ray.wait([pid], timeout=0.2)[0]:
+        while not ray.wait([pid], timeout=POLL_S)[0]:
             if stop_requested():
-                raise stopped
+                raise Stopped
             if time.monotonic() > limit:
                 raise UserError(
                     f"the process that replays (backward=learner) could not be placed in {timeout_s:g} s: it needs "

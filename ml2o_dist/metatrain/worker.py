@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import os
 
-import torch
-
 import numpy as np
 import pyarrow as pa
+import torch
 from numpy.typing import NDArray
 
 from ml2o_dist.metatrain.episode import (
