@@ -164,6 +164,13 @@ class ResourceSettings(ShareSettings):
     start_timeout_s: float = Field(60.0, gt=0, description="how long to wait for the workers to be placed")
     max_restarts: int = Field(20, ge=0, description="how many workers may be replaced within an hour")
     min_workers: int = Field(1, ge=1, description="with fewer up the run waits start_timeout_s for more, then gives up")
+    start_workers: int | None = Field(
+        None, ge=1, description="with so many up the run begins, others join once there is room for them; null: all"
+    )
+
+    def at_start(self, workers: int) -> int:
+        """Return how many of the `workers` must be up before a run begins."""
+        return workers if self.start_workers is None else min(self.start_workers, workers)
 
 
 class FaultSettings(_Settings):
@@ -280,6 +287,11 @@ class MetaTrainSettings(_Settings):
         _check_device(self.device, self.resources)
         if self.resources.min_workers > self.workers:
             raise ValueError(f"resources.min_workers={self.resources.min_workers} is more than workers={self.workers}")
+        if self.resources.min_workers > self.resources.at_start(self.workers):
+            raise ValueError(
+                f"resources.start_workers={self.resources.start_workers} is less than "
+                f"resources.min_workers={self.resources.min_workers}"
+            )
         return self
 
 

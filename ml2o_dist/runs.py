@@ -88,7 +88,8 @@ def meta_train(
     begins = f"checkpoints/step_{step:06d} (meta-step {step} of {settings.meta_steps})" if resume else ""
     if begins:
         console.print(f"resuming from  {begins}", highlight=False, soft_wrap=True)
-    check_capacity(settings.workers, settings.resources, own_capacity(address), "this machine")
+    needed = settings.resources.at_start(settings.workers)
+    check_capacity(needed, settings.resources, own_capacity(address), "this machine")
 
     def last_words() -> str:
         return _how_to_go_on(trainer, storage)
@@ -250,9 +251,10 @@ def _train(trainer: Trainer, pool: WorkerPool, sink: MlflowSink, console: Consol
 
 
 def _occupied(history: History, workers: int) -> str:
-    """Say how many workers are up and how busy they and the learner were in the last meta-step."""
+    """Say how many workers are up and how busy, and what keeps them waiting if the learner does."""
     row = next((row for row in reversed(history) if "seconds" in row), None)
     if row is None:
         return f"{workers} workers"
+    learner = f"  learner {row['learner_share']:.0%}" if row["learner_share"] > 0.05 else ""
     lag = f"  lag {row['lag']:.0f}" if row["lag"] else ""
-    return f"{workers} workers {row['worker_utilisation']:.0%} busy  learner {row['learner_share']:.0%}{lag}"
+    return f"{workers} workers {row['worker_utilisation']:.0%} busy{learner}{lag}"

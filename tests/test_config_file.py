@@ -42,6 +42,7 @@ def refused(*overrides: str) -> str:
         ("workers=many", ["'workers'", "valid integer", "'many'"]),
         ("estimator.gamma=1.5", ["'estimator.gamma'", "less than or equal to 1", "1.5"]),
         ("staleness=-1", ["'staleness'", "0", "-1"]),
+        ("resources={start_workers: 1, min_workers: 2}", ["resources.start_workers=1 is less than resources.min_work"]),
         ("backward=driver", ["'backward'", "'driver'", "'worker' or 'learner'"]),
         ("backward=learner", ["backward=learner", "needs estimator.kind=replay, not exact"]),
         ("horizon=0", ["'horizon'", "at least 1"]),

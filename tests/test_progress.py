@@ -10,7 +10,7 @@ from rich.console import Console
 
 from ml2o_dist.progress import PLAIN_EVERY_S, RECENT, StepDisplay
 
-FIGURES = "meta-loss -0.1234  best validation -0.1234 (step 100)  1,600 steps/s  16 workers 97% busy  learner 1%"
+FIGURES = "meta-loss -0.1234  best validation -0.1234 (step 100)  1,600 steps/s  16 workers 97% busy"
 
 
 class Clock:

@@ -38,7 +38,7 @@ class WorkerPool:
         learner: LearnerSettings | None = None,
         stop_requested: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Start the workers and wait until all are up.
+        """Start the workers and wait until all are up, or as many as `resources.start_workers` says.
 
         With the settings of a `learner` rollouts are replayed in a process of its own (backward=learner), else where
         they ran.

@@ -60,7 +60,7 @@ class Workers:
     def __init__(
         self, actor_class: type, count: int, resources: ResourceSettings, stop_requested: Callable[[], bool]
     ) -> None:
-        """Start them and wait until all are up.
+        """Start them and wait until all are up, or `resources.start_workers`; the others join once they are.
 
         Raises:
             UserError: the cluster has no room for them, or they do not come up in `resources.start_timeout_s`.
@@ -74,11 +74,11 @@ class Workers:
         self.up: list[Worker] = []
         self.idle: list[Worker] = []
         self.starting: dict[Any, Worker] = {}
-        check_capacity(count, resources, cluster_total(), "the cluster")
+        check_capacity(resources.at_start(count), resources, cluster_total(), "the cluster")
         try:
             for number in range(1, count + 1):
                 self._start(number)
-            self._await_start(stop_requested)
+            self._await_start(resources.at_start(count), stop_requested)
         except BaseException:
             self.close()
             raise
@@ -165,10 +165,10 @@ class Workers:
         self.up.append(worker)
         self.idle.append(worker)
 
-    def _await_start(self, stop_requested: Callable[[], bool]) -> None:
-        """Wait until every worker is up."""
+    def _await_start(self, wanted: int, stop_requested: Callable[[], bool]) -> None:
+        """Wait until so many workers are up."""
         limit, total = time.monotonic() + self._resources.start_timeout_s, len(self.starting)
-        while self.starting:
+        while len(self.up) < wanted:
             if stop_requested():
                 raise Stopped
             ready, _ = ray.wait(list(self.starting), num_returns=1, timeout=POLL_S)
@@ -178,7 +178,7 @@ class Workers:
                     self._come_up(worker, future)
                 except LOST as error:
                     raise UserError(f"{worker} died while it started: {reason(error)}") from error
-            if self.starting and not ready and time.monotonic() > limit:
+            if len(self.up) < wanted and not ready and time.monotonic() > limit:
                 raise UserError(
                     f"only {len(self.up)} of workers={total} could be placed in resources.start_timeout_s="
                     f"{self._resources.start_timeout_s:g}: {free_room(self._resources)}; ask for fewer workers"

@@ -165,6 +165,23 @@ def test_workers_that_others_leave_no_room_for_are_named_after_a_time(pool):
         WorkerPool(2, ResourceSettings(start_timeout_s=12))
 
 
+def test_a_run_begins_with_the_workers_that_there_is_room_for_and_others_join_later(pool, calm, tmp_path):
+    taken, alive = pool(3), []
+    made = pool(3, ResourceSettings(start_workers=1))
+    assert (made.alive, taken.alive) == (1, 3)
+
+    def on_row(step, row):
+        if step == 2 and "meta_loss" in row:
+            taken.close()  # makes room
+            until(lambda: made.run(training_items(small(), 0, "cpu"), trainer.learner.weights) and made.alive == 3, 60)
+        alive.append(made.alive)
+
+    trainer = Trainer(small(), tmp_path)
+    trainer.run(made.begin, on_row)
+    assert (alive[0], alive[-1]) == (1, 3)
+    assert digests(trainer) == calm[0]
+
+
 def test_wrong_data_in_an_episode_is_the_users_error(pool):
     item = training_items(small(), 0, "cpu")[0]
     lost = replace(item.spec, problem=item.spec.problem.of("multimnist", {}), data_root="/nowhere")
