@@ -17,7 +17,7 @@ from ml2o_dist.config import MetaTrainSettings
 from ml2o_dist.config_file import resolve_settings
 from ml2o_dist.errors import Aborted, Incomplete, Interrupted, UserError
 from ml2o_dist.finishing import compared, finish, finished_answer, show_finished
-from ml2o_dist.metatrain.capacity import check_capacity
+from ml2o_dist.metatrain.capacity import check_capacity, room_for_workers
 from ml2o_dist.metatrain.checkpoint import newest_manifest
 from ml2o_dist.metatrain.history import History, Row
 from ml2o_dist.metatrain.pool import WorkerPool
@@ -89,7 +89,7 @@ def meta_train(
     if begins:
         console.print(f"resuming from  {begins}", highlight=False, soft_wrap=True)
     needed = settings.resources.at_start(settings.workers)
-    check_capacity(needed, settings.resources, own_capacity(address), "this machine")
+    check_capacity(needed, settings.resources, room_for_workers(settings, own_capacity(address)), "this machine")
 
     def last_words() -> str:
         return _how_to_go_on(trainer, storage)

@@ -15,7 +15,7 @@ from ml2o_dist.cluster_connection import connected, own_capacity
 from ml2o_dist.config_file import dump_settings, flat_settings, resolve_settings, settings_hash
 from ml2o_dist.errors import Aborted, Incomplete, Interrupted, UserError
 from ml2o_dist.files import home_folder, replacing
-from ml2o_dist.metatrain.capacity import check_capacity, cluster_total
+from ml2o_dist.metatrain.capacity import check_capacity, cluster_total, room_for_workers
 from ml2o_dist.progress import StepDisplay
 from ml2o_dist.remote_files import is_uri
 from ml2o_dist.run_directory import check_folder, check_writable, logged_to
@@ -192,10 +192,10 @@ def _check_room(settings: SweepSettings, total: Mapping[str, float], place: str)
     left = {kind: have - settings.driver.num_cpus * (kind == "CPU") for kind, have in total.items()}
     trials = [settings.meta_train]
     for key, distribution in settings.space.items():
-        if key == "workers" or key.split(".")[0] == "resources":
+        if key in ("workers", "backward") or key.split(".")[0] in ("resources", "learner"):
             trials += [trial_settings(settings, {key: value}) for value in distribution.values]
     for trial in trials:
-        check_capacity(trial.workers, trial.resources, left, place)
+        check_capacity(trial.workers, trial.resources, room_for_workers(trial, left), place)
 
 
 def _record(folder: Path) -> SweepRecord:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import ray
 
-from ml2o_dist.config import ResourceSettings
+from ml2o_dist.config import MetaTrainSettings, ResourceSettings
 from ml2o_dist.errors import UserError
 
 
@@ -19,6 +19,13 @@ def check_capacity(workers: int, resources: ResourceSettings, total: Mapping[str
                 f"workers={workers} needs {workers * each:g} {kind} ({each:g} each), {place} has {have:g}: "
                 f"{workers * each - have:g} missing; lower workers or resources.num_{kind.lower()}s, or add nodes"
             )
+
+
+def room_for_workers(settings: MetaTrainSettings, total: Mapping[str, float]) -> dict[str, float]:
+    """Return what of `total` is left for workers, once the process that replays has its share (backward=learner)."""
+    share = settings.learner.resources
+    taken = {"CPU": share.num_cpus, "GPU": share.num_gpus} if settings.backward == "learner" else {}
+    return {kind: have - taken.get(kind, 0.0) for kind, have in total.items()}
 
 
 def cluster_total() -> dict[str, float]:

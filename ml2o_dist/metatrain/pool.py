@@ -9,7 +9,7 @@ from typing import Any
 import ray
 from ray.exceptions import ObjectLostError, RayTaskError
 
-from ml2o_dist.config import FaultSettings, LearnerSettings, ResourceSettings
+from ml2o_dist.config import FaultSettings, LearnerSettings, MetaTrainSettings, ResourceSettings
 from ml2o_dist.errors import UserError
 from ml2o_dist.metatrain.dispatch import Batch, Dispatch, Flight
 from ml2o_dist.metatrain.episode import EpisodeResult, Weights, failed_episode, replayed
@@ -61,6 +61,14 @@ class WorkerPool:
             if self._replays is not None:
                 self._replays.close()
             raise
+
+    @classmethod
+    def of(cls, settings: MetaTrainSettings, stop_requested: Callable[[], bool] = lambda: False) -> WorkerPool:
+        """Start the pool that a meta-training asks for; raises what the constructor does."""
+        learner = settings.learner if settings.backward == "learner" else None
+        return cls(
+            settings.workers, settings.resources, settings.faults, learner=learner, stop_requested=stop_requested
+        )
 
     @property
     def alive(self) -> int:

@@ -15,7 +15,7 @@ from ml2o_dist.metatrain.dispatch import Task
 from ml2o_dist.metatrain.episode import EpisodeResult
 from ml2o_dist.metatrain.worker import Replayer
 from ml2o_dist.metatrain.worker_loss import LOST, reason
-from ml2o_dist.metatrain.workers import POLL_S, Stopped
+from ml2o_dist.metatrain.workers import POLL_S, Stopped, placement
 
 
 @dataclass(frozen=True, eq=False)
@@ -113,5 +113,14 @@ class Replays:
     def _start(self) -> Any:
         needs = self._settings.resources
         device = "cuda" if needs.num_gpus > 0 else "cpu"
-        options = {"num_cpus": needs.num_cpus, "num_gpus": needs.num_gpus, "max_restarts": 0, "max_task_retries": 0}
-        return ray.remote(Replayer).options(**options).remote(device)
+        return (
+            ray.remote(Replayer)
+            .options(
+                num_cpus=needs.num_cpus,
+                num_gpus=needs.num_gpus,
+                max_restarts=0,
+                max_task_retries=0,
+                scheduling_strategy=placement(),
+            )
+            .remote(device)
+        )

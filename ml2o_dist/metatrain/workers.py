@@ -154,7 +154,7 @@ class Workers:
                 num_gpus=resources.num_gpus,
                 max_restarts=0,
                 max_task_retries=0,
-                scheduling_strategy=_placement(),
+                scheduling_strategy=placement(),
             )
             .remote()
         )
@@ -185,7 +185,7 @@ class Workers:
                 )
 
 
-def _placement() -> Any:
-    """Return where Ray puts a worker: in the placement group of this process where it has one, else spread out."""
+def placement() -> Any:
+    """Return where Ray puts our processes: in the placement group of this one where it has one, else spread out."""
     group = get_current_placement_group()
     return "SPREAD" if group is None else PlacementGroupSchedulingStrategy(group)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from ray import tune
 
-from ml2o_dist.config import MetaTrainSettings
+from ml2o_dist.config import MetaTrainSettings, ShareSettings
 from ml2o_dist.errors import UserError
 from ml2o_dist.metatrain.checkpoint import load_checkpoint
 from ml2o_dist.metatrain.history import Row
@@ -43,13 +43,17 @@ def as_trainable(settings: SweepSettings) -> Any:
 
 
 def placement(settings: SweepSettings, trial: MetaTrainSettings) -> Any:
-    """Return the placement group of a trial: its driver first, then each worker, near to each other if possible.
+    """Return the placement group of a trial: its driver first, then each other process, near to each other if possible.
 
     A driver that asks for nothing has no bundle of its own, and sits beside the first worker.
     """
-    each = trial.resources
-    worker = {kind: share for kind, share in (("CPU", each.num_cpus), ("GPU", each.num_gpus)) if share}
-    return tune.PlacementGroupFactory([{"CPU": settings.driver.num_cpus}, *[worker] * trial.workers], strategy="PACK")
+    replayer = [_bundle(trial.learner.resources)] if trial.backward == "learner" else []
+    processes = [*replayer, *[_bundle(trial.resources)] * trial.workers]
+    return tune.PlacementGroupFactory([{"CPU": settings.driver.num_cpus}, *processes], strategy="PACK")
+
+
+def _bundle(share: ShareSettings) -> dict[str, float]:
+    return {kind: each for kind, each in (("CPU", share.num_cpus), ("GPU", share.num_gpus)) if each}
 
 
 def meta_train_trial(settings: MetaTrainSettings) -> None:
@@ -65,7 +69,7 @@ def meta_train_trial(settings: MetaTrainSettings) -> None:
     if (found := tune.get_checkpoint()) is not None:
         with found.as_directory() as path:
             trainer.take_over(load_checkpoint(Path(path)))
-    with closing(WorkerPool(settings.workers, settings.resources, settings.faults)) as pool:
+    with closing(WorkerPool.of(settings)) as pool:
         trainer.run(pool.begin, _reporting(trainer))
 
 

@@ -13,6 +13,7 @@ import torch
 from ml2o_dist.config import FaultSettings, LearnerSettings, ResourceSettings, ShareSettings
 from ml2o_dist.errors import UserError
 from ml2o_dist.metatrain import replays as replays_module
+from ml2o_dist.metatrain.capacity import room_for_workers
 from ml2o_dist.metatrain.pool import WorkerPool
 from ml2o_dist.metatrain.schedule import training_items
 from ml2o_dist.metatrain.trainer import Trainer
@@ -134,3 +135,22 @@ def test_a_replayer_that_has_no_room_is_told_of(pool):
     learner = LearnerSettings(resources=ShareSettings(num_cpus=50))
     with pytest.raises(UserError, match=r"backward=learner\) could not be placed in 3 s: it needs 50 CPU and 0 GPU"):
         pool(1, learner=learner, resources=ResourceSettings(start_timeout_s=3))
+
+
+def test_a_meta_training_gets_the_pool_that_its_settings_ask_for(cluster):
+    for backward, replays in (("worker", False), ("learner", True)):
+        settings = small(backward=backward, workers=1)
+        made = WorkerPool.of(settings)
+        try:
+            assert (made._replays is not None) == replays
+            (result,) = made.run(training_items(settings, 0, "cpu")[:1], Trainer(settings, "unused").learner.weights)
+            assert result.gradient is not None
+        finally:
+            made.close()
+
+
+def test_the_process_that_replays_takes_its_share_of_the_room():
+    total = {"CPU": 4.0, "GPU": 1.0}
+    shared = small(backward="learner", learner={"resources": {"num_cpus": 1, "num_gpus": 0.5}})
+    assert room_for_workers(shared, total) == {"CPU": 3.0, "GPU": 0.5}
+    assert room_for_workers(small(), total) == total

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import ray
 from ray.util import get_current_placement_group, placement_group, remove_placement_group
@@ -51,6 +53,17 @@ def test_the_workers_of_a_trial_are_in_its_placement_group(cluster, head):
         ray.kill(driver)
     finally:
         remove_placement_group(group)
+
+
+def test_a_trial_s_group_has_room_for_all_its_processes():
+    from ml2o_dist.sweeping.trial import placement
+
+    sweep = SimpleNamespace(driver=SimpleNamespace(num_cpus=0.0))
+    trial = small(workers=2, resources={"num_gpus": 0.25})
+    assert placement(sweep, trial).bundles == [{"CPU": 1, "GPU": 0.25}] * 2
+    replayed = small(workers=2, backward="learner", learner={"resources": {"num_cpus": 2, "num_gpus": 1}})
+    sweep.driver.num_cpus = 1.0
+    assert placement(sweep, replayed).bundles == [{"CPU": 1}, {"CPU": 2, "GPU": 1}, {"CPU": 1}, {"CPU": 1}]
 
 
 def test_the_workers_of_a_driver_without_a_group_are_spread(cluster):
