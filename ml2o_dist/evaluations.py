@@ -8,6 +8,7 @@ import logging
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +95,7 @@ def run_evaluation(
             except BenchmarkStopped as stopped:
                 raise Interrupted(stop.signal_number, f"stopped by {stop.name}: {stopped}") from None
             stop.at_once = False
+            evaluation = replace(evaluation, git=git_commit())
             files = _write(evaluation, storage)
             console.print(evaluation_table(evaluation))
             runs = _track(uri, evaluation, entrants, versions, files, console)
@@ -209,7 +211,7 @@ def _track(
             identities=identities,
             guards=guards,
             versions=registered,
-            git=git_commit(),
+            git=evaluation.git,
         )
         _describe(uri, evaluation, registered, runs)
     except UserError as error:

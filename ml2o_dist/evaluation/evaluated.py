@@ -201,6 +201,7 @@ class Evaluation:
         standings: in the order of the optimizers; empty where the reference is not among them.
         fronts: by problem, some points of the known front [k, m].
         seconds: what it took, cells that were found finished included; None: not known.
+        git: commit of the package that put it together, "" where it is not known.
     """
 
     settings: EvaluateSettings
@@ -213,6 +214,7 @@ class Evaluation:
     failed: tuple[FailedCell, ...]
     fronts: Mapping[str, tuple[tuple[float, ...], ...]]
     seconds: float | None = None
+    git: str = ""
 
     @property
     def problems(self) -> list[str]:
@@ -243,6 +245,7 @@ class Evaluation:
             "standings": [asdict(standing) for standing in self.standings],
             "failed": [asdict(failure) for failure in self.failed],
             "seconds": self.seconds,
+            "git": self.git,
         }
         if curves:
             summary["fronts"] = self.fronts

@@ -262,6 +262,7 @@ def _origin(record: EvaluationRecord) -> Section:
     facts = {
         "suite": evaluation.suite,
         "sha256 of what was asked for": evaluation.suite_sha256,
+        "git commit": evaluation.git,
         **{f"sha256 of {name}": digest for name, digest in evaluation.data_sha256.items()},
     }
     return Section("origin", title, pairs(title, [(name, value) for name, value in facts.items() if value]))

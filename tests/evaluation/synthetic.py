@@ -209,6 +209,7 @@ def evaluation(
         failed=tuple(failures),
         fronts=fronts or {},
         seconds=158.0,
+        git="0c0ffee0c0ff",
     )
 
 

@@ -66,6 +66,7 @@ def test_all_parts_are_there(whole: tuple[str, Page]) -> None:
         "All 35 settings" if len(EvaluateSettings.model_fields) == 18 else "settings",
         "sha256 of digits " + "cd" * 32,
         "5c" * 32,
+        "git commit 0c0ffee0c0ff",
         "a worker died",
     ]:
         assert said in page.text, said
