@@ -58,8 +58,8 @@ class Host:
     def __init__(self, results: list[EpisodeResult], mean: float) -> None:
         self.results, self.mean = results, mean
 
-    async def pid(self) -> int:
-        return os.getpid()
+    async def where(self) -> tuple[int, str]:
+        return os.getpid(), ray.get_runtime_context().get_node_id()
 
     async def run(self, weights: Weights, spec: EpisodeSpec) -> EpisodeResult:
         seconds = duration(spec, self.mean)
@@ -75,7 +75,7 @@ class PlayedWorkers(Workers):
 
     def _start(self, number: int) -> None:
         actor = self.hosts[number % HOSTS]
-        self.starting[actor.pid.remote()] = Worker(actor, number)
+        self.starting[actor.where.remote()] = Worker(actor, number)
 
     def close(self) -> None:
         self.up, self.idle, self.starting = [], [], {}

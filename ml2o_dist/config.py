@@ -71,6 +71,17 @@ class ShareSettings(_Settings):
     num_gpus: float = Field(0.0, ge=0, description="a fraction shares one GPU between processes")
 
 
+class PlacementSettings(ShareSettings):
+    """What one process asks of Ray, and of the node that it is on."""
+
+    custom: dict[str, Annotated[float, Field(gt=0)]] = Field(
+        default_factory=dict, description="Ray resources of your own that it takes, as {big_memory: 1}"
+    )
+    labels: dict[str, str] = Field(
+        default_factory=dict, description="labels that its node must have, as Ray selects: {market-type: '!spot'}"
+    )
+
+
 class LearnerSettings(_Settings):
     """The meta-optimizer: Adam with a cosine schedule, and an exponential moving average of its weights."""
 
@@ -81,7 +92,9 @@ class LearnerSettings(_Settings):
     rollouts: int = Field(
         16, ge=1, description="backward=learner: with so many rollouts not replayed yet, workers begin no more"
     )
-    resources: ShareSettings = Field(ShareSettings(), description="backward=learner: of the process that replays")
+    resources: PlacementSettings = Field(
+        PlacementSettings(), description="backward=learner: of the process that replays"
+    )
 
 
 class MemberSettings(_Settings):
@@ -158,7 +171,7 @@ class ComparisonSettings(_Settings):
     )
 
 
-class ResourceSettings(ShareSettings):
+class ResourceSettings(PlacementSettings):
     """What each rollout worker asks of Ray, and what is done while it cannot be had."""
 
     start_timeout_s: float = Field(60.0, gt=0, description="how long to wait for the workers to be placed")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 import ray
 
@@ -12,12 +12,12 @@ from ml2o_dist.errors import UserError
 
 def check_capacity(workers: int, resources: ResourceSettings, total: Mapping[str, float], place: str) -> None:
     """Raise UserError where `place` has not the `total` of what `workers` need; a kind not in `total` is not known."""
-    for kind, each in (("CPU", resources.num_cpus), ("GPU", resources.num_gpus)):
+    for kind, each in (("CPU", resources.num_cpus), ("GPU", resources.num_gpus), *resources.custom.items()):
         have = total.get(kind, workers * each)
         if workers * each > have:
             raise UserError(
                 f"workers={workers} needs {workers * each:g} {kind} ({each:g} each), {place} has {have:g}: "
-                f"{workers * each - have:g} missing; lower workers or resources.num_{kind.lower()}s, or add nodes"
+                f"{workers * each - have:g} missing; lower workers or {_setting(kind)}, or add nodes"
             )
 
 
@@ -28,14 +28,21 @@ def room_for_workers(settings: MetaTrainSettings, total: Mapping[str, float]) ->
     return {kind: have - taken.get(kind, 0.0) for kind, have in total.items()}
 
 
-def cluster_total() -> dict[str, float]:
-    """Return the CPUs and GPUs of the cluster that this process is connected to."""
+def cluster_total(custom: Iterable[str] = ()) -> dict[str, float]:
+    """Return the CPUs, GPUs and `custom` resources of the cluster that this process is connected to."""
     total = ray.cluster_resources()
-    return {kind: total.get(kind, 0.0) for kind in ("CPU", "GPU")}
+    return {kind: total.get(kind, 0.0) for kind in ("CPU", "GPU", *custom)}
 
 
 def free_room(resources: ResourceSettings) -> str:
     """Say what one worker needs and what the cluster has free."""
-    need = f"{resources.num_cpus:g} CPU" + (f" and {resources.num_gpus:g} GPU" if resources.num_gpus else "")
+    shares = {"CPU": resources.num_cpus, "GPU": resources.num_gpus, **resources.custom}
+    need = " and ".join(f"{each:g} {kind}" for kind, each in shares.items() if each or kind == "CPU")
+    if resources.labels:
+        need += f" on a node labelled {', '.join(f'{name}={value}' for name, value in resources.labels.items())}"
     free = ray.available_resources()
     return f"each needs {need}, the cluster has {free.get('CPU', 0):g} CPU and {free.get('GPU', 0):g} GPU free"
+
+
+def _setting(kind: str) -> str:
+    return f"resources.num_{kind.lower()}s" if kind in ("CPU", "GPU") else f"resources.custom.{kind}"

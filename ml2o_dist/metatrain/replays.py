@@ -15,7 +15,7 @@ from ml2o_dist.metatrain.dispatch import Task
 from ml2o_dist.metatrain.episode import EpisodeResult
 from ml2o_dist.metatrain.worker import Replayer
 from ml2o_dist.metatrain.worker_loss import LOST, reason
-from ml2o_dist.metatrain.workers import POLL_S, Stopped, placement
+from ml2o_dist.metatrain.workers import POLL_S, Stopped, actor_options
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,8 +94,8 @@ class Replays:
             UserError: it does not come up in time, or it died.
             Stopped: a stop was requested meanwhile.
         """
-        pid, limit, needs = self._actor.pid.remote(), time.monotonic() + timeout_s, self._settings.resources
-        while not ray.wait([pid], timeout=POLL_S)[0]:
+        up, limit, needs = self._actor.where.remote(), time.monotonic() + timeout_s, self._settings.resources
+        while not ray.wait([up], timeout=POLL_S)[0]:
             if stop_requested():
                 raise Stopped
             if time.monotonic() > limit:
@@ -104,7 +104,7 @@ class Replays:
                     f"{needs.num_cpus:g} CPU and {needs.num_gpus:g} GPU (learner.resources)"
                 )
         try:
-            ray.get(pid)
+            ray.get(up)
         except LOST as error:
             raise UserError(
                 f"the process that replays (backward=learner) died at its start: {reason(error)}"
@@ -113,14 +113,4 @@ class Replays:
     def _start(self) -> Any:
         needs = self._settings.resources
         device = "cuda" if needs.num_gpus > 0 else "cpu"
-        return (
-            ray.remote(Replayer)
-            .options(
-                num_cpus=needs.num_cpus,
-                num_gpus=needs.num_gpus,
-                max_restarts=0,
-                max_task_retries=0,
-                scheduling_strategy=placement(),
-            )
-            .remote(device)
-        )
+        return ray.remote(Replayer).options(**actor_options(needs)).remote(device)

@@ -6,6 +6,7 @@ import os
 
 import numpy as np
 import pyarrow as pa
+import ray
 import torch
 from numpy.typing import NDArray
 
@@ -29,9 +30,9 @@ class _OneThread:
             os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
             torch.use_deterministic_algorithms(True)
 
-    def pid(self) -> int:
-        """Return the process id: answers once the process is up."""
-        return os.getpid()
+    def where(self) -> tuple[int, str]:
+        """Return the process id and Ray's name of the node: answers once the process is up."""
+        return os.getpid(), ray.get_runtime_context().get_node_id()
 
 
 class RolloutWorker(_OneThread):

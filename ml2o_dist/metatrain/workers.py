@@ -6,7 +6,7 @@ import logging
 import math
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +14,10 @@ import ray
 from ray.util import get_current_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from ml2o_dist.config import ResourceSettings
+from ml2o_dist.config import PlacementSettings, ResourceSettings
 from ml2o_dist.errors import UserError
 from ml2o_dist.metatrain.capacity import check_capacity, cluster_total, free_room
+from ml2o_dist.metatrain.quarantine import Quarantine
 from ml2o_dist.metatrain.worker_loss import LOST, reason
 
 POLL_S = 0.2
@@ -38,18 +39,19 @@ class PoolError(Exception):
 
 @dataclass(eq=False)
 class Worker:
-    """One actor; `pid` is known once it is up. Who replaces it has its number, counted from 1."""
+    """One actor; `pid` and `node`, as Ray names it, are known once it is up. Who replaces it has its number, from 1."""
 
     actor: Any
     number: int
     pid: int = 0
+    node: str = ""
 
     def __str__(self) -> str:
         return f"worker {self.number} (pid {self.pid})" if self.pid else f"worker {self.number}"
 
 
 class Workers:
-    """So many actors of a class that has `pid()`; one that is lost is replaced under its number.
+    """So many actors of a class that has `where()`, its pid and node; one that is lost is replaced under its number.
 
     Attributes:
         up, idle: those that answered, and those of them that have nothing to do.
@@ -69,12 +71,13 @@ class Workers:
         self._class = actor_class
         self._resources = resources
         self._replaced_at: deque[float] = deque()
+        self._quarantine = Quarantine()
         self._short_since = math.inf
         self.restarts = 0
         self.up: list[Worker] = []
         self.idle: list[Worker] = []
         self.starting: dict[Any, Worker] = {}
-        check_capacity(resources.at_start(count), resources, cluster_total(), "the cluster")
+        check_capacity(resources.at_start(count), resources, cluster_total(resources.custom), "the cluster")
         try:
             for number in range(1, count + 1):
                 self._start(number)
@@ -106,6 +109,8 @@ class Workers:
         if worker in self.idle:
             self.idle.remove(worker)
         self.count_loss(cause)
+        if worker.node and self._quarantine.lost(worker.node) and self._avoided():
+            log.warning("node %s loses workers again and again: none is started there for a time", worker.node[:8])
         self._start(worker.number)
 
     def count_loss(self, cause: str) -> None:
@@ -146,22 +151,21 @@ class Workers:
             )
 
     def _start(self, number: int) -> None:
-        resources = self._resources
-        actor = (
-            ray.remote(self._class)
-            .options(
-                num_cpus=resources.num_cpus,
-                num_gpus=resources.num_gpus,
-                max_restarts=0,
-                max_task_retries=0,
-                scheduling_strategy=placement(),
-            )
-            .remote()
-        )
-        self.starting[actor.pid.remote()] = Worker(actor, number)
+        actor = ray.remote(self._class).options(**actor_options(self._resources, self._avoided())).remote()
+        self.starting[actor.where.remote()] = Worker(actor, number)
+
+    def _avoided(self) -> list[str]:
+        """Return the nodes that are put aside: none where no other one could take a worker."""
+        avoided, share = self._quarantine.avoided(), self._resources
+        if not avoided:
+            return []
+        wanted = {"CPU": share.num_cpus, "GPU": share.num_gpus, **share.custom}
+        others = (node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in avoided)
+        able = any(all(node["Resources"].get(kind, 0.0) >= each for kind, each in wanted.items()) for node in others)
+        return avoided if able else []
 
     def _come_up(self, worker: Worker, future: Any) -> None:
-        worker.pid = ray.get(future)
+        worker.pid, worker.node = ray.get(future)
         self.up.append(worker)
         self.idle.append(worker)
 
@@ -185,7 +189,18 @@ class Workers:
                 )
 
 
-def placement() -> Any:
-    """Return where Ray puts our processes: in the placement group of this one where it has one, else spread out."""
+def actor_options(share: PlacementSettings, avoided: Sequence[str] = ()) -> dict[str, Any]:
+    """Return with which options Ray starts a process of ours that it is not to restart by itself.
+
+    In the placement group of this process where it has one; else spread out over the nodes that have the labels asked
+    for and are not among the `avoided`.
+    """
     group = get_current_placement_group()
-    return "SPREAD" if group is None else PlacementGroupSchedulingStrategy(group)
+    labels = dict(share.labels)
+    if avoided:
+        labels["ray.io/node-id"] = f"!in({', '.join(avoided)})"
+    where: dict[str, Any] = {"scheduling_strategy": "SPREAD", "label_selector": labels or None}
+    if group is not None:
+        where = {"scheduling_strategy": PlacementGroupSchedulingStrategy(group)}
+    share_of = {"num_cpus": share.num_cpus, "num_gpus": share.num_gpus, "resources": dict(share.custom)}
+    return {**share_of, **where, "max_restarts": 0, "max_task_retries": 0}

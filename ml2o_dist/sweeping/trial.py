@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from ray import tune
 
-from ml2o_dist.config import MetaTrainSettings, ShareSettings
+from ml2o_dist.config import MetaTrainSettings, PlacementSettings
 from ml2o_dist.errors import UserError
 from ml2o_dist.metatrain.checkpoint import load_checkpoint
 from ml2o_dist.metatrain.history import Row
@@ -47,13 +47,22 @@ def placement(settings: SweepSettings, trial: MetaTrainSettings) -> Any:
 
     A driver that asks for nothing has no bundle of its own, and sits beside the first worker.
     """
-    replayer = [_bundle(trial.learner.resources)] if trial.backward == "learner" else []
-    processes = [*replayer, *[_bundle(trial.resources)] * trial.workers]
-    return tune.PlacementGroupFactory([{"CPU": settings.driver.num_cpus}, *processes], strategy="PACK")
+    replayer = [trial.learner.resources] if trial.backward == "learner" else []
+    processes: list[PlacementSettings] = [*replayer, *[trial.resources] * trial.workers]
+    head: list[dict[str, str]] = (
+        [{}] if settings.driver.num_cpus else []
+    )  # Tune leaves out a first bundle that asks for nothing
+    labels = {"bundle_label_selector": [*head, *(dict(each.labels) for each in processes)]}
+    return tune.PlacementGroupFactory(
+        [{"CPU": settings.driver.num_cpus}, *map(_bundle, processes)],
+        strategy="PACK",
+        **(labels if any(each.labels for each in processes) else {}),
+    )
 
 
-def _bundle(share: ShareSettings) -> dict[str, float]:
-    return {kind: each for kind, each in (("CPU", share.num_cpus), ("GPU", share.num_gpus)) if each}
+def _bundle(share: PlacementSettings) -> dict[str, float]:
+    shares = {"CPU": share.num_cpus, "GPU": share.num_gpus, **share.custom}
+    return {kind: each for kind, each in shares.items() if each}
 
 
 def meta_train_trial(settings: MetaTrainSettings) -> None:

@@ -156,7 +156,15 @@ def test_more_workers_than_the_cluster_can_hold_is_said_at_once(cluster):
         WorkerPool(5, RESOURCES)
     with pytest.raises(UserError, match=r"workers=1 needs 0\.5 GPU \(0\.5 each\), the cluster has 0: 0\.5 missing"):
         WorkerPool(1, ResourceSettings(num_gpus=0.5))
+    with pytest.raises(UserError, match=r"workers=2 needs 4 big \(2 each\).* has 0: 4 missing.*resources\.custom\.big"):
+        WorkerPool(2, ResourceSettings(custom={"big": 2}))
     assert time.monotonic() - began < 5
+
+
+def test_workers_are_on_nodes_with_the_labels_that_are_asked_for(pool):
+    assert pool(1, ResourceSettings(labels={"market": "!spot"})).alive == 1
+    with pytest.raises(UserError, match=r"only 0 of workers=1 .* each needs 1 CPU on a node labelled market=spot, the"):
+        WorkerPool(1, ResourceSettings(labels={"market": "spot"}, start_timeout_s=2))
 
 
 def test_workers_that_others_leave_no_room_for_are_named_after_a_time(pool):

@@ -62,7 +62,7 @@ def test_a_replayer_or_a_worker_that_is_killed_changes_nothing(pool, tmp_path):
 
     def on_row(step, row):
         if "meta_loss" in row and step in (2, 4):
-            pid = ray.get(mine._replays._actor.pid.remote()) if step == 2 else mine.pids()[0]
+            pid = ray.get(mine._replays._actor.where.remote())[0] if step == 2 else mine.pids()[0]
             victims.append(pid)
             os.kill(pid, signal.SIGKILL)
 
@@ -77,7 +77,7 @@ def test_a_replayer_that_hangs_is_replaced(pool, tmp_path):
 
     def on_row(step, row):
         if "meta_loss" in row and step == 2:
-            stopped.append(ray.get(mine._replays._actor.pid.remote()))
+            stopped.append(ray.get(mine._replays._actor.where.remote())[0])
             os.kill(stopped[0], signal.SIGSTOP)
 
     assert digests(trained(tmp_path / "hangs", mine.begin, on_row)) == digests(calm)

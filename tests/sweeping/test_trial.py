@@ -20,9 +20,9 @@ from tests.metatrain.settings import small
 class Placed:
     """An actor that says in which group it is."""
 
-    def pid(self):
+    def where(self):
         group = get_current_placement_group()
-        return group.id.hex() if group else "none"
+        return group.id.hex() if group else "none", "node"
 
 
 class Driver:
@@ -62,6 +62,7 @@ def test_a_trial_s_group_has_room_for_all_its_processes():
     trial = small(workers=2, resources={"num_gpus": 0.25})
     assert placement(sweep, trial).bundles == [{"CPU": 1, "GPU": 0.25}] * 2
     replayed = small(workers=2, backward="learner", learner={"resources": {"num_cpus": 2, "num_gpus": 1}})
+    assert placement(sweep, small(resources={"labels": {"market": "spot"}})).to_placement_group is not None
     sweep.driver.num_cpus = 1.0
     assert placement(sweep, replayed).bundles == [{"CPU": 1}, {"CPU": 2, "GPU": 1}, {"CPU": 1}, {"CPU": 1}]
 
