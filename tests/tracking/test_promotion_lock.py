@@ -66,6 +66,7 @@ def another_holder(registry: Registry) -> Iterator[BaseProcess]:
 
 
 def _hold(uri: str, held: Event) -> None:
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
     with promotion_lock(uri, "ml2o"):
         held.set()
         time.sleep(600)
