@@ -10,7 +10,7 @@ import pytest
 import ray
 import torch
 
-from ml2o_dist.config import FaultSettings, LearnerSettings, ResourceSettings, ShareSettings
+from ml2o_dist.config import FaultSettings, LearnerSettings, PlacementSettings, ResourceSettings
 from ml2o_dist.errors import UserError
 from ml2o_dist.metatrain import replays as replays_module
 from ml2o_dist.metatrain.capacity import room_for_workers
@@ -132,7 +132,7 @@ def test_a_replay_that_raises_ends_the_run_or_is_skipped_and_counted(pool, tmp_p
 
 
 def test_a_replayer_that_has_no_room_is_told_of(pool):
-    learner = LearnerSettings(resources=ShareSettings(num_cpus=50))
+    learner = LearnerSettings(resources=PlacementSettings(num_cpus=50))
     with pytest.raises(UserError, match=r"backward=learner\) could not be placed in 3 s: it needs 50 CPU and 0 GPU"):
         pool(1, learner=learner, resources=ResourceSettings(start_timeout_s=3))
 
