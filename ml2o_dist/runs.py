@@ -89,7 +89,9 @@ def meta_train(
     if begins:
         console.print(f"resuming from  {begins}", highlight=False, soft_wrap=True)
     needed = settings.resources.at_start(settings.workers)
-    check_capacity(needed, settings.resources, room_for_workers(settings, own_capacity(address)), "this machine")
+    beside = ", beside the process that replays," if settings.backward == "learner" else ""
+    room = room_for_workers(settings, own_capacity(address))
+    check_capacity(needed, settings.resources, room, f"this machine{beside}")
 
     def last_words() -> str:
         return _how_to_go_on(trainer, storage)
