@@ -24,7 +24,7 @@ def check_capacity(workers: int, resources: ResourceSettings, total: Mapping[str
 def room_for_workers(settings: MetaTrainSettings, total: Mapping[str, float]) -> dict[str, float]:
     """Return what of `total` is left for workers, once the process that replays has its share (backward=learner)."""
     share = settings.learner.resources
-    taken = {"CPU": share.num_cpus, "GPU": share.num_gpus} if settings.backward == "learner" else {}
+    taken = {"CPU": share.num_cpus, "GPU": share.num_gpus, **share.custom} if settings.backward == "learner" else {}
     return {kind: have - taken.get(kind, 0.0) for kind, have in total.items()}
 
 

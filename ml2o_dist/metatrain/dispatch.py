@@ -134,18 +134,20 @@ class Dispatch:
         self._land(flight)
         self._costs.learn(flight.task.item, result)
 
-    def again(self, task: Task) -> None:
-        """Have a task run again whose result was lost after its flight had ended."""
-        self._again(task)
-
     def settle(self, task: Task, result: EpisodeResult) -> None:
         """Make `result` that of the task, whatever is still on its way."""
         task.batch.results.setdefault(task.place, result)
 
+    def again(self, task: Task) -> None:
+        """Have a task run again that is not done, unless it is on its way."""
+        if not task.done and not task.flying:
+            task.expected = self._costs.expected(task.item)
+            self._wait(task)
+
     def lost(self, flight: Flight) -> None:
         """Have a flight's task run again, since its worker is gone."""
         self._land(flight)
-        self._again(flight.task)
+        self.again(flight.task)
 
     def raised(self, flight: Flight) -> bool:
         """Have a flight's task run again, on another worker if there is one; False where it has raised too often."""
@@ -155,7 +157,7 @@ class Dispatch:
         task.avoid = flight.worker
         if task.errors >= RUNS_PER_ERROR and not task.done:
             return False
-        self._again(task)
+        self.again(task)
         return True
 
     def end_overdue(self) -> list[tuple[Flight, float]]:
@@ -164,7 +166,7 @@ class Dispatch:
         for flight in late:
             self._land(flight)
             flight.task.overdue += 1
-            self._again(flight.task)
+            self.again(flight.task)
         return [(flight, flight.deadline - flight.began) for flight in late]
 
     def _next(self, worker: Any, alive: int) -> Task | None:
@@ -199,11 +201,6 @@ class Dispatch:
     def _land(self, flight: Flight) -> None:
         self._flights.discard(flight)
         flight.task.flying -= 1
-
-    def _again(self, task: Task) -> None:
-        if not task.done and not task.flying:
-            task.expected = self._costs.expected(task.item)
-            self._wait(task)
 
     def _wait(self, task: Task) -> None:
         insort(self._waiting, task, key=_urgency)
