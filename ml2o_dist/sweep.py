@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shlex
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -78,7 +78,7 @@ def sweep(
         show_trials(SweepRecord(folder), settings, console)
         return answer
     data = _check_problems(settings)
-    _check_room(settings, own_capacity(address), "this machine")
+    _check_room(settings, lambda custom: own_capacity(address), "this machine")
     record = _record(folder)
 
     def last_words() -> str:
@@ -91,7 +91,7 @@ def sweep(
         connected(address) as where,
     ):
         console.print(f"Ray            {where}", highlight=False, soft_wrap=True)
-        _check_room(settings, cluster_total(), "the cluster")
+        _check_room(settings, cluster_total, "the cluster")
         stop.at_once = False
         _write_settings(folder, settings)
         if record.trials:
@@ -187,14 +187,18 @@ def _check_problems(settings: SweepSettings) -> dict[str, str]:
     return data
 
 
-def _check_room(settings: SweepSettings, total: Mapping[str, float], place: str) -> None:
-    """Raise UserError where `place` has no room for the largest trial: Tune would wait for it without end."""
-    left = {kind: have - settings.driver.num_cpus * (kind == "CPU") for kind, have in total.items()}
+def _check_room(settings: SweepSettings, total: Callable[[Iterable[str]], Mapping[str, float]], place: str) -> None:
+    """Raise UserError where `place` has no room for the largest trial: Tune would wait for it without end.
+
+    `total` is given the names of custom resources.
+    """
     trials = [settings.meta_train]
     for key, distribution in settings.space.items():
         if key in ("workers", "backward") or key.split(".")[0] in ("resources", "learner"):
             trials += [trial_settings(settings, {key: value}) for value in distribution.values]
     for trial in trials:
+        have = total(trial.resources.custom)
+        left = {kind: each - settings.driver.num_cpus * (kind == "CPU") for kind, each in have.items()}
         check_capacity(trial.workers, trial.resources, room_for_workers(trial, left), place)
 
 
