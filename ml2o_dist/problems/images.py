@@ -147,6 +147,17 @@ def _cached(name: str, split: str, side: int, root: str, path: str) -> Pairs:
     return pairs
 
 
+def image_pool(source: str, split: str, data_root: str = "") -> ImagePool:
+    """Return the single images of `source` (MNIST, FashionMNIST, digits) that may be used in `split`.
+
+    Raises:
+        UserError: an unknown split, or a missing or damaged raw file; `data_root` is as in `load_pairs`.
+    """
+    if split not in SPLITS:
+        raise unknown("split", split, SPLITS)
+    return _pool(source, split, Path() if source == DIGITS else require_files((source,), data_root))
+
+
 def _build(name: str, split: str, side: int, root: Path) -> PairRecords:
     data = DATA_SETS[name]
     first = _pool(data.first, split, root)

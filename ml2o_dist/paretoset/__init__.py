@@ -1,0 +1,11 @@
+"""Pareto sets by fusion: models fine-tuned for single tasks become one model that takes a preference.
+
+Tang, Shen, Luo et al. 2024, "Towards Efficient Pareto Set Approximation via Mixture of Experts Based Model Fusion"
+(arXiv 2406.09770), with what it is compared with. T tasks, r the preference: r_t >= 0, sum r_t = 1.
+"""
+
+from ml2o_dist.paretoset.fusion import Fusion
+from ml2o_dist.paretoset.merging import rewarded_soup, simple_average, task_arithmetic, ties
+from ml2o_dist.paretoset.task_vectors import TaskVectors
+
+__all__ = ["Fusion", "TaskVectors", "rewarded_soup", "simple_average", "task_arithmetic", "ties"]

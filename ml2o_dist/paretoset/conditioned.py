@@ -1,0 +1,193 @@
+"""Networks that take a preference: what is trained over all preferences at once, ours and its rivals.
+
+Each is a module whose `forward(preference, images)` gives, for each of some batches of images, the logits of all
+tasks. Its parameters are what is trained.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from abc import abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ml2o_dist.paretoset.fusion import Fusion
+from ml2o_dist.paretoset.networks import MultiHead
+from ml2o_dist.paretoset.tasks import Logits
+from ml2o_dist.seeding import derive_seed
+
+EMBEDDING = 100
+"""Width of the hypernetwork's ray encoding, as published."""
+
+
+class Conditioned(nn.Module):
+    """A family of networks, one for each preference.
+
+    Attributes:
+        moving_buffers: whether training changes its buffers (BatchNorm's moments), which then belong to a checkpoint.
+    """
+
+    moving_buffers = True
+
+    @abstractmethod
+    def forward(self, preference: Tensor, images: Sequence[Tensor]) -> list[Logits]:
+        """Return the logits of all tasks for each batch of `images` [B, 1, H, W]; `preference` [T]."""
+
+
+class Plain(Conditioned):
+    """One network, whatever the preference: what trains for a single ray, and MGDA."""
+
+    def __init__(self, network: MultiHead) -> None:
+        super().__init__()
+        self.network = copy.deepcopy(network)
+
+    def forward(self, preference: Tensor, images: Sequence[Tensor]) -> list[Logits]:
+        """Return the network's answers."""
+        return [self.network(each) for each in images]
+
+
+class Fused(Conditioned):
+    """PWE-MoE: the routers of a fusion are what is trained, with the network in evaluation mode.
+
+    So BatchNorm has the experts' averaged moments, as in the network that is exported.
+    """
+
+    moving_buffers = False
+
+    def __init__(self, fusion: Fusion) -> None:
+        super().__init__()
+        self.fusion = fusion
+        self.eval()
+
+    def train(self, mode: bool = True) -> Fused:
+        """Stay in evaluation mode."""
+        super().train(False)
+        return self
+
+    def forward(self, preference: Tensor, images: Sequence[Tensor]) -> list[Logits]:
+        """Merge once, then answer for all."""
+        return answers(self.fusion.network, self.fusion.state(preference), images)
+
+
+class WeightLine(Conditioned):
+    """PaMaL (Dimitriadis, Frossard, Fleuret 2023): theta(r) = sum_t r_t theta_t, all T ends trained together.
+
+    Heads belong to a task and exist once.
+    """
+
+    def __init__(self, network: MultiHead, ends: Sequence[MultiHead]) -> None:
+        """`ends`: what the ends begin at; `network` gives the heads."""
+        super().__init__()
+        self._network = (copy.deepcopy(network).requires_grad_(False),)
+        self.heads = copy.deepcopy(network.heads)
+        self.ends = nn.ModuleList(copy.deepcopy(end.trunk) for end in ends)
+
+    def forward(self, preference: Tensor, images: Sequence[Tensor]) -> list[Logits]:
+        """Merge the ends, then answer for all."""
+        trunks = [dict(end.named_parameters()) for end in self.ends]
+        state = {
+            f"trunk.{name}": sum(
+                (r * trunk[name] for r, trunk in zip(preference, trunks, strict=True)), torch.zeros(())
+            )
+            for name in trunks[0]
+        }
+        state |= {f"heads.{name}": head for name, head in self.heads.named_parameters()}
+        return answers(self._network[0], state, images)
+
+
+class Hypernetwork(Conditioned):
+    """A Pareto hypernetwork (Navon et al. 2021): an MLP turns r into all parameters of the network.
+
+    Linear(T, 100), ReLU, Linear(100, 100), ReLU, Linear(100, 100), then one linear map for each tensor.
+    """
+
+    def __init__(self, network: MultiHead, tasks: int, seed: int) -> None:
+        """`network` is the architecture; the hypernetwork's first values are drawn from `seed`."""
+        super().__init__()
+        self._network = (copy.deepcopy(network).requires_grad_(False),)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed("hypernetwork", seed))
+            sizes = (tasks, EMBEDDING, EMBEDDING, EMBEDDING)
+            layers: list[nn.Module] = []
+            for i in range(3):
+                layers += [nn.Linear(sizes[i], sizes[i + 1]), nn.ReLU()]
+            self.encoder = nn.Sequential(*layers[:-1])
+            self.makers = nn.ModuleList(nn.Linear(EMBEDDING, p.numel()) for p in network.parameters())
+
+    def forward(self, preference: Tensor, images: Sequence[Tensor]) -> list[Logits]:
+        """Make the network, then answer for all."""
+        encoded = self.encoder(preference)
+        named = self._network[0].named_parameters()
+        state = {name: maker(encoded).view(p.shape) for (name, p), maker in zip(named, self.makers, strict=True)}
+        return answers(self._network[0], state, images)
+
+
+class ConditionedInput(Conditioned):
+    """COSMOS (Ruchte & Grabocka 2021): the preference is T more channels of the image, constant over it.
+
+    Its loss is the scalarization `cosmos`.
+    """
+
+    def __init__(self, network: MultiHead, tasks: int, seed: int) -> None:
+        """Widen the first layer of `network` to 1 + T channels; the new weights are drawn from `seed`."""
+        super().__init__()
+        self.network = copy.deepcopy(network)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derive_seed("cosmos", seed))
+            first, name = _first_layer(self.network)
+            self.network.set_submodule(name, _widened(first, tasks))
+
+    def forward(self, preference: Tensor, images: Sequence[Tensor]) -> list[Logits]:
+        """Lay the preference over every image."""
+        return [self.network(_with_channels(each, preference)) for each in images]
+
+
+def answers(network: nn.Module, state: dict[str, Tensor], images: Sequence[Tensor]) -> list[Logits]:
+    """Return what `network` answers with the parameters and buffers `state`, for each batch of images."""
+    return [functional_call(network, state, (each,)) for each in images]
+
+
+def _with_channels(images: Tensor, preference: Tensor) -> Tensor:
+    planes = preference.to(images).view(1, -1, 1, 1).expand(len(images), -1, *images.shape[2:])
+    return torch.cat([images, planes], dim=1)
+
+
+def _first_layer(network: nn.Module) -> tuple[nn.Linear | nn.Conv2d, str]:
+    for name, module in network.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            return module, name
+    raise ValueError("the network has no layer")
+
+
+def _widened(layer: nn.Linear | nn.Conv2d, tasks: int) -> nn.Linear | nn.Conv2d:
+    """Return the layer for 1 + T channels, all its weights drawn anew for the larger fan-in."""
+    if isinstance(layer, nn.Linear):
+        return nn.Linear(layer.in_features * (1 + tasks), layer.out_features)
+    padding = layer.padding
+    assert not isinstance(padding, str)
+    side = (int(layer.kernel_size[0]), int(layer.kernel_size[1]))
+    return nn.Conv2d(1 + tasks, layer.out_channels, side, (layer.stride[0], layer.stride[1]), (padding[0], padding[1]))
+
+
+def trainable(model: nn.Module) -> int:
+    """Return how many parameters are trained."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def flat_parameters(model: nn.Module) -> Tensor:
+    """Return the parameters of `model` as one vector [n], in the order of `named_parameters`."""
+    return torch.cat([parameter.detach().reshape(-1) for parameter in model.parameters()])
+
+
+def named_views(model: nn.Module, flat: Tensor) -> dict[str, Tensor]:
+    """View the vector `flat` [n] as the parameters of `model`, by name."""
+    views, begin = {}, 0
+    for name, parameter in model.named_parameters():
+        size = math.prod(parameter.shape)
+        views[name] = flat[begin : begin + size].view(parameter.shape)
+        begin += size
+    return views

@@ -1,0 +1,165 @@
+"""The weight-ensembling mixture of experts: one network whose modules are merged anew for each preference.
+
+theta^M(r) = theta_0^M + sum_t w_t^M(r) tau_t^M for every upscaled module M, w^M its router's answer to r; modules that
+are not upscaled are task arithmetic, theta_0 + lambda_0 sum_t tau_t (arXiv 2406.09770, section 4). Only the routers
+are trained. For a fixed preference the result is a plain network of the original size.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from ml2o_dist.errors import UserError
+from ml2o_dist.paretoset.preferences import checked_preference
+from ml2o_dist.paretoset.router import Routers
+from ml2o_dist.paretoset.task_vectors import State, TaskVectors, combined
+
+SCALE = 0.3
+"""lambda_0, as in the paper: the usual factor of task arithmetic."""
+
+
+class Fusion(nn.Module):
+    """A network with a dial: `fusion(preference, ...)` is the network for that preference, `export` gives it away.
+
+    Parameters are the routers' alone; the experts are buffers, so that the module can be moved as any other.
+
+    Attributes:
+        tasks: T.
+        upscaled: the names of the modules that have a router, in order, each with its parameters' names.
+        routers: see `Routers`.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        start: State,
+        experts: Sequence[State],
+        *,
+        modules: str = "all",
+        heads: Sequence[str] = (),
+        scale: float = SCALE,
+        seed: int = 0,
+    ) -> None:
+        """Fuse `experts` (state dicts of `network`, fine-tuned from `start`), one for each task.
+
+        Args:
+            network: the architecture; it is copied, and its own values do not count.
+            modules: which modules get a router: `all` (each module that has parameters of its own), `mlp` (each module
+                called so, the paper's choice for transformers), or a glob over module names, as `blocks.*.mlp`. What
+                lies in a module belongs to its router.
+            heads: the name of each task's own module, which is its expert's for every preference; () for none.
+            scale: lambda_0.
+            seed: of the routers' first weights.
+
+        Raises:
+            UserError: a state dict that does not fit, a missing head, a pattern that fits no module.
+        """
+        super().__init__()
+        vectors = TaskVectors.of(network, start, experts, heads)
+        self.tasks = vectors.tasks
+        self.upscaled = upscaled_parameters(network, modules, vectors.start)
+        self._network = (copy.deepcopy(network).requires_grad_(False),)  # in a tuple: its parameters are not ours
+        routed = [name for names in self.upscaled.values() for name in names]
+        equal = torch.full((self.tasks,), float(scale), dtype=torch.float64)
+        rest = {name: tensor for name, tensor in vectors.moved(equal).items() if name not in routed}
+        self._start = Tensors({name: vectors.start[name] for name in routed})
+        self._vectors = Tensors({name: vectors.vectors[name] for name in routed})
+        self._fixed = Tensors(rest | vectors.constants)
+        self._buffers_of_experts = Tensors(vectors.buffers)
+        self.routers = Routers(len(self.upscaled), self.tasks, scale, seed)
+
+    @property
+    def network(self) -> nn.Module:
+        """The architecture; its values are of no meaning."""
+        return self._network[0]
+
+    def state(self, preference: Tensor) -> dict[str, Tensor]:
+        """Return all parameters and buffers of the network for `preference` [T], differentiable in the routers."""
+        weights = self.routers(preference.to(self.routers.bias))
+        start, vectors = dict(self._start.items()), dict(self._vectors.items())
+        state = dict(self._fixed.items())
+        for g, names in enumerate(self.upscaled.values()):
+            state |= {name: start[name] + combined(weights[g], vectors[name]) for name in names}
+        return state | {name: combined(preference, each) for name, each in self._buffers_of_experts.items()}
+
+    def forward(self, preference: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Return what the network of `preference` [T], a point of the simplex, returns for the other arguments."""
+        return functional_call(self.network, self.state(preference), args, kwargs)
+
+    def train(self, mode: bool = True) -> Fusion:
+        """Put the network into training or evaluation mode, too."""
+        self.network.train(mode)
+        super().train(mode)
+        return self
+
+    @torch.no_grad()
+    def export(self, preference: Sequence[float] | Tensor) -> nn.Module:
+        """Return the plain network of one preference, with parameters of its own, in evaluation mode.
+
+        Raises:
+            UserError: `preference` is no point of the simplex.
+        """
+        state = self.state(checked_preference(preference, self.tasks))
+        plain = copy.deepcopy(self.network)
+        for name, tensor in (*plain.named_parameters(), *plain.named_buffers()):
+            if name in state:
+                tensor.data = state[name].detach().clone()
+        return plain.requires_grad_(True).eval()
+
+
+class Tensors(nn.Module):
+    """Tensors by name, which may have dots; they are moved with the module that holds them."""
+
+    def __init__(self, tensors: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self._names = list(tensors)
+        for i, tensor in enumerate(tensors.values()):
+            self.register_buffer(str(i), tensor)
+
+    def items(self) -> Iterator[tuple[str, Tensor]]:
+        """Yield (name, tensor) in the order they came in."""
+        return zip(self._names, self.buffers(), strict=True)
+
+
+def upscaled_parameters(network: nn.Module, pattern: str, names: Sequence[str] | State) -> dict[str, list[str]]:
+    """Return the modules of `network` that `pattern` picks, each with those of the parameters `names` that it owns.
+
+    See `Fusion` for the patterns. Where modules that fit lie in one another, the outer one has the router.
+
+    Raises:
+        UserError: none fits.
+    """
+    available = set(names)
+    picked: dict[str, list[str]] = {}
+    for module_name, module in network.named_modules():
+        if pattern == "all":
+            prefix = f"{module_name}." if module_name else ""
+            own = [f"{prefix}{name}" for name, _ in module.named_parameters(recurse=False)]
+        elif _fits(module_name, pattern) and not any(_within(module_name, outer) for outer in picked):
+            own = [f"{module_name}.{name}" for name, _ in module.named_parameters()]
+        else:
+            continue
+        if own := [name for name in own if name in available]:
+            picked[module_name] = own
+    if not picked:
+        named = [name for name, module in network.named_modules() if name and any(True for _ in module.parameters())]
+        shown = ", ".join(named[:8]) + (" ..." if len(named) > 8 else "")
+        raise UserError(
+            f"modules {pattern!r} fits no module that the tasks share (allowed: all, mlp, or a glob over {shown})"
+        )
+    return picked
+
+
+def _fits(name: str, pattern: str) -> bool:
+    return name.rpartition(".")[2] == "mlp" if pattern == "mlp" else bool(name) and fnmatchcase(name, pattern)
+
+
+def _within(name: str, outer: str) -> bool:
+    return name.startswith(f"{outer}.")

@@ -1,0 +1,87 @@
+"""Trunks of other libraries by name: timm, Hugging Face and open_clip, the extra `zoo`.
+
+Their weights are downloaded by the library, or read from a folder that the name gives (Hugging Face).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ml2o_dist.errors import UserError, unknown
+
+LIBRARIES = ("timm", "hf", "open_clip")
+
+
+def library_trunk(library: str, name: str, side: int) -> tuple[nn.Module, int]:
+    """Load the trunk `name` for images [B, 1, side, side]; return it and how many features it gives.
+
+    Raises:
+        UserError: an unknown library, one that is not installed, or whatever kept it from loading the trunk.
+    """
+    if library not in LIBRARIES:
+        raise unknown("library of networks", library, LIBRARIES)
+    try:
+        trunk = _LOADERS[library](name)
+    except ImportError as error:
+        raise UserError(
+            f"network {library}/{name}: {error.name} is not installed: pip install 'ml2o-dist[zoo]'"
+        ) from error
+    except Exception as error:  # unknown names, no network, no such file: each library has errors of its own
+        raise UserError(f"network {library}/{name}: {' '.join(str(error).split())[:300]}") from error
+    with torch.no_grad():
+        features = trunk(torch.zeros(1, 1, side, side))
+    if features.dim() != 2:
+        shape = list(features.shape)
+        raise UserError(f"network {library}/{name} gives features of shape {shape}, not [batch, features]")
+    return trunk, features.shape[1]
+
+
+class GreyImages(nn.Module):
+    """Gives a library's trunk, which wants three colours in pictures of its own size, our grey ones."""
+
+    def __init__(self, trunk: nn.Module, size: int, *, pooled: bool = False) -> None:
+        """`pooled`: the trunk's answer has the features as `pooler_output`, else in its last hidden state's first."""
+        super().__init__()
+        self.trunk, self._size, self._pooled = trunk, size, pooled
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the features of images [B, 1, H, W]."""
+        if images.shape[-1] != self._size:
+            images = nn.functional.interpolate(images, size=(self._size, self._size), mode="bilinear")
+        answer: Any = self.trunk(images.expand(-1, 3, -1, -1))
+        if not self._pooled:
+            return answer  # type: ignore[no-any-return]
+        pooled = getattr(answer, "pooler_output", None)
+        features: Tensor = answer.last_hidden_state[:, 0] if pooled is None else pooled
+        return features.flatten(1)
+
+
+def _timm(name: str) -> nn.Module:
+    import timm
+
+    trunk = timm.create_model(name, pretrained=True, num_classes=0)
+    return GreyImages(trunk, trunk.pretrained_cfg["input_size"][-1])
+
+
+def _hugging_face(name: str) -> nn.Module:
+    import transformers
+
+    trunk = transformers.AutoModel.from_pretrained(name)
+    trunk = getattr(trunk, "vision_model", trunk)  # of CLIP and its like
+    return GreyImages(trunk, int(getattr(trunk.config, "image_size", 224)), pooled=True)
+
+
+def _open_clip(name: str) -> nn.Module:
+    import open_clip
+
+    architecture, _, weights = name.partition(":")
+    model = open_clip.create_model(architecture, pretrained=weights or None)
+    size = model.visual.image_size
+    return GreyImages(model.visual, size[0] if isinstance(size, tuple) else size)
+
+
+_LOADERS = {"timm": _timm, "hf": _hugging_face, "open_clip": _open_clip}
+"""What loads a trunk by name; each library is imported only here."""

@@ -1,0 +1,128 @@
+"""Trains what takes a preference by any update rule, from checkpoint to checkpoint.
+
+The batch of a step is a function of the seed and the step's number alone, so that a training that was killed and goes
+on from its newest checkpoint ends as one that was not.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ml2o_dist.metatrain.checkpoint import Checkpoint, newest_checkpoint, save_checkpoint
+from ml2o_dist.paretoset.preference_problem import PreferenceProblem
+from ml2o_dist.rules.base import Oracle, UpdateRule
+from ml2o_dist.rules.saved_state import modules_of, put_together, take_apart
+from ml2o_dist.seeding import generator
+
+
+class Diverged(Exception):
+    """Parameters that are no longer finite; the message says at which step."""
+
+
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """What a training came to, finished or stopped.
+
+    Attributes:
+        parameters: [1, n].  steps: how many were done.
+        seconds: of training, over all its starts; without evaluations between steps.
+        failures: EPO's linear programs without a solution.
+    """
+
+    parameters: Tensor
+    steps: int
+    seconds: float
+    failures: int
+
+
+def train(
+    problem: PreferenceProblem,
+    rule: UpdateRule,
+    *,
+    steps: int,
+    seed: int,
+    folder: Path,
+    fingerprint: Mapping[str, Any],
+    final_lr: float = 1.0,
+    checkpoint_every: int = 500,
+    on_step: Callable[[int, Tensor, float], bool] = lambda step, parameters, seconds: True,
+) -> Trained:
+    """Take `steps` steps of `rule`, or what is left of them after the newest checkpoint in `folder`.
+
+    Args:
+        fingerprint: JSON values that say what is trained; a checkpoint with others is not gone on with.
+        final_lr: the last step's length as a share of the rule's own; between, a cosine.
+        on_step: called after each step with (steps done, parameters [1, n], seconds so far); False ends the training
+            there, with a checkpoint.
+
+    Raises:
+        Diverged: a parameter is not finite.
+        OSError: a checkpoint cannot be written.
+    """
+    device = problem.device
+    parameters = problem.initial_parameters([seed])
+    state = rule.initial_state(1, problem.objectives, problem.dimension)
+    done, seconds = 0, 0.0
+    saved, _ = newest_checkpoint(folder)
+    if saved is not None and saved.state["fingerprint"] == dict(fingerprint):
+        done, seconds = saved.meta_step, saved.state["seconds"]
+        parameters = saved.tensors["parameters"].to(device)
+        at = {place.removeprefix("rule"): t.to(device) for place, t in saved.tensors.items() if place[:4] == "rule"}
+        state = put_together(saved.state["rule"], at, modules_of(state).__getitem__)
+        problem.scalarization.failures = saved.state["failures"]
+        _load_buffers(problem, saved.tensors)
+    going = True
+    while done < steps and going:
+        began = time.perf_counter()
+        oracle = Oracle(problem, generator("paretoset training", seed, done))
+        moved, state, _ = rule.step(oracle, parameters, state)
+        parameters = parameters + annealed(final_lr, done, steps) * (moved - parameters)
+        done += 1
+        if not bool(parameters.isfinite().all()):
+            raise Diverged(f"a parameter is not finite after step {done} of {steps}")
+        seconds += time.perf_counter() - began
+        going = on_step(done, parameters, seconds)
+        if done % checkpoint_every == 0 or done == steps or not going:
+            save_checkpoint(folder, _checkpoint(problem, parameters, state, done, seconds, fingerprint), keep=2)
+    return Trained(parameters, done, seconds, problem.scalarization.failures)
+
+
+def annealed(final: float, step: int, steps: int) -> float:
+    """Return the factor on the length of step number `step` from 0: a cosine from 1 down to `final` at the last."""
+    return 1.0 if steps <= 1 else final + (1 - final) * 0.5 * (1 + math.cos(math.pi * step / (steps - 1)))
+
+
+def _checkpoint(
+    problem: PreferenceProblem,
+    parameters: Tensor,
+    state: Any,
+    done: int,
+    seconds: float,
+    fingerprint: Mapping[str, Any],
+) -> Checkpoint:
+    tree, tensors = take_apart(state)
+    saved = {f"rule{place}": tensor.cpu() for place, tensor in tensors.items()} | {"parameters": parameters.cpu()}
+    if problem.model.moving_buffers:
+        saved |= {f"buffer/{name}": buffer.clone().cpu() for name, buffer in problem.model.named_buffers()}
+    rest = {
+        "fingerprint": dict(fingerprint),
+        "rule": tree,
+        "seconds": seconds,
+        "failures": problem.scalarization.failures,
+    }
+    return Checkpoint(done, saved, rest)
+
+
+def _load_buffers(problem: PreferenceProblem, tensors: Mapping[str, Tensor]) -> None:
+    with torch.no_grad():
+        for name, buffer in problem.model.named_buffers():
+            if f"buffer/{name}" in tensors:
+                buffer.copy_(tensors[f"buffer/{name}"])
