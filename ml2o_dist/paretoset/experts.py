@@ -1,0 +1,220 @@
+"""The common start and the experts: trained as Ray Train runs, or read from files.
+
+A stage is one training of the network on a weighted sum of the tasks' losses: equal weights from the first values
+give theta_0, the weights e_t from theta_0 give expert t. Its ranks are data-parallel (gloo on CPUs, NCCL on GPUs).
+
+The batch of a step and rank is a function of the seed, the stage, the step and the rank alone: what was killed and is
+gone on with from its checkpoint ends as what was not.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+
+from ml2o_dist.errors import UserError
+from ml2o_dist.files import replacing
+from ml2o_dist.metatrain.checkpoint import Checkpoint, newest_checkpoint, save_checkpoint
+from ml2o_dist.paretoset.image_tasks import load_tasks
+from ml2o_dist.paretoset.networks import MultiHead, build_multi_head
+from ml2o_dist.paretoset.settings import FineTuning, NetworkSettings
+from ml2o_dist.paretoset.tasks import TaskSet, sample_losses
+from ml2o_dist.paretoset.training import annealed
+from ml2o_dist.seeding import generator
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One training, as plain values: what a rank needs to know.
+
+    Attributes:
+        name: `start`, `expert_1`, ...; also its folder's.
+        weights: of the tasks' losses.
+        start: the file whose parameters it begins at; "" for first values from the seed.
+        device: cpu or cuda.
+    """
+
+    name: str
+    tasks: str
+    data_root: str
+    network: NetworkSettings
+    weights: tuple[float, ...]
+    start: str
+    seed: int
+    device: str
+    tuning: FineTuning
+
+
+def network_of(tasks: TaskSet, settings: NetworkSettings, seed: int) -> MultiHead:
+    """Build the network for a task set; raises UserError."""
+    rest = settings.model_dump()
+    return build_multi_head(rest.pop("name"), side=tasks.side, classes=tasks.classes, seed=seed, **rest)
+
+
+def fit_stage(stage: Stage, folder: Path, *, num_cpus: float = 1.0, num_gpus: float = 0.0) -> float:
+    """Train a stage as a Ray Train run with its checkpoints in `folder`, and write `folder/NAME.safetensors`.
+
+    Goes on from what is there; returns the seconds that the ranks have trained in all. To be called where Ray is
+    connected.
+
+    Raises:
+        ray.train.TrainingFailedError: the ranks failed more often than `max_failures`.
+    """
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    config = {"stage": stage, "folder": str(folder / stage.name)}
+    each: dict[str, float] = {"CPU": num_cpus}
+    if num_gpus:
+        each["GPU"] = num_gpus
+    TorchTrainer(
+        train_rank,
+        train_loop_config=config,
+        scaling_config=ScalingConfig(
+            num_workers=stage.tuning.ranks,
+            use_gpu=num_gpus > 0,
+            resources_per_worker=each,
+        ),
+        run_config=RunConfig(
+            name=stage.name,
+            storage_path=str(folder / "ray"),
+            failure_config=FailureConfig(max_failures=stage.tuning.max_failures),
+        ),
+    ).fit()
+    checkpoint, refused = newest_checkpoint(folder / stage.name)
+    if checkpoint is None or checkpoint.meta_step != stage.tuning.steps:
+        raise RuntimeError(f"training {stage.name} left no whole checkpoint of its end: {'; '.join(refused)}")
+    weights = {name.removeprefix("model/"): t for name, t in checkpoint.tensors.items() if name[:6] == "model/"}
+    save_state(folder / f"{stage.name}.safetensors", weights, {"stage": fingerprint(stage)})
+    seconds: float = checkpoint.state["seconds"]
+    return seconds
+
+
+def fingerprint(stage: Stage) -> dict[str, Any]:
+    """Return what determines the weights that a stage ends with, as JSON values."""
+    tuning = stage.tuning.model_dump(exclude={"checkpoint_every", "max_failures", "files"})
+    return asdict(stage) | {"network": stage.network.model_dump(), "tuning": tuning, "weights": list(stage.weights)}
+
+
+def train_rank(config: Mapping[str, Any]) -> None:
+    """What each rank of a stage runs."""
+    import ray.train
+    import ray.train.torch
+
+    stage: Stage = config["stage"]
+    folder = Path(config["folder"])
+    rank, ranks = ray.train.get_context().get_world_rank(), ray.train.get_context().get_world_size()
+    device = ray.train.torch.get_device() if stage.device != "cpu" else torch.device("cpu")
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    tasks = load_tasks(stage.tasks, stage.data_root)
+    network = network_of(tasks, stage.network, stage.seed)
+    if stage.start:
+        network.load_state_dict(read_state(stage.start))
+    own = [t for t, weight in enumerate(stage.weights) if weight]
+    for t, head in enumerate(network.heads):
+        head.requires_grad_(t in own)
+    network.to(device)
+    optimizer = torch.optim.Adam([p for p in network.parameters() if p.requires_grad], lr=stage.tuning.lr)
+    mark = fingerprint(stage)
+    done, seconds = _resume(folder, mark, network, optimizer)
+    model = nn.parallel.DistributedDataParallel(network) if ranks > 1 else network
+    share = stage.tuning.batch // ranks
+    weights = torch.tensor([stage.weights[t] for t in own], device=device)
+    if stage.tuning.steps == 0 and rank == 0:
+        _save(folder, mark, 0, 0.0, network, optimizer)
+    while done < stage.tuning.steps:
+        began = time.perf_counter()
+        draws = generator("expert", stage.seed, stage.name, done, rank)
+        batches = tasks.draw("train", share, draws, device, own)
+        answers = [model(batch.images) for batch in batches]
+        present = sorted(t for batch in batches for t in batch.tasks)
+        losses = sample_losses(answers, batches).mean(dim=0)[[present.index(t) for t in own]]
+        optimizer.param_groups[0]["lr"] = stage.tuning.lr * annealed(stage.tuning.final_lr, done, stage.tuning.steps)
+        optimizer.zero_grad()
+        torch.autograd.backward((weights * losses).sum())
+        optimizer.step()
+        done += 1
+        seconds += time.perf_counter() - began
+        if done % stage.tuning.checkpoint_every == 0 or done == stage.tuning.steps:
+            if rank == 0:
+                _save(folder, mark, done, seconds, network, optimizer)
+            ray.train.report({"step": done, "loss": float((weights * losses.detach()).sum())})
+
+
+def read_state(file: str | Path) -> dict[str, Tensor]:
+    """Read a state dict: .safetensors, or what torch.save wrote, of which nothing but tensors is unpickled.
+
+    Raises:
+        UserError: the file is missing, torn, or holds something else.
+    """
+    path = Path(file)
+    try:
+        if path.suffix == ".safetensors":
+            found: dict[str, Tensor] = load_file(path)
+            return found
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise UserError(f"weights file {str(path)!r} is missing") from error
+    except (OSError, SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UserError(f"weights file {str(path)!r} cannot be read: {reason}") from error
+    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
+        state = state["state_dict"]  # as trainers write it
+    if not isinstance(state, Mapping) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
+        raise UserError(f"weights file {str(path)!r} holds no state dict: names and tensors are wanted")
+    return dict(state)
+
+
+def save_state(file: Path, state: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+    """Write a state dict, whole or not at all, with JSON values beside it in the header; raises OSError."""
+    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
+    with replacing(file) as stream:
+        stream.write(save(tensors, {"ml2o_dist": json.dumps(about, sort_keys=True)}))
+
+
+def about_state(file: Path) -> dict[str, Any]:
+    """Return the JSON values that `save_state` wrote; {} where there is no such file, or another's."""
+    try:
+        with safe_open(file, "pt") as opened:
+            about: dict[str, Any] = json.loads((opened.metadata() or {}).get("ml2o_dist", "{}"))
+            return about
+    except (OSError, SafetensorError, ValueError):
+        return {}
+
+
+def _save(
+    folder: Path, mark: Mapping[str, Any], done: int, seconds: float, network: nn.Module, optimizer: torch.optim.Adam
+) -> None:
+    tensors = {f"model/{name}": tensor.detach().cpu().clone() for name, tensor in network.state_dict().items()}
+    for i, moments in optimizer.state_dict()["state"].items():
+        tensors |= {f"adam/{i}/{name}": tensor.detach().cpu().clone() for name, tensor in moments.items()}
+    save_checkpoint(folder, Checkpoint(done, tensors, {"fingerprint": dict(mark), "seconds": seconds}), keep=2)
+
+
+def _resume(
+    folder: Path, mark: Mapping[str, Any], network: nn.Module, optimizer: torch.optim.Adam
+) -> tuple[int, float]:
+    """Go on from the newest checkpoint of the same stage; return the steps done and the seconds they took."""
+    saved, _ = newest_checkpoint(folder)
+    if saved is None or saved.state["fingerprint"] != json.loads(json.dumps(mark)):
+        return 0, 0.0
+    network.load_state_dict({name[6:]: tensor for name, tensor in saved.tensors.items() if name[:6] == "model/"})
+    state = optimizer.state_dict()
+    for name, tensor in saved.tensors.items():
+        kind, _, rest = name.partition("/")
+        if kind == "adam":
+            i, _, moment = rest.partition("/")
+            state["state"].setdefault(int(i), {})[moment] = tensor
+    optimizer.load_state_dict(state)
+    return saved.meta_step, float(saved.state["seconds"])

@@ -1,0 +1,139 @@
+"""The settings of `ml2o pareto-set train`."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, Field, field_validator, model_validator
+
+from ml2o_dist.config import DataSettings, Device, MetaTrainSettings, TrackingSettings
+from ml2o_dist.errors import unknown
+from ml2o_dist.paretoset.image_tasks import TASK_SETS
+
+MERGED = ("average", "arithmetic", "ties", "soup")
+"""Comparators without training."""
+
+PER_RAY = ("ls", "epo", "mgda")
+"""Comparators that train a network for each ray (`mgda`: one, which knows no ray)."""
+
+WHOLE = ("phn-ls", "phn-epo", "cosmos", "pamal")
+"""Comparators that train one model for all rays."""
+
+COMPARATORS = (*MERGED, *PER_RAY, *WHOLE)
+
+
+class _Settings(BaseModel):
+    model_config = MetaTrainSettings.model_config
+
+
+class NetworkSettings(_Settings):
+    """The network; what its kind does not use is ignored."""
+
+    name: str = Field("cnn", description="mlp, cnn, lenet5, vgg, vit, or timm/NAME, hf/NAME, open_clip/NAME")
+    hidden: str | int = Field("100-50", description="mlp: widths")
+    channels: str | int = Field("8-16", description="cnn, vgg: one width for each block")
+    variant: str = Field("cosmos", description="lenet5: cosmos or paretomtl")
+    activation: Literal["relu", "tanh", "gelu"] = "relu"
+    patch: int = Field(6, ge=1, description="vit: side of a patch")
+    width: int = Field(48, ge=1, description="vit: features of a token")
+    depth: int = Field(4, ge=1, description="vit: blocks")
+
+
+class FineTuning(_Settings):
+    """One training by Adam with data-parallel ranks: of the common start, or of an expert."""
+
+    steps: int = Field(1000, ge=0)
+    batch: int = Field(128, ge=1, description="samples of each task in a step, over all ranks")
+    lr: float = Field(0.001, gt=0, description="Adam's; a cosine leads to final_lr of it")
+    final_lr: float = Field(0.1, ge=0, le=1)
+    ranks: int = Field(1, ge=1, description="processes that share a batch; the batch must be a multiple")
+    checkpoint_every: int = Field(200, ge=1)
+    max_failures: int = Field(3, ge=0, description="how often a group of ranks is started anew")
+
+    @model_validator(mode="after")
+    def _even(self) -> FineTuning:
+        if self.batch % self.ranks:
+            raise ValueError(f"batch {self.batch} must be a multiple of ranks {self.ranks}")
+        return self
+
+
+class ExpertSettings(FineTuning):
+    """The experts: fine-tuned here, or read from files."""
+
+    files: tuple[str, ...] = Field((), description="state dicts, .safetensors or .pt: the start, then each expert")
+
+    @field_validator("files")
+    @classmethod
+    def _enough(cls, files: tuple[str, ...]) -> tuple[str, ...]:
+        if files and len(files) < 3:
+            raise ValueError(f"must name the common start and at least two experts, not {len(files)} files")
+        return files
+
+
+class RouterSettings(_Settings):
+    """How the routers, and the comparators that take a preference, are trained."""
+
+    loss: Literal["ls", "epo", "tchebycheff", "hypervolume"] = Field("ls", description="what is made of a preference")
+    optimizer: str = Field(
+        "mean+adam@0.01", description="AGGREGATOR[+OPTIMIZER]@LR, a run directory, models:/NAME@ALIAS, gml2o:NAME, ..."
+    )
+    steps: int = Field(4000, ge=0)
+    batch: int = Field(128, ge=1, description="samples of each task in a step")
+    final_lr: float = Field(
+        0.1, ge=0, le=1, description="a cosine leads to this share of the learning rate; hand-designed optimizers only"
+    )
+    checkpoint_every: int = Field(500, ge=1)
+
+
+class TaskResources(_Settings):
+    """What each training asks of Ray."""
+
+    num_cpus: float = Field(1.0, gt=0)
+    num_gpus: float = Field(0.0, ge=0)
+
+
+class ParetoTracking(TrackingSettings):
+    """Where MLflow keeps runs and versions."""
+
+    experiment: str = "ml2o/pareto-set"
+    model: str = "ml2o-pareto-set"
+
+
+class ParetoSetSettings(_Settings):
+    """All of one Pareto set: tasks, network, experts, fusion, routers, comparators."""
+
+    seed: int = Field(0, ge=0)
+    tasks: str = Field("multidigits", description="a task set: " + ", ".join(TASK_SETS))
+    network: NetworkSettings = NetworkSettings()
+    start: FineTuning = FineTuning()
+    experts: ExpertSettings = ExpertSettings()
+    modules: str = Field("all", description="what gets a router: all, mlp, or a glob over module names")
+    scale: float = Field(0.3, description="lambda_0: what routers begin with, and what modules without one have")
+    routers: RouterSettings = RouterSettings()
+    comparators: tuple[str, ...] = Field(
+        ("average", "arithmetic", "ties", "soup"), description="any of " + ", ".join(COMPARATORS)
+    )
+    comparator_lr: float = Field(0.001, gt=0, description="Adam's, of the comparators that train networks")
+    divisions: int = Field(10, ge=1, description="of the grid of preferences, up to three tasks")
+    test_samples: int | None = Field(None, ge=1, description="evenly spaced ones of the split; null: all")
+    device: Device = "auto"
+    resources: TaskResources = TaskResources()
+    data: DataSettings = DataSettings()
+    tracking: ParetoTracking = ParetoTracking()
+
+    @field_validator("tasks")
+    @classmethod
+    def _known_tasks(cls, name: str) -> str:
+        if name not in TASK_SETS:
+            raise unknown("task set", name, TASK_SETS)
+        return name
+
+    @field_validator("comparators")
+    @classmethod
+    def _known_comparators(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        for name in names:
+            if name not in COMPARATORS:
+                raise unknown("comparator", name, COMPARATORS)
+        if len(set(names)) < len(names):
+            raise ValueError(f"names a comparator twice: {list(names)}")
+        return names
