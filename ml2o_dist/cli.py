@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ml2o_dist.cli_models import models
+from ml2o_dist.cli_pareto_set import pareto_set
 from ml2o_dist.cli_sweep import sweep
 from ml2o_dist.command import command, say
 from ml2o_dist.errors import MissingData, UserError
@@ -240,6 +241,7 @@ def trajectories(
 
 
 main.add_command(models)
+main.add_command(pareto_set)
 main.add_command(sweep)
 
 

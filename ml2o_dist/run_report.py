@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 from pydantic import ValidationError
 
-from ml2o_dist.config_file import load_evaluation, load_settings
+from ml2o_dist.config_file import load_evaluation, load_settings, read_settings
 from ml2o_dist.errors import UserError
 from ml2o_dist.evaluation.evaluated import Evaluation
 from ml2o_dist.evaluation.evaluation_page import evaluation_page_sections, render_evaluation
@@ -22,6 +22,9 @@ from ml2o_dist.metatrain.checkpoint import newest_checkpoint
 from ml2o_dist.metatrain.history import FILE as HISTORY
 from ml2o_dist.metatrain.history import read_history
 from ml2o_dist.metatrain.trajectories import FOLDER, Recorded, read_trajectories
+from ml2o_dist.paretoset.page import SetPageRecord, render_set, set_page_sections
+from ml2o_dist.paretoset.results import from_json
+from ml2o_dist.paretoset.settings import ParetoSetSettings
 from ml2o_dist.remote_files import is_uri
 from ml2o_dist.run_log import RunLog, read_log
 from ml2o_dist.sweeping.page import SweepPageRecord, read_pictures, render_sweep, sweep_page_sections
@@ -34,6 +37,8 @@ EVALUATION = ("evaluation.json", "evaluate.yaml")
 """What `ml2o evaluate` leaves in its folder: results, settings."""
 SWEEP = "sweep.yaml"
 """What `ml2o sweep` leaves in its folder first of all: its settings."""
+PARETO_SET = "pareto_set.yaml"
+"""What `ml2o pareto-set train` leaves in its folder first of all: its settings."""
 Found = TypeVar("Found")
 
 
@@ -48,7 +53,11 @@ def write_report(run_dir: Path, path: Path | None = None, place: str = "") -> di
     Raises:
         UserError: the folder holds none of them, or cannot be written.
     """
-    if (run_dir / SWEEP).is_file():
+    if (run_dir / PARETO_SET).is_file():
+        pareto_set = load_set_record(run_dir, place)
+        sections, unread = set_page_sections(pareto_set), pareto_set.unread_lines
+        page = render_set(pareto_set, sections)
+    elif (run_dir / SWEEP).is_file():
         record = load_sweep_record(run_dir, place)
         sections, unread = sweep_page_sections(record), record.unread_lines
         page = render_sweep(record, sections)
@@ -127,6 +136,24 @@ def load_sweep_record(folder: Path, place: str = "") -> SweepPageRecord:
         settings=files.read(SWEEP, load_sweep),
         trials=files.read(TRIALS, lambda file: SweepRecord(file.parent)),
         pictures=files.read("plots", read_pictures) or {},
+        log=files.read("run.log", read_log) or RunLog(),
+        unread=files.unread,
+    )
+
+
+def load_set_record(folder: Path, place: str = "") -> SetPageRecord:
+    """Read back a Pareto set: what is not there is left out, and what cannot be read is noted in `unread`."""
+    files = _Files(folder, place)
+    fronts = files.read("fronts.json", lambda file: dict(json.loads(file.read_bytes()))) or {}
+    picture = folder / "plots" / "fronts.png"
+    return SetPageRecord(
+        name=files.name,
+        path=files.place,
+        settings=files.read(PARETO_SET, lambda file: read_settings(ParetoSetSettings, file, ())),
+        names=fronts.get("tasks", ()),
+        results=[from_json(each) for each in fronts.get("approaches", ())],
+        provenance={"git": str(fronts.get("git", ""))} | fronts.get("data_sha256", {}),
+        picture=files.read("plots", lambda _: picture.read_bytes()) or b"",
         log=files.read("run.log", read_log) or RunLog(),
         unread=files.unread,
     )

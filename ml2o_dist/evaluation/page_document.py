@@ -1,4 +1,4 @@
-"""A page as one HTML document that asks for nothing outside itself; its only script sorts the tables."""
+"""A page as one HTML document that asks for nothing outside itself; a script sorts its tables."""
 
 from __future__ import annotations
 
@@ -36,9 +36,13 @@ for (const head of document.querySelectorAll('table.sortable th')) {
 """Turns the heads of a sortable table into buttons; the value of a cell is in its data-value, "" is always last.
 Without it the page is whole, its tables stay as they were made."""
 
-_DIGEST = base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()
-POLICY = f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src 'sha256-{_DIGEST}'"
-"""The browser is told, too, that the page may load nothing and run nothing but this script."""
+
+def policy(scripts: Iterable[str]) -> str:
+    """Return what tells the browser, too, that the page may load nothing and run nothing but these scripts."""
+    digests = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
+    allowed = " ".join(f"'sha256-{digest}'" for digest in digests)
+    return f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src {allowed}"
+
 
 MOST_WARNINGS = 100
 """The newest ones that are shown."""
@@ -73,8 +77,9 @@ class PageHead:
     unread: Sequence[str] = ()
 
 
-def document(head: PageHead, sections: Sequence[Section]) -> str:
-    """Return the whole document."""
+def document(head: PageHead, sections: Sequence[Section], script: str = "") -> str:
+    """Return the whole document; `script` is one of the page's own."""
+    scripts = [each for each in (SCRIPT, script) if each]
     links = "".join(f'<a href="#{s.name}">{text(s.title)}</a>' for s in sections)
     unread = "".join(f'<p class="alert">{text(line)}</p>' for line in head.unread)
     parts = "".join(
@@ -82,12 +87,13 @@ def document(head: PageHead, sections: Sequence[Section]) -> str:
     )
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">'
+        f'<meta http-equiv="Content-Security-Policy" content="{policy(scripts)}">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{text(head.name)}: {text(head.kind.lower())}</title><style>{STYLE}</style></head><body>"
         f'<header><p class="kind">{text(head.kind)}</p><h1>{text(head.name)}</h1><p>{text(head.state)}</p>'
         f"{unread}{_tiles(head.tiles)}<nav>{links}</nav></header><main>{parts}</main>"
-        f"<footer>Made by ml2o report from {text(head.path)}</footer><script>{SCRIPT}</script></body></html>\n"
+        f"<footer>Made by ml2o report from {text(head.path)}</footer>"
+        f"{''.join(f'<script>{each}</script>' for each in scripts)}</body></html>\n"
     )
 
 

@@ -1,4 +1,4 @@
-"""The common start and the experts: trained as Ray Train runs, or read from files.
+"""The common start and the experts, trained as Ray Train runs.
 
 A stage is one training of the network on a weighted sum of the tasks' losses: equal weights from the first values
 give theta_0, the weights e_t from theta_0 give expert t. Its ranks are data-parallel (gloo on CPUs, NCCL on GPUs).
@@ -10,7 +10,6 @@ gone on with from its checkpoint ends as what was not.
 from __future__ import annotations
 
 import json
-import pickle
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -18,16 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
-from torch import Tensor, nn
+from torch import nn
 
-from ml2o_dist.errors import UserError
-from ml2o_dist.files import replacing
 from ml2o_dist.metatrain.checkpoint import Checkpoint, newest_checkpoint, save_checkpoint
 from ml2o_dist.paretoset.image_tasks import load_tasks
 from ml2o_dist.paretoset.networks import MultiHead, build_multi_head
 from ml2o_dist.paretoset.settings import FineTuning, NetworkSettings
+from ml2o_dist.paretoset.states import read_state, save_state
 from ml2o_dist.paretoset.tasks import TaskSet, sample_losses
 from ml2o_dist.paretoset.training import annealed
 from ml2o_dist.seeding import generator
@@ -150,47 +146,6 @@ def train_rank(config: Mapping[str, Any]) -> None:
             if rank == 0:
                 _save(folder, mark, done, seconds, network, optimizer)
             ray.train.report({"step": done, "loss": float((weights * losses.detach()).sum())})
-
-
-def read_state(file: str | Path) -> dict[str, Tensor]:
-    """Read a state dict: .safetensors, or what torch.save wrote, of which nothing but tensors is unpickled.
-
-    Raises:
-        UserError: the file is missing, torn, or holds something else.
-    """
-    path = Path(file)
-    try:
-        if path.suffix == ".safetensors":
-            found: dict[str, Tensor] = load_file(path)
-            return found
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise UserError(f"weights file {str(path)!r} is missing") from error
-    except (OSError, SafetensorError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"weights file {str(path)!r} cannot be read: {reason}") from error
-    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
-        state = state["state_dict"]  # as trainers write it
-    if not isinstance(state, Mapping) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise UserError(f"weights file {str(path)!r} holds no state dict: names and tensors are wanted")
-    return dict(state)
-
-
-def save_state(file: Path, state: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
-    """Write a state dict, whole or not at all, with JSON values beside it in the header; raises OSError."""
-    tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
-    with replacing(file) as stream:
-        stream.write(save(tensors, {"ml2o_dist": json.dumps(about, sort_keys=True)}))
-
-
-def about_state(file: Path) -> dict[str, Any]:
-    """Return the JSON values that `save_state` wrote; {} where there is no such file, or another's."""
-    try:
-        with safe_open(file, "pt") as opened:
-            about: dict[str, Any] = json.loads((opened.metadata() or {}).get("ml2o_dist", "{}"))
-            return about
-    except (OSError, SafetensorError, ValueError):
-        return {}
 
 
 def _save(

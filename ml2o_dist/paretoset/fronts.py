@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ml2o_dist.evaluation.metrics import hypervolume
-from ml2o_dist.paretoset.preferences import evaluation_rays
 
 REFERENCE = 2.0
 """Of the hypervolume, in each task's cross-entropy: that of the published figures."""
@@ -30,15 +30,16 @@ class Front:
         return hypervolume(self.losses, reference).value
 
     @property
-    def monotonicity(self) -> float:
+    def monotonicity(self) -> float | None:
         """The share of pairs of rays, over all tasks, where more preference for a task means less loss of it.
 
-        1: moving the dial towards a task always helps it; 1/2: the dial does nothing; a tie counts as a half.
+        1: moving the dial towards a task always helps it; 1/2: the dial does nothing, since a tie counts as a half.
+        None where no two rays differ.
         """
         more = self.rays.unsqueeze(1) > self.rays.unsqueeze(0)  # [i, j, t]: ray i asks more for task t than ray j
         difference = self.losses.unsqueeze(1) - self.losses.unsqueeze(0)
         better = (difference < 0).double() + 0.5 * (difference == 0).double()
-        return float(better[more].mean())
+        return float(better[more].mean()) if more.any() else None
 
     def to_json(self) -> dict[str, object]:
         """Return the front as JSON values."""
@@ -51,8 +52,9 @@ class Front:
         }
 
 
-def measured_front(measure: Callable[[Tensor], tuple[Tensor, Tensor]], tasks: int, divisions: int = 10) -> Front:
-    """Measure at every ray of `evaluation_rays`; `measure` maps a preference [T] to losses and accuracies [T]."""
-    rays = evaluation_rays(tasks, divisions)
-    rows = [measure(ray) for ray in rays]
-    return Front(rays, torch.stack([losses for losses, _ in rows]), torch.stack([right for _, right in rows]))
+def front_from_json(value: Mapping[str, Any]) -> Front:
+    """Return the front that `Front.to_json` wrote."""
+    rays, losses, accuracies = (
+        torch.tensor(value[key], dtype=torch.float64) for key in ("rays", "losses", "accuracies")
+    )
+    return Front(rays, losses, accuracies)

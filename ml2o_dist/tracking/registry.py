@@ -85,7 +85,7 @@ def register_version(
         number = (
             known if known is not None else _create(client, uri, model, loaded, run_id, experiment, description, tags)
         )
-        _set_alias(client, model, alias, number)
+        set_alias(client, model, alias, number)
     return number
 
 
@@ -184,13 +184,28 @@ def _create(
     description: str,
     tags: Mapping[str, str] | None,
 ) -> int:
+    with tempfile.TemporaryDirectory(prefix="ml2o-model-") as folder:
+        save_model(Path(folder) / "model", artifact)
+        every = _tags(artifact) | dict(tags or {})
+        return create_version(client, uri, model, Path(folder) / "model", run_id, experiment, description, every)
+
+
+def create_version(
+    client: Any,
+    uri: str,
+    model: str,
+    folder: Path,
+    run_id: str | None,
+    experiment: str,
+    description: str,
+    tags: Mapping[str, str],
+) -> int:
+    """Register the MLflow model in `folder` as a new version of `model`; return the version."""
     from mlflow.exceptions import MlflowException
 
     experiment_id = client.get_run(run_id).info.experiment_id if run_id else ensure_experiment(client, uri, experiment)
     logged = client.create_logged_model(experiment_id, name=model, source_run_id=run_id)
-    with tempfile.TemporaryDirectory(prefix="ml2o-model-") as folder:
-        save_model(Path(folder) / "model", artifact)
-        client.log_model_artifacts(logged.model_id, str(Path(folder) / "model"))
+    client.log_model_artifacts(logged.model_id, str(folder))
     client.finalize_logged_model(logged.model_id, "READY")
     try:
         client.create_registered_model(model)
@@ -205,7 +220,7 @@ def _create(
         run_id=run_id,
         model_id=logged.model_id if served else None,
         description=within_limit(description),
-        tags=_tags(artifact) | dict(tags or {}),
+        tags=dict(tags),
         await_creation_for=_CREATION_S,
     )
     return int(created.version)
@@ -232,7 +247,8 @@ def _same_version(client: Any, model: str, artifact: Artifact, run_id: str | Non
     return None
 
 
-def _set_alias(client: Any, model: str, alias: str, number: int) -> None:
+def set_alias(client: Any, model: str, alias: str, number: int) -> None:
+    """Give a version an alias, unless a newer one has it."""
     current = client.get_registered_model(model).aliases.get(alias)
     if current is None or int(current) < number:
         client.set_registered_model_alias(model, alias, str(number))

@@ -1,0 +1,311 @@
+"""Every way to a front, ours and what it is compared with, on the same tasks and network, as pieces of work for Ray.
+
+| name | what | trained |
+|---|---|---|
+| experts | the T experts themselves | |
+| average, arithmetic, ties | one merged network; lambda of the latter two is chosen on the validation split | |
+| soup | rewarded soup | |
+| pwe | ours: the fusion's routers | routers.steps by routers.optimizer |
+| ls, epo | a network for each ray of the grid | start.steps + experts.steps by Adam, each |
+| mgda | one network, which knows no preference | the same |
+| phn-ls, phn-epo | Pareto hypernetwork | as many steps as start, experts and routers took together |
+| cosmos, pamal | preference as input; weight line | the same |
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import functional_call
+
+from ml2o_dist.artifact import weights_sha256
+from ml2o_dist.evaluation.contestants import Contestant, HandDesigned
+from ml2o_dist.files import replacing
+from ml2o_dist.paretoset.conditioned import (
+    Conditioned,
+    ConditionedInput,
+    Fused,
+    Hypernetwork,
+    Plain,
+    WeightLine,
+    trainable,
+)
+from ml2o_dist.paretoset.experts import network_of
+from ml2o_dist.paretoset.fronts import Front
+from ml2o_dist.paretoset.fusion import Fusion
+from ml2o_dist.paretoset.image_tasks import load_tasks
+from ml2o_dist.paretoset.merging import rewarded_soup, simple_average, task_arithmetic, ties
+from ml2o_dist.paretoset.networks import MultiHead
+from ml2o_dist.paretoset.preference_problem import PreferenceProblem
+from ml2o_dist.paretoset.preferences import evaluation_rays
+from ml2o_dist.paretoset.scalarization import Scalarization
+from ml2o_dist.paretoset.settings import MERGED, PER_RAY, WHOLE, ParetoSetSettings
+from ml2o_dist.paretoset.states import read_state
+from ml2o_dist.paretoset.task_vectors import TaskVectors
+from ml2o_dist.paretoset.tasks import TaskSet
+from ml2o_dist.paretoset.training import Diverged, train
+
+OURS, EXPERTS = "pwe", "experts"
+LAMBDAS = tuple(round(0.1 * i, 1) for i in range(1, 16))
+"""What the factor of task arithmetic and TIES is chosen from, on the validation split."""
+
+TOLD_EVERY = 50
+"""Steps between two times that a training tells how far it is."""
+
+Outcome = dict[str, Any]
+"""What a piece of work came to, as JSON values."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """One piece: a whole approach, or one ray of it.
+
+    Attributes:
+        approach: see the table above.
+        ray: which row of `evaluation_rays`, of approaches that train a network for each; None: all.
+        settings: with the device and the data folder resolved.
+        contestant: what trains it.
+        folder: the run directory; states of start and experts lie in `experts/`.
+        files: of the start and each expert.
+    """
+
+    approach: str
+    ray: int | None
+    settings: ParetoSetSettings
+    contestant: Contestant
+    anneals: bool
+    folder: str
+    files: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """The approach, with the ray's number where it has one."""
+        return self.approach if self.ray is None else f"{self.approach}_{self.ray:02d}"
+
+    def steps(self, tasks: int) -> int:
+        """Return how many steps its training has; 0 where there is none. `tasks`: T."""
+        settings = self.settings
+        if self.approach in (EXPERTS, *MERGED):
+            return 0
+        if self.approach == OURS:
+            return settings.routers.steps
+        if self.approach in WHOLE:
+            return settings.start.steps + tasks * settings.experts.steps + settings.routers.steps
+        return settings.start.steps + settings.experts.steps
+
+    def done(self, tasks: int, finished: bool) -> int:
+        """Return how many of its steps are done, as far as it has told."""
+        try:
+            return self.steps(tasks) if finished else int(self.told.read_text())
+        except (OSError, ValueError):  # not begun, or just being written
+            return 0
+
+    @property
+    def told(self) -> Path:
+        """Where a training writes, every so often, how far it is."""
+        return Path(self.folder) / "training" / f"{self.name}.step"
+
+    @property
+    def result(self) -> Path:
+        """Where its outcome is kept."""
+        return Path(self.folder) / "fronts" / f"{self.name}.json"
+
+
+def all_work(
+    settings: ParetoSetSettings, tasks: int, contestant: Contestant, folder: str, files: tuple[str, ...]
+) -> list[Work]:
+    """Return every piece of work of a run, ours first; `contestant` trains the routers."""
+    adam = HandDesigned("mean", "adam", settings.comparator_lr)
+    anneals = isinstance(contestant, HandDesigned)
+    found = [Work(OURS, None, settings, contestant, anneals, folder, files)]
+    for name in (EXPERTS, *settings.comparators):
+        trainer = HandDesigned("mgda", "adam", settings.comparator_lr) if name == "mgda" else adam
+        rays = range(len(evaluation_rays(tasks, settings.divisions))) if name in ("ls", "epo") else [None]
+        found += [Work(name, ray, settings, trainer, True, folder, files) for ray in rays]
+    return found
+
+
+def run_work(work: Work) -> Outcome:
+    """Do one piece of work, or what is left of it, and keep its outcome; what is kept already is returned.
+
+    Raises:
+        UserError: data, a state dict or a name that is not as it must be; OSError: a disk that takes nothing.
+    """
+    settings = work.settings
+    device = torch.device(settings.device)
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    tasks = load_tasks(settings.tasks, settings.data.root)
+    states = [read_state(file) for file in work.files]
+    mark = _fingerprint(work, states)
+    if (kept := kept_outcome(work.result, mark)) is not None:
+        return kept
+    network = network_of(tasks, settings.network, settings.seed)
+    if work.approach in (EXPERTS, *MERGED):
+        outcome = _merged(work.approach, settings, tasks, network, states, device)
+    else:
+        outcome = _trained(work, tasks, network, states, device, mark)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    outcome = {"name": work.name, "approach": work.approach, "fingerprint": mark, "peak_mb": peak, **outcome}
+    with replacing(work.result) as stream:
+        stream.write(json.dumps(outcome).encode())
+    return outcome
+
+
+def kept_outcome(file: Path, mark: Mapping[str, Any] | None = None) -> Outcome | None:
+    """Return the outcome in `file`; None where there is none, a torn one, or with `mark` one of something else."""
+    try:
+        outcome: Outcome = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return None
+    return outcome if mark is None or outcome.get("fingerprint") == mark else None
+
+
+def _fingerprint(work: Work, states: list[dict[str, Tensor]]) -> dict[str, Any]:
+    """Return what determines the outcome, as JSON values."""
+    settings = work.settings
+    kept = settings.model_dump(mode="json", exclude={"comparators", "resources", "data", "tracking"}, by_alias=True)
+    for part in ("start", "experts", "routers"):
+        for key in ("checkpoint_every", "max_failures", "files"):
+            kept[part].pop(key, None)
+    if work.approach != OURS:
+        kept["routers"].pop("optimizer"), kept["routers"].pop("loss")
+    return {
+        "settings": kept,
+        "trainer": json.loads(json.dumps(work.contestant.identity)),
+        "states": [weights_sha256(state) for state in states],
+    }
+
+
+def _merged(
+    name: str,
+    settings: ParetoSetSettings,
+    tasks: TaskSet,
+    network: MultiHead,
+    states: list[dict[str, Tensor]],
+    device: torch.device,
+) -> Outcome:
+    network.to(device).eval()
+    start, *experts = [{key: tensor.to(device) for key, tensor in state.items()} for state in states]
+    vectors = TaskVectors.of(network, start, experts, network.head_names)
+    rays = evaluation_rays(tasks.count, settings.divisions)
+    even = torch.full((1, tasks.count), 1 / tasks.count, dtype=torch.float64)
+
+    def measure(state: Mapping[str, Tensor], split: str) -> tuple[Tensor, Tensor]:
+        answer: Callable[[Tensor], list[Tensor]] = lambda images: functional_call(network, dict(state), (images,))  # noqa: E731
+        return tasks.measure(answer, split, device, settings.test_samples)
+
+    chosen: dict[str, Any] = {}
+    if name == EXPERTS:
+        rays, points = torch.eye(tasks.count, dtype=torch.float64), list(experts)
+    elif name == "soup":
+        points = [rewarded_soup(vectors, ray) for ray in rays]
+    elif name == "average":
+        rays, points = even, [simple_average(vectors)]
+    else:
+        merge = task_arithmetic if name == "arithmetic" else ties
+        totals = {scale: float(measure(merge(vectors, scale), "validation")[0].sum()) for scale in LAMBDAS}
+        best = min(totals, key=lambda scale: (totals[scale], scale))
+        chosen = {"scale": best, "validation_by_scale": {str(scale): total for scale, total in totals.items()}}
+        rays, points = even, [merge(vectors, best)]
+    fronts = {split: _front(rays, [measure(point, split) for point in points]) for split in ("validation", "test")}
+    return {**fronts, "steps": 0, "seconds": 0.0, "trained_parameters": 0, "failures": 0, "diverged": "", **chosen}
+
+
+def _trained(
+    work: Work,
+    tasks: TaskSet,
+    network: MultiHead,
+    states: list[dict[str, Tensor]],
+    device: torch.device,
+    mark: Mapping[str, Any],
+) -> Outcome:
+    settings = work.settings
+    rays = evaluation_rays(tasks.count, settings.divisions)
+    even = torch.full((tasks.count,), 1 / tasks.count, dtype=torch.float64)
+    fixed = None
+    if work.approach in PER_RAY:
+        fixed = even if work.ray is None else rays[work.ray]
+        rays = fixed.unsqueeze(0)
+    model = _model(work.approach, settings, tasks, network, states)
+    problem = PreferenceProblem(
+        model, tasks, Scalarization(_loss(work)), batch=_batch(work), device=device, preference=fixed
+    )
+    steps = work.steps(tasks.count)
+    outcome = {"steps": steps, "trained_parameters": trainable(model), "diverged": ""}
+    try:
+        trained = train(
+            problem,
+            work.contestant.rule(device, problem.dtype),
+            steps=steps,
+            seed=settings.seed,
+            folder=Path(work.folder) / "training" / work.name,
+            fingerprint=mark,
+            final_lr=settings.routers.final_lr if work.anneals else 1.0,
+            checkpoint_every=settings.routers.checkpoint_every,
+            on_step=_told(work),
+        )
+    except Diverged as error:
+        return outcome | {"diverged": str(error), "seconds": 0.0, "failures": 0}
+    fronts = {
+        split: _front(rays, [problem.measure(trained.parameters, r, split, settings.test_samples) for r in rays])
+        for split in ("validation", "test")
+    }
+    return {**outcome, **fronts, "seconds": trained.seconds, "failures": trained.failures}
+
+
+def _model(
+    approach: str, settings: ParetoSetSettings, tasks: TaskSet, network: MultiHead, states: list[dict[str, Tensor]]
+) -> Conditioned:
+    if approach == OURS:
+        start, *experts = states
+        return Fused(
+            Fusion(
+                network,
+                start,
+                experts,
+                modules=settings.modules,
+                heads=network.head_names,
+                scale=settings.scale,
+                seed=settings.seed,
+            )
+        )
+    if approach in PER_RAY:
+        return Plain(network)
+    if approach == "pamal":
+        ends = [network_of(tasks, settings.network, settings.seed + t) for t in range(tasks.count)]
+        return WeightLine(network, ends)
+    if approach == "cosmos":
+        return ConditionedInput(network, tasks.count, settings.seed)
+    return Hypernetwork(network, tasks.count, settings.seed)
+
+
+def _loss(work: Work) -> str:
+    if work.approach == OURS:
+        return work.settings.routers.loss
+    return {"epo": "epo", "phn-epo": "epo", "cosmos": "cosmos"}.get(work.approach, "ls")
+
+
+def _batch(work: Work) -> int:
+    return work.settings.experts.batch if work.approach in PER_RAY else work.settings.routers.batch
+
+
+def _front(rays: Tensor, measured: list[tuple[Tensor, Tensor]]) -> dict[str, object]:
+    losses, accuracies = zip(*measured, strict=True)
+    return Front(rays, torch.stack(losses), torch.stack(accuracies)).to_json()
+
+
+def _told(work: Work) -> Callable[[int, Tensor, float], bool]:
+    def told(step: int, parameters: Tensor, seconds: float) -> bool:
+        if step % TOLD_EVERY == 0:
+            work.told.write_text(str(step))
+        return True
+
+    return told

@@ -1,0 +1,119 @@
+"""Stages and pieces of work on Ray: as many at once as there is room for, each run once more where it fails."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ml2o_dist.errors import UserError
+from ml2o_dist.paretoset.approaches import Outcome, Work, run_work
+from ml2o_dist.paretoset.experts import Stage, fit_stage
+from ml2o_dist.paretoset.settings import TaskResources
+
+POLL_S = 0.5
+RUNS = 2
+"""A piece that failed runs again once: an error of the machine is not one of the piece."""
+
+log = logging.getLogger(__name__)
+
+OnPoll = Callable[[], bool]
+"""Called twice a second; False ends the work and cancels what is left."""
+
+
+class Stopped(Exception):
+    """`on_poll` has ended the work."""
+
+
+def run_stages(stages: Sequence[Stage], folder: Path, resources: TaskResources, on_poll: OnPoll) -> None:
+    """Train all `stages` as Ray Train runs, those together that the cluster has room for.
+
+    Raises:
+        UserError: the cluster has no room for one; RuntimeError: one has failed; Stopped.
+    """
+    import ray
+
+    total = ray.cluster_resources()
+    limits = []
+    for stage in stages:
+        ranks = stage.tuning.ranks
+        for kind, each in (("CPU", resources.num_cpus), ("GPU", resources.num_gpus)):
+            have = total.get(kind, 0.0)
+            if ranks * each > have:
+                raise UserError(
+                    f"training {stage.name} wants {ranks} ranks of {each:g} {kind}, the cluster has {have:g}: lower "
+                    f"ranks or resources.num_{kind.lower()}s"
+                )
+            if each:
+                limits.append(int(have // (ranks * each)))
+    task = ray.remote(num_cpus=0, max_retries=0)(fit_stage)
+
+    def submit(stage: Stage) -> Any:
+        named = task.options(name=f"training {stage.name}")
+        return named.remote(stage, folder, num_cpus=resources.num_cpus, num_gpus=resources.num_gpus)
+
+    failed = _run(stages, submit, lambda stage, outcome: None, min(limits, default=1), on_poll)
+    if failed:
+        raise RuntimeError(f"training {stages[failed[0][0]].name} failed: {failed[0][1]}")
+
+
+def run_works(
+    works: Sequence[Work], resources: TaskResources, on_outcome: Callable[[Work, Outcome], None], on_poll: OnPoll
+) -> list[tuple[Work, str]]:
+    """Do all `works` as Ray tasks; return those that failed twice, with the reasons.
+
+    Raises:
+        UserError: what a piece raised, since the others would raise it, too; Stopped.
+    """
+    import ray
+
+    task = ray.remote(num_cpus=resources.num_cpus, num_gpus=resources.num_gpus, max_retries=0)(run_work)
+
+    def submit(work: Work) -> Any:
+        return task.options(name=f"pareto set {work.name}").remote(work)
+
+    failed = _run(works, submit, on_outcome, len(works), on_poll)
+    return [(works[index], reason) for index, reason in failed]
+
+
+def _run(
+    pieces: Sequence[Any],
+    submit: Callable[[Any], Any],
+    on_outcome: Callable[[Any, Any], None],
+    limit: int,
+    on_poll: OnPoll,
+) -> list[tuple[int, str]]:
+    import ray
+
+    waiting = [(index, 1) for index in range(len(pieces))]
+    under_way: dict[Any, tuple[int, int]] = {}
+    failed = []
+    try:
+        while waiting or under_way:
+            while waiting and len(under_way) < limit:
+                index, runs = waiting.pop(0)
+                under_way[submit(pieces[index])] = index, runs
+            ready, _ = ray.wait(list(under_way), timeout=POLL_S)
+            for ref in ready:
+                index, runs = under_way.pop(ref)
+                try:
+                    outcome = ray.get(ref)
+                except ray.exceptions.RayError as error:
+                    cause = getattr(error, "cause", None)
+                    if isinstance(cause, UserError):
+                        raise cause from None
+                    reason = " ".join(str(cause or error).split())[-300:]
+                    if runs < RUNS:
+                        log.warning("%s failed: %s; it runs once more", pieces[index].name, reason)
+                        waiting.insert(0, (index, runs + 1))
+                    else:
+                        failed.append((index, reason))
+                    continue
+                on_outcome(pieces[index], outcome)
+            if not on_poll():
+                raise Stopped
+    finally:
+        for ref in under_way:
+            ray.cancel(ref, force=True)
+    return failed

@@ -1,0 +1,148 @@
+"""A Pareto set on disk: one safetensors file with the start, the experts and the routers, and JSON in its header."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from ml2o_dist.artifact import weights_sha256
+from ml2o_dist.errors import UserError
+from ml2o_dist.paretoset.fusion import Fusion
+from ml2o_dist.paretoset.networks import MultiHead, build_multi_head
+from ml2o_dist.paretoset.settings import NetworkSettings
+from ml2o_dist.paretoset.states import save_state
+from ml2o_dist.paretoset.task_vectors import State
+
+FILE = "pareto_set.safetensors"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class SetCard:
+    """What a saved set says of itself.
+
+    Attributes:
+        tasks: the task set's name.  names, classes, side: its tasks and images.
+        mean, deviation: of the training pixels of each task, grey levels: images are standardised by them.
+        network, modules, scale, seed: what the fusion is built with.
+        front: rays, losses and accuracies on the test split, as JSON values.
+    """
+
+    tasks: str
+    names: tuple[str, ...]
+    classes: tuple[int, ...]
+    side: int
+    mean: tuple[float, ...]
+    deviation: tuple[float, ...]
+    network: NetworkSettings
+    modules: str
+    scale: float
+    seed: int
+    front: dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False)
+class SavedSet:
+    """A set as it was read back: the fusion with its trained routers, and the card."""
+
+    fusion: Fusion
+    card: SetCard
+    weights_sha256: str
+
+
+def save_set(file: Path, card: SetCard, start: State, experts: Sequence[State], routers: Mapping[str, Tensor]) -> str:
+    """Write a set, whole or not at all; return the sha256 over its tensors. Raises OSError."""
+    tensors = {f"start/{name}": tensor for name, tensor in start.items()}
+    for t, expert in enumerate(experts):
+        tensors |= {f"expert_{t + 1}/{name}": tensor for name, tensor in expert.items()}
+    tensors |= {f"routers/{name}": tensor for name, tensor in routers.items()}
+    digest = weights_sha256(tensors)
+    about = {**vars(card), "network": card.network.model_dump(), "format": FORMAT, "weights_sha256": digest}
+    about["card_sha256"] = _digest(about)
+    save_state(file, tensors, about)
+    return digest
+
+
+def load_set(place: Path) -> SavedSet:
+    """Read a set from its file, or from the run directory that has one.
+
+    Raises:
+        UserError: the file is missing, torn, altered, of a later version, or no Pareto set.
+    """
+    file = place / FILE if place.is_dir() else place
+    if not file.exists():
+        raise UserError(f"{place} holds no Pareto set: {file.name} is missing (is `ml2o pareto-set train` finished?)")
+    try:
+        with safe_open(file, "pt") as opened:
+            about = json.loads((opened.metadata() or {}).get("ml2o_dist", "{}"))
+            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError, ValueError) as error:
+        raise UserError(f"Pareto set {str(file)!r} cannot be read: {' '.join(str(error).split())}") from error
+    card = _card(file, about)
+    if weights_sha256(tensors) != about["weights_sha256"]:
+        raise UserError(f"Pareto set {str(file)!r} was altered: its tensors do not agree with its weights_sha256")
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in tensors.items():
+        part, _, rest = name.partition("/")
+        parts.setdefault(part, {})[rest] = tensor
+    network = set_network(card)
+    experts = [parts[f"expert_{t + 1}"] for t in range(len(card.names))]
+    fusion = Fusion(network, parts["start"], experts, modules=card.modules, heads=network.head_names, scale=card.scale)
+    fusion.routers.load_state_dict(parts["routers"])
+    return SavedSet(fusion.eval(), card, str(about["weights_sha256"]))
+
+
+def set_network(card: SetCard) -> MultiHead:
+    """Build the plain network of a set, with first values that do not count."""
+    rest = card.network.model_dump()
+    return build_multi_head(rest.pop("name"), side=card.side, classes=card.classes, seed=card.seed, **rest)
+
+
+def standardised(card: SetCard, images: Tensor, task: int) -> Tensor:
+    """Return grey images [B, H, W], levels 0..255, as the networks want them for a task: [B, 1, H, W]."""
+    groups = len(card.mean)
+    g = task if groups == len(card.names) else 0
+    return ((images.to(torch.float32) - card.mean[g]) / card.deviation[g]).unsqueeze(1)
+
+
+def save_plain(file: Path, network: nn.Module, card: SetCard, preference: Sequence[float]) -> None:
+    """Write the state dict of an exported network, with what it is in the header; raises OSError."""
+    about = {
+        "tasks": card.tasks,
+        "names": card.names,
+        "classes": card.classes,
+        "side": card.side,
+        "mean": card.mean,
+        "deviation": card.deviation,
+        "network": card.network.model_dump(),
+        "preference": list(preference),
+    }
+    save_state(file, network.state_dict(), about)
+
+
+def _card(file: Path, about: Mapping[str, Any]) -> SetCard:
+    if not isinstance(about.get("format"), int):
+        raise UserError(f"{str(file)!r} is no Pareto set of ml2o_dist: its header names no format")
+    if about["format"] > FORMAT:
+        raise UserError(
+            f"{str(file)!r} has format {about['format']}, this ml2o_dist reads up to {FORMAT}: install a newer one"
+        )
+    own = {key: value for key, value in about.items() if key != "card_sha256"}
+    if _digest(own) != about.get("card_sha256"):
+        raise UserError(f"Pareto set {str(file)!r} was altered: its header does not agree with its card_sha256")
+    fields = {key: own[key] for key in SetCard.__dataclass_fields__}
+    for key in ("names", "classes", "mean", "deviation"):
+        fields[key] = tuple(fields[key])
+    return SetCard(**fields | {"network": NetworkSettings(**own["network"])})
+
+
+def _digest(about: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
