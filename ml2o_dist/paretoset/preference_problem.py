@@ -101,7 +101,7 @@ class PreferenceProblem(Problem):
     def measure(
         self, parameters: Tensor, preference: Tensor, split: str, samples: int | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Return the losses [T] and accuracies [T] of the network that `parameters` [1, n] give for `preference` [T]."""
+        """Return losses [T] and accuracies [T] of the network that `parameters` [1, n] give for `preference` [T]."""
         views = named_views(self.model, parameters[0].detach())
         r = preference.to(self.device, self.dtype)
         self.model.eval()
