@@ -103,7 +103,8 @@ class TaskVectors:
 
 def combined(weights: Tensor, tensors: Tensor) -> Tensor:
     """Return sum_t w_t X_t [...] of `tensors` X [T, ...] and `weights` w [T], in the tensors' precision."""
-    return torch.tensordot(weights.to(tensors), tensors, dims=1)
+    total: Tensor = torch.tensordot(weights.to(tensors), tensors, dims=1)
+    return total
 
 
 def _aliases(network: nn.Module, start: State) -> dict[str, str]:
