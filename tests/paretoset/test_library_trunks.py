@@ -154,7 +154,7 @@ def test_a_trunk_that_cannot_take_the_images_is_one_line(monkeypatch: pytest.Mon
     inner = nn.Linear(5, 5)
     inner.pretrained_cfg = {"input_size": (3, SIZE, SIZE)}  # type: ignore[assignment]
     stand_in(monkeypatch, "timm", create_model=lambda name, **settings: inner)
-    with pytest.raises(UserError, match="network timm/x: .*shapes cannot be multiplied"):
+    with pytest.raises(UserError, match=r"network timm/x: .*shapes cannot be multiplied"):
         library_trunk("timm", "x", 8)
 
 
