@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from ml2o_dist.errors import UserError
 from ml2o_dist.paretoset.fusion import Fusion
 from ml2o_dist.paretoset.networks import MultiHead
 from ml2o_dist.paretoset.tasks import Logits
@@ -73,7 +74,37 @@ class Fused(Conditioned):
         return answers(self.fusion.network, self.fusion.state(preference), images)
 
 
-class WeightLine(Conditioned):
+class OfArchitecture(Conditioned):
+    """A family whose networks have parameters that are made for each preference.
+
+    Attributes:
+        network: the architecture; its values are of no meaning, and its mode is that of the family.
+    """
+
+    def __init__(self, network: MultiHead) -> None:
+        """Raises UserError for a network whose buffers change in training: which preference should they be of?"""
+        super().__init__()
+        moving = [name for name, buffer in network.named_buffers() if buffer.is_floating_point()]
+        if moving:
+            raise UserError(
+                f"{type(self).__name__} needs a network without running moments, and this one has {moving[0]}: "
+                "use another network here"
+            )
+        self._network = (copy.deepcopy(network).requires_grad_(False),)  # in a tuple: its parameters are not ours
+
+    @property
+    def network(self) -> MultiHead:
+        """The architecture."""
+        return self._network[0]
+
+    def train(self, mode: bool = True) -> OfArchitecture:
+        """Put the architecture into training or evaluation mode, too."""
+        self.network.train(mode)
+        super().train(mode)
+        return self
+
+
+class WeightLine(OfArchitecture):
     """PaMaL (Dimitriadis, Frossard, Fleuret 2023): theta(r) = sum_t r_t theta_t, all T ends trained together.
 
     Heads belong to a task and exist once.
@@ -81,8 +112,7 @@ class WeightLine(Conditioned):
 
     def __init__(self, network: MultiHead, ends: Sequence[MultiHead]) -> None:
         """`ends`: what the ends begin at; `network` gives the heads."""
-        super().__init__()
-        self._network = (copy.deepcopy(network).requires_grad_(False),)
+        super().__init__(network)
         self.heads = copy.deepcopy(network.heads)
         self.ends = nn.ModuleList(copy.deepcopy(end.trunk) for end in ends)
 
@@ -96,10 +126,10 @@ class WeightLine(Conditioned):
             for name in trunks[0]
         }
         state |= {f"heads.{name}": head for name, head in self.heads.named_parameters()}
-        return answers(self._network[0], state, images)
+        return answers(self.network, state, images)
 
 
-class Hypernetwork(Conditioned):
+class Hypernetwork(OfArchitecture):
     """A Pareto hypernetwork (Navon et al. 2021): an MLP turns r into all parameters of the network.
 
     Linear(T, 100), ReLU, Linear(100, 100), ReLU, Linear(100, 100), then one linear map for each tensor.
@@ -107,8 +137,7 @@ class Hypernetwork(Conditioned):
 
     def __init__(self, network: MultiHead, tasks: int, seed: int) -> None:
         """`network` is the architecture; the hypernetwork's first values are drawn from `seed`."""
-        super().__init__()
-        self._network = (copy.deepcopy(network).requires_grad_(False),)
+        super().__init__(network)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed("hypernetwork", seed))
             sizes = (tasks, EMBEDDING, EMBEDDING, EMBEDDING)
@@ -121,9 +150,9 @@ class Hypernetwork(Conditioned):
     def forward(self, preference: Tensor, images: Sequence[Tensor]) -> list[Logits]:
         """Make the network, then answer for all."""
         encoded = self.encoder(preference)
-        named = self._network[0].named_parameters()
+        named = self.network.named_parameters()
         state = {name: maker(encoded).view(p.shape) for (name, p), maker in zip(named, self.makers, strict=True)}
-        return answers(self._network[0], state, images)
+        return answers(self.network, state, images)
 
 
 class ConditionedInput(Conditioned):
@@ -165,12 +194,13 @@ def _first_layer(network: nn.Module) -> tuple[nn.Linear | nn.Conv2d, str]:
 
 def _widened(layer: nn.Linear | nn.Conv2d, tasks: int) -> nn.Linear | nn.Conv2d:
     """Return the layer for 1 + T channels, all its weights drawn anew for the larger fan-in."""
+    bias = layer.bias is not None
     if isinstance(layer, nn.Linear):
-        return nn.Linear(layer.in_features * (1 + tasks), layer.out_features)
+        return nn.Linear(layer.in_features * (1 + tasks), layer.out_features, bias=bias)
     padding = layer.padding
     assert not isinstance(padding, str)
-    side = (int(layer.kernel_size[0]), int(layer.kernel_size[1]))
-    return nn.Conv2d(1 + tasks, layer.out_channels, side, (layer.stride[0], layer.stride[1]), (padding[0], padding[1]))
+    side, stride = (layer.kernel_size[0], layer.kernel_size[1]), (layer.stride[0], layer.stride[1])
+    return nn.Conv2d(1 + tasks, layer.out_channels, side, stride, (padding[0], padding[1]), bias=bias)
 
 
 def trainable(model: nn.Module) -> int:

@@ -71,7 +71,9 @@ class Fusion(nn.Module):
         rest = {name: tensor for name, tensor in vectors.moved(equal).items() if name not in routed}
         self._start = Tensors({name: vectors.start[name] for name in routed})
         self._vectors = Tensors({name: vectors.vectors[name] for name in routed})
-        self._fixed = Tensors(rest | vectors.constants)
+        unsaved = {name: buffer.clone() for name, buffer in network.named_buffers() if name not in start}
+        self._fixed = Tensors(rest)
+        self._constants = Tensors(vectors.constants | unsaved)
         self._buffers_of_experts = Tensors(vectors.buffers)
         self.routers = Routers(len(self.upscaled), self.tasks, scale, seed)
 
@@ -85,6 +87,7 @@ class Fusion(nn.Module):
         weights = self.routers(preference.to(self.routers.bias))
         start, vectors = dict(self._start.items()), dict(self._vectors.items())
         state = dict(self._fixed.items())
+        state |= {name: each.clone() for name, each in self._constants.items()}  # BatchNorm counts in place
         for g, names in enumerate(self.upscaled.values()):
             state |= {name: start[name] + combined(weights[g], vectors[name]) for name in names}
         return state | {name: combined(preference, each) for name, each in self._buffers_of_experts.items()}

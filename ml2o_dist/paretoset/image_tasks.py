@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from ml2o_dist.errors import UserError, unknown
 from ml2o_dist.paretoset.tasks import SPLITS, Group, TaskSet
-from ml2o_dist.problems.images import CLASSES, DATA_SETS, image_pool, image_side, load_pairs
+from ml2o_dist.problems.images import CLASSES, DATA_SETS, image_pool, image_side, load_pairs, mean_and_deviation
 from ml2o_dist.problems.pairs import ImagePool
 from ml2o_dist.seeding import derive_seed
 
@@ -141,12 +141,12 @@ def _single_group(t: int, task: SingleTask, pool: ImagePool, split: str) -> Grou
 def _task_set(
     name: str, names: tuple[str, ...], classes: tuple[int, ...], side: int, splits: Mapping[str, tuple[Group, ...]]
 ) -> TaskSet:
-    moments = [(group.images.double().mean(), group.images.double().std(correction=0)) for group in splits["train"]]
-    hashes = {f"{name} {split}": _sha256(groups) for split, groups in splits.items()}
-    means, deviations = (tuple(float(each) for each in column) for column in zip(*moments, strict=True))
     for group in splits["train"]:
         if not len(group.images):
             raise UserError(f"task set {name!r} has no training images for tasks {group.tasks}")
+    moments = [mean_and_deviation(group.images.numpy()) for group in splits["train"]]
+    hashes = {f"{name} {split}": _sha256(groups) for split, groups in splits.items()}
+    means, deviations = (tuple(column) for column in zip(*moments, strict=True))
     return TaskSet(names, classes, side, splits, means, deviations, hashes)
 
 

@@ -25,18 +25,19 @@ def library_trunk(library: str, name: str, side: int) -> tuple[nn.Module, int]:
         raise unknown("library of networks", library, LIBRARIES)
     try:
         trunk = _LOADERS[library](name)
-    except ImportError as error:
+        trunk.eval()  # in training mode the moments of BatchNorm would take in the black image
+        with torch.no_grad():
+            features = trunk(torch.zeros(1, 1, side, side))
+    except ModuleNotFoundError as error:
         raise UserError(
             f"network {library}/{name}: {error.name} is not installed: pip install 'ml2o-dist[zoo]'"
         ) from error
     except Exception as error:  # unknown names, no network, no such file: each library has errors of its own
         raise UserError(f"network {library}/{name}: {' '.join(str(error).split())[:300]}") from error
-    with torch.no_grad():
-        features = trunk(torch.zeros(1, 1, side, side))
     if features.dim() != 2:
         shape = list(features.shape)
         raise UserError(f"network {library}/{name} gives features of shape {shape}, not [batch, features]")
-    return trunk, features.shape[1]
+    return trunk.train(), features.shape[1]
 
 
 class GreyImages(nn.Module):

@@ -5,7 +5,6 @@ Each returns a whole state dict; floating-point buffers are the mean of the expe
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -33,7 +32,7 @@ def rewarded_soup(vectors: TaskVectors, preference: Sequence[float] | Tensor) ->
         UserError: `preference` is no point of the simplex.
     """
     r = checked_preference(preference, vectors.tasks)
-    return vectors.moved(r) | vectors.averaged_buffers(r)
+    return vectors.whole_state(vectors.moved(r), r)
 
 
 def ties(vectors: TaskVectors, scale: float = 1.0, keep: float = 0.2) -> dict[str, Tensor]:
@@ -47,8 +46,8 @@ def ties(vectors: TaskVectors, scale: float = 1.0, keep: float = 0.2) -> dict[st
     """
     if not 0 < keep <= 1:
         raise UserError(f"keep {keep!r} of TIES must be a share of the entries, above 0 and at most 1")
-    flat = torch.cat([tau.flatten(1) for tau in vectors.vectors.values()], dim=1)
-    count = max(1, math.ceil(keep * flat.shape[1]))
+    flat = torch.cat([tau.reshape(len(tau), -1) for tau in vectors.vectors.values()], dim=1)
+    count = max(1, round(keep * flat.shape[1]))
     least = flat.abs().topk(count, dim=1).values[:, -1:]
     trimmed = torch.where(flat.abs() >= least, flat, 0.0)
     sign = trimmed.sum(dim=0).sign()
@@ -59,11 +58,11 @@ def ties(vectors: TaskVectors, scale: float = 1.0, keep: float = 0.2) -> dict[st
     for name, start in vectors.start.items():
         merged[name] = start + scale * elected[begin : begin + start.numel()].view_as(start)
         begin += start.numel()
-    return merged | vectors.heads | vectors.averaged_buffers(_equal(vectors))
+    return vectors.whole_state(merged | vectors.heads, _equal(vectors))
 
 
 def _merged(vectors: TaskVectors, weights: Tensor) -> dict[str, Tensor]:
-    return vectors.moved(weights) | vectors.averaged_buffers(_equal(vectors))
+    return vectors.whole_state(vectors.moved(weights), _equal(vectors))
 
 
 def _equal(vectors: TaskVectors) -> Tensor:

@@ -89,19 +89,19 @@ class PreferenceProblem(Problem):
         with torch.enable_grad():
             point = parameters[0].detach().requires_grad_(True)
             losses = torch.stack([self._ray_losses(point, batch, i).mean(dim=0) for i in range(rays)])
-        if rays == 1:
-            rows = _rows(losses[0], point)
-            weights = self.scalarization.weights(batch.preferences, losses.detach(), rows)
-            jacobian = weights[0].unsqueeze(1) * rows
-        else:
-            weights = self.scalarization.weights(batch.preferences, losses.detach())
-            jacobian = _rows((weights * losses).sum(dim=0), point)
+            if rays == 1:
+                rows = _rows(losses[0], point)
+                weights = self.scalarization.weights(batch.preferences, losses.detach(), rows)
+                jacobian = weights[0].unsqueeze(1) * rows
+            else:
+                weights = self.scalarization.weights(batch.preferences, losses.detach())
+                jacobian = _rows((weights * losses).sum(dim=0), point)
         return jacobian.unsqueeze(0), (weights * losses.detach()).sum(dim=0, keepdim=True)
 
     def measure(
         self, parameters: Tensor, preference: Tensor, split: str, samples: int | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Return the losses [T] and accuracies [T] of the network of `preference` [T], by `parameters` [1, n]."""
+        """Return losses [T] and accuracies [T] of the network that `parameters` [1, n] give for `preference` [T]."""
         views = named_views(self.model, parameters[0].detach())
         r = preference.to(self.device, self.dtype)
         self.model.eval()

@@ -19,7 +19,7 @@ def checked_preference(preference: Sequence[float] | Tensor, tasks: int) -> Tens
     Raises:
         UserError: it has not T finite numbers, one is negative, or they do not sum to one.
     """
-    values = torch.as_tensor(preference).detach().to("cpu", torch.float64)
+    values = torch.as_tensor(preference, dtype=torch.float64).detach().cpu()
     shown = values.tolist()
     if values.shape != (tasks,):
         raise UserError(f"preference {shown} must have {tasks} numbers, one for each task")

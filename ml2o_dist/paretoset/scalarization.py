@@ -21,7 +21,7 @@ HYPERVOLUME_RAYS = 4
 """Preferences in a step of `hypervolume`: its front's points. 2^p - 1 terms; four is small, and a front already."""
 
 COSINE = {"hypervolume": 1.0, "cosmos": 2.0}
-"""Weight of the term that keeps the points in the order of their preferences; 2 is that of COSMOS on MultiMNIST."""
+"""Weight of the term that keeps the points in the order of their preferences; COSMOS's: its authors' on MultiMNIST."""
 
 
 @dataclass

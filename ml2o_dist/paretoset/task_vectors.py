@@ -29,6 +29,7 @@ class TaskVectors:
         buffers: floating-point buffers outside of heads (BatchNorm's running moments), [T, ...]: row t is expert t's.
             They are averaged with the preference as weights, never extrapolated: a variance must not become negative.
         constants: buffers of other kinds (BatchNorm's counter), the start's; and those of heads, their expert's.
+        aliases: further names of tied tensors, each with the name that the tensor has above.
     """
 
     tasks: int
@@ -37,6 +38,7 @@ class TaskVectors:
     heads: dict[str, Tensor]
     buffers: dict[str, Tensor]
     constants: dict[str, Tensor]
+    aliases: dict[str, str]
 
     @classmethod
     def of(cls, network: nn.Module, start: State, experts: Sequence[State], heads: Sequence[str] = ()) -> TaskVectors:
@@ -81,7 +83,7 @@ class TaskVectors:
                 buffers[name] = torch.stack([expert[name].detach() for expert in experts])
             else:
                 constants[name] = start[name].detach().clone()
-        return cls(len(experts), shared, vectors, own, buffers, constants)
+        return cls(len(experts), shared, vectors, own, buffers, constants, _aliases(network, start))
 
     def moved(self, weights: Tensor) -> dict[str, Tensor]:
         """Return theta_0 + sum_t w_t tau_t for every shared parameter, and the heads; `weights` [T]."""
@@ -93,10 +95,26 @@ class TaskVectors:
         averaged = {name: combined(preference, buffers) for name, buffers in self.buffers.items()}
         return averaged | self.constants
 
+    def whole_state(self, parameters: dict[str, Tensor], preference: Tensor) -> dict[str, Tensor]:
+        """Return a state dict of the network: `parameters`, `averaged_buffers`, and tied tensors by all their names."""
+        state = parameters | self.averaged_buffers(preference)
+        return state | {alias: state[name] for alias, name in self.aliases.items()}
+
 
 def combined(weights: Tensor, tensors: Tensor) -> Tensor:
     """Return sum_t w_t X_t [...] of `tensors` X [T, ...] and `weights` w [T], in the tensors' precision."""
-    return (weights.to(tensors) @ tensors.flatten(1)).view(tensors.shape[1:])
+    total: Tensor = torch.tensordot(weights.to(tensors), tensors, dims=1)
+    return total
+
+
+def _aliases(network: nn.Module, start: State) -> dict[str, str]:
+    first: dict[int, str] = {}
+    aliases = {}
+    every = (network.named_parameters(remove_duplicate=False), network.named_buffers(remove_duplicate=False))
+    for name, tensor in (pair for pairs in every for pair in pairs):
+        if name in start and first.setdefault(id(tensor), name) != name:
+            aliases[name] = first[id(tensor)]
+    return aliases
 
 
 def _check_heads(network: nn.Module, heads: Sequence[str], tasks: int) -> None:

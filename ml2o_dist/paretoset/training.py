@@ -6,7 +6,9 @@ on from its newest checkpoint ends as one that was not.
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -58,7 +60,7 @@ def train(
     """Take `steps` steps of `rule`, or what is left of them after the newest checkpoint in `folder`.
 
     Args:
-        fingerprint: JSON values that say what is trained; a checkpoint with others is not gone on with.
+        fingerprint: JSON values that say what is trained; checkpoints with others are not gone on with, but removed.
         final_lr: the last step's length as a share of the rule's own; between, a cosine.
         on_step: called after each step with (steps done, parameters [1, n], seconds so far); False ends the training
             there, with a checkpoint.
@@ -71,8 +73,13 @@ def train(
     parameters = problem.initial_parameters([seed])
     state = rule.initial_state(1, problem.objectives, problem.dimension)
     done, seconds = 0, 0.0
+    identity = json.loads(json.dumps(dict(fingerprint)))
     saved, _ = newest_checkpoint(folder)
-    if saved is not None and saved.state["fingerprint"] == dict(fingerprint):
+    if saved is not None and saved.state.get("fingerprint") != identity:
+        for path in folder.glob("step_*"):  # a whole checkpoint is never replaced by one of the same step
+            shutil.rmtree(path)
+        saved = None
+    if saved is not None:
         done, seconds = saved.meta_step, saved.state["seconds"]
         parameters = saved.tensors["parameters"].to(device)
         at = {place.removeprefix("rule"): t.to(device) for place, t in saved.tensors.items() if place[:4] == "rule"}
@@ -83,15 +90,20 @@ def train(
     while done < steps and going:
         began = time.perf_counter()
         oracle = Oracle(problem, generator("paretoset training", seed, done))
-        moved, state, _ = rule.step(oracle, parameters, state)
-        parameters = parameters + annealed(final_lr, done, steps) * (moved - parameters)
+        moved, state, seen = rule.step(oracle, parameters, state)
+        share = annealed(final_lr, done, steps)
+        if share != 1:
+            moved = parameters + share * (moved - parameters)
+            everywhere = torch.ones(1, dtype=torch.bool, device=device)
+            state = rule.overruled(state, seen, moved - parameters, everywhere)
+        parameters = moved
         done += 1
         if not bool(parameters.isfinite().all()):
             raise Diverged(f"a parameter is not finite after step {done} of {steps}")
         seconds += time.perf_counter() - began
         going = on_step(done, parameters, seconds)
         if done % checkpoint_every == 0 or done == steps or not going:
-            save_checkpoint(folder, _checkpoint(problem, parameters, state, done, seconds, fingerprint), keep=2)
+            save_checkpoint(folder, _checkpoint(problem, parameters, state, done, seconds, identity), keep=2)
     return Trained(parameters, done, seconds, problem.scalarization.failures)
 
 

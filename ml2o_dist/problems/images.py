@@ -226,10 +226,10 @@ def _read(path: Path, side: int) -> Pairs | None:
     # Through DLPack, because torch's from_numpy warns about every array it may not write to.
     images, labels, sources, offsets = (from_dlpack(column.flatten()) for column in columns)
     views = (images.view(-1, side, side), labels.view(-1, 2), sources.view(-1, 2), offsets.view(-1, 4))
-    return Pairs(*views, sha256, *_mean_and_deviation(arrays[0]))
+    return Pairs(*views, sha256, *mean_and_deviation(arrays[0]))
 
 
-def _mean_and_deviation(images: NDArray[np.uint8]) -> tuple[float, float]:
+def mean_and_deviation(images: NDArray[np.uint8]) -> tuple[float, float]:
     """Return both over all pixels, from integer counts: the same on every machine."""
     counts = np.bincount(images.reshape(-1), minlength=256)
     levels = np.arange(256)

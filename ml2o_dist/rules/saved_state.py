@@ -1,7 +1,8 @@
 """A rule's state as JSON and tensors, and back: what a checkpoint of a training that goes on with it holds.
 
-States are frozen values: dataclasses and named tuples of this package, tuples, tensors, numbers, None, and torch's
-modules. Nothing is unpickled: a class is looked up by name among those of `ml2o_dist.rules`.
+States are frozen values: dataclasses and named tuples of this package, tuples, tensors, numbers, None, and torchjd's
+modules, which remember in parameters, buffers and plain attributes, one of them in an Adam of its own. Nothing is
+unpickled: a class is looked up by name among those of `ml2o_dist.rules`, and a module is a fresh one, filled.
 """
 
 from __future__ import annotations
@@ -9,15 +10,21 @@ from __future__ import annotations
 import copy
 import dataclasses
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
 Tree = Any
 """JSON: null, a number, a text, or {"kind": ...}."""
 
 _ROOM = "ml2o_dist.rules."
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))
+_PLAIN = (type(None), bool, int, float, str)
+_SAVED = (*_PLAIN, tuple, list, dict, Tensor, np.ndarray, torch.dtype, torch.device, torch.optim.Adam)
+"""What a module's attribute is saved as; others, as a solver's problem, belong to the fresh module."""
 
 
 class StateError(ValueError):
@@ -43,17 +50,23 @@ def put_together(tree: Tree, tensors: Mapping[str, Tensor], modules: Callable[[s
     if not isinstance(tree, dict):
         return tree
     kind, place = tree["kind"], tree.get("place", "")
-    if kind == "tensor":
+    if kind in ("tensor", "array"):
         if place not in tensors:
             raise StateError(f"the saved state of the rule lacks the tensor {place!r}")
-        return tensors[place]
+        return tensors[place] if kind == "tensor" else tensors[place].numpy(force=True)
     if kind == "module":
         module = copy.deepcopy(modules(place))
-        module.load_state_dict({name: tensors[f"{place}.{name}"] for name in tree["names"]})
+        _fill(module, tree["parts"], lambda part: put_together(part, tensors, modules))
         return module
+    if kind == "dtype":
+        return getattr(torch, tree["name"])
+    if kind == "device":
+        return torch.device(tree["name"])
     items = [put_together(item, tensors, modules) for item in tree["items"]]
-    if kind == "tuple":
-        return tuple(items)
+    if kind == "dict":
+        return dict(zip(tree["keys"], items, strict=True))
+    if kind in ("tuple", "list"):
+        return tuple(items) if kind == "tuple" else items
     return _known_class(kind)(*items)
 
 
@@ -72,20 +85,59 @@ def modules_of(state: Any) -> dict[str, nn.Module]:
 
 
 def _apart(value: Any, place: str, tensors: dict[str, Tensor]) -> Tree:
-    if value is None or isinstance(value, bool | int | float | str):
+    if isinstance(value, _PLAIN):
         return value
+    if isinstance(value, np.ndarray):
+        tensors[place] = torch.from_numpy(value).clone()
+        return {"kind": "array", "place": place}
     if isinstance(value, Tensor):
         tensors[place] = value.detach().clone()  # two places may be one tensor, which safetensors refuses
         return {"kind": "tensor", "place": place}
     if isinstance(value, nn.Module):
-        state = value.state_dict()
-        tensors.update({f"{place}.{name}": tensor.clone() for name, tensor in state.items()})
-        return {"kind": "module", "place": place, "names": list(state)}
+        parts = {
+            name: {key: _apart(each, f"{place}.{name}.{key}", tensors) for key, each in _memory(part)}
+            for name, part in value.named_modules()
+        }
+        return {"kind": "module", "place": place, "parts": parts}
+    if isinstance(value, torch.optim.Adam):
+        return _apart(value.state_dict(), place, tensors) | {"kind": "adam"}
+    if isinstance(value, torch.dtype | torch.device):
+        return {"kind": type(value).__name__, "name": str(value).removeprefix("torch.")}
+    if isinstance(value, dict | list):
+        keys = list(value) if isinstance(value, dict) else range(len(value))
+        items = [_apart(value[key], f"{place}.{key}", tensors) for key in keys]
+        return {"kind": type(value).__name__, "keys": list(keys), "items": items}
     if isinstance(value, tuple) or dataclasses.is_dataclass(value):
         kind = "tuple" if type(value) is tuple else f"{type(value).__module__}:{type(value).__qualname__}"
         items = [_apart(item, f"{place}.{name}", tensors) for name, item in _parts(value)]
         return {"kind": kind, "items": items}
     raise TypeError(f"a rule's state cannot be saved: {place} is of type {type(value).__qualname__}")
+
+
+def _memory(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield what a module remembers itself, without the modules in it."""
+    yield from module._parameters.items()
+    yield from module._buffers.items()
+    for name, value in vars(module).items():
+        if name not in _OF_EVERY_MODULE and isinstance(value, _SAVED):
+            yield name, value
+
+
+def _fill(module: nn.Module, parts: Mapping[str, Mapping[str, Tree]], put: Callable[[Tree], Any]) -> None:
+    """Give a fresh module the memory that was saved."""
+    for name, saved in parts.items():
+        part = module.get_submodule(name)
+        for key, tree in saved.items():
+            if isinstance(tree, dict) and tree["kind"] == "adam":
+                adam = torch.optim.Adam(part.parameters())  # they come before the attributes
+                adam.load_state_dict(put(tree | {"kind": "dict"}))
+                setattr(part, key, adam)
+            elif key in part._parameters:
+                part._parameters[key] = nn.Parameter(put(tree))
+            else:
+                setattr(part, key, put(tree))
+        if hasattr(part, "init_gtg"):  # nashmtl makes its solver's problem at step 0, from the weights that it has
+            part.__dict__["step"] = 0.0
 
 
 def _parts(value: Any) -> list[tuple[str, Any]]:
