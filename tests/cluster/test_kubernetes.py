@@ -183,6 +183,7 @@ def test_the_mlflow_server_runs_as_measured_and_lets_in_who_calls_it_by_its_name
     assert int(port) in services()[host]
     assert int(words["port"]) == int(port) == container["ports"][0]["containerPort"]
     assert {host, f"{host}:{port}"} <= set(words["allowed-hosts"].split(","))
+    assert tracking_uri() in words["cors-allowed-origins"].split(",")  # of its own pages, in a browser
     store = re.fullmatch(r"postgresql\+psycopg2://(\w+):\$\((\w+)\)@(\w+):(\d+)/(\w+)", environment[STORE])
     user, password, database_host, database_port, database = store.groups()
     names = [variable["name"] for variable in container["env"]]
