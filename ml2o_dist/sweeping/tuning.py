@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import signal
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import ray
+import ray.cloudpickle
 from ray import tune
+from ray.exceptions import RayActorError
 from ray.tune import Callback
 
+from ml2o_dist.metatrain.worker_loss import reason
 from ml2o_dist.progress import StepDisplay
 from ml2o_dist.sweeping.record import Report, State, SweepRecord
 from ml2o_dist.sweeping.search import param_space, tune_config
@@ -20,6 +26,8 @@ from ml2o_dist.sweeping.settings import SweepSettings
 from ml2o_dist.sweeping.space import as_values, trial_settings
 from ml2o_dist.sweeping.trial import SCORE, SCRATCH, TIME, as_trainable
 from ml2o_dist.tracking.sweep_runs import SweepRuns
+
+log = logging.getLogger(__name__)
 
 FOLDER = "tune"
 """Tune's part of the run directory: its state, and a folder with the checkpoints of each trial."""
@@ -54,6 +62,7 @@ class Watcher(Callback):  # type: ignore[misc]  # Ray is not followed
         self._settings, self._record, self._runs = settings, record, runs
         self._display, self._stop, self._on_lost = display, stop, on_lost
         self._begun = False
+        self._losses: Counter[str] = Counter()
 
     def __reduce__(self) -> tuple[Callable[[], Watcher | None], tuple[()]]:
         """Tune pickles its callbacks: of this one, that it is the one that watches in the process that goes on."""
@@ -92,6 +101,23 @@ class Watcher(Callback):  # type: ignore[misc]  # Ray is not followed
         self._record.report(trial.trial_id, report)
         self._runs.log(trial.trial_id, report.meta_step, _figures(self._settings, report))
         self._show(trials)
+
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Note why a trial is run again, and that a process of it that was lost is no failure of the trial's.
+
+        So it is for as many losses as a meta-training may have of its workers; a trial that crashes each time does end.
+        """
+        file = trial.pickled_error_file
+        error = ray.cloudpickle.loads(Path(file).read_bytes()) if file else None
+        if not isinstance(error, RayActorError):  # it was raised in the trial, or by Tune
+            return
+        number, losses = self._record.trials[trial.trial_id].number, self._losses[trial.trial_id] + 1
+        log.warning("trial %d is lost: %s; it goes on from its newest checkpoint", number, reason(error))
+        self._losses[trial.trial_id] = losses
+        counted = not error.preempted  # Tune itself lets those pass
+        if counted and losses <= self._settings.meta_train.resources.max_restarts:
+            trial.run_metadata.num_failures -= 1
+            trial.run_metadata.invalidate_cache()  # so that Tune saves it
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Note that a trial came to its end, or to the one that the scheduler gave it."""
