@@ -28,13 +28,20 @@ answer = {
 """
 
 
-OTHER_NAME = """
+STATUS = """
 import urllib.error, urllib.request
-asked = urllib.request.Request("http://mlflow:5000/", headers={"Host": "elsewhere.example"})
-try:
-    answer = {"status": urllib.request.urlopen(asked).status}
-except urllib.error.HTTPError as error:
-    answer = {"status": error.code}
+def status(headers):
+    asked = urllib.request.Request("http://mlflow:5000/ajax-api/2.0/mlflow/experiments/search", b'{"max_results": 1}')
+    asked.headers = {"Content-Type": "application/json", **headers}
+    try:
+        return urllib.request.urlopen(asked).status
+    except urllib.error.HTTPError as error:
+        return error.code
+answer = {
+    "a name that is not its own": status({"Host": "elsewhere.example"}),  # DNS rebinding
+    "a page of another origin": status({"Origin": "http://elsewhere.example"}),
+    "its own page": status({"Origin": "http://mlflow:5000"}),
+}
 """
 
 
@@ -68,7 +75,7 @@ def test_a_job_runs_on_all_workers_and_leaves_run_metrics_and_version_on_the_ser
         assert seen["steps"] == list(range(1, 13))
         assert seen["version"] == [1, expected]
         assert "config.yaml" in json.dumps(seen["artifacts"])
-        assert server.ask(ray.workers[1], OTHER_NAME) == {"status": 403}  # DNS rebinding
+        assert list(server.ask(ray.workers[1], STATUS).values()) == [403, 403, 200]
         with pytest.raises(AssertionError, match="AuthenticationError"):
             ray.head.sh(f"RAY_AUTH_MODE=token RAY_AUTH_TOKEN={'f' * 64} ray job list --address {ray.dashboard}")
         leaves_nothing(ray)
