@@ -20,7 +20,7 @@ from ray.tune import Callback
 
 from ml2o_dist.metatrain.worker_loss import reason
 from ml2o_dist.progress import StepDisplay
-from ml2o_dist.sweeping.record import Report, State, SweepRecord
+from ml2o_dist.sweeping.record import Report, State, SweepRecord, Trial
 from ml2o_dist.sweeping.search import param_space, tune_config
 from ml2o_dist.sweeping.settings import SweepSettings
 from ml2o_dist.sweeping.space import as_values, trial_settings
@@ -111,7 +111,7 @@ class Watcher(Callback):  # type: ignore[misc]  # Ray is not followed
         error = ray.cloudpickle.loads(Path(file).read_bytes()) if file else None
         if not isinstance(error, RayActorError):  # it was raised in the trial, or by Tune
             return
-        number, losses = self._record.trials[trial.trial_id].number, self._losses[trial.trial_id] + 1
+        number, losses = self._known(trial).number, self._losses[trial.trial_id] + 1
         log.warning("trial %d is lost: %s; it goes on from its newest checkpoint", number, reason(error))
         self._losses[trial.trial_id] = losses
         counted = not error.preempted  # Tune itself lets those pass
@@ -127,6 +127,7 @@ class Watcher(Callback):  # type: ignore[misc]  # Ray is not followed
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Note that a trial failed, and why."""
+        self._known(trial)
         self._end(trial.trial_id, "failed", _why(Path(trial.error_file)))
         self._show(trials)
 
@@ -149,6 +150,11 @@ class Watcher(Callback):  # type: ignore[misc]  # Ray is not followed
         """Return meta-steps and scores that a trial has reported."""
         trial = self._record.trials.get(id)
         return [(step, report.validation) for step, report in sorted(trial.reports.items())] if trial else []
+
+    def _known(self, trial: Any) -> Trial:
+        """Return a trial as it is recorded; one whose process was lost before it was up is not yet."""
+        known = self._record.trials.get(trial.trial_id)
+        return known or self._record.begin(trial.trial_id, as_values(self._settings, trial.config))
 
     def _end(self, id: str, state: State, error: str = "") -> None:
         self._record.end(id, state, error)
