@@ -18,7 +18,7 @@ from tests.cluster.tracking import TrackingServer
 from tests.cluster.training import CONFIG, answer
 from tests.cluster.trials import PROCESS, Sweep, calm_best
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 
 TRIALS, STEPS = 6, 4
 """One trial for each CPU of the two workers, and two that wait."""

@@ -8,7 +8,7 @@ from tests.cluster.ray_cluster import RayCluster
 from tests.cluster.training import leaves_nothing
 from tests.cluster.trials import Sweep, calm_best, trials_on
 
-pytestmark = [pytest.mark.long, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 
 TRIALS, STEPS, EVERY = 4, 120, 4
 """A trial for each CPU of two workers."""
