@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -26,6 +25,7 @@ from ml2o_dist.sweeping.outcome import (
     best_optimizer,
     finished_answer,
     keep_answer,
+    resume_command,
     show_trials,
     write_results,
 )
@@ -103,7 +103,7 @@ def sweep(
             provenance = {"config_hash": settings_hash(settings), "git": git_commit(), "data_sha256": data}
             best = best_optimizer(settings, folder, record, checkpoints, provenance)
             answer, wrong = write_results(settings, folder, record, best, sink, runs, uri, console)
-        keep_answer(folder, settings, answer, unsent=sink.unsent + runs.unsent)
+        keep_answer(folder, settings, answer, unsent=runs.unsent + _is_unsent(sink))
     if wrong:
         raise Incomplete("; ".join([*wrong, f"to try again: {resume_command(folder)}"]), answer)
     return answer
@@ -142,11 +142,6 @@ def resumed_sweep(run_dir: str, overrides: Sequence[str]) -> SweepSettings:
     if not file.exists():
         raise UserError(f"nothing to resume: {file.parent} holds no {SETTINGS}")
     return load_sweep(file, overrides)
-
-
-def resume_command(folder: Path) -> str:
-    """Return what goes on with the sweep in `folder`."""
-    return f"ml2o sweep --run-dir {shlex.quote(str(folder))} --resume"
 
 
 def _write_settings(folder: Path, settings: SweepSettings) -> None:
@@ -239,14 +234,19 @@ def _tracked(
     finally:
         limit = STOP_LIMIT_S if stop() else CLOSE_LIMIT_S
         runs.close(limit)
-        unsent = sink.close(status, limit) + runs.unsent
-        if unsent:
+        values = sink.close(status, limit) + runs.unsent_values
+        if unsent := runs.unsent + _is_unsent(sink):
             console.print(
-                f"[yellow]not sent to MLflow:[/] {unsent} values; when {redacted(uri)} answers: "
-                f"{resume_command(folder)}",
+                f"[yellow]not sent to MLflow:[/] {values} values, and more, of {unsent} runs; when {redacted(uri)} "
+                f"answers: {resume_command(folder)}",
                 highlight=False,
                 soft_wrap=True,
             )
+
+
+def _is_unsent(sink: MlflowSink) -> bool:
+    """Tell whether MLflow lacks anything of a run that has ended: values, files, or its end."""
+    return sink.spool is not None or sink.unsent > 0
 
 
 def _run(

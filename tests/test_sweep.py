@@ -57,9 +57,9 @@ def calm(run_dir, values):
     return weights_sha256(trainer.best_weights), scores
 
 
-def runs_of(home, name="small"):
-    """The parent run and the nested ones by trial number, deleted ones left out."""
-    client = MlflowClient(f"sqlite:///{home}/mlflow.db")
+def runs_of(home=None, name="small", uri=""):
+    """The parent run and the nested ones by trial number, deleted ones left out: in a home's store, or at a URI."""
+    client = MlflowClient(uri or f"sqlite:///{home}/mlflow.db")
     found = client.search_runs([client.get_experiment_by_name(f"ml2o/sweep/{name}").experiment_id])
     (parent,) = [run for run in found if PARENT_TAG not in run.data.tags]
     nested = {int(run.info.run_name.removeprefix("trial ")): run for run in found if PARENT_TAG in run.data.tags}

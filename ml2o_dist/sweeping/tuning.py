@@ -61,11 +61,7 @@ class Watcher(Callback):  # type: ignore[misc]  # Ray is not followed
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """Look at what came from before, once, and at whether to stop."""
-        if not self._begun:
-            self._begun = True
-            known = {trial.trial_id for trial in trials}
-            self._on_lost([id for id in self._record.trials if id not in known])
-            self.tell_all()
+        self._look_back(trials)
         if self._stop():
             signal.raise_signal(signal.SIGUSR1)  # what Tune ends its loop for, with its state saved
 
@@ -106,6 +102,7 @@ class Watcher(Callback):  # type: ignore[misc]  # Ray is not followed
 
     def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
         """Note where the checkpoints are."""
+        self._look_back(trials)  # no step was taken where all trials had ended: only MLflow had not got everything
         self.checkpoints = {trial.trial_id: Path(trial.checkpoint.path) for trial in trials if trial.checkpoint}
 
     def tell_all(self) -> None:
@@ -123,6 +120,13 @@ class Watcher(Callback):  # type: ignore[misc]  # Ray is not followed
         """Return meta-steps and scores that a trial has reported."""
         trial = self._record.trials.get(id)
         return [(step, report.validation) for step, report in sorted(trial.reports.items())] if trial else []
+
+    def _look_back(self, trials: list[Any]) -> None:
+        if not self._begun:
+            self._begun = True
+            known = {trial.trial_id for trial in trials}
+            self._on_lost([id for id in self._record.trials if id not in known])
+            self.tell_all()
 
     def _end(self, id: str, state: State, error: str = "") -> None:
         self._record.end(id, state, error)
