@@ -11,10 +11,11 @@ from typing import Any
 from rich.console import Console
 
 from ml2o_dist.cluster_connection import connected, own_capacity
+from ml2o_dist.config import MetaTrainSettings
 from ml2o_dist.config_file import dump_settings, flat_settings, resolve_settings, settings_hash
 from ml2o_dist.errors import Aborted, Incomplete, Interrupted, UserError
 from ml2o_dist.files import home_folder, replacing
-from ml2o_dist.metatrain.capacity import check_capacity, cluster_total, room_for_workers
+from ml2o_dist.metatrain.capacity import check_capacity, check_labels, cluster_total, room_for_workers
 from ml2o_dist.progress import StepDisplay
 from ml2o_dist.remote_files import is_uri
 from ml2o_dist.run_directory import check_folder, check_writable, logged_to
@@ -92,6 +93,7 @@ def sweep(
     ):
         console.print(f"Ray            {where}", highlight=False, soft_wrap=True)
         _check_room(settings, cluster_total, "the cluster")
+        _check_labels(settings)
         stop.at_once = False
         _write_settings(folder, settings)
         if record.trials:
@@ -187,14 +189,27 @@ def _check_room(settings: SweepSettings, total: Callable[[Iterable[str]], Mappin
 
     `total` is given the names of custom resources.
     """
-    trials = [settings.meta_train]
-    for key, distribution in settings.space.items():
-        if key in ("workers", "backward") or key.split(".")[0] in ("resources", "learner"):
-            trials += [trial_settings(settings, {key: value}) for value in distribution.values]
-    for trial in trials:
+    for trial in _trials_by_room(settings):
         have = total(trial.resources.custom)
         left = {kind: each - settings.driver.num_cpus * (kind == "CPU") for kind, each in have.items()}
         check_capacity(trial.workers, trial.resources, room_for_workers(trial, left), place)
+
+
+def _check_labels(settings: SweepSettings) -> None:
+    """Raise UserError where no node of the cluster has the labels that a trial's processes ask for."""
+    for trial in _trials_by_room(settings):
+        check_labels(trial.resources.labels, "resources.labels")
+        if trial.backward == "learner":
+            check_labels(trial.learner.resources.labels, "learner.resources.labels")
+
+
+def _trials_by_room(settings: SweepSettings) -> Iterator[MetaTrainSettings]:
+    """Yield the base of all trials, and it with each value of the keys that say what room a trial needs."""
+    yield settings.meta_train
+    for key, distribution in settings.space.items():
+        if key in ("workers", "backward") or key.split(".")[0] in ("resources", "learner"):
+            for value in distribution.values:
+                yield trial_settings(settings, {key: value})
 
 
 def _record(folder: Path) -> SweepRecord:

@@ -182,6 +182,7 @@ def test_a_finished_sweep_is_only_told_again_and_refuses_to_be_another(finished,
         ("driver.num_cpus=4", "workers=1 needs 1 CPU (1 each), the cluster has 0"),
         ("space.workers={choice: [1, 64]}", "workers=64 needs 64 CPU"),
         ("meta_train.resources.custom={big: 1}", "workers=1 needs 1 big (1 each), the cluster has 0: 1 missing"),
+        ("meta_train.resources.labels={market: spot}", "no node of the cluster has the labels that resources.labels"),
         ("space.family.train={choice: [[{problem: multimnist}]]}", "MNIST"),
     ],
 )
