@@ -6,6 +6,7 @@ import functools
 import json
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +28,8 @@ def command(body: Callable[..., Any]) -> Callable[..., None]:
     def run(*args: Any, as_json: bool, quiet: bool, **kwargs: Any) -> None:
         console = Console(stderr=as_json, quiet=quiet, width=None if sys.stdout.isatty() else 120)
         try:
-            with stop_on_signals(at_once=True):
+            # Ray's driver prints what its hosts say of a process that died, and libraries print what they like.
+            with redirect_stdout(sys.stderr if as_json else sys.stdout), stop_on_signals(at_once=True):
                 answer = body(*args, console=console, **kwargs)
         except UserError as error:
             _fail(str(error), USAGE)
