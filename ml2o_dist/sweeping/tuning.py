@@ -70,11 +70,7 @@ class Watcher(Callback):  # type: ignore[misc]  # Ray is not followed
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """Look at what came from before, once, and at whether to stop."""
-        if not self._begun:
-            self._begun = True
-            known = {trial.trial_id for trial in trials}
-            self._on_lost([id for id in self._record.trials if id not in known])
-            self.tell_all()
+        self._look_back(trials)
         if self._stop():
             signal.raise_signal(signal.SIGUSR1)  # what Tune ends its loop for, with its state saved
 
@@ -133,6 +129,7 @@ class Watcher(Callback):  # type: ignore[misc]  # Ray is not followed
 
     def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
         """Note where the checkpoints are."""
+        self._look_back(trials)  # no step was taken where all trials had ended: only MLflow had not got everything
         self.checkpoints = {trial.trial_id: Path(trial.checkpoint.path) for trial in trials if trial.checkpoint}
 
     def tell_all(self) -> None:
@@ -155,6 +152,13 @@ class Watcher(Callback):  # type: ignore[misc]  # Ray is not followed
         """Return a trial as it is recorded; one whose process was lost before it was up is not yet."""
         known = self._record.trials.get(trial.trial_id)
         return known or self._record.begin(trial.trial_id, as_values(self._settings, trial.config))
+
+    def _look_back(self, trials: list[Any]) -> None:
+        if not self._begun:
+            self._begun = True
+            known = {trial.trial_id for trial in trials}
+            self._on_lost([id for id in self._record.trials if id not in known])
+            self.tell_all()
 
     def _end(self, id: str, state: State, error: str = "") -> None:
         self._record.end(id, state, error)
