@@ -84,7 +84,7 @@ def test_jobs_know_their_options_and_find_their_configs():
     assert seen == set(JOBS)
 
 
-def test_every_edit_changes_every_file_that_it_names(tmp_path):
+def test_every_edit_finds_what_it_replaces(tmp_path):
     for expression, patterns in edits():
         for part in expression.split("; "):
             files = [file for pattern in patterns for file in ROOT.glob(pattern)]
