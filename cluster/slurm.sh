@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
 # sbatch cluster/slurm.sh --config jobs/configs/multimnist.yaml --run-dir runs/mm --set workers=24
-# sbatch --nodes=1 cluster/slurm.sh ... --resume          goes on with a run that was stopped
+# sbatch --nodes=1 cluster/slurm.sh --run-dir runs/mm --resume     goes on with a run that was stopped
+# scancel --batch --signal=TERM JOBID                              stops it with a checkpoint; plain scancel kills
 # From the repository, on a file system that all nodes see, with the environment of `make install` in .venv. JOB is what
-# runs: JOB=jobs/sweep.py sbatch cluster/slurm.sh --config ...
+# runs: JOB=jobs/sweep.py sbatch cluster/slurm.sh --config ... Nodes are the job's alone: --cpus-per-task= all their cores.
 # The driver and its learner run beside the first node's Ray, which takes no other work; rollout workers run on the
 # others, and where there is one node alone, on that. GPUs: sbatch --gres=gpu:1 ...; each node's are found by themselves.
 #SBATCH --job-name=ml2o
@@ -28,7 +29,8 @@ head_cpus=0
 
 started=()
 on_node() { # NODE COMMAND...: run it there, beside this script
-    srun --nodes=1 --ntasks=1 --overlap --nodelist="$1" "${@:2}" &
+    # Since Slurm 22.05 srun does not take --cpus-per-task over from sbatch.
+    srun --nodes=1 --ntasks=1 --cpus-per-task="$SLURM_CPUS_PER_TASK" --overlap --nodelist="$1" "${@:2}" &
     started+=("$!")
 }
 trap 'kill "${started[@]}" 2>/dev/null || true; wait' EXIT

@@ -16,7 +16,7 @@ from rich.text import Text
 from ml2o_dist.cli_models import models
 from ml2o_dist.cli_pareto_set import pareto_set
 from ml2o_dist.cli_sweep import sweep
-from ml2o_dist.command import command, say
+from ml2o_dist.command import command, run_options, say
 from ml2o_dist.errors import MissingData, UserError
 
 
@@ -27,12 +27,11 @@ def main() -> None:
 
 
 @main.command("meta-train")
-@click.option("--config", type=click.Path(path_type=Path), help="YAML settings [default: the embedded digits].")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a dotted key; repeatable.")
-@click.option("--run-dir", help="Where the run lives: a folder or a URI, s3://bucket/x [default: runs/<time>].")
-@click.option("--seed", type=int, help="Short for --set seed=N.")
-@click.option("--address", default="auto", show_default=True, help="Ray: auto, local, or HOST:PORT.")
-@click.option("--tracking-uri", help="Short for --set tracking.uri=URI.")
+@run_options(
+    config="YAML settings [default: the embedded digits].",
+    run_dir="Where the run lives: a folder or a URI, s3://bucket/x [default: runs/<time>].",
+    seed="Short for --set seed=N.",
+)
 @click.option("--resume", is_flag=True, help="Go on from the newest checkpoint in --run-dir.")
 @command
 def meta_train(
@@ -81,12 +80,11 @@ def meta_train(
 @click.option("--suite", help="quick, analytic, paper, shift, or a YAML file: problems, baselines and seeds.")
 @click.option("--seeds", type=int, help="How many paired seeds [default: 5].")
 @click.option("--steps", type=int, help="How many steps each optimizer takes [default: 200].")
-@click.option("--config", type=click.Path(path_type=Path), help="YAML settings.")
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a dotted key; repeatable.")
-@click.option("--run-dir", help="Write the results there, too: a folder or a URI [default: to MLflow alone].")
-@click.option("--seed", type=int, help="The first of the seeds [default: 0].")
-@click.option("--address", default="auto", show_default=True, help="Ray: auto, local, or HOST:PORT.")
-@click.option("--tracking-uri", help="Short for --set tracking.uri=URI.")
+@run_options(
+    config="YAML settings.",
+    run_dir="Write the results there, too: a folder or a URI [default: to MLflow alone].",
+    seed="The first of the seeds [default: 0].",
+)
 @command
 def evaluate(
     console: Console,

@@ -9,19 +9,16 @@ from typing import Any
 import click
 from rich.console import Console
 
-from ml2o_dist.command import command
+from ml2o_dist.command import command, run_options
 from ml2o_dist.errors import UserError
 
 
 @click.command("sweep")
-@click.option(
-    "--config", type=click.Path(path_type=Path), help="YAML settings: the search space, the base, the search."
+@run_options(
+    config="YAML settings: the search space, the base, the search.",
+    run_dir="Where the sweep lives: a folder that all machines share [default: runs/sweep-<time>].",
+    seed="Of the search: short for --set seed=N. Trials have meta_train.seed.",
 )
-@click.option("--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a dotted key; repeatable.")
-@click.option("--run-dir", help="Where the sweep lives: a folder that all machines share [default: runs/sweep-<time>].")
-@click.option("--seed", type=int, help="Of the search: short for --set seed=N. Trials have meta_train.seed.")
-@click.option("--address", default="auto", show_default=True, help="Ray: auto, local, or HOST:PORT.")
-@click.option("--tracking-uri", help="Short for --set tracking.uri=URI.")
 @click.option(
     "--resume", is_flag=True, help="Go on with the sweep in --run-dir: running trials from their checkpoints."
 )

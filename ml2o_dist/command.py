@@ -1,4 +1,4 @@
-"""What every command has: --json, --quiet, one line for what went wrong, and the exit codes."""
+"""What commands have in common: --json, --quiet, one line for what went wrong, the exit codes; options of a run."""
 
 from __future__ import annotations
 
@@ -6,6 +6,8 @@ import functools
 import json
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
+from pathlib import Path
 from typing import Any
 
 import click
@@ -26,7 +28,8 @@ def command(body: Callable[..., Any]) -> Callable[..., None]:
     def run(*args: Any, as_json: bool, quiet: bool, **kwargs: Any) -> None:
         console = Console(stderr=as_json, quiet=quiet, width=None if sys.stdout.isatty() else 120)
         try:
-            with stop_on_signals(at_once=True):
+            # Ray's driver prints what its hosts say of a process that died, and libraries print what they like.
+            with redirect_stdout(sys.stderr if as_json else sys.stdout), stop_on_signals(at_once=True):
                 answer = body(*args, console=console, **kwargs)
         except UserError as error:
             _fail(str(error), USAGE)
@@ -45,6 +48,21 @@ def command(body: Callable[..., Any]) -> Callable[..., None]:
             click.echo(json.dumps(answer))
 
     return run
+
+
+def run_options(*, config: str, run_dir: str, seed: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Add what every command has that runs something on Ray and tracks it; the help texts of three options differ."""
+    options = [
+        click.option("--config", type=click.Path(path_type=Path), help=config),
+        click.option(
+            "--set", "overrides", multiple=True, metavar="KEY=VALUE", help="Override a dotted key; repeatable."
+        ),
+        click.option("--run-dir", help=run_dir),
+        click.option("--seed", type=int, help=seed),
+        click.option("--address", default="auto", show_default=True, help="Ray: auto, local, or HOST:PORT."),
+        click.option("--tracking-uri", help="Short for --set tracking.uri=URI."),
+    ]
+    return lambda body: functools.reduce(lambda inner, option: option(inner), reversed(options), body)
 
 
 def say(message: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,10 +11,11 @@ from typing import Any
 from rich.console import Console
 
 from ml2o_dist.cluster_connection import connected, own_capacity
+from ml2o_dist.config import MetaTrainSettings
 from ml2o_dist.config_file import dump_settings, flat_settings, resolve_settings, settings_hash
 from ml2o_dist.errors import Aborted, Incomplete, Interrupted, UserError
 from ml2o_dist.files import home_folder, replacing
-from ml2o_dist.metatrain.capacity import check_capacity, cluster_total, room_for_workers
+from ml2o_dist.metatrain.capacity import check_capacity, check_labels, cluster_total, room_for_workers
 from ml2o_dist.progress import StepDisplay
 from ml2o_dist.remote_files import is_uri
 from ml2o_dist.run_directory import check_folder, check_writable, logged_to
@@ -26,6 +26,7 @@ from ml2o_dist.sweeping.outcome import (
     best_optimizer,
     finished_answer,
     keep_answer,
+    resume_command,
     show_trials,
     write_results,
 )
@@ -92,6 +93,7 @@ def sweep(
     ):
         console.print(f"Ray            {where}", highlight=False, soft_wrap=True)
         _check_room(settings, cluster_total, "the cluster")
+        _check_labels(settings)
         stop.at_once = False
         _write_settings(folder, settings)
         if record.trials:
@@ -103,7 +105,7 @@ def sweep(
             provenance = {"config_hash": settings_hash(settings), "git": git_commit(), "data_sha256": data}
             best = best_optimizer(settings, folder, record, checkpoints, provenance)
             answer, wrong = write_results(settings, folder, record, best, sink, runs, uri, console)
-        keep_answer(folder, settings, answer, unsent=sink.unsent + runs.unsent)
+        keep_answer(folder, settings, answer, unsent=runs.unsent + _is_unsent(sink))
     if wrong:
         raise Incomplete("; ".join([*wrong, f"to try again: {resume_command(folder)}"]), answer)
     return answer
@@ -142,11 +144,6 @@ def resumed_sweep(run_dir: str, overrides: Sequence[str]) -> SweepSettings:
     if not file.exists():
         raise UserError(f"nothing to resume: {file.parent} holds no {SETTINGS}")
     return load_sweep(file, overrides)
-
-
-def resume_command(folder: Path) -> str:
-    """Return what goes on with the sweep in `folder`."""
-    return f"ml2o sweep --run-dir {shlex.quote(str(folder))} --resume"
 
 
 def _write_settings(folder: Path, settings: SweepSettings) -> None:
@@ -192,14 +189,27 @@ def _check_room(settings: SweepSettings, total: Callable[[Iterable[str]], Mappin
 
     `total` is given the names of custom resources.
     """
-    trials = [settings.meta_train]
-    for key, distribution in settings.space.items():
-        if key in ("workers", "backward") or key.split(".")[0] in ("resources", "learner"):
-            trials += [trial_settings(settings, {key: value}) for value in distribution.values]
-    for trial in trials:
+    for trial in _trials_by_room(settings):
         have = total(trial.resources.custom)
         left = {kind: each - settings.driver.num_cpus * (kind == "CPU") for kind, each in have.items()}
         check_capacity(trial.workers, trial.resources, room_for_workers(trial, left), place)
+
+
+def _check_labels(settings: SweepSettings) -> None:
+    """Raise UserError where no node of the cluster has the labels that a trial's processes ask for."""
+    for trial in _trials_by_room(settings):
+        check_labels(trial.resources.labels, "resources.labels")
+        if trial.backward == "learner":
+            check_labels(trial.learner.resources.labels, "learner.resources.labels")
+
+
+def _trials_by_room(settings: SweepSettings) -> Iterator[MetaTrainSettings]:
+    """Yield the base of all trials, and it with each value of the keys that say what room a trial needs."""
+    yield settings.meta_train
+    for key, distribution in settings.space.items():
+        if key in ("workers", "backward") or key.split(".")[0] in ("resources", "learner"):
+            for value in distribution.values:
+                yield trial_settings(settings, {key: value})
 
 
 def _record(folder: Path) -> SweepRecord:
@@ -239,14 +249,19 @@ def _tracked(
     finally:
         limit = STOP_LIMIT_S if stop() else CLOSE_LIMIT_S
         runs.close(limit)
-        unsent = sink.close(status, limit) + runs.unsent
-        if unsent:
+        values = sink.close(status, limit) + runs.unsent_values
+        if unsent := runs.unsent + _is_unsent(sink):
             console.print(
-                f"[yellow]not sent to MLflow:[/] {unsent} values; when {redacted(uri)} answers: "
-                f"{resume_command(folder)}",
+                f"[yellow]not sent to MLflow:[/] {values} values, and more, of {unsent} runs; when {redacted(uri)} "
+                f"answers: {resume_command(folder)}",
                 highlight=False,
                 soft_wrap=True,
             )
+
+
+def _is_unsent(sink: MlflowSink) -> bool:
+    """Tell whether MLflow lacks anything of a run that has ended: values, files, or its end."""
+    return sink.spool is not None or sink.unsent > 0
 
 
 def _run(

@@ -6,10 +6,13 @@ import json
 import subprocess
 import sys
 
+import click
 import pytest
 from click.testing import CliRunner
 
 from ml2o_dist.cli import main
+from ml2o_dist.command import command
+from ml2o_dist.errors import Incomplete
 
 
 def call(*words):
@@ -79,3 +82,19 @@ def test_models_list_without_a_store_is_empty_and_creates_none(tmp_path, monkeyp
 def test_the_package_runs_as_a_module():
     done = subprocess.run([sys.executable, "-m", "ml2o_dist", "--version"], capture_output=True, text=True, check=True)
     assert "0.1.0" in done.stdout
+
+
+@pytest.mark.parametrize("ends", ["well", "incomplete"])
+def test_with_json_nothing_else_is_on_stdout_whoever_prints(ends):
+    @click.command()
+    @command
+    def talks(console):
+        print("(raylet) A worker died")
+        if ends == "incomplete":
+            raise Incomplete("not all", {"answer": 1})
+        return {"answer": 1}
+
+    result = CliRunner().invoke(talks, ["--json"])
+    assert (json.loads(result.stdout), result.exit_code) == ({"answer": 1}, 0 if ends == "well" else 3)
+    assert "(raylet) A worker died" in result.stderr
+    assert "(raylet) A worker died" in CliRunner().invoke(talks, []).stdout

@@ -57,9 +57,9 @@ def calm(run_dir, values):
     return weights_sha256(trainer.best_weights), scores
 
 
-def runs_of(home, name="small"):
-    """The parent run and the nested ones by trial number, deleted ones left out."""
-    client = MlflowClient(f"sqlite:///{home}/mlflow.db")
+def runs_of(home=None, name="small", uri=""):
+    """The parent run and the nested ones by trial number, deleted ones left out: in a home's store, or at a URI."""
+    client = MlflowClient(uri or f"sqlite:///{home}/mlflow.db")
     found = client.search_runs([client.get_experiment_by_name(f"ml2o/sweep/{name}").experiment_id])
     (parent,) = [run for run in found if PARENT_TAG not in run.data.tags]
     nested = {int(run.info.run_name.removeprefix("trial ")): run for run in found if PARENT_TAG in run.data.tags}
@@ -182,6 +182,7 @@ def test_a_finished_sweep_is_only_told_again_and_refuses_to_be_another(finished,
         ("driver.num_cpus=4", "workers=1 needs 1 CPU (1 each), the cluster has 0"),
         ("space.workers={choice: [1, 64]}", "workers=64 needs 64 CPU"),
         ("meta_train.resources.custom={big: 1}", "workers=1 needs 1 big (1 each), the cluster has 0: 1 missing"),
+        ("meta_train.resources.labels={market: spot}", "no node of the cluster has the labels that resources.labels"),
         ("space.family.train={choice: [[{problem: multimnist}]]}", "MNIST"),
     ],
 )

@@ -15,6 +15,7 @@ import pytest
 from ml2o_dist.artifact import weights_sha256
 from ml2o_dist.config_file import load_settings
 from ml2o_dist.metatrain.trainer import Trainer
+from ml2o_dist.sweeping.record import SweepRecord
 from tests.browser import browser
 from tests.metatrain.executing import in_process, later
 from tests.test_chaos import started_with, until
@@ -41,6 +42,11 @@ def working(home):
     return {pid: line for pid, line in started_with(home).items() if any(name in line for name in ours)}
 
 
+def trials_at_work(home):
+    """The process ids of trials that train, not those of their drivers that only start."""
+    return [pid for pid, line in started_with(home).items() if line.startswith(b"ray::ImplicitFunc.train")]
+
+
 def reported(home):
     file = home / "runs" / "k" / "trials.jsonl"
     return [line for line in file.read_text().splitlines() if '"meta_step"' in line] if file.exists() else []
@@ -51,8 +57,8 @@ ASHA = ["--config", str(CONFIG), "--run-dir", "runs/k", "--json", "--set", "tria
         "--set", "space.learner.lr={loguniform: [0.0001, 0.5]}"]  # fmt: skip
 
 
-def kill_and_resume(home, words, after):
-    """Run a sweep whose driver is killed after so many reports, then go on with it; (reports before, answer)."""
+def killed(home, words, after):
+    """Run a sweep, or go on with one, and kill its driver after so many reports in all; return the reports."""
     child = drive(home, *words)
     try:
         until(lambda: len(reported(home)) >= after or child.poll() is not None, 400)
@@ -64,11 +70,23 @@ def kill_and_resume(home, words, after):
     for pid in started_with(home):  # agents of Ray's own take their time
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    before = [json.loads(line) for line in reported(home)]
-    child = drive(home, "--run-dir", "runs/k", "--resume", "--json")
+    return [json.loads(line) for line in reported(home)]
+
+
+def done(home, *words):
+    """Run a sweep, or go on with one, to its end; return its answer."""
+    child = drive(home, *words)
     output, _ = child.communicate(timeout=500)
     assert child.returncode == 0, (home / "stderr").read_text()
-    return before, json.loads(output)
+    return json.loads(output)
+
+
+RESUME = ["--run-dir", "runs/k", "--resume", "--json"]
+
+
+def kill_and_resume(home, words, after):
+    """Run a sweep whose driver is killed after so many reports, then go on with it; (reports before, answer)."""
+    return killed(home, words, after), done(home, *RESUME)
 
 
 @pytest.fixture(scope="module")
@@ -117,6 +135,72 @@ def test_a_search_by_optuna_whose_driver_was_killed_has_no_trial_too_many(tmp_pa
     assert all(metric_steps(client, run) == [0, 2, 4] for run in nested.values())
     ended = {line["trial"] for line in before if line["meta_step"] == 4}
     assert ended <= {trial["id"] for trial in answer["trials"]}
+
+
+PBT = ["--config", str(CONFIG), "--run-dir", "runs/k", "--json", "--set", "trials=4", "--set", "scheduler=pbt",
+       "--set", "pbt={quantile: 0.5, interval: 2}", "--set", "meta_train.meta_steps=8",
+       "--set", "space={learner.lr: {loguniform: [0.0001, 0.5]}}"]  # fmt: skip
+
+
+def history(home):
+    """By what the trial was drawn as, first to last, and the meta-step: the values and the validation last reported.
+
+    A trial's number is the order in which they began, which two processes that start at once do not always keep.
+    """
+    trials = SweepRecord(home / "runs" / "k").trials.values()
+    return {(t.id[-1], step): (r.values, r.validation) for t in trials for step, r in t.reports.items()}
+
+
+@pytest.mark.timeout(1500)
+def test_pbt_whose_driver_was_killed_twice_makes_the_same_exchanges_as_one_that_was_not(tmp_path):
+    """A calm sweep of the same seed is the oracle for every report, on record and in MLflow, and for the weights."""
+    calm, chaos = tmp_path / "calm", tmp_path / "chaos"
+    for home in (calm, chaos):
+        home.mkdir()
+    expected = done(calm, *PBT)
+    reports = history(calm)
+    assert sorted(reports) == [(drawn, step) for drawn in "0123" for step in (0, 2, 4, 6, 8)]
+    rates = [{reports[drawn, step][0]["learner.lr"] for step in (2, 4, 6, 8)} for drawn in "0123"]
+    assert sum(len(each) > 1 for each in rates) >= 2  # there were exchanges
+    assert killed(chaos, PBT, 10)[-1]["meta_step"] == 4  # amid what follows the first exchange
+    assert len(killed(chaos, RESUME, 16)) < 20
+    answer = done(chaos, *RESUME)
+    assert history(chaos) == reports
+    assert [(trial["trial"], trial["state"]) for trial in answer["trials"]] == [(n, "finished") for n in (1, 2, 3, 4)]
+    assert answer["best"]["weights_sha256"] == expected["best"]["weights_sha256"]
+    client, parent, nested = runs_of(chaos)
+    assert parent.info.status == "FINISHED"
+    assert sorted(nested) == [1, 2, 3, 4]
+    drawn = {trial["trial"]: trial["id"][-1] for trial in answer["trials"]}
+    for number, run in nested.items():
+        told = {}
+        for key in ("learner.lr", "validation"):
+            points = client.get_metric_history(run.info.run_id, key)
+            assert [point.step for point in points] == [0, 2, 4, 6, 8]
+            told[key] = [point.value for point in points]
+        mine = [reports[drawn[number], step] for step in (0, 2, 4, 6, 8)]
+        assert told == {"learner.lr": [v["learner.lr"] for v, _ in mine], "validation": [score for _, score in mine]}
+    until(lambda: not started_with(chaos), 60, lambda: started_with(chaos))
+
+
+@pytest.mark.timeout(1200)
+def test_pbt_does_not_wait_for_a_trial_that_has_failed_and_resume_brings_it_to_its_end(tmp_path):
+    child = drive(tmp_path, *PBT, "--set", "retries=0")
+    try:
+        until(lambda: any('"meta_step": 2' in line for line in reported(tmp_path)) or child.poll() is not None, 300)
+        until(lambda: trials_at_work(tmp_path), 60)
+        os.kill(trials_at_work(tmp_path)[0], signal.SIGKILL)
+        output, _ = child.communicate(timeout=500)
+    finally:
+        child.kill()
+    assert child.returncode == 3, (tmp_path / "stderr").read_text()
+    trials = json.loads(output)["trials"]
+    assert sorted(trial["state"] for trial in trials) == ["failed", "finished", "finished", "finished"]
+    assert all(trial["meta_steps"] == 8 for trial in trials if trial["state"] == "finished")
+    answer = done(tmp_path, *RESUME)
+    assert [(trial["state"], trial["meta_steps"]) for trial in answer["trials"]] == [("finished", 8)] * 4
+    client, _, nested = runs_of(tmp_path)
+    assert all(metric_steps(client, run) == [0, 2, 4, 6, 8] for run in nested.values())
 
 
 @pytest.mark.timeout(1200)

@@ -106,14 +106,15 @@ def draw_ends(panel: Axes, ends: Mapping[str, Points], front: Points, looks: Loo
     """Draw the seeds' end points of each optimizer before the known front, if there is one.
 
     Of two objectives they are marks in their plane; of more, lines over the objectives (parallel coordinates), each of
-    which is scaled to its own range, thick ones are the means over the seeds. End points far from all the others are
-    left out, and counted.
+    which is scaled to its own range, thick ones are the means over the seeds. End points that are not finite, and those
+    far from all the others, are left out, and counted.
     """
     points = [point for each in ends.values() for point in each]
     highest = [_highest(reached) for reached in zip(*points, strict=True)]
+    finite = {name: [point for point in each if all(map(math.isfinite, point))] for name, each in ends.items()}
     shown = {
         name: [point for point in each if all(x <= high for x, high in zip(point, highest, strict=True))]
-        for name, each in ends.items()
+        for name, each in finite.items()
     }
     within = [*front, *(point for each in shown.values() for point in each)] or [
         [0.0] * len(highest),
@@ -121,8 +122,10 @@ def draw_ends(panel: Axes, ends: Mapping[str, Points], front: Points, looks: Loo
     ]
     ranges = [(min(values), max(values)) for values in zip(*within, strict=True)]
     (_draw_plane if len(ranges) == 2 else _draw_parallel)(panel, shown, front, ranges, looks)
-    if outside := len(points) - sum(map(len, shown.values())):
-        _say(panel, f"{outside} end point{'' if outside == 1 else 's'} far outside")
+    known, drawn = (sum(map(len, each.values())) for each in (finite, shown))
+    left_out = {"diverged": len(points) - known, "far outside": known - drawn}
+    if notes := [f"{count} end point{'' if count == 1 else 's'} {why}" for why, count in left_out.items() if count]:
+        _say(panel, "\n".join(notes))
 
 
 def draw_times(panel: Axes, rows: Sequence[Row], looks: Looks, *, named: bool) -> None:

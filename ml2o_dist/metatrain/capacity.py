@@ -21,6 +21,31 @@ def check_capacity(workers: int, resources: ResourceSettings, total: Mapping[str
             )
 
 
+def check_labels(labels: Mapping[str, str], setting: str) -> None:
+    """Raise UserError where no node of the cluster has the `labels` that `setting` asks for, as Ray selects by them."""
+    nodes = [node["Labels"] for node in ray.nodes() if node["Alive"]]
+    if not any(has_labels(node, labels) for node in nodes):
+        wanted = ", ".join(f"{name}={value}" for name, value in labels.items())
+        known = {f"{name}={node[name]}" for node in nodes for name in labels if name in node}
+        raise UserError(
+            f"no node of the cluster has the labels that {setting} asks for: {wanted} (there are: "
+            f"{', '.join(sorted(known)) or 'no such labels'}); change {setting}, or add nodes"
+        )
+
+
+def has_labels(node: Mapping[str, str], labels: Mapping[str, str]) -> bool:
+    """Tell whether a node's labels are as asked: for each name VALUE, in(VALUE, ...), or ! before either of them."""
+    for name, asked in labels.items():
+        values = asked.removeprefix("!")
+        if values.startswith("in("):
+            allowed = [value.strip() for value in values.removeprefix("in(").removesuffix(")").split(",")]
+        else:
+            allowed = [values]
+        if (node.get(name) in allowed) == asked.startswith("!"):
+            return False
+    return True
+
+
 def room_for_workers(settings: MetaTrainSettings, total: Mapping[str, float]) -> dict[str, float]:
     """Return what of `total` is left for workers, once the process that replays has its share (backward=learner)."""
     share = settings.learner.resources

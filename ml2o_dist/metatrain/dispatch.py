@@ -61,6 +61,13 @@ class Task:
         """Its result is there."""
         return self.place in self.batch.results
 
+    @property
+    def fate(self) -> str:
+        """What comes of it after a flight without a result, in words: nothing more, its twin's end, or another run."""
+        if self.done:
+            return "its twin has the result"
+        return "its twin goes on" if self.flying else "it runs again elsewhere"
+
 
 @dataclass(frozen=True, eq=False)
 class Flight:

@@ -187,9 +187,9 @@ class WorkerPool:
             self._workers.idle.append(worker)
             self._raised(flight, error)
         except LOST as error:
-            log.warning("%s: %s is lost: %s; it runs again elsewhere", key, worker, reason(error))
-            log.debug("the whole of it: %s", error)
             self._dispatch.lost(flight)
+            log.warning("%s: %s is lost: %s; %s", key, worker, reason(error), flight.task.fate)
+            log.debug("the whole of it: %s", error)
             self._workers.replace(worker, f"{worker}: {reason(error)}")
         else:
             self._workers.idle.append(worker)
@@ -237,7 +237,8 @@ class WorkerPool:
         if self._dispatch.raised(flight):
             if flight.task.done:  # by its twin
                 return
-            log.warning("%s: %r; it runs once more, elsewhere if there is another worker", what, error.cause)
+            again = "it runs once more, elsewhere if there is another worker"
+            log.warning("%s: %r; %s", what, error.cause, flight.task.fate if flight.task.flying else again)
         elif self._faults.on_error == "skip":
             log.warning("%s twice: %r; skipped (faults.on_error=skip)", what, error.cause)
             self._dispatch.settle(flight.task, failed_episode(repr(error.cause)))
@@ -249,13 +250,8 @@ class WorkerPool:
         if self._replays is not None and self._replays.overdue():
             self._restart_replays(self._replays, f"no answer in {self._faults.first_deadline_s:g} s")
         for flight, allowed in self._dispatch.end_overdue():
-            key = flight.task.item.key
-            log.warning(
-                "%s did not end in %.0f s: %s is ended, the episode runs elsewhere, with twice the time",
-                key,
-                allowed,
-                flight.worker,
-            )
+            key, fate = flight.task.item.key, flight.task.fate
+            log.warning("%s did not end in %.0f s: %s is ended; %s", key, allowed, flight.worker, fate)
             self._in_flight = {future: each for future, each in self._in_flight.items() if each is not flight}
             self._rollouts.pop(flight, None)
             self._workers.replace(flight.worker, f"{key} did not end in time")

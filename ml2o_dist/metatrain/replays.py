@@ -11,6 +11,7 @@ import ray
 
 from ml2o_dist.config import FaultSettings, LearnerSettings
 from ml2o_dist.errors import UserError
+from ml2o_dist.metatrain.capacity import check_labels
 from ml2o_dist.metatrain.dispatch import Task
 from ml2o_dist.metatrain.episode import EpisodeResult
 from ml2o_dist.metatrain.worker import Replayer
@@ -37,7 +38,8 @@ class Replays:
     """
 
     def __init__(self, settings: LearnerSettings, faults: FaultSettings) -> None:
-        """Have Ray start the replayer; it may take its time."""
+        """Have Ray start the replayer; it may take its time. UserError: no node has the labels that it asks for."""
+        check_labels(settings.resources.labels, "learner.resources.labels")
         self._settings, self._faults = settings, faults
         self._answered_at = time.monotonic()
         self.under_way: dict[Any, Replay] = {}

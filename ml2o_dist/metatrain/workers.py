@@ -16,7 +16,7 @@ from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from ml2o_dist.config import PlacementSettings, ResourceSettings
 from ml2o_dist.errors import UserError
-from ml2o_dist.metatrain.capacity import check_capacity, cluster_total, free_room
+from ml2o_dist.metatrain.capacity import check_capacity, check_labels, cluster_total, free_room
 from ml2o_dist.metatrain.quarantine import Quarantine
 from ml2o_dist.metatrain.worker_loss import LOST, reason
 
@@ -78,6 +78,7 @@ class Workers:
         self.idle: list[Worker] = []
         self.starting: dict[Any, Worker] = {}
         check_capacity(resources.at_start(count), resources, cluster_total(resources.custom), "the cluster")
+        check_labels(resources.labels, "resources.labels")
         try:
             for number in range(1, count + 1):
                 self._start(number)

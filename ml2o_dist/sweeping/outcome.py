@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -108,7 +109,8 @@ def write_results(
     files.append(Path(write_report(folder)["path"]))
     for file in files:
         sink.log_artifact(file)
-    sink.flush()
+    if sink.flush():
+        runs.send_again()
     version = _register(settings, folder, record, best, runs, uri, console) if best else None
     answer = {
         "run_dir": str(folder),
@@ -133,6 +135,11 @@ def show_trials(record: SweepRecord, settings: SweepSettings, console: Console) 
             console.print(f"trial {trial.number}: {trial.error}", markup=False, highlight=False, soft_wrap=True)
 
 
+def resume_command(folder: Path) -> str:
+    """Return what goes on with the sweep in `folder`."""
+    return f"ml2o sweep --run-dir {shlex.quote(str(folder))} --resume"
+
+
 def finished_answer(folder: Path, settings: SweepSettings) -> dict[str, Any] | None:
     """Return what a sweep that left nothing to do has answered; None: there is something to do, or to send."""
     try:
@@ -147,7 +154,10 @@ def finished_answer(folder: Path, settings: SweepSettings) -> dict[str, Any] | N
 
 
 def keep_answer(folder: Path, settings: SweepSettings, answer: Mapping[str, Any], unsent: int) -> None:
-    """Write down, last of all, that the sweep is finished; a disk that takes nothing only has it finished again."""
+    """Write down, last of all, that the sweep is finished; a disk that takes nothing only has it finished again.
+
+    `unsent`: of how many runs MLflow has not got everything.
+    """
     kept = {"answer": answer, "tracking": settings.tracking.model_dump(mode="json", by_alias=True), "unsent": unsent}
     try:
         with replacing(folder / RESULT) as stream:
@@ -169,17 +179,22 @@ def _register(
     if not tracking.register_version:
         return None
     try:
+        if (run_id := runs.run_ids.get(best.trial.id)) is None:
+            raise UserError(
+                f"MLflow has not answered for the run of trial {best.trial.number}, which the version is of"
+            )
         version = register_version(
             uri,
             tracking.model,
             folder,
-            run_id=runs.run_ids.get(best.trial.id),
+            run_id=run_id,
             experiment=settings.experiment,
             description=f"Trial {best.trial.number} of {markdown(record, settings.name)}",
             tags={"sweep": settings.name, "trial": str(best.trial.number)},
         )
     except UserError as error:
-        console.print(f"[yellow]not registered:[/] {error}", highlight=False, soft_wrap=True)
+        again = f"to try again: {resume_command(folder)}"
+        console.print(f"[yellow]not registered:[/] {error}; {again}", highlight=False, soft_wrap=True)
         return None
     console.print(f"registered     {tracking.model} version {version}, alias candidate", highlight=False)
     return version

@@ -2,23 +2,20 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
 import numpy as np
 from ray import tune
-from ray.tune.schedulers import ASHAScheduler, FIFOScheduler, PopulationBasedTraining
+from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter
 
 from ml2o_dist.errors import UserError
+from ml2o_dist.sweeping.population import LockstepPbt, Recorded
 from ml2o_dist.sweeping.settings import Distribution, SweepSettings
 from ml2o_dist.sweeping.space import as_sampled
 from ml2o_dist.sweeping.trial import SCORE, TIME
-
-Recorded = Callable[[str], Iterable[tuple[int, float]]]
-"""Gives what a trial has reported so far, by its id: meta-steps and scores."""
 
 
 def tune_config(settings: SweepSettings, recorded: Recorded) -> Any:
@@ -27,8 +24,7 @@ def tune_config(settings: SweepSettings, recorded: Recorded) -> Any:
     Raises:
         UserError: search=optuna, which is not installed.
     """
-    random.seed(settings.seed)  # what PBT draws from, and ASHA's brackets
-    np.random.seed(settings.seed % 2**32)
+    np.random.seed(settings.seed % 2**32)  # what ASHA's brackets are drawn from
     return tune.TuneConfig(
         metric=SCORE,
         mode="min",
@@ -84,7 +80,9 @@ def _scheduler(settings: SweepSettings, recorded: Recorded) -> Any:
             reduction_factor=settings.asha.reduction,
         )
     if settings.scheduler == "pbt":
-        return PopulationBasedTraining(
+        return LockstepPbt(
+            recorded,
+            settings.seed,
             time_attr=TIME,
             perturbation_interval=settings.pbt.interval or every,
             hyperparam_mutations={
@@ -94,8 +92,6 @@ def _scheduler(settings: SweepSettings, recorded: Recorded) -> Any:
             quantile_fraction=settings.pbt.quantile,
             resample_probability=settings.pbt.resample,
             custom_explore_fn=partial(_inside, settings.space),
-            log_config=False,
-            synch=True,  # a copy goes on at its own meta-step: none is left out, none comes twice
         )
     return FIFOScheduler()
 

@@ -123,7 +123,12 @@ class SweepSettings(_Settings):
     pbt: PbtSettings = PbtSettings()
     space: dict[str, Distribution] = Field(description="by dotted key of meta-train's settings")
     max_concurrent: int = Field(0, ge=0, description="trials at a time; 0: as many as there is room for")
-    retries: int = Field(1, ge=0, description="how often a trial that failed goes on from its newest checkpoint")
+    retries: int = Field(
+        1,
+        ge=0,
+        description="how often a trial that failed goes on from its newest checkpoint; the loss of its process, as "
+        "with its host, does not count (unless this is 0)",
+    )
     driver: DriverSettings = DriverSettings()
     tracking: SweepTracking = SweepTracking()
     meta_train: MetaTrainSettings = Field(description="what is the same in all trials: a file's name, or settings")

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import signal
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import ray
+import ray.cloudpickle
 from ray import tune
+from ray.exceptions import RayActorError
 from ray.tune import Callback
 
+from ml2o_dist.metatrain.worker_loss import reason
 from ml2o_dist.progress import StepDisplay
-from ml2o_dist.sweeping.record import Report, State, SweepRecord
+from ml2o_dist.sweeping.record import Report, State, SweepRecord, Trial
 from ml2o_dist.sweeping.search import param_space, tune_config
 from ml2o_dist.sweeping.settings import SweepSettings
 from ml2o_dist.sweeping.space import as_values, trial_settings
 from ml2o_dist.sweeping.trial import SCORE, SCRATCH, TIME, as_trainable
 from ml2o_dist.tracking.sweep_runs import SweepRuns
+
+log = logging.getLogger(__name__)
 
 FOLDER = "tune"
 """Tune's part of the run directory: its state, and a folder with the checkpoints of each trial."""
@@ -54,6 +62,7 @@ class Watcher(Callback):  # type: ignore[misc]  # Ray is not followed
         self._settings, self._record, self._runs = settings, record, runs
         self._display, self._stop, self._on_lost = display, stop, on_lost
         self._begun = False
+        self._losses: Counter[str] = Counter()
 
     def __reduce__(self) -> tuple[Callable[[], Watcher | None], tuple[()]]:
         """Tune pickles its callbacks: of this one, that it is the one that watches in the process that goes on."""
@@ -61,11 +70,7 @@ class Watcher(Callback):  # type: ignore[misc]  # Ray is not followed
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """Look at what came from before, once, and at whether to stop."""
-        if not self._begun:
-            self._begun = True
-            known = {trial.trial_id for trial in trials}
-            self._on_lost([id for id in self._record.trials if id not in known])
-            self.tell_all()
+        self._look_back(trials)
         if self._stop():
             signal.raise_signal(signal.SIGUSR1)  # what Tune ends its loop for, with its state saved
 
@@ -93,6 +98,23 @@ class Watcher(Callback):  # type: ignore[misc]  # Ray is not followed
         self._runs.log(trial.trial_id, report.meta_step, _figures(self._settings, report))
         self._show(trials)
 
+    def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
+        """Note why a trial is run again, and that a process of it that was lost is no failure of the trial's.
+
+        So it is for as many losses as a meta-training may have of its workers; a trial that crashes each time does end.
+        """
+        file = trial.pickled_error_file
+        error = ray.cloudpickle.loads(Path(file).read_bytes()) if file else None
+        if not isinstance(error, RayActorError):  # it was raised in the trial, or by Tune
+            return
+        number, losses = self._known(trial).number, self._losses[trial.trial_id] + 1
+        log.warning("trial %d is lost: %s; it goes on from its newest checkpoint", number, reason(error))
+        self._losses[trial.trial_id] = losses
+        counted = not error.preempted  # Tune itself lets those pass
+        if counted and losses <= self._settings.meta_train.resources.max_restarts:
+            trial.run_metadata.num_failures -= 1
+            trial.run_metadata.invalidate_cache()  # so that Tune saves it
+
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Note that a trial came to its end, or to the one that the scheduler gave it."""
         steps = trial_settings(self._settings, as_values(self._settings, trial.config)).meta_steps
@@ -101,11 +123,13 @@ class Watcher(Callback):  # type: ignore[misc]  # Ray is not followed
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Note that a trial failed, and why."""
+        self._known(trial)
         self._end(trial.trial_id, "failed", _why(Path(trial.error_file)))
         self._show(trials)
 
     def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
         """Note where the checkpoints are."""
+        self._look_back(trials)  # no step was taken where all trials had ended: only MLflow had not got everything
         self.checkpoints = {trial.trial_id: Path(trial.checkpoint.path) for trial in trials if trial.checkpoint}
 
     def tell_all(self) -> None:
@@ -123,6 +147,18 @@ class Watcher(Callback):  # type: ignore[misc]  # Ray is not followed
         """Return meta-steps and scores that a trial has reported."""
         trial = self._record.trials.get(id)
         return [(step, report.validation) for step, report in sorted(trial.reports.items())] if trial else []
+
+    def _known(self, trial: Any) -> Trial:
+        """Return a trial as it is recorded; one whose process was lost before it was up is not yet."""
+        known = self._record.trials.get(trial.trial_id)
+        return known or self._record.begin(trial.trial_id, as_values(self._settings, trial.config))
+
+    def _look_back(self, trials: list[Any]) -> None:
+        if not self._begun:
+            self._begun = True
+            known = {trial.trial_id for trial in trials}
+            self._on_lost([id for id in self._record.trials if id not in known])
+            self.tell_all()
 
     def _end(self, id: str, state: State, error: str = "") -> None:
         self._record.end(id, state, error)

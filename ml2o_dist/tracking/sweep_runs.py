@@ -28,18 +28,28 @@ class SweepRuns:
 
     Attributes:
         run_ids: of the trials whose run MLflow has answered for, by the trial's id.
-        unsent: how many metric values of runs that have ended MLflow has not got.
     """
 
     def __init__(self, uri: str, experiment: str, parent: MlflowSink, key: str, folder: Path) -> None:
         """`key` names the sweep among all others; in `folder` lies what MLflow has not got yet."""
         self.run_ids: dict[str, str] = {}
-        self.unsent = 0
         self.key = key
         self._uri, self._experiment, self._parent = uri, experiment, parent
         self._folder = folder
         self._open: dict[str, MlflowSink] = {}
+        self._begun: dict[str, tuple[str, Mapping[str, Any]]] = {}
+        self._unsent: dict[str, tuple[Status, int]] = {}  # how it ended, and how many metric values are missing
         self._nested: set[str] = set()
+
+    @property
+    def unsent(self) -> int:
+        """Of how many runs that have ended MLflow has not got everything."""
+        return len(self._unsent)
+
+    @property
+    def unsent_values(self) -> int:
+        """How many metric values of those it has not got."""
+        return sum(values for _, values in self._unsent.values())
 
     def begin(self, trial: str, name: str, values: Mapping[str, Any]) -> None:
         """Begin the run of a trial, or go on with it; `values` are its parameters."""
@@ -52,6 +62,7 @@ class SweepRuns:
             run_key=run_key(self.key, trial),
         )
         spool = Spool(self._folder / trial)
+        self._begun[trial] = name, values
         sink = self._open[trial] = MlflowSink(MlflowRun(self._uri, identity), redacted(self._uri), spool)
         sink.log_params(values)
         sink.set_tags({"trial": name, "sweep": self._experiment})
@@ -70,10 +81,20 @@ class SweepRuns:
         """End the run of a trial that was begun; waits for MLflow for so long at most."""
         self._nest(trial)
         sink = self._open.pop(trial)
-        self._nested.discard(trial)
-        self.unsent += sink.close(status, limit_s)
+        values = sink.close(status, limit_s)
         if sink.run_id:
             self.run_ids[trial] = sink.run_id
+        if sink.spool or trial not in self._nested:
+            self._unsent[trial] = status, values
+        else:
+            self._unsent.pop(trial, None)
+        self._nested.discard(trial)
+
+    def send_again(self) -> None:
+        """Send what MLflow has not got of runs that have ended, to be called when it answers (again)."""
+        for trial, (status, _) in list(self._unsent.items()):
+            self.begin(trial, *self._begun[trial])
+            self.end(trial, status)
 
     def close(self, limit_s: float) -> None:
         """End the runs of the trials that are still open: they did not come to their end."""
@@ -85,6 +106,7 @@ class SweepRuns:
     def forget(self, trials: Sequence[str]) -> None:
         """Delete the runs of trials that a kill made Tune forget; where MLflow is away they stay, with a warning."""
         for trial in trials:
+            self._unsent.pop(trial, None)
             shutil.rmtree(self._folder / trial, ignore_errors=True)
         try:
             with answering(self._uri):

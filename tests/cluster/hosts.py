@@ -13,9 +13,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -170,6 +171,11 @@ class Host(Namespace):
             f"mount --bind {self.folder}/hosts /etc/hosts && mount --bind {self.folder}/resolv.conf /etc/resolv.conf"
         )
 
+    def mount(self, folder: Path, path: str) -> None:
+        """Have the host see a folder of this machine's at `path`, as it would a network folder."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.run(f"mkdir -p {path} && mount --bind {folder} {path}")
+
     def cut_off(self) -> None:
         """Take the cable out."""
         self.run("ip link set eth0 down")
@@ -202,6 +208,25 @@ class Host(Namespace):
                 if int(folder.name) != self.pid and os.readlink(folder / "ns" / "pid") == mine:
                     found.append((folder / "cmdline").read_bytes().replace(b"\0", b" ").decode().strip())
         return [line for line in found if line]
+
+
+@contextmanager
+def hosts_with(process: str, hosts: Iterable[Host]) -> Iterator[set[str]]:
+    """Give a set that, at the end of the `with` block, holds the names of the hosts on which the process was seen."""
+    found: set[str] = set()
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.1):
+            found.update(host.name for host in hosts if any(process in line for line in host.command_lines()))
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield found
+    finally:
+        over.set()
+        watcher.join()
 
 
 def until(done, seconds: float, why=lambda: "") -> None:

@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 from collections.abc import Sequence
+from pathlib import Path
 
 from tests.cluster.files import CLUSTER, ROOT, launcher, manifest
 from tests.cluster.hosts import Host, Network, until
@@ -28,10 +29,12 @@ class RayCluster:
 
     `how`: kuberay, the commands that KubeRay makes of the manifests, with the environment of their containers; or
     onprem, the launcher's, but for the autoscaler, which has no machine to reach by ssh.
+
+    `shared`: a folder that all hosts see where those files mount the volume of run directories.
     """
 
-    def __init__(self, network: Network, how: str) -> None:
-        self._network, self._how = network, how
+    def __init__(self, network: Network, how: str, shared: Path | None = None) -> None:
+        self._network, self._how, self._shared = network, how, shared
         self.head = self._host("ml2o-head-svc", 1, head=True)
         self.workers: dict[int, Host] = {}
         self._start_ray(self.head, head=True)
@@ -97,11 +100,22 @@ class RayCluster:
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_text(TOKEN)
             host.environment["RAY_HEAD_IP"] = f"{self._network.names['ml2o-head-svc']}"
+        if self._shared is not None:
+            host.mount(self._shared, self._runs(head))
         return host
 
     def _group(self, head: bool) -> dict[str, dict]:
         spec = manifest("raycluster", "RayCluster")["spec"]
         return spec["headGroupSpec"] if head else spec["workerGroupSpecs"][0]
+
+    def _runs(self, head: bool) -> str:
+        """Return where containers of that kind of host have the volume of run directories."""
+        if self._how == "onprem":
+            (volume,) = re.findall(r"--volume \S+:(\S+)", " ".join(launcher("onprem")["docker"]["run_options"]))
+            return str(volume)
+        (container,) = self._group(head)["template"]["spec"]["containers"]
+        (path,) = [volume["mountPath"] for volume in container["volumeMounts"] if volume["name"] == "runs"]
+        return str(path)
 
     def _start_ray(self, host: Host, *, head: bool) -> None:
         """Start Ray; what it is smaller in comes last on the command line, where it counts."""

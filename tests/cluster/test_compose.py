@@ -63,3 +63,5 @@ def test_ports_hosts_and_volumes_fit():
     assert words["artifacts-destination"] in {path for _, path in mounted}
     uri = yaml.safe_load((CLUSTER / "runtime_env.yaml").read_text())["env_vars"]["MLFLOW_TRACKING_URI"]
     assert uri.removeprefix("http://") in words["allowed-hosts"].split(",")
+    # MLflow's pages send their searches with an origin, which it refuses unless it is told of it.
+    assert {uri, "http://tracking:5000"} <= set(words["cors-allowed-origins"].split(","))

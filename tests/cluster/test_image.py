@@ -35,8 +35,17 @@ def test_all_is_installed_from_the_pinned_set():
     assert all("-c constraints.txt" in part for part in pips)
     assert "-r /tmp/torch.txt" in pips[0]  # torch first: the second finds it there and takes no other build
     assert pinned("torch")
-    assert {"psycopg2-binary", "boto3", "."} <= set(shlex.split(pips[1]))
-    assert all(pinned(name) for name in ("psycopg2-binary", "boto3"))
+    assert {"psycopg2-binary", "boto3", ".[sweep,solvers]"} <= set(shlex.split(pips[1]))
+    asked = (
+        "psycopg2-binary",
+        "boto3",
+        "optuna",
+        "cvxpy",
+        "ecos",
+        "quadprog",
+        "qpsolvers",
+    )  # the extras of torchjd, too
+    assert all(pinned(name) for name in asked)
     assert fetch.startswith("ml2o data fetch")
 
 

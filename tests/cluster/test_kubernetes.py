@@ -13,7 +13,7 @@ import kubernetes_validate
 import pytest
 import yaml
 
-from tests.cluster.files import ROOT, all_manifests, image, manifest, options, pinned, readme_commands
+from tests.cluster.files import ROOT, all_manifests, image, manifest, manifests, options, pinned, readme_commands
 from tests.cluster.kuberay import SCHEMAS, quantity
 
 KUBERNETES = kubernetes_validate.latest_version()
@@ -41,7 +41,7 @@ def pods():
     return found + [
         (f"{tree['kind']} {tree['metadata']['name']}", tree["spec"]["template"]["spec"])
         for tree in all_manifests()
-        if tree["kind"] in POD_KINDS
+        if tree["kind"] in (*POD_KINDS, "Job")
     ]
 
 
@@ -133,6 +133,30 @@ def test_a_stopped_job_has_time_for_its_checkpoint_before_its_pod_ends():
     ast.parse(script)
 
 
+def test_what_is_deleted_now_and_then_leaves_run_directories_and_artifacts():
+    for name in ("raycluster", "rayjob", "mlflow"):
+        assert "PersistentVolumeClaim" not in {tree["kind"] for tree in manifests(name)}
+    assert manifest("volumes", "PersistentVolumeClaim", "ml2o-runs")["spec"]["storageClassName"]
+
+
+def test_pods_of_our_image_write_volumes_as_its_group():
+    for name, pod in pods():
+        if name in GROUPS or name == "Deployment mlflow":
+            assert pod["securityContext"] == {"fsGroup": 100}, name
+
+
+def test_the_owner_of_a_volume_that_ignores_the_group_is_set_once_by_root():
+    pod = manifest("volumes", "Job")["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    assert container["securityContext"] == {"runAsUser": 0}
+    (mount,) = container["volumeMounts"]
+    assert container["command"][:2] == ["bash", "-c"]
+    test, change = container["command"][2].split(" || ")
+    assert change == f"chown 1000:100 {mount['mountPath']}"
+    assert test.endswith(f"test -w {mount['mountPath']}")
+    assert pod["volumes"][0]["persistentVolumeClaim"]["claimName"] == "ml2o-runs"
+
+
 def test_volumes_and_claims_exist():
     claims = {tree["metadata"]["name"] for tree in all_manifests() if tree["kind"] == "PersistentVolumeClaim"}
     asked = set()
@@ -152,7 +176,7 @@ def test_all_of_ray_shares_the_home_of_jobs():
         pod = group["template"]["spec"]
         (mount,) = [mount for mount in pod["containers"][0]["volumeMounts"] if mount["mountPath"] == home]
         (volume,) = [volume for volume in pod["volumes"] if volume["name"] == mount["name"]]
-        claim = manifest("raycluster", "PersistentVolumeClaim", volume["persistentVolumeClaim"]["claimName"])
+        claim = manifest("volumes", "PersistentVolumeClaim", volume["persistentVolumeClaim"]["claimName"])
         assert claim["spec"]["accessModes"] == ["ReadWriteMany"], name
 
 
@@ -183,6 +207,7 @@ def test_the_mlflow_server_runs_as_measured_and_lets_in_who_calls_it_by_its_name
     assert int(port) in services()[host]
     assert int(words["port"]) == int(port) == container["ports"][0]["containerPort"]
     assert {host, f"{host}:{port}"} <= set(words["allowed-hosts"].split(","))
+    assert tracking_uri() in words["cors-allowed-origins"].split(",")  # of its own pages, in a browser
     store = re.fullmatch(r"postgresql\+psycopg2://(\w+):\$\((\w+)\)@(\w+):(\d+)/(\w+)", environment[STORE])
     user, password, database_host, database_port, database = store.groups()
     names = [variable["name"] for variable in container["env"]]

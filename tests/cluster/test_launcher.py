@@ -3,6 +3,12 @@
 from __future__ import annotations
 
 import copy
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
 
 import pytest
 import yaml
@@ -36,7 +42,10 @@ def test_images_are_ours_with_the_pinned_ray(name):
     config = launcher(name)
     dockers = [config["docker"], *(kind.get("docker", {}) for kind in config.get("available_node_types", {}).values())]
     named = {docker[key] for docker in dockers for key in docker if key.endswith("image")}
-    assert named == {image("cpu"), image("gpu")}
+    assert named == {image("cpu"), image("gpu")} if name in CLOUDS else {image("cpu")}
+    if name == "onprem":  # GPUs are commented lines
+        assert "# worker_run_options: [--gpus all]" in (CLUSTER / "launcher" / "onprem.yaml").read_text()
+        assert "worker_run_options" not in config["docker"]
 
 
 @pytest.mark.parametrize("name", CLOUDS)
@@ -52,9 +61,22 @@ def test_workers_come_and_go_within_limits(name):
     config = prepared(name)
     workers = [kind for key, kind in config["available_node_types"].items() if key != "head"]
     assert all(0 <= kind["min_workers"] <= kind["max_workers"] <= config["max_workers"] for kind in workers)
-    assert any(kind["min_workers"] < kind["max_workers"] for kind in workers)
     assert sum(kind["min_workers"] for kind in workers) >= 1  # meta-training asks for all of its workers at once
-    assert config["idle_timeout_minutes"] > 0
+    if name in CLOUDS:
+        assert any(kind["min_workers"] < kind["max_workers"] for kind in workers)
+        assert config["idle_timeout_minutes"] > 0
+
+
+def test_all_machines_of_ones_own_are_started_and_stay():
+    config = prepared("onprem")
+    machines = len(config["provider"]["worker_ips"])
+    kind = config["available_node_types"][config["head_node_type"]]
+    assert (kind["min_workers"], kind["max_workers"]) == (machines, machines)
+
+
+def test_every_node_of_aws_has_an_image_and_the_group_that_the_readme_makes():
+    for kind in prepared("aws")["available_node_types"].values():
+        assert (kind["node_config"]["ImageId"], kind["node_config"]["SecurityGroupIds"]) == ("ami-YOURS", ["sg-YOURS"])
 
 
 @pytest.mark.parametrize("name", CLOUDS)
@@ -81,13 +103,57 @@ def test_there_are_spot_workers_and_workers_that_stay_and_the_head_stays(name):
     assert spot == {"head": False, "worker_cpu": False, "worker_cpu_spot": True, "worker_gpu": True}
 
 
-@pytest.mark.parametrize("name", LAUNCHERS)
-def test_the_home_of_jobs_is_a_folder_of_the_host_that_the_images_user_owns(name):
-    config = launcher(name)
+def home(config):
+    """Return the host's folder that is ML2O_HOME in the container."""
     (volume,) = [option.split()[1] for option in config["docker"]["run_options"] if option.startswith("--volume")]
     folder, _, inside = volume.partition(":")
     assert inside == yaml.safe_load((CLUSTER / "runtime_env.yaml").read_text())["env_vars"]["ML2O_HOME"]
-    assert config["initialization_commands"] == [f"sudo mkdir -p {folder}", f"sudo chown 1000:100 {folder}"]
+    return folder
+
+
+def uncommented(name):
+    """Return the file with the commented items of its lists taken in."""
+    return yaml.safe_load((CLUSTER / "launcher" / f"{name}.yaml").read_text().replace("\n  # - ", "\n  - "))
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+def test_a_shared_folder_is_mounted_at_the_home_of_jobs_before_its_owner_is_set(name):
+    folder = home(launcher(name))
+    made, owned = launcher(name)["initialization_commands"]
+    assert made == f"sudo mkdir -p {folder}"
+    taken_in = uncommented(name)
+    validate_config(prepare_config(taken_in))
+    first, client, mount, last = taken_in["initialization_commands"]
+    assert (first, last) == (made, owned)
+    assert "nfs-common" in client
+    assert shlex.split(mount)[:4] == ["mountpoint", "-q", folder, "||"]
+    assert shlex.split(mount)[-1] == folder
+    for command in (made, client, mount, owned):
+        subprocess.run(["bash", "-n", "-c", command], check=True, timeout=10)
+
+
+@pytest.mark.parametrize("name", LAUNCHERS)
+@pytest.mark.parametrize(
+    ("owner", "squashed", "status", "left"),
+    [((0, 0), False, 0, (1000, 100)), ((1000, 1000), True, 0, (1000, 1000)), ((0, 0), True, 1, (0, 0))],
+    ids=["ours to set", "set by the server", "refused by the server"],
+)
+def test_the_images_user_can_write_the_home_of_jobs_or_ray_up_ends(name, owner, squashed, status, left, tmp_path):
+    if os.geteuid() != 0 or shutil.which("setpriv") is None:
+        pytest.skip("needs root and setpriv (Debian's package util-linux)")
+    (tmp_path / "sudo").write_text('#!/bin/sh\nexec "$@"\n')
+    (tmp_path / "chown").write_text('#!/bin/sh\necho "Operation not permitted" >&2\nexit 1\n')
+    for stub in ("sudo", "chown") if squashed else ("sudo",):
+        (tmp_path / stub).chmod(0o755)
+    with tempfile.TemporaryDirectory() as made:  # not tmp_path: the image's user cannot enter that
+        folder = Path(made)
+        folder.chmod(0o755)
+        os.chown(folder, *owner)
+        command = launcher(name)["initialization_commands"][-1].replace(home(launcher(name)), made)
+        path = f"{tmp_path}:{os.environ['PATH']}"
+        done = subprocess.run(["bash", "-c", command], env={"PATH": path}, capture_output=True, timeout=10, check=False)
+        assert done.returncode == status, done.stderr
+        assert (folder.stat().st_uid, folder.stat().st_gid) == left
 
 
 @pytest.mark.parametrize("name", LAUNCHERS)

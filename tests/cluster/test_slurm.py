@@ -55,6 +55,11 @@ def test_what_slurm_gives_before_the_end_is_more_than_a_checkpoint_takes():
     assert int(given.rpartition("@")[2]) >= 120
 
 
+def test_srun_is_told_of_the_cpus_which_it_does_not_take_over():
+    (line,) = [line.strip() for line in SCRIPT.read_text().splitlines() if line.strip().startswith("srun ")]
+    assert '--cpus-per-task="$SLURM_CPUS_PER_TASK"' in line.split()
+
+
 class Allocation:
     """Nodes on which `srun` starts what the script asks for; the script runs on the first."""
 

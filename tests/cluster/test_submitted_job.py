@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import shlex
-import threading
 
 import pytest
 
 from ml2o_dist.artifact import load_artifact
 from tests.cluster.files import manifest
+from tests.cluster.hosts import hosts_with
 from tests.cluster.ray_cluster import RayCluster
 from tests.cluster.tracking import TrackingServer
 from tests.cluster.training import CONFIG, HOME, Training, calm, leaves_nothing
@@ -28,13 +28,20 @@ answer = {
 """
 
 
-OTHER_NAME = """
+STATUS = """
 import urllib.error, urllib.request
-asked = urllib.request.Request("http://mlflow:5000/", headers={"Host": "elsewhere.example"})
-try:
-    answer = {"status": urllib.request.urlopen(asked).status}
-except urllib.error.HTTPError as error:
-    answer = {"status": error.code}
+def status(headers):
+    asked = urllib.request.Request("http://mlflow:5000/ajax-api/2.0/mlflow/experiments/search", b'{"max_results": 1}')
+    asked.headers = {"Content-Type": "application/json", **headers}
+    try:
+        return urllib.request.urlopen(asked).status
+    except urllib.error.HTTPError as error:
+        return error.code
+answer = {
+    "a name that is not its own": status({"Host": "elsewhere.example"}),  # DNS rebinding
+    "a page of another origin": status({"Origin": "http://elsewhere.example"}),
+    "its own page": status({"Origin": "http://mlflow:5000"}),
+}
 """
 
 
@@ -43,16 +50,8 @@ def test_a_job_runs_on_all_workers_and_leaves_run_metrics_and_version_on_the_ser
     server = TrackingServer(network, tracking)
     try:
         ray = RayCluster(network, how)
-        hosts = {host.name: host for host in (ray.add(1), ray.add(2), ray.head)}
+        ray.add(1), ray.add(2)
         ray.await_nodes(3)
-        ran, over = set(), threading.Event()
-
-        def watch():
-            while not over.wait(0.1):
-                ran.update(n for n, h in hosts.items() if any("ray::RolloutWorker" in c for c in h.command_lines()))
-
-        watcher = threading.Thread(target=watch)
-        watcher.start()
         overrides = ["meta_steps=12", "compare=false"]
         words = [
             "--config",
@@ -62,11 +61,8 @@ def test_a_job_runs_on_all_workers_and_leaves_run_metrics_and_version_on_the_ser
             *[w for o in overrides for w in ("--set", o)],
             "--json",
         ]
-        try:
+        with hosts_with("ray::RolloutWorker", [ray.head, *ray.workers.values()]) as ran:
             printed = ray.submit(ray.head, *words)
-        finally:
-            over.set()
-            watcher.join()
         assert "run directory  /home/ray/ml2o/runs/job" in printed
         assert "tracking URI   http://mlflow:5000" in printed
         assert ran == {"worker1", "worker2"}  # the head takes no work
@@ -79,7 +75,7 @@ def test_a_job_runs_on_all_workers_and_leaves_run_metrics_and_version_on_the_ser
         assert seen["steps"] == list(range(1, 13))
         assert seen["version"] == [1, expected]
         assert "config.yaml" in json.dumps(seen["artifacts"])
-        assert server.ask(ray.workers[1], OTHER_NAME) == {"status": 403}  # DNS rebinding
+        assert list(server.ask(ray.workers[1], STATUS).values()) == [403, 403, 200]
         with pytest.raises(AssertionError, match="AuthenticationError"):
             ray.head.sh(f"RAY_AUTH_MODE=token RAY_AUTH_TOKEN={'f' * 64} ray job list --address {ray.dashboard}")
         leaves_nothing(ray)

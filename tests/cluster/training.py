@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 from ml2o_dist.artifact import weights_sha256
 from ml2o_dist.config_file import load_settings
@@ -17,9 +20,9 @@ CONFIG = ROOT / "tests" / "small_run.yaml"
 HOME = "home/ray/ml2o"  # ML2O_HOME of runtime_env.yaml, in a host's folder
 
 
-def calm(folder, *overrides):
+def calm(folder, *overrides, config=CONFIG):
     """Return the weights that the run ends at in one process, without Ray."""
-    trainer = Trainer(load_settings(CONFIG, [*overrides, "device=cpu"]), folder)
+    trainer = Trainer(load_settings(config, [*overrides, "device=cpu"]), folder)
     trainer.run(later(in_process))
     return weights_sha256(trainer.best_weights)
 
@@ -44,14 +47,11 @@ def leaves_nothing(ray):
         until(lambda host=host: not host.command_lines(), 30, lambda host=host: host.command_lines())
 
 
-class Training:
-    """A submitted meta-training, in a thread of its own."""
+class Job:
+    """A submitted job, in a thread of its own; `log` is the file that it writes on the head."""
 
-    def __init__(self, ray: RayCluster, *overrides: str) -> None:
-        self._ray = ray
-        self._checkpoints = ray.head.folder / HOME / "runs" / "job" / "checkpoints"
-        words = [word for each in overrides for word in ("--set", each)]
-        self._words = ["--config", str(CONFIG), "--run-dir", "runs/job", *words, "--json"]
+    def __init__(self, ray: RayCluster, log: Path, *words: str, script: str) -> None:
+        self._ray, self._log, self._words, self._script = ray, log, [*words, "--json"], script
         self._printed: list[str] = []
         self._failed: list[BaseException] = []
         self._thread = threading.Thread(target=self._run)
@@ -59,15 +59,14 @@ class Training:
 
     def _run(self) -> None:
         try:
-            self._printed.append(self._ray.submit(self._ray.head, *self._words))
+            self._printed.append(self._ray.submit(self._ray.head, *self._words, script=self._script))
         except BaseException as error:
             self._failed.append(error)
 
-    def await_step(self, step: int) -> None:
-        """Wait for a meta-step's checkpoint."""
-        wanted = self._checkpoints / f"step_{step:06d}"
-        until(lambda: wanted.exists() or not self._thread.is_alive(), 300, self._ray.logs)
-        assert wanted.exists(), self._failed
+    def await_that(self, done: Callable[[], bool]) -> None:
+        """Wait for something that must come before the job's end."""
+        until(lambda: done() or not self._thread.is_alive(), 300, self._ray.logs)
+        assert done(), self._failed
 
     @property
     def goes_on(self) -> bool:
@@ -81,10 +80,31 @@ class Training:
         assert not self._failed, self._failed
         return self._printed[0]
 
-    def answer(self) -> dict[str, object]:
+    def answer(self) -> dict[str, Any]:
         """Wait for the end; return what `--json` printed."""
-        (line,) = [line for line in self.printed().splitlines() if line.startswith('{"run_dir"')]
-        return json.loads(line)
+        return answer(self.printed())
 
     def log(self) -> str:
-        return (self._checkpoints.parent / "run.log").read_text()
+        return self._log.read_text()
+
+
+class Training(Job):
+    """A submitted meta-training."""
+
+    def __init__(self, ray: RayCluster, *overrides: str) -> None:
+        folder = ray.head.folder / HOME / "runs" / "job"
+        self._checkpoints = folder / "checkpoints"
+        words = [word for each in overrides for word in ("--set", each)]
+        command = ["--config", str(CONFIG), "--run-dir", "runs/job", *words]
+        super().__init__(ray, folder / "run.log", *command, script="meta_train.py")
+
+    def await_step(self, step: int) -> None:
+        """Wait for a meta-step's checkpoint."""
+        self.await_that((self._checkpoints / f"step_{step:06d}").exists)
+
+
+def answer(printed: str) -> dict[str, Any]:
+    """Return what `--json` printed, among the words of `ray job submit`."""
+    (line,) = [line for line in printed.splitlines() if line.startswith('{"run_dir"')]
+    found: dict[str, Any] = json.loads(line)
+    return found

@@ -168,12 +168,26 @@ def test_end_points_of_two_objectives_are_marks_before_the_front() -> None:
 
 
 def test_end_points_far_outside_are_counted_and_do_not_set_the_scale() -> None:
-    ends = {"mean+adam": [(0.1 * k, 1 - 0.1 * k) for k in range(8)], "mgda+adam": [(1e9, 0.5), (math.inf, 1.0)]}
+    ends = {"mean+adam": [(0.1 * k, 1 - 0.1 * k) for k in range(8)], "mgda+adam": [(1e9, 0.5), (0.5, 1e7)]}
     drawn = panel()
     draw_ends(drawn, ends, (), LOOKS)
     assert said(drawn) == ["2 end points far outside"]
     assert drawn.get_xlim()[1] < 2
-    draw_ends(panel(), {"mean+adam": [(math.nan, math.nan)]}, (), LOOKS)
+
+
+def test_end_points_that_are_not_finite_are_counted_as_diverged() -> None:
+    line = [(0.1 * k, 1 - 0.1 * k) for k in range(8)]
+    for strays, words in (
+        ([(math.inf, 1.0), (math.nan, math.nan), (0.5, -math.inf)], "3 end points diverged"),
+        ([(math.nan, 0.5), (1e9, 0.5)], "1 end point diverged\n1 end point far outside"),
+    ):
+        drawn = panel()
+        draw_ends(drawn, {"mean+adam": line, "mgda+adam": strays}, (), LOOKS)
+        assert said(drawn) == [words]
+        assert drawn.get_xlim()[1] < 2
+    drawn = panel()
+    draw_ends(drawn, {"mean+adam": [(math.nan, math.nan)]}, (), LOOKS)
+    assert said(drawn) == ["1 end point diverged"]
     draw_ends(panel(), {"mean+adam": []}, FRONT, LOOKS)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import numpy as np
+
 from ml2o_dist.artifact import weights_sha256
 from ml2o_dist.metatrain.episode import run_episode
 
@@ -34,3 +36,10 @@ def cut_after(calls):
 
 def digests(trainer):
     return weights_sha256(trainer.learner.weights), weights_sha256(trainer.best_weights)
+
+
+def equal(results, expected):
+    """Tell whether two lists of episodes have the same results, bit for bit."""
+    return [r.meta_loss for r in results] == [r.meta_loss for r in expected] and all(
+        np.array_equal(a.gradient, b.gradient) for a, b in zip(results, expected, strict=True)
+    )

@@ -196,11 +196,23 @@ def test_while_a_twin_runs_a_lost_straggler_is_not_run_a_third_time() -> None:
     dispatch, _, batch, slow = straggling()
     (twin,) = dispatch.assign([object()], 2)
     dispatch.lost(slow)
+    assert slow.task.fate == "its twin goes on"
     assert dispatch.assign([object()], 2) == []
     dispatch.lost(twin)
+    assert slow.task.fate == "it runs again elsewhere"
     (third,) = dispatch.assign([object()], 2)
     dispatch.finished(third, result())
     assert batch.complete
+
+
+def test_a_straggler_that_is_lost_after_its_twin_has_ended_is_not_run_again() -> None:
+    dispatch, _, batch, slow = straggling()
+    (twin,) = dispatch.assign([object()], 2)
+    dispatch.finished(twin, result())
+    dispatch.lost(slow)
+    assert slow.task.fate == "its twin has the result"
+    assert batch.complete
+    assert dispatch.assign([object()], 2) == []
 
 
 def test_what_is_overdue_gets_twice_the_time_and_what_raised_another_worker() -> None:

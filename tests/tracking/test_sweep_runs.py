@@ -77,11 +77,37 @@ def test_what_a_server_that_was_away_has_not_got_is_there_when_it_is_told_again(
     server = MlflowServer(tmp_path / "server")
     try:
         before = tell(server.uri, tmp_path / "run", "key", range(3), wait_s=0.5)
-        assert before.unsent == 6
+        assert (before.unsent, before.unsent_values) == (2, 6)
         assert before.run_ids == {}
         server.start()
         after = tell(server.uri, tmp_path / "run", "key", range(4))
         assert after.unsent == 0
         check(server.uri, 4)
+    finally:
+        server.kill()
+
+
+@pytest.mark.long
+def test_what_could_not_be_sent_when_a_trial_ended_is_sent_when_the_server_answers(tmp_path: Path) -> None:
+    (tmp_path / "server").mkdir()
+    server = MlflowServer(tmp_path / "server")
+    parent = MlflowSink.open(server.uri, EXPERIMENT, run_name="x", run_dir=tmp_path / "run", wait_s=0.5)
+    runs = SweepRuns(server.uri, EXPERIMENT, parent, "key", tmp_path / "run" / "spools")
+    try:
+        for number, (trial, status) in enumerate((("a", "FINISHED"), ("b", "KILLED")), start=1):
+            runs.begin(trial, f"trial {number}", {"learner.lr": number / 10})
+            for step in range(3):
+                runs.log(trial, step, {"validation": 1 / (step + 1)})
+            runs.tag(trial, {"state": "finished", "error": None})
+            runs.end(trial, status, 10)
+        assert (runs.unsent, runs.unsent_values, runs.run_ids) == (2, 6, {})
+        server.start()
+        assert parent.flush(60)
+        runs.send_again()
+        assert (runs.unsent, runs.unsent_values, sorted(runs.run_ids)) == (0, 0, ["a", "b"])
+        runs.close(10)
+        parent.close("FINISHED", 10)
+        check(server.uri, 3)
+        assert not (tmp_path / "run" / "spools").exists()
     finally:
         server.kill()

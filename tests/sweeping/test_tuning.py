@@ -1,0 +1,71 @@
+"""What counts as a failure of a trial: what is raised in it, not the loss of its process."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+import ray.cloudpickle
+from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError
+
+from ml2o_dist.sweeping.record import SweepRecord
+from ml2o_dist.sweeping.space import load_sweep
+from ml2o_dist.sweeping.tuning import Watcher
+from tests.test_sweep import CONFIG
+
+DIED = ActorDiedError()
+AWAY = ActorUnavailableError("the actor is temporarily unavailable", None)
+PREEMPTED = RayActorError(preempted=True)
+RAISED = ValueError("no")
+
+SAMPLED = {"learner.lr": 0.01, "rule.hidden": "2"}  # as Tune has it
+
+
+@pytest.fixture
+def failures(tmp_path):
+    """How many failures Tune has of a trial after each of these errors, all but preemptions counted by it before."""
+
+    def count(errors, max_restarts=20):
+        settings = load_sweep(CONFIG, [f"meta_train.resources.max_restarts={max_restarts}"])
+        record = SweepRecord(tmp_path)
+        watcher = Watcher(settings, record, None, None, lambda: False, lambda ids: None)
+        metadata = SimpleNamespace(num_failures=0, invalidate_cache=lambda: None)
+        file = str(tmp_path / "error.pkl")
+        trial = SimpleNamespace(trial_id="a", config=SAMPLED, run_metadata=metadata, pickled_error_file=file)
+        counts = []
+        for error in errors:
+            (tmp_path / "error.pkl").write_bytes(ray.cloudpickle.dumps(error))
+            metadata.num_failures += error is not PREEMPTED
+            watcher.on_trial_recover(0, [trial], trial)
+            counts.append(metadata.num_failures)
+        assert record.trials["a"].state == "running"
+        return counts
+
+    return count
+
+
+def test_only_what_was_raised_in_the_trial_counts(failures):
+    assert failures([DIED, AWAY, PREEMPTED, RAISED, DIED]) == [0, 0, 0, 1, 1]
+
+
+def test_a_trial_that_loses_its_process_again_and_again_comes_to_its_end(failures):
+    assert failures([DIED] * 4, max_restarts=2) == [0, 0, 1, 2]
+
+
+def test_a_trial_that_is_lost_for_good_before_its_process_was_up_is_recorded_as_failed(tmp_path):
+    record, told = SweepRecord(tmp_path), []
+    runs = SimpleNamespace(
+        begin=lambda *_: None, tag=lambda id, tags: told.append(tags), end=lambda id, status: told.append(status)
+    )
+    display = SimpleNamespace(update=lambda *_: None)
+    watcher = Watcher(load_sweep(CONFIG, []), record, runs, display, lambda: False, lambda ids: None)
+    (tmp_path / "error.txt").write_text("its host died\n")
+    trial = SimpleNamespace(trial_id="a", config=SAMPLED, status="ERROR", error_file=str(tmp_path / "error.txt"))
+    watcher.on_trial_error(0, [trial], trial)
+    assert (record.trials["a"].state, record.trials["a"].error) == ("failed", "its host died")
+    assert told == [{"state": "failed", "error": "its host died"}, "FAILED"]
+
+
+def test_the_log_says_why_a_trial_goes_on_elsewhere(failures, caplog):
+    failures([AWAY])
+    assert "trial 1 is lost: it does not answer any more; it goes on from its newest checkpoint" in caplog.text
