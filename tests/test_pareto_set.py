@@ -58,7 +58,7 @@ def test_every_approach_has_its_front_and_ours_beats_even_weights(finished):
     assert len(found["pwe"]["test"]["rays"]) == len(found["soup"]["test"]["rays"]) == 5
     assert len(found["average"]["test"]["rays"]) == 1
     assert found["pwe"]["trained_parameters"] == 22  # one layer that the tasks share
-    assert found["pwe"]["steps"] == 40
+    assert found["pwe"]["steps"] == 300
     assert found["pwe"]["test"]["hypervolume"] > found["average"]["test"]["hypervolume"]
     assert found["pwe"]["test"]["monotonicity"] > 0.8
     assert "run directory" in printed
@@ -122,7 +122,7 @@ def test_a_finished_run_is_only_told_again(finished, monkeypatch):
     assert "add --resume" in result.output
     result = ml2o("train", "--run-dir", "runs/a", "--resume", "--set", "routers.steps=50")
     assert result.exit_code == 2
-    assert "routers.steps is 50 here and 40 there" in result.output
+    assert "routers.steps is 50 here and 300 there" in result.output
 
 
 def test_experts_of_files_lead_to_the_same_set(finished, cluster, monkeypatch):
