@@ -19,10 +19,10 @@ KINDS = [Heads, RootParameters, Tied, Normed]
 PREFERENCE = torch.tensor([0.3, 0.7])
 
 
-def trained(kind: type[nn.Module], dtype: torch.dtype = torch.float32) -> Fusion:
+def trained(kind: type[nn.Module], dtype: torch.dtype = torch.float32, **settings: Any) -> Fusion:
     """Return a fusion whose routers are far from their start, in evaluation mode."""
     network = built(kind).to(dtype)
-    fusion = Fusion(network, *start_and_experts(network, 2)).to(dtype).eval()
+    fusion = Fusion(network, *start_and_experts(network, 2), **settings).to(dtype).eval()
     with torch.no_grad():
         for parameter in fusion.routers.parameters():
             parameter.add_(
@@ -69,9 +69,12 @@ def test_tied_parameters_stay_tied() -> None:
     assert plain.one.weight is plain.two.weight
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_export_and_fusion_know_nothing_of_each_other(kind: type[nn.Module]) -> None:
-    fusion, x = trained(kind), torch.randn(3, 4)
+@pytest.mark.parametrize(
+    ("kind", "settings"),
+    [*((kind, {}) for kind in KINDS), (Heads, {"modules": "mlp", "heads": ("heads.0", "heads.1")})],
+)
+def test_export_and_fusion_know_nothing_of_each_other(kind: type[nn.Module], settings: dict[str, Any]) -> None:
+    fusion, x = trained(kind, **settings), torch.randn(3, 4)
     plain = fusion.export(PREFERENCE)
     with torch.no_grad():
         live, exported = first(fusion(PREFERENCE, x)), first(plain(x))

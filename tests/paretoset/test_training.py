@@ -174,19 +174,20 @@ def test_a_controller_judges_the_steps_that_were_taken(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("other", [{"name": "b"}, {"name": "a", "more": 1}, {}])
 def test_another_fingerprint_begins_anew(other: dict[str, Any], tmp_path: Path) -> None:
-    trained(problem_of("fused"), RULES["mean+adam"](), tmp_path)
+    trained(problem_of("fused"), RULES["mean+adam"](), tmp_path, checkpoint_every=STEPS)
     seen: list[int] = []
     again = trained(
         problem_of("fused"),
         RULES["mgda+adam"](),
         tmp_path,
         fingerprint=other,
+        checkpoint_every=STEPS,
         on_step=lambda step, z, s: seen.append(step) is None,
     )
     assert seen == list(range(1, STEPS + 1))
     expected = trained(problem_of("fused"), RULES["mgda+adam"](), tmp_path / "fresh")
     assert torch.equal(again.parameters, expected.parameters)
-    # and its checkpoints are its own, though the other had some of the same steps
+    # and its checkpoint is its own, though the other had one of the same step
     newest = load_checkpoint(tmp_path / f"step_{STEPS:06d}")
     assert newest.state["fingerprint"] == other
     assert torch.equal(newest.tensors["parameters"], expected.parameters)
