@@ -6,9 +6,8 @@ import json
 
 import pytest
 import torch
-from torch import Tensor
 
-from ml2o_dist.paretoset.fronts import Front, measured_front
+from ml2o_dist.paretoset.fronts import Front, front_from_json
 
 
 def front(rays: list[list[float]], losses: list[list[float]]) -> Front:
@@ -56,23 +55,6 @@ def test_pairs_that_ask_for_the_same_do_not_count() -> None:
     assert front(rays, [[0.1, 0.9, 0.0], [0.9, 0.1, 5.0]]).monotonicity == 1.0
 
 
-@pytest.mark.parametrize(("tasks", "count"), [(2, 6), (3, 21), (8, 9)])
-def test_a_front_is_measured_at_every_ray(tasks: int, count: int) -> None:
-    asked = []
-
-    def measure(ray: Tensor) -> tuple[Tensor, Tensor]:
-        asked.append(ray)
-        return 1 - ray, ray
-
-    measured = measured_front(measure, tasks, divisions=5)
-    assert torch.equal(measured.rays, torch.stack(asked))
-    assert measured.rays.shape == measured.losses.shape == measured.accuracies.shape == (count, tasks)
-    assert torch.equal(measured.losses, 1 - measured.rays)
-    assert torch.equal(measured.accuracies, measured.rays)
-    assert measured.monotonicity == 1.0
-    assert measured.hypervolume > 1
-
-
 def test_json_has_everything() -> None:
     measured = front(THREE, [[0.5, 1.5], [1.0, 1.0], [1.5, 0.5]])
     read = json.loads(json.dumps(measured.to_json()))
@@ -81,3 +63,9 @@ def test_json_has_everything() -> None:
     assert read["accuracies"][2] == [1 - 1.5 / 4, 1 - 0.5 / 4]
     assert read["hypervolume"] == pytest.approx(1.5)
     assert read["monotonicity"] == 1.0
+    again = front_from_json(read)
+    assert all(torch.equal(getattr(again, key), getattr(measured, key)) for key in ("rays", "losses", "accuracies"))
+
+
+def test_a_single_point_has_no_monotonicity() -> None:
+    assert front([[0.5, 0.5]], [[1.0, 1.0]]).monotonicity is None

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from ml2o_dist.paretoset.router import Routers
+from ml2o_dist.paretoset.router import ALIVE, Routers
 from ml2o_dist.seeding import generator
 
 
@@ -44,6 +44,8 @@ def test_the_first_weights_are_small_and_of_the_seed_alone() -> None:
     for weight in (routers.hidden_weight, routers.weight):
         assert float(weight.detach().std()) == pytest.approx(0.01, rel=0.05)
         assert abs(float(weight.detach().mean())) < 0.001
-    assert (routers.hidden_bias == 0).all()
+    assert (routers.hidden_bias == ALIVE).all()
     assert (routers.bias == torch.tensor(0.3)).all()
-    assert (routers(torch.tensor([0.2, 0.3, 0.5])) - 0.3).abs().max() < 0.01  # so it begins as task arithmetic
+    assert (
+        routers(torch.tensor([0.2, 0.3, 0.5])) - 0.3
+    ).abs().max() < 0.05  # so it begins as task arithmetic: 4 deviations
