@@ -8,6 +8,10 @@ import torch
 from torch import Tensor
 
 from ml2o_dist.errors import UserError
+from ml2o_dist.seeding import generator
+
+DRAWN = 16
+"""Preferences inside the simplex that a front of more than three tasks is evaluated at."""
 
 TOLERANCE = 1e-6
 """How far from 1 the sum of a preference may be: it was perhaps written with float32."""
@@ -42,17 +46,19 @@ def simplex_grid(tasks: int, divisions: int) -> Tensor:
 def evaluation_rays(tasks: int, divisions: int = 10) -> Tensor:
     """Return the preferences that a front is evaluated at, [k, T] float64.
 
-    The grid of `simplex_grid` up to three tasks; for more, where it would be thousands, the T corners and the equal
-    weights (the last row).
+    The grid of `simplex_grid` up to three tasks; for more, where it would be thousands, the T corners, the even one, and
+    `DRAWN` that are drawn once for each T.
     """
     if tasks <= 3:
         return simplex_grid(tasks, divisions)
-    return torch.cat([torch.eye(tasks, dtype=torch.float64), torch.full((1, tasks), 1 / tasks, dtype=torch.float64)])
+    even = torch.full((1, tasks), 1 / tasks, dtype=torch.float64)
+    drawn = draw_preferences(DRAWN, tasks, generator("evaluation rays", tasks))
+    return torch.cat([torch.eye(tasks, dtype=torch.float64), even, drawn])
 
 
-def draw_preferences(count: int, tasks: int, generator: torch.Generator) -> Tensor:
+def draw_preferences(count: int, tasks: int, draws: torch.Generator) -> Tensor:
     """Draw `count` preferences [count, T] float64, uniform on the simplex: Dirichlet(1, ..., 1)."""
-    uniform = torch.rand(count, tasks, generator=generator, dtype=torch.float64)
+    uniform = torch.rand(count, tasks, generator=draws, dtype=torch.float64)
     exponential = -torch.log1p(-uniform)  # 1 - u is in (0, 1], so that none is infinite
     return exponential / exponential.sum(dim=1, keepdim=True).clamp(min=torch.finfo(torch.float64).tiny)
 
