@@ -46,8 +46,8 @@ def simplex_grid(tasks: int, divisions: int) -> Tensor:
 def evaluation_rays(tasks: int, divisions: int = 10) -> Tensor:
     """Return the preferences that a front is evaluated at, [k, T] float64.
 
-    The grid of `simplex_grid` up to three tasks; for more, where it would be thousands, the T corners, the even one, and
-    `DRAWN` that are drawn once for each T.
+    The grid of `simplex_grid` up to three tasks; for more, where it would be thousands, the T corners, the even one,
+    and `DRAWN` that are drawn once for each T.
     """
     if tasks <= 3:
         return simplex_grid(tasks, divisions)
