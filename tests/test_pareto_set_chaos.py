@@ -21,7 +21,7 @@ __all__ = ["browser"]  # a fixture
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1500)]
 CONFIG = str(Path(__file__).parent / "small_pareto_set.yaml")
 WORDS = ["--config", CONFIG, "--run-dir", "runs/k", "--json", "--set", "experts.ranks=2", "--set", "start.ranks=2",
-         "--set", "comparators=[soup,epo,phn-ls]", "--set", "divisions=2", "--set", "routers.steps=400"]  # fmt: skip
+         "--set", "comparators=[soup,epo,phn-ls]", "--set", "divisions=2"]  # fmt: skip
 
 
 def drive(home, *words):
@@ -62,7 +62,7 @@ def calm(tmp_path_factory):
     return home, ended_well(home, drive(home, *WORDS))
 
 
-@pytest.mark.parametrize("moment", ["start", "expert_2", "pwe", "phn-ls"])
+@pytest.mark.parametrize("moment", ["expert_2", "phn-ls"])
 def test_a_killed_driver_is_gone_on_with_to_the_same_result(calm, tmp_path, moment):
     child = drive(tmp_path, *WORDS)
     try:
@@ -77,7 +77,7 @@ def test_a_killed_driver_is_gone_on_with_to_the_same_result(calm, tmp_path, mome
 
 
 def test_a_killed_rank_is_replaced_and_the_result_is_the_same(calm, tmp_path):
-    child = drive(tmp_path, *WORDS, "--set", "experts.steps=60")
+    child = drive(tmp_path, *WORDS)
     try:
         until(lambda: steps(tmp_path, "expert_1") or child.poll() is not None, 400)
         ranks = [pid for pid, line in started_with(tmp_path).items() if b"RayTrainWorker" in line]
