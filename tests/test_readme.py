@@ -17,11 +17,25 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
+def python_blocks():
+    return re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+def test_the_fusion_of_the_example_is_a_plain_network():
+    fusion_block, _ = python_blocks()
+    names = {}
+    exec(fusion_block, names)
+    assert type(names["plain"]) is type(names["network"])
+    assert len(list(names["fusion"].parameters())) == 4
+    assert all(parameter.grad is not None for parameter in names["fusion"].parameters())
+    assert names["plain"].state_dict().keys() == names["start"].keys()
+
+
 def test_the_python_example_runs_and_trains(tmp_path, monkeypatch, capsys):
     rule = RuleSettings(hidden=4)
     save_artifact(tmp_path / "runs/first", ML2ONetwork(rule).state_dict(), rule, {})
     monkeypatch.chdir(tmp_path)
-    (block,) = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    block = python_blocks()[-1]
     names: dict[str, object] = {}
     exec(block.replace("range(200)", "range(40)"), names)
     assert "tensor" in capsys.readouterr().out
@@ -29,7 +43,7 @@ def test_the_python_example_runs_and_trains(tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "words", sorted(set(re.findall(r"^    ml2o ((?:[a-z]+-?)+(?: (?:list|fetch|show))?)", README, re.M)))
+    "words", sorted(set(re.findall(r"^    ml2o ((?:[a-z]+-?)+(?: (?:list|fetch|show|train|query))?)", README, re.M)))
 )
 def test_every_command_exists(words):
     assert CliRunner().invoke(main, [*words.split(), "--help"]).exit_code == 0
