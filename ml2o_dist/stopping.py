@@ -42,8 +42,13 @@ class StopRequest:
 
 
 @contextmanager
-def stop_on_signals(*, at_once: bool = False, last_words: Callable[[], str] = lambda: "") -> Iterator[StopRequest]:
-    """Turn SIGINT and SIGTERM into a request for the time of a `with` block.
+def stop_on_signals(
+    *,
+    at_once: bool = False,
+    last_words: Callable[[], str] = lambda: "",
+    awaited: str = "what is under way",
+) -> Iterator[StopRequest]:
+    """Turn SIGINT and SIGTERM into a request for the time of a `with` block; a line on stderr says that it came.
 
     A second signal ends the process there and then, as SIGKILL would, but with a line on stderr and exit code
     128 + signal: whatever the work waits for may never answer.
@@ -51,6 +56,7 @@ def stop_on_signals(*, at_once: bool = False, last_words: Callable[[], str] = la
     Args:
         at_once: the first signal raises, too, until the request's `at_once` is taken back.
         last_words: say what is left of the work and how to go on; asked when a signal does not wait.
+        awaited: what the work brings to an end before it stops, in words.
 
     Raises:
         Interrupted: a signal came while `at_once`.
@@ -69,12 +75,13 @@ def stop_on_signals(*, at_once: bool = False, last_words: Callable[[], str] = la
         again, request.signal_number = request(), number
         first_at = first_at or time.monotonic()
         if again:
-            shown = "\x1b[?25h\n" if os.isatty(2) else ""  # the cursor, which a progress bar hides
-            os.write(2, f"{shown}ml2o: {line()}\n".encode())  # sys.stderr may be in use where the signal found us
+            _say(line(), before="\x1b[?25h\n")  # the cursor, which a progress bar hides
             _kill_descendants()
             os._exit(128 + number)
         if request.at_once:
             raise KeyboardInterrupt  # of another kind it would be lost where Ray looks for signals as it waits
+        # Beside a progress bar, which takes back two lines when it is drawn anew.
+        _say(f"stopping: waiting for {awaited}; again: at once", before="\n", after="\n")
 
     for number in STOP_SIGNALS:
         signal.signal(number, receive)
@@ -112,6 +119,13 @@ def own_handlers_kept() -> Iterator[None]:
     if received:
         signal.raise_signal(received)
         raise SystemExit(128 + received)  # the block was left half done, whatever our handler made of it
+
+
+def _say(line: str, before: str, after: str = "") -> None:
+    """Write a line to stderr, on a terminal with what is `before` and `after` it: sys.stderr may be in use just now."""
+    with suppress(OSError):  # nobody reads it, which must not be what the work ends of
+        whole = f"{before}ml2o: {line}\n{after}" if os.isatty(2) else f"ml2o: {line}\n"
+        os.write(2, whole.encode())
 
 
 @contextmanager

@@ -85,7 +85,7 @@ def sweep(
         return f"go on with: {resume_command(folder)}"
 
     with (
-        stop_on_signals(at_once=True, last_words=last_words) as stop,
+        stop_on_signals(at_once=True, last_words=last_words, awaited="Ray Tune's state and MLflow") as stop,
         logged_to(folder, console),
         _resumable(folder),
         connected(address) as where,

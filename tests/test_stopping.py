@@ -26,11 +26,12 @@ def handlers():
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
-def test_the_first_signal_only_asks(number):
+def test_the_first_signal_only_asks_and_says_so_at_once(number, capfd):
     before = handlers()
-    with stop_on_signals() as stop:
+    with stop_on_signals(awaited="the end") as stop:
         assert not stop()
         signal.raise_signal(number)
+        assert capfd.readouterr().err == "ml2o: stopping: waiting for the end; again: at once\n"
         assert stop()
         assert stop.signal_number == number
         assert stop.name == number.name
@@ -73,7 +74,7 @@ from ml2o_dist import stopping
 from ml2o_dist.stopping import stop_on_signals
 
 stopping.TOGETHER_S = 0.0
-with stop_on_signals(last_words=lambda: "go on with: x") as stop:
+with stop_on_signals(last_words=lambda: "go on with: x", awaited="the end") as stop:
     child = subprocess.Popen([sys.executable, "-c", "import time; print('up', flush=True); time.sleep(100)"],
                              stdout=subprocess.PIPE, start_new_session=True)
     child.stdout.readline()
@@ -92,12 +93,25 @@ def test_the_second_signal_ends_the_process_and_its_children_with_a_line(first, 
     script = SECOND.format(first=first, second=second)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == code, done.stderr
-    assert done.stderr == f"ml2o: stopped by {second}; go on with: x\n"
+    said = ["ml2o: stopping: waiting for the end; again: at once", f"ml2o: stopped by {second}; go on with: x"]
+    assert done.stderr.splitlines() == said
     (child,) = map(int, done.stdout.split())
     limit = time.monotonic() + 10
     while Path(f"/proc/{child}/stat").exists() and " Z " not in Path(f"/proc/{child}/stat").read_text():
         assert time.monotonic() < limit
         time.sleep(0.02)
+
+
+def test_a_request_counts_where_nobody_reads_that_it_came():
+    script = (
+        "import signal\nfrom ml2o_dist.stopping import stop_on_signals\n"
+        "with stop_on_signals() as stop:\n    signal.raise_signal(2)\n    raise SystemExit(7 if stop() else 8)"
+    )
+    command = [sys.executable, "-c", script]
+    reader, writer = os.pipe()
+    os.close(reader)
+    assert subprocess.run(command, stderr=writer, timeout=60, check=False).returncode == 7
+    os.close(writer)
 
 
 def test_the_same_signal_twice_at_once_as_timeout_sends_it_only_asks(monkeypatch):
