@@ -28,7 +28,7 @@ def main() -> None:
 
 @main.command("meta-train")
 @run_options(
-    config="YAML settings [default: the embedded digits].",
+    config="YAML settings, or a run directory that has some [default: the embedded digits].",
     run_dir="Where the run lives: a folder or a URI, s3://bucket/x [default: runs/<time>].",
     seed="Short for --set seed=N.",
 )
@@ -81,7 +81,7 @@ def meta_train(
 @click.option("--seeds", type=int, help="How many paired seeds [default: 5].")
 @click.option("--steps", type=int, help="How many steps each optimizer takes [default: 200].")
 @run_options(
-    config="YAML settings.",
+    config="YAML settings, or the run directory of an evaluation.",
     run_dir="Write the results there, too: a folder or a URI [default: to MLflow alone].",
     seed="The first of the seeds [default: 0].",
 )

@@ -15,7 +15,7 @@ from ml2o_dist.errors import UserError
 
 @click.command("sweep")
 @run_options(
-    config="YAML settings: the search space, the base, the search.",
+    config="YAML settings: the search space, the base, the search; or a sweep's run directory.",
     run_dir="Where the sweep lives: a folder that all machines share [default: runs/sweep-<time>].",
     seed="Of the search: short for --set seed=N. Trials have meta_train.seed.",
 )

@@ -7,9 +7,10 @@ import logging
 import os
 import signal
 import socket
+import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -18,7 +19,8 @@ import ray
 from ray._private.services import find_bootstrap_address  # what ray.init looks for; no public name has it
 
 from ml2o_dist.errors import UserError
-from ml2o_dist.stopping import own_handlers_kept
+from ml2o_dist.process_tree import descendants
+from ml2o_dist.stopping import own_handlers_kept, sigterm_kept_from_children
 
 PROBE_S = 5.0
 """How long a cluster may take to accept a connection; Ray itself would try for many minutes."""
@@ -62,8 +64,7 @@ def connected(address: str = "auto") -> Iterator[str]:
                 raise
             except Exception as error:  # a plain one, where its processes are not up in half a minute (Ray 2.60)
                 log.warning("Ray did not start: %s; once more, as on a busy machine", _first_line(error))
-                ray.shutdown()
-                _kill_marked(mark)
+                _end(mark)
                 context = _init(target, mark)
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise UserError(f"--address {address!r}: no Ray cluster answers there ({_first_line(error)})") from error
@@ -72,18 +73,66 @@ def connected(address: str = "auto") -> Iterator[str]:
         total = ray.cluster_resources()
         yield f"{context.address_info['address']}: {total.get('CPU', 0):g} CPU, {total.get('GPU', 0):g} GPU"
     finally:
-        ray.shutdown()
-        _kill_marked(mark)
+        _end(mark)
 
 
 def _init(target: str | None, mark: str) -> Any:
-    with own_handlers_kept(), one_start_at_a_time(), _marked(mark):
+    with (
+        own_handlers_kept(),
+        one_start_at_a_time(),
+        _marked(mark),
+        sigterm_kept_from_children(),  # timeout, systemd and scancel send it to all; Ray ends after us
+        _ended_at_once(),
+    ):
         return ray.init(
             address=target,
             include_dashboard=False,
             logging_level=logging.ERROR,
             log_to_driver=log.isEnabledFor(logging.DEBUG),  # paragraphs on a worker that dies; ours are shorter
         )
+
+
+def _end(mark: str) -> None:
+    """End a Ray of our own, and what it leaves: its agents notice only after a minute that their raylet has ended.
+
+    What it has started is looked up while it is still there. Only where there is a /proc; elsewhere it is left to Ray.
+    """
+    with ExitStack() as handles:
+        begun = _begun(mark, handles)
+        with _ended_at_once():
+            ray.shutdown()
+        for process in begun + _begun(mark, handles):  # an agent may just have been started
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(process, signal.SIGKILL)
+
+
+def _begun(mark: str, handles: ExitStack) -> list[int]:
+    """Return handles, which stay theirs after their end, of the processes that carry `mark` and what those started.
+
+    Of Ray's agents the environment cannot be read: they write their names over it.
+    """
+    marked = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended, or is another user's
+            if f"{MARK}={mark}".encode() in (folder / "environ").read_bytes().split(b"\0"):
+                marked.append(int(folder.name))
+    begun = []
+    for pid in {*marked, *descendants(marked)}:
+        with suppress(OSError):  # it has ended
+            begun.append(os.pidfd_open(pid))
+            handles.callback(os.close, begun[-1])
+    return begun
+
+
+@contextmanager
+def _ended_at_once() -> Iterator[None]:
+    """Have Ray end its processes by SIGKILL: SIGTERM, which they do not get, it would wait a second for in each."""
+    terminate = subprocess.Popen.terminate
+    subprocess.Popen.terminate = subprocess.Popen.kill  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        subprocess.Popen.terminate = terminate  # type: ignore[method-assign]
 
 
 @contextmanager
@@ -106,17 +155,6 @@ def _marked(mark: str) -> Iterator[None]:
         yield
     finally:
         del os.environ[MARK]
-
-
-def _kill_marked(mark: str) -> None:
-    """Kill what is left of a Ray of our own: an agent that is just starting when its raylet ends stays (Ray 2.60).
-
-    Only where there is a /proc; elsewhere it is left to Ray.
-    """
-    for folder in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # it has ended, or is another user's
-            if f"{MARK}={mark}".encode() in (folder / "environ").read_bytes().split(b"\0"):
-                os.kill(int(folder.name), signal.SIGKILL)
 
 
 def own_capacity(address: str) -> dict[str, float]:

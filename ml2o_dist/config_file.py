@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, get_args
@@ -13,6 +14,7 @@ from pydantic import BaseModel, ValidationError
 
 from ml2o_dist.config import DataSettings, EvaluateSettings, MetaTrainSettings
 from ml2o_dist.errors import UserError, unknown
+from ml2o_dist.files import home_folder
 from ml2o_dist.problems.image_files import data_folder
 
 Settings = TypeVar("Settings", bound=BaseModel)
@@ -20,6 +22,9 @@ Job = TypeVar("Job", MetaTrainSettings, EvaluateSettings)
 
 DEFAULT_CONFIG = Path(__file__).parent / "configs" / "digits.yaml"
 """The embedded default: needs no download."""
+
+RUN_CONFIG = "config.yaml"
+"""What a run directory calls the settings of a meta-training; of a sweep, those of its best trial."""
 
 _PROBLEMS = ("train", "validation", "test")
 """The keys of `family` that name problems."""
@@ -42,7 +47,8 @@ _OPERATIONAL = (
 def load_settings(file: Path | None = None, overrides: Iterable[str] = ()) -> MetaTrainSettings:
     """Read settings from a YAML `file` (None: the embedded default), then apply `key=value` overrides in order.
 
-    A file may begin with `extends: other.yaml` (a path beside it): its mappings are laid over that file's.
+    A file may begin with `extends: other.yaml` (a path beside it): its mappings are laid over that file's. It is
+    looked for as `found_file` says.
 
     Raises:
         UserError: an unreadable file, a misspelt key or a wrong value, in one line that says what is allowed.
@@ -52,12 +58,37 @@ def load_settings(file: Path | None = None, overrides: Iterable[str] = ()) -> Me
 
 def load_evaluation(file: Path | None = None, overrides: Iterable[str] = ()) -> EvaluateSettings:
     """Read the settings of an evaluation as `load_settings` does; without a `file` from the overrides alone."""
-    return read_settings(EvaluateSettings, file, overrides)
+    return read_settings(EvaluateSettings, file, overrides, "evaluate.yaml")
 
 
-def read_settings(kind: type[Settings], file: Path | None, overrides: Iterable[str]) -> Settings:
-    """Read settings of any `kind`; raises UserError as `load_settings` does."""
-    return checked(kind, overridden(read_tree(file) if file else {}, overrides))
+def read_settings(
+    kind: type[Settings], file: Path | None, overrides: Iterable[str], of_run: str = RUN_CONFIG
+) -> Settings:
+    """Read settings of any `kind`; `of_run` is what a run directory calls them. Raises UserError as `load_settings`."""
+    return checked(kind, overridden(read_tree(found_file(file, of_run)) if file else {}, overrides))
+
+
+def found_file(given: Path, of_run: str = RUN_CONFIG) -> Path:
+    """Return the file that `given` names from the current folder, else from ML2O_HOME, as run directories are named.
+
+    Of a run directory it is its file `of_run`.
+
+    Raises:
+        UserError: there is none in either.
+    """
+    here, home = Path.cwd(), home_folder()
+    paths = [str(given), str(home / given)]
+    for path in paths:
+        if os.path.isdir(path) and os.path.isfile(os.path.join(path, of_run)):
+            return Path(path, of_run)
+        if os.path.exists(path) and not os.path.isdir(path):
+            return Path(path)
+    folder = any(map(os.path.isdir, paths))
+    if given.is_absolute() and not folder:
+        return given  # why it cannot be read is said by what reads it
+    where = f"the current folder, {here}" + (f", nor in ML2O_HOME, {home}" if home != here else "")
+    what = f"is a folder without {of_run}" if folder else "does not exist"
+    raise UserError(f"config file {str(given)!r} {what}" + ("" if given.is_absolute() else f" in {where}"))
 
 
 def overridden(tree: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:

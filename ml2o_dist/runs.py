@@ -96,7 +96,11 @@ def meta_train(
     def last_words() -> str:
         return _how_to_go_on(trainer, storage)
 
-    with stop_on_signals(at_once=True, last_words=last_words) as stop, connected(address) as where:
+    awaited = "the meta-step under way, its checkpoint and MLflow"
+    with (
+        stop_on_signals(at_once=True, last_words=last_words, awaited=awaited) as stop,
+        connected(address) as where,
+    ):
         console.print(f"Ray            {where}", highlight=False, soft_wrap=True)
         stop.at_once = False
         try:

@@ -22,7 +22,6 @@ from ml2o_dist.run_directory import check_folder, check_writable, logged_to
 from ml2o_dist.runs import check_problems
 from ml2o_dist.stopping import StopRequest, own_handlers_kept, stop_on_signals
 from ml2o_dist.sweeping.outcome import (
-    SETTINGS,
     best_optimizer,
     finished_answer,
     keep_answer,
@@ -33,7 +32,7 @@ from ml2o_dist.sweeping.outcome import (
 from ml2o_dist.sweeping.record import FILE, SweepRecord
 from ml2o_dist.sweeping.search import check_search
 from ml2o_dist.sweeping.settings import SweepSettings
-from ml2o_dist.sweeping.space import load_sweep, sweep_difference, trial_settings
+from ml2o_dist.sweeping.space import SETTINGS, load_sweep, sweep_difference, trial_settings
 from ml2o_dist.sweeping.tuning import Watcher, run_trials
 from ml2o_dist.tracked_run import CLOSE_LIMIT_S, STOP_LIMIT_S, git_commit
 from ml2o_dist.tracking.identity import load_identity
@@ -86,7 +85,7 @@ def sweep(
         return f"go on with: {resume_command(folder)}"
 
     with (
-        stop_on_signals(at_once=True, last_words=last_words) as stop,
+        stop_on_signals(at_once=True, last_words=last_words, awaited="Ray Tune's state and MLflow") as stop,
         logged_to(folder, console),
         _resumable(folder),
         connected(address) as where,

@@ -107,7 +107,9 @@ def drive(home, *words):
     command = [sys.executable, "-m", "ml2o_dist", "meta-train", "--address", "local", *words]
     environment = {**os.environ, "ML2O_HOME": str(home)}
     with open(home / "stderr", "a") as errors:
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment)
+        return subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment, start_new_session=True
+        )
 
 
 def descendants(home):
@@ -144,12 +146,28 @@ def test_a_command_stopped_while_ray_starts_ends_with_a_line_and_leaves_no_proce
     try:
         assert any(line.startswith("tracking URI") for line in child.stdout)
         time.sleep(seconds)
-        child.send_signal(number)
+        os.killpg(child.pid, number)
         assert child.wait(timeout=60) == code
     finally:
         child.kill()
     line = f"ml2o: stopped by {number.name}; there is no checkpoint yet\n"
     assert (tmp_path / "stderr").read_text() == line
+    until(lambda: not started_with(tmp_path), 30, lambda: started_with(tmp_path))
+
+
+def test_a_stop_of_the_whole_group_as_timeout_asks_for_it_is_one_of_the_command(tmp_path):
+    child = drive(tmp_path, *WORDS)
+    checkpoints = tmp_path / "runs/killed/checkpoints"
+    try:
+        until(lambda: (checkpoints / "step_000004").exists() or child.poll(), 120)
+        os.killpg(child.pid, signal.SIGTERM)
+        assert child.wait(timeout=60) == 143
+    finally:
+        child.kill()
+    last = newest_checkpoint(checkpoints)[0].meta_step
+    (line,) = (tmp_path / "stderr").read_text().splitlines()[-1:]
+    assert line.startswith(f"ml2o: stopped by SIGTERM; checkpoint at meta-step {last} of 40 written; go on with: ")
+    assert "lost" not in (tmp_path / "stderr").read_text()
     until(lambda: not started_with(tmp_path), 30, lambda: started_with(tmp_path))
 
 

@@ -8,6 +8,7 @@ import pytest
 import yaml
 
 from ml2o_dist.config_file import (
+    DEFAULT_CONFIG,
     changed_settings,
     dump_settings,
     first_difference,
@@ -76,6 +77,43 @@ def test_a_missing_file_a_broken_file_and_a_list_are_refused(tmp_path):
         (tmp_path / "bad.yaml").write_text(content)
         with pytest.raises(UserError, match=why):
             load_settings(tmp_path / "bad.yaml")
+
+
+@pytest.fixture
+def here_and_home(tmp_path, monkeypatch):
+    here, home = tmp_path / "here", tmp_path / "home"
+    for folder in (here, home):
+        (folder / "runs" / "a").mkdir(parents=True)
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("ML2O_HOME", str(home))
+    return here, home
+
+
+def write_seed(file, seed):
+    file.write_text(f"extends: {DEFAULT_CONFIG}\nseed: {seed}\n")
+
+
+def test_a_file_is_looked_for_in_the_current_folder_then_in_the_home(here_and_home):
+    here, home = here_and_home
+    write_seed(home / "x.yaml", 2)
+    assert load_settings(Path("x.yaml")).seed == 2
+    write_seed(here / "x.yaml", 1)
+    assert load_settings(Path("x.yaml")).seed == 1
+    with pytest.raises(UserError) as caught:
+        load_settings(Path("y.yaml"))
+    assert str(caught.value) == (
+        f"config file 'y.yaml' does not exist in the current folder, {here}, nor in ML2O_HOME, {home}"
+    )
+
+
+def test_of_a_run_directory_the_settings_of_its_run_are_read(here_and_home):
+    here, home = here_and_home
+    write_seed(home / "runs" / "a" / "config.yaml", 3)  # here, too, is a folder of that name, without a run in it
+    assert load_settings(Path("runs/a")).seed == load_settings(home / "runs" / "a").seed == 3
+    with pytest.raises(UserError, match=r"^config file 'runs/a' is a folder without evaluate\.yaml in the current"):
+        load_evaluation(Path("runs/a"))
+    (here / "runs" / "a" / "evaluate.yaml").write_text("seed: 4\n")
+    assert load_evaluation(Path("runs/a")).seed == 4
 
 
 def test_a_file_that_says_too_little_is_told_how_to_build_on_another(tmp_path):

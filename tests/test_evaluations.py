@@ -330,7 +330,7 @@ def refusal(*words: str) -> str:
         ([*QUICK, "--set", "guard.fallback=mgda", *named(["gml2o:nan"], [])], ["needs its learning rate"]),
         ([*QUICK, "--seeds", "0"], ["'seeds'", "greater than or equal to 1", "0"]),
         ([*QUICK, "--set", "device=cuda"], ["device=cuda needs resources.num_gpus > 0"]),
-        ([*QUICK, "--config", "nowhere.yaml"], ["'nowhere.yaml' cannot be read"]),
+        ([*QUICK, "--config", "nowhere.yaml"], ["'nowhere.yaml' does not exist in the current folder"]),
         ([*QUICK, "--tracking-uri", "file:///tmp/x"], ["file:///tmp/x"]),
         ([*QUICK, "--tracking-uri", "postgresql://me:secret@db/ml"], ["me:***@db", "MLFLOW_TRACKING_URI"]),
     ],

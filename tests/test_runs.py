@@ -381,7 +381,7 @@ def refusal(*words: str) -> str:
         (["--set", "rule.objectives=per_objective", "--set", "rule.count=3"], ["rule.count=3", "has 2 objectives"]),
         (["--resume"], ["--resume needs --run-dir"]),
         (["--resume", "--run-dir", "runs/none"], ["nothing to resume", "runs/none holds no config.yaml"]),
-        (["--config", "nowhere.yaml"], ["'nowhere.yaml' cannot be read"]),
+        (["--config", "nowhere.yaml"], ["'nowhere.yaml' does not exist in the current folder"]),
         (["--tracking-uri", "file:///tmp/x"], ["file:///tmp/x"]),
         (["--tracking-uri", "postgresql://me:secret@db/ml"], ["me:***@db", "MLFLOW_TRACKING_URI"]),
         (["--address", "127.0.0.1:1"], ["--address '127.0.0.1:1': no Ray cluster answers there"]),

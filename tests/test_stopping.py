@@ -16,7 +16,7 @@ from click.testing import CliRunner
 
 from ml2o_dist.cli import main
 from ml2o_dist.errors import Interrupted
-from ml2o_dist.stopping import STOP_SIGNALS, own_handlers_kept, stop_on_signals
+from ml2o_dist.stopping import STOP_SIGNALS, own_handlers_kept, sigterm_kept_from_children, stop_on_signals
 
 CONFIG = Path(__file__).parent / "small_run.yaml"
 
@@ -26,11 +26,12 @@ def handlers():
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
-def test_the_first_signal_only_asks(number):
+def test_the_first_signal_only_asks_and_says_so_at_once(number, capfd):
     before = handlers()
-    with stop_on_signals() as stop:
+    with stop_on_signals(awaited="the end") as stop:
         assert not stop()
         signal.raise_signal(number)
+        assert capfd.readouterr().err == "ml2o: stopping: waiting for the end; again: at once\n"
         assert stop()
         assert stop.signal_number == number
         assert stop.name == number.name
@@ -69,9 +70,11 @@ def test_a_signal_that_an_import_swallowed_is_what_ends_the_work():
 
 SECOND = """
 import signal, subprocess, sys
+from ml2o_dist import stopping
 from ml2o_dist.stopping import stop_on_signals
 
-with stop_on_signals(last_words=lambda: "go on with: x") as stop:
+stopping.TOGETHER_S = 0.0
+with stop_on_signals(last_words=lambda: "go on with: x", awaited="the end") as stop:
     child = subprocess.Popen([sys.executable, "-c", "import time; print('up', flush=True); time.sleep(100)"],
                              stdout=subprocess.PIPE, start_new_session=True)
     child.stdout.readline()
@@ -90,12 +93,60 @@ def test_the_second_signal_ends_the_process_and_its_children_with_a_line(first, 
     script = SECOND.format(first=first, second=second)
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == code, done.stderr
-    assert done.stderr == f"ml2o: stopped by {second}; go on with: x\n"
+    said = ["ml2o: stopping: waiting for the end; again: at once", f"ml2o: stopped by {second}; go on with: x"]
+    assert done.stderr.splitlines() == said
     (child,) = map(int, done.stdout.split())
     limit = time.monotonic() + 10
     while Path(f"/proc/{child}/stat").exists() and " Z " not in Path(f"/proc/{child}/stat").read_text():
         assert time.monotonic() < limit
         time.sleep(0.02)
+
+
+def test_a_request_counts_where_nobody_reads_that_it_came():
+    script = (
+        "import signal\nfrom ml2o_dist.stopping import stop_on_signals\n"
+        "with stop_on_signals() as stop:\n    signal.raise_signal(2)\n    raise SystemExit(7 if stop() else 8)"
+    )
+    command = [sys.executable, "-c", script]
+    reader, writer = os.pipe()
+    os.close(reader)
+    assert subprocess.run(command, stderr=writer, timeout=60, check=False).returncode == 7
+    os.close(writer)
+
+
+def test_the_same_signal_twice_at_once_as_timeout_sends_it_only_asks(monkeypatch):
+    monkeypatch.setattr("ml2o_dist.stopping.TOGETHER_S", 60.0)
+    with stop_on_signals() as stop:
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+        assert stop.name == "SIGTERM"
+
+
+def blocks_sigterm(pid):
+    (mask,) = [line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("SigBlk:")]
+    return bool(int(mask.split()[1], 16) >> (signal.SIGTERM - 1) & 1)
+
+
+def test_what_ray_starts_and_that_starts_never_gets_sigterm():
+    """Ray's processes are children with a preexec_fn, which then execute another program."""
+    script = "import subprocess, sys, time; print(subprocess.Popen(['sleep', '60']).pid, flush=True); time.sleep(60)"
+
+    def child():
+        command = [sys.executable, "-c", script]
+        return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=lambda: None)
+
+    with sigterm_kept_from_children():
+        kept = child()
+    other = child()
+    grandchildren = [int(each.stdout.readline()) for each in (kept, other)]
+    try:
+        assert [blocks_sigterm(pid) for pid in (kept.pid, grandchildren[0])] == [True, True]
+        assert [blocks_sigterm(pid) for pid in (os.getpid(), other.pid, grandchildren[1])] == [False] * 3
+    finally:
+        for each, pid in zip((kept, other), grandchildren, strict=True):
+            os.kill(pid, signal.SIGKILL)
+            each.kill()
+            each.communicate()
 
 
 def as_ray_does():

@@ -32,7 +32,12 @@ def drive(home, *words):
     command = [sys.executable, "-m", "ml2o_dist", "sweep", "--address", "local", *words]
     with open(home / "stderr", "a") as errors:
         return subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=errors, text=True, env={**os.environ, "ML2O_HOME": str(home)}
+            command,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+            env={**os.environ, "ML2O_HOME": str(home)},
+            start_new_session=True,
         )
 
 
@@ -226,16 +231,20 @@ def test_mlflow_shows_the_trials_below_their_sweep(killed_and_resumed, browser, 
 
 
 @pytest.mark.timeout(600)
+@pytest.mark.parametrize("send", [os.kill, os.killpg])
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
-def test_a_stopped_sweep_says_how_to_go_on_and_leaves_no_process(tmp_path, number, code):
+def test_a_stopped_sweep_says_how_to_go_on_and_leaves_no_process(tmp_path, number, code, send):
+    """Its own process is asked, or its whole group, as Ctrl-C, timeout, systemd and scancel do."""
     child = drive(tmp_path, *ASHA)
     try:
         until(lambda: len(reported(tmp_path)) >= 2 or child.poll() is not None, 300)
-        child.send_signal(number)
+        send(child.pid, number)
         assert child.wait(timeout=120) == code, (tmp_path / "stderr").read_text()
     finally:
         child.kill()
     said = (tmp_path / "stderr").read_text().splitlines()[-1]
     assert said.startswith(f"ml2o: stopped by {number.name}; ")
     assert said.endswith(f"go on with: ml2o sweep --run-dir {tmp_path}/runs/k --resume")
+    _, parent, nested = runs_of(tmp_path)
+    assert {run.info.status for run in (parent, *nested.values())} <= {"KILLED", "FINISHED"}
     until(lambda: not started_with(tmp_path), 60, lambda: started_with(tmp_path))

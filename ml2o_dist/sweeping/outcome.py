@@ -15,7 +15,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ml2o_dist import artifact
-from ml2o_dist.config_file import dump_settings
+from ml2o_dist.config_file import RUN_CONFIG, dump_settings
 from ml2o_dist.errors import UserError
 from ml2o_dist.files import replacing
 from ml2o_dist.metatrain.checkpoint import load_checkpoint
@@ -29,8 +29,8 @@ from ml2o_dist.tracking.registry import register_version
 from ml2o_dist.tracking.sink import MlflowSink
 from ml2o_dist.tracking.sweep_runs import SweepRuns
 
-SETTINGS, BEST, RESULT, LIST = "sweep.yaml", "config.yaml", "result.json", "trials.md"
-"""The sweep's settings, the best trial's (for `ml2o meta-train --config`), the answer, and the trials as a table."""
+BEST, RESULT, LIST = RUN_CONFIG, "result.json", "trials.md"
+"""The best trial's settings (for `ml2o meta-train --config`), the answer, and the trials as a table."""
 
 log = logging.getLogger(__name__)
 

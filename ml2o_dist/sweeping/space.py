@@ -15,6 +15,7 @@ from ml2o_dist.config_file import (
     checked,
     first_difference,
     flat_settings,
+    found_file,
     laid_over,
     overridden,
     parse_settings,
@@ -23,6 +24,9 @@ from ml2o_dist.config_file import (
 )
 from ml2o_dist.errors import UserError
 from ml2o_dist.sweeping.settings import Distribution, SweepSettings
+
+SETTINGS = "sweep.yaml"
+"""What a run directory calls the settings of a sweep."""
 
 _NO_EFFECT = ("compare", "comparison", "trajectories", "tracking", "data", "checkpoint_every", "keep_checkpoints")
 """What a trial does without: the best one alone is registered, and a checkpoint comes with every validation."""
@@ -49,6 +53,7 @@ def load_sweep(file: Path | None, overrides: Iterable[str] = ()) -> SweepSetting
     Raises:
         UserError: an unreadable file, a misspelt key or a wrong value, also among those of the space.
     """
+    file = found_file(file, SETTINGS) if file else None
     tree = read_tree(file) if file else {}
     given = tree.get("meta_train") or {}
     beside = file.parent if file else Path()

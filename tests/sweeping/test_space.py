@@ -135,6 +135,15 @@ def test_the_base_is_the_embedded_default_or_a_file_or_settings_over_one(tmp_pat
         load_sweep(tmp_path / "sweep.yaml")
 
 
+def test_of_a_run_directory_the_settings_of_its_sweep_are_read(tmp_path, monkeypatch):
+    monkeypatch.setenv("ML2O_HOME", str(tmp_path))
+    settings = load_sweep(FOLDER / "small_sweep.yaml", ["trials=7"])
+    (tmp_path / "runs" / "a").mkdir(parents=True)
+    (tmp_path / "runs" / "a" / "sweep.yaml").write_text(dump_settings(settings))
+    (tmp_path / "runs" / "a" / "config.yaml").write_text("seed: 5\n")  # its best trial's
+    assert load_sweep(Path("runs/a")) == settings
+
+
 def test_settings_that_were_written_out_are_read_back_equal(tmp_path):
     settings = load_sweep(FOLDER / "small_sweep.yaml", ["space.horizon={choice: [[4], [4, 8]]}", "scheduler=asha"])
     (tmp_path / "sweep.yaml").write_text(dump_settings(settings))
