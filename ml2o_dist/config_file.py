@@ -229,7 +229,8 @@ def put(tree: dict[str, Any], key: str, value: Any, source: str) -> None:
 
 
 def _one_line(kind: type[BaseModel], error: ValidationError) -> UserError:
-    first = error.errors(include_url=False)[0]
+    errors = error.errors(include_url=False)
+    first = min(errors, key=lambda each: each["type"] == "missing")  # last: it may be there, but misspelt
     place = ".".join(str(part) for part in first["loc"])
     if first["type"] == "extra_forbidden":
         model = _model_at(kind, first["loc"][:-1])

@@ -96,11 +96,12 @@ def sweep(
         stop.at_once = False
         _write_settings(folder, settings)
         if record.trials:
-            console.print(f"resuming       {_so_far(record)}", highlight=False, soft_wrap=True)
+            console.print(f"resuming       {record.so_far(settings.count)}", highlight=False, soft_wrap=True)
         with _tracked(settings, folder, uri, console, stop) as (sink, runs):
             checkpoints = _run(settings, folder, record, runs, console, stop)
             if stop():
-                raise Interrupted(stop.signal_number, f"stopped by {stop.name}; {_so_far(record)}; {last_words()}")
+                so_far = record.so_far(settings.count)
+                raise Interrupted(stop.signal_number, f"stopped by {stop.name}; {so_far}; {last_words()}")
             provenance = {"config_hash": settings_hash(settings), "git": git_commit(), "data_sha256": data}
             best = best_optimizer(settings, folder, record, checkpoints, provenance)
             answer, wrong = write_results(settings, folder, record, best, sink, runs, uri, console)
@@ -169,6 +170,8 @@ def _check_same(folder: Path, settings: SweepSettings) -> None:
     if not (folder / SETTINGS).exists():
         raise UserError(f"nothing to resume: {folder} holds no {SETTINGS}")
     difference = sweep_difference(settings, load_sweep(folder / SETTINGS))
+    if difference.startswith("trials "):
+        difference += "; to add trials, begin another sweep, with another seed, or it draws the same ones"
     if difference:
         raise UserError(f"cannot resume {folder} with another configuration: {difference}")
 
@@ -218,11 +221,6 @@ def _record(folder: Path) -> SweepRecord:
         raise UserError(f"{folder / FILE} cannot be read: {error.strerror or error}") from error
 
 
-def _so_far(record: SweepRecord) -> str:
-    states = [trial.state for trial in record.trials.values()]
-    return f"{sum(state != 'running' for state in states)} trials have ended, {states.count('running')} have not"
-
-
 @contextmanager
 def _tracked(
     settings: SweepSettings, folder: Path, uri: str, console: Console, stop: StopRequest
@@ -231,7 +229,7 @@ def _tracked(
     sink = MlflowSink.open(
         uri,
         settings.experiment,
-        run_name=settings.name,
+        run_name=f"{settings.name} {folder.name}",
         params={key: str(value)[:500] for key, value in flat_settings(settings).items()},
         tags={"config_hash": settings_hash(settings), "git": git_commit(), "run_dir": str(folder)},
         run_dir=folder,
@@ -281,6 +279,7 @@ def _run(
 
     done = sum(trial.state != "running" for trial in record.trials.values())
     with StepDisplay(console, "sweep", settings.count, done) as display, own_handlers_kept():
+        display.update(done, "starting")
         watcher = Watcher(settings, record, runs, display, stop, on_lost)
         run_trials(settings, folder, watcher)
     return watcher.checkpoints

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+import yaml
 from click.testing import CliRunner
 from mlflow.tracking import MlflowClient
 
@@ -92,7 +93,7 @@ def test_every_trial_is_the_meta_training_that_its_values_say(finished, tmp_path
 def test_mlflow_has_a_run_for_the_sweep_and_nested_ones_with_their_values(finished):
     home, answer, _ = finished
     client, parent, nested = runs_of(home)
-    assert parent.info.status == "FINISHED"
+    assert (parent.info.status, parent.info.run_name) == ("FINISHED", "small a")
     assert parent.data.metrics["best_validation"] == answer["best"]["validation"]
     artifacts = {each.path for each in client.list_artifacts(parent.info.run_id)}
     assert {"trials.md", "results.parquet", "report.html", "config.yaml", "plots"} <= artifacts
@@ -124,6 +125,12 @@ def test_the_run_directory_holds_results_the_best_configuration_and_a_page(finis
     best = load_settings(folder / "config.yaml")
     assert (best.learner.lr, best.rule.hidden) == tuple(answer["best"]["values"].values())
     assert best.compare
+    assert (folder / "config.yaml").read_text().startswith(f"# of trial {answer['best']['trial']} of the sweep small\n")
+    written = yaml.safe_load((folder / "sweep.yaml").read_text())
+    assert written["space"] == yaml.safe_load(CONFIG.read_text())["space"]
+    for trial in answer["trials"]:
+        assert f"| tune/{trial['id']} |" in (folder / "trials.md").read_text()
+        assert (folder / "tune" / trial["id"]).is_dir()
     page = (folder / "report.html").read_text()
     assert "Parallel coordinates" in page
     assert "data:image/png;base64," in page
@@ -138,6 +145,7 @@ def test_the_run_directory_holds_results_the_best_configuration_and_a_page(finis
 
 def test_what_is_printed_beside_the_answer(finished):
     _, answer, said = finished
+    assert "sweep 0/3  starting  left ?" in said
     assert "sweep 3/3  best validation" in said
     assert f"(trial {answer['best']['trial']})" in said
     assert "registered     ml2o version 1" in said
@@ -154,9 +162,14 @@ def test_a_finished_sweep_is_only_told_again_and_refuses_to_be_another(finished,
     for words, parts in (
         (["--config", str(CONFIG), "--run-dir", "runs/a"], ["holds this sweep", "add --resume"]),
         (["--config", str(CONFIG), "--run-dir", "runs/a", "--seed", "1"], ["another sweep", "seed is 1 here and 0"]),
-        (["--run-dir", "runs/a", "--resume", "--set", "trials=5"], ["cannot resume", "trials is 5 here and 3 there"]),
+        (
+            ["--run-dir", "runs/a", "--resume", "--set", "trials=5"],
+            ["trials is 5 here and 3 there; to add trials"],
+        ),
         (["--run-dir", "runs/b", "--resume"], ["nothing to resume", "sweep.yaml"]),
         (["--resume"], ["--resume needs --run-dir"]),
+        (["--run-dir", "runs/b"], ["a sweep needs a `space`", "--config", "jobs/configs/sweep.yaml"]),
+        (["--config", "runs/a/config.yaml", "--run-dir", "runs/b"], ["looks like a meta-training's", "`meta_train`"]),
         (["--config", str(CONFIG), "--run-dir", "s3://bucket/x"], ["s3://bucket/x", "folder"]),
     ):
         refused = ml2o("sweep", *words)
@@ -261,7 +274,7 @@ def test_optuna_searches_by_what_trials_said(cluster, home):
 
 @pytest.mark.long
 @pytest.mark.timeout(900)
-def test_pbt_copies_weights_and_changes_values_in_lockstep(cluster, home):
+def test_pbt_copies_weights_and_changes_values_in_lockstep(cluster, home, recwarn):
     overrides = ["scheduler=pbt", "trials=4", "pbt={quantile: 0.5, interval: 2}", "meta_train.meta_steps=8"]
     overrides.append("space={learner.lr: {loguniform: [0.0001, 0.5]}}")
     words = [word for override in overrides for word in ("--set", override)]
@@ -269,6 +282,8 @@ def test_pbt_copies_weights_and_changes_values_in_lockstep(cluster, home):
     assert result.exit_code == 0, result.output
     answer = json.loads(result.stdout)
     assert [trial["state"] for trial in answer["trials"]] == ["finished"] * 4
+    assert not [warning for warning in recwarn if "reuse_actors" in str(warning.message)]
+    assert "schedule of values" in (home / "runs" / "p" / "config.yaml").read_text().splitlines()[1]
     client, _, nested = runs_of(home)
     exploited = 0
     for run in nested.values():

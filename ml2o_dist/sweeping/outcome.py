@@ -22,7 +22,7 @@ from ml2o_dist.metatrain.checkpoint import load_checkpoint
 from ml2o_dist.run_report import write_report
 from ml2o_dist.sweeping.importance import importance
 from ml2o_dist.sweeping.plots import plot_sweep
-from ml2o_dist.sweeping.record import SweepRecord, Trial, markdown, shown, write_table
+from ml2o_dist.sweeping.record import SweepRecord, Trial, markdown, shown, shown_step, write_table
 from ml2o_dist.sweeping.settings import SweepSettings
 from ml2o_dist.sweeping.space import trial_settings
 from ml2o_dist.tracking.registry import register_version
@@ -82,6 +82,8 @@ def best_optimizer(
         },
     )
     with replacing(folder / BEST) as stream:
+        header = [f"of trial {trial.number} of the sweep {settings.name}", *record.notes(settings.scheduler)]
+        stream.write("".join(f"# {line}\n" for line in header).encode())
         stream.write(dump_settings(configuration).encode())
     return Best(trial, saved)
 
@@ -99,7 +101,7 @@ def write_results(
     """Write and track what a finished sweep has come to; return its answer, and what is wrong with it in words."""
     show_trials(record, settings, console)
     with replacing(folder / LIST) as stream:
-        stream.write(markdown(record, settings.name).encode())
+        stream.write(markdown(record, settings.name, settings.scheduler).encode())
     files = [folder / LIST, write_table(folder, record)]
     if best is not None:
         files.append(folder / BEST)
@@ -124,12 +126,15 @@ def write_results(
 def show_trials(record: SweepRecord, settings: SweepSettings, console: Console) -> None:
     """Print the trials as a table, the best first."""
     best = record.best()
-    table = Table("trial", "state", "meta-steps", "validation", *settings.space, title=f"sweep {settings.name}")
+    columns = ["trial", "state", "meta-steps", "best at", "validation", *settings.space]
+    table = Table(*columns, title=f"sweep {settings.name}")
     for trial in record.ranked():
-        cells = [str(trial.number), trial.state, str(trial.meta_steps), shown(trial.score)]
+        cells = [str(trial.number), trial.state, str(trial.meta_steps), shown_step(trial.best_at), shown(trial.score)]
         cells += [shown(trial.values.get(key)) for key in settings.space]
         table.add_row(*map(Text, cells), style="bold" if trial is best else None)
     console.print(table)
+    for note in record.notes(settings.scheduler):
+        console.print(note, style="yellow", markup=False, highlight=False, soft_wrap=True)
     for trial in record.ranked():
         if trial.error:
             console.print(f"trial {trial.number}: {trial.error}", markup=False, highlight=False, soft_wrap=True)
@@ -189,7 +194,7 @@ def _register(
             folder,
             run_id=run_id,
             experiment=settings.experiment,
-            description=f"Trial {best.trial.number} of {markdown(record, settings.name)}",
+            description=f"Trial {best.trial.number} of {markdown(record, settings.name, settings.scheduler)}",
             tags={"sweep": settings.name, "trial": str(best.trial.number)},
         )
     except UserError as error:

@@ -15,7 +15,7 @@ from ml2o_dist.evaluation.page_elements import SortableRow, pairs, sortable_tabl
 from ml2o_dist.evaluation.run_record import Record
 from ml2o_dist.sweeping.importance import importance
 from ml2o_dist.sweeping.plots import PICTURES
-from ml2o_dist.sweeping.record import FILE, SweepRecord, Trial, shown
+from ml2o_dist.sweeping.record import FILE, SweepRecord, Trial, shown, shown_step
 from ml2o_dist.sweeping.settings import SweepSettings
 
 
@@ -84,7 +84,7 @@ def _trials(record: SweepPageRecord) -> Section:
     if not record.trials or not record.trials.trials:
         return Section("trials", "Trials", missing=record.why_not(FILE, "No trial has begun."))
     keys = list(dict.fromkeys(key for trial in _all(record) for key in trial.values))
-    columns = ["trial", "state", "meta-steps", "validation", *keys]
+    columns = ["trial", "state", "meta-steps", "best at", "validation", *keys, "folder"]
     best = record.trials.best()
     rows = []
     for trial in record.trials.ranked():
@@ -92,14 +92,19 @@ def _trials(record: SweepPageRecord) -> Section:
             "trial": Shown(str(trial.number), trial.number),
             "state": Shown(trial.state, trial.state),
             "meta-steps": Shown(str(trial.meta_steps), trial.meta_steps),
+            "best at": Shown(shown_step(trial.best_at), math.nan if trial.best_at is None else trial.best_at),
             "validation": Shown(shown(trial.score), trial.score if math.isfinite(trial.score) else math.nan),
         }
         for key in keys:
             value = trial.values.get(key)
             figures[key] = Shown(shown(value), value if isinstance(value, int | float) else shown(value))
+        figures["folder"] = Shown(trial.folder, trial.folder)
         rows.append(SortableRow("learned" if trial is best else "", figures))
     said = "Validation of the weights that are kept, on problems that training did not see: lower is better."
-    return Section("trials", "Trials", f"<p>{text(said)}</p>{sortable_table('Trials', columns, rows)}")
+    said += ' "Best at" is the meta-step that they are from.'
+    notes = record.trials.notes(record.settings.scheduler if record.settings else "")
+    paragraphs = "".join(f"<p>{text(each)}</p>" for each in (said, *notes))
+    return Section("trials", "Trials", f"{paragraphs}{sortable_table('Trials', columns, rows)}")
 
 
 def _picture(record: SweepPageRecord, name: str) -> Section:

@@ -18,6 +18,9 @@ from ml2o_dist.files import replacing
 FILE, TABLE = "trials.jsonl", "results.parquet"
 """The record, and the table of trials that is made of it."""
 
+FOLDER = "tune"
+"""Ray Tune's part of the run directory: its state, and a folder with the checkpoints of each trial."""
+
 State = Literal["running", "finished", "stopped", "failed"]
 """stopped: by the scheduler, before its last meta-step."""
 
@@ -63,6 +66,16 @@ class Trial:
         return self.last.best_validation if self.last else math.inf
 
     @property
+    def best_at(self) -> int | None:
+        """The meta-step of its best weights; None where there are none."""
+        return self.last.best_meta_step if self.last else None
+
+    @property
+    def folder(self) -> str:
+        """Where its checkpoints are, in the run directory."""
+        return f"{FOLDER}/{self.id}"
+
+    @property
     def meta_steps(self) -> int:
         """How many it has done."""
         return max(self.reports, default=0)
@@ -77,7 +90,7 @@ class Trial:
             "values": self.values,
             "meta_steps": self.meta_steps,
             "validation": _finite(self.score),
-            "best_meta_step": last.best_meta_step if last else None,
+            "best_meta_step": self.best_at,
             "seconds": last.seconds if last else None,
             "error": self.error or None,
         }
@@ -137,6 +150,28 @@ class SweepRecord:
         """Return all trials, the best first, those that failed last."""
         return sorted(self.trials.values(), key=lambda trial: (trial.state == "failed", trial.score, trial.number))
 
+    def so_far(self, count: int) -> str:
+        """Say how many of `count` trials are where."""
+        ended = sum(trial.state != "running" for trial in self.trials.values())
+        begun = len(self.trials)
+        return f"{ended} of {count} trials ended, {begun - ended} under way, {count - begun} not begun"
+
+    def notes(self, scheduler: str) -> list[str]:
+        """Say what the table of trials does not show by itself."""
+        notes = []
+        best = self.best()
+        if best is not None and best.best_at == 0:
+            notes.append(
+                f"The best weights, of trial {best.number}, are those of meta-step 0: of a network that is not trained "
+                "yet, which no meta-training here has improved on."
+            )
+        if scheduler == "pbt":
+            notes.append(
+                "With scheduler=pbt weights come from a schedule of values, which trials.jsonl has by meta-step; shown "
+                "are the last ones, with which alone a meta-training comes to other weights."
+            )
+        return notes
+
     def _write(self, entry: Mapping[str, Any]) -> None:
         with self.file.open("ab") as stream:
             if stream.tell() and not _ends_a_line(self.file):
@@ -174,23 +209,26 @@ def write_table(folder: Path, record: SweepRecord) -> Path:
     return path
 
 
-def markdown(record: SweepRecord, name: str) -> str:
-    """Return the trials as a Markdown table, the best first."""
+def markdown(record: SweepRecord, name: str, scheduler: str) -> str:
+    """Return the trials as a Markdown table, the best first, and what is to be said of it."""
     ranked = record.ranked()
     keys = list(dict.fromkeys(key for trial in ranked for key in trial.values))
-    head = ["trial", "state", "meta-steps", "validation", *keys]
+    head = ["trial", "state", "meta-steps", "best at", "validation", *keys, "folder"]
     rows = [
         [
             str(each.number),
             each.state,
             str(each.meta_steps),
+            shown_step(each.best_at),
             shown(each.score),
             *(shown(each.values.get(k)) for k in keys),
+            each.folder,
         ]
         for each in ranked
     ]
     lines = [f"Sweep `{name}`: {len(ranked)} trials, validation of the kept weights (lower is better).", ""]
     lines += ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]
+    lines += [line for note in record.notes(scheduler) for line in ("", note)]
     return "\n".join(lines) + "\n"
 
 
@@ -199,6 +237,11 @@ def shown(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}" if math.isfinite(value) else "-"
     return value if isinstance(value, str) else json.dumps(value)
+
+
+def shown_step(step: int | None) -> str:
+    """Return a meta-step, where there is one, as a table has it."""
+    return "-" if step is None else str(step)
 
 
 def _finite(value: float) -> float | None:

@@ -7,7 +7,15 @@ import math
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
-from pydantic import BaseModel, Field, JsonValue, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    Field,
+    JsonValue,
+    SerializerFunctionWrapHandler,
+    field_validator,
+    model_serializer,
+    model_validator,
+)
 
 from ml2o_dist.config import MetaTrainSettings, TrackingSettings
 
@@ -54,6 +62,11 @@ class Distribution(_Settings):
         """What is to be checked before anything starts: every value of a list, both ends of an interval."""
         given: tuple[Any, ...] = getattr(self, self.kind)
         return given
+
+    @model_serializer(mode="wrap")
+    def _given(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Write out the one that is given, not what the others are not."""
+        return {key: value for key, value in whole(self).items() if value is not None}
 
     @model_validator(mode="after")
     def _one(self) -> Distribution:

@@ -64,9 +64,26 @@ def load_sweep(file: Path | None, overrides: Iterable[str] = ()) -> SweepSetting
         given = laid_over(below, {key: value for key, value in given.items() if key != "extends"})
     if isinstance(given, dict) and "family" not in given:
         given = laid_over(read_tree(DEFAULT_CONFIG), given)
-    settings = checked(SweepSettings, overridden({**tree, "meta_train": given}, overrides))
+    whole = overridden({**tree, "meta_train": given}, overrides)
+    _check_has_space(whole)
+    settings = checked(SweepSettings, whole)
     check_space(settings)
     return settings
+
+
+def _check_has_space(tree: Mapping[str, Any]) -> None:
+    """Raise UserError where `space` is not there at all; one that is misspelt is an unknown key, said elsewhere."""
+    others = tree.keys() - SweepSettings.model_fields
+    if "space" in tree or others - MetaTrainSettings.model_fields.keys() - {"extends"}:
+        return
+    if others:
+        hint = "this file looks like a meta-training's: name it in a sweep's file, as its `meta_train`"
+    else:
+        hint = "say it in the file that --config names, as jobs/configs/sweep.yaml, or with --set 'space={...}'"
+    raise UserError(f"a sweep needs a `space`, the keys that it searches, as {_EXAMPLE}; {hint}")
+
+
+_EXAMPLE = "`space: {learner.lr: {loguniform: [1e-4, 0.1]}}`"
 
 
 def check_space(settings: SweepSettings) -> None:

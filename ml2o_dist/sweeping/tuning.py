@@ -6,6 +6,7 @@ import logging
 import os
 import shutil
 import signal
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from ray.tune import Callback
 
 from ml2o_dist.metatrain.worker_loss import reason
 from ml2o_dist.progress import StepDisplay
-from ml2o_dist.sweeping.record import Report, State, SweepRecord, Trial
+from ml2o_dist.sweeping.record import FOLDER, Report, State, SweepRecord, Trial
 from ml2o_dist.sweeping.search import param_space, tune_config
 from ml2o_dist.sweeping.settings import SweepSettings
 from ml2o_dist.sweeping.space import as_values, trial_settings
@@ -28,9 +29,6 @@ from ml2o_dist.sweeping.trial import SCORE, SCRATCH, TIME, as_trainable
 from ml2o_dist.tracking.sweep_runs import SweepRuns
 
 log = logging.getLogger(__name__)
-
-FOLDER = "tune"
-"""Tune's part of the run directory: its state, and a folder with the checkpoints of each trial."""
 
 _ENVIRONMENT = {
     "TUNE_GLOBAL_CHECKPOINT_S": "1",  # its own 10 s are much to lose of trials that take a minute
@@ -171,7 +169,9 @@ class Watcher(Callback):  # type: ignore[misc]  # Ray is not followed
         running = sum(trial.status == "RUNNING" for trial in trials)
         ended = [trial for trial in self._record.trials.values() if trial.state != "running"]
         best = self._record.best()
-        shown = f"best validation {best.score:.4f} (trial {best.number})" if best else "no validation yet"
+        reported = any(trial.reports for trial in self._record.trials.values())
+        none = "no finite validation yet" if reported else "starting"
+        shown = f"best validation {best.score:.4f} (trial {best.number})" if best else none
         failed = sum(trial.state == "failed" for trial in ended)
         self._display.update(len(ended), f"{shown}  running {running}" + (f"  failed {failed}" if failed else ""))
 
@@ -182,7 +182,8 @@ def run_trials(settings: SweepSettings, folder: Path, watcher: Watcher) -> None:
     Returns when all have ended, or some time after a stop was requested. Trials that fail do not raise.
     """
     place = folder / FOLDER
-    with _watched_by(watcher), _set(_ENVIRONMENT), _handler_kept(signal.SIGUSR1):
+    with _watched_by(watcher), _set(_ENVIRONMENT), _handler_kept(signal.SIGUSR1), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Consider boosting PBT")  # by what our trials are not made for
         if any(place.glob("experiment_state-*.json")) and tune.Tuner.can_restore(str(place)):
             tuner = tune.Tuner.restore(str(place), as_trainable(settings), resume_errored=True)
         else:

@@ -38,6 +38,8 @@ def test_the_page_shows_trials_pictures_and_what_failed(folder):
     assert "ValueError: <script>" not in page
     assert "<b>scaled" not in page
     assert "random forest" in page
+    assert ">best at<" in page
+    assert ">tune/1<" in page
     assert "http://" not in page.replace("http://www.w3.org", "")
 
 

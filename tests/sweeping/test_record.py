@@ -87,10 +87,28 @@ def test_tables_have_a_row_for_each_trial(record, tmp_path):
     assert [(row["trial"], row["state"], row["lr"]) for row in rows] == [
         (1, "finished", 0.1), (2, "failed", 0.2), (3, "stopped", 0.3)
     ]  # fmt: skip
-    lines = markdown(record, "x").splitlines()
-    assert lines[2] == "| trial | state | meta-steps | validation | lr |"
-    assert lines[4] == "| 1 | finished | 2 | 2 | 0.1 |"
-    assert lines[5] == "| 3 | stopped | 2 | - | 0.3 |"
+    lines = markdown(record, "x", "none").splitlines()
+    assert lines[2] == "| trial | state | meta-steps | best at | validation | lr | folder |"
+    assert lines[4] == "| 1 | finished | 2 | 2 | 2 | 0.1 | tune/a |"
+    assert lines[5] == "| 3 | stopped | 2 | 2 | - | 0.3 | tune/c |"
+    assert len(lines) == 7
+
+
+def test_what_the_table_does_not_show_is_said(record):
+    assert record.notes("asha") == []
+    (schedule,) = record.notes("pbt")
+    assert "schedule of values" in schedule
+    record.report("a", Report(4, 2.5, 1.5, 0, 6.0, {"lr": 0.1}))  # its best weights are the first
+    (untrained,) = record.notes("none")
+    assert untrained.startswith("The best weights, of trial 1, are those of meta-step 0")
+    assert markdown(record, "x", "pbt").endswith(f"\n\n{untrained}\n\n{schedule}\n")
+
+
+def test_so_far_counts_trials_that_have_not_begun(record):
+    assert record.so_far(5) == "3 of 5 trials ended, 0 under way, 2 not begun"
+    record.begin("b", {"lr": 0.2})
+    record.begin("d", {"lr": 0.2})
+    assert record.so_far(5) == "2 of 5 trials ended, 2 under way, 1 not begun"
 
 
 def test_values_of_mixed_kinds_are_json_in_the_table(tmp_path):

@@ -68,7 +68,9 @@ def test_a_wrong_space_is_named(space, parts):
 @pytest.mark.parametrize(
     ("overrides", "parts"),
     [
-        ([], ["'space' is missing"]),
+        ([], ["a sweep needs a `space`", "jobs/configs/sweep.yaml"]),
+        (["spice={}"], ["'spice'", "did you mean 'space'?"]),
+        (["seed=1", "workers=2"], ["a sweep needs a `space`", "looks like a meta-training's", "`meta_train`"]),
         ([LR, "serach=grid"], ["'serach'", "did you mean 'search'?"]),
         ([LR, "search=bayes"], ["'search'", "'optuna'", "'bayes'"]),
         ([LR, "trials=0"], ["'trials'", "0"]),
