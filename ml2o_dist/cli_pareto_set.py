@@ -81,11 +81,11 @@ def query(
     Prints losses and accuracies of the network for this preference, and with --out writes its plain state dict, of the
     original size.
     """
-    from ml2o_dist import pareto_sets
+    from ml2o_dist.pareto_query import query_set, written_preference
 
-    return pareto_sets.query_set(
+    return query_set(
         place,
-        pareto_sets.written_preference(preference),
+        written_preference(preference),
         out=out,
         data_root=data_root,
         measure=measure,

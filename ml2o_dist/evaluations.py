@@ -148,6 +148,8 @@ def _check_free(storage: RunStorage, settings: EvaluateSettings) -> None:
     """Raise UserError where the folder holds a meta-training, a sweep, or another evaluation than this one."""
     if (storage.folder / "sweep.yaml").exists():
         raise UserError(f"{storage.name} holds a sweep; choose another --run-dir for the evaluation")
+    if (storage.folder / "pareto_set.yaml").exists():
+        raise UserError(f"{storage.name} holds a Pareto set; choose another --run-dir for the evaluation")
     if (storage.folder / "config.yaml").exists():
         raise UserError(f"{storage.name} holds a meta-training; choose another --run-dir for the evaluation")
     if not (storage.folder / RESULT).exists():

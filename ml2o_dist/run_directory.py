@@ -39,6 +39,8 @@ def check_fresh(run_dir: Path, settings: MetaTrainSettings) -> bool:
     """
     if (run_dir / "sweep.yaml").exists():
         raise UserError(f"{run_dir} holds a sweep; choose another --run-dir")
+    if (run_dir / "pareto_set.yaml").exists():
+        raise UserError(f"{run_dir} holds a Pareto set; choose another --run-dir")
     checkpoint, _ = newest_checkpoint(run_dir / "checkpoints")
     if checkpoint is None:
         return _holds_start_of(run_dir, settings)

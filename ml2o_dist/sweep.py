@@ -156,7 +156,11 @@ def _write_settings(folder: Path, settings: SweepSettings) -> None:
 
 def _check_fresh(folder: Path, settings: SweepSettings) -> None:
     if not (folder / SETTINGS).exists():
-        for name, what in (("evaluation.json", "an evaluation"), ("config.yaml", "a meta-training")):
+        for name, what in (
+            ("evaluation.json", "an evaluation"),
+            ("pareto_set.yaml", "a Pareto set"),
+            ("config.yaml", "a meta-training"),
+        ):
             if (folder / name).exists():
                 raise UserError(f"{folder} holds {what}; choose another --run-dir for the sweep")
         return

@@ -197,3 +197,19 @@ def test_an_optimizer_that_compares_points_wants_weights_that_stay(home):
                   "--set", "routers.optimizer=gml2o:initial")  # fmt: skip
     assert result.exit_code == 2
     assert "use routers.loss=ls" in result.output
+
+
+def test_a_folder_of_something_else_is_refused_and_refuses(finished, home, monkeypatch):
+    (home / "runs" / "x").mkdir(parents=True)
+    for name, what in (("sweep.yaml", "a sweep"), ("evaluation.json", "an evaluation"), ("config.yaml", "a run")):
+        (home / "runs" / "x" / name).touch()
+        result = ml2o("train", "--config", CONFIG, "--run-dir", "runs/x")
+        assert result.exit_code == 2
+        assert f"holds {what}" in result.output
+        (home / "runs" / "x" / name).unlink()
+    monkeypatch.setenv("ML2O_HOME", str(finished[0]))
+    for words in (["meta-train"], ["sweep", "--config", str(Path(CONFIG).with_name("small_sweep.yaml"))],
+                  ["evaluate", "--optimizer", "initial", "--problem", "fonseca"]):  # fmt: skip
+        result = CliRunner().invoke(main, [*words, "--run-dir", "runs/a"])
+        assert result.exit_code == 2
+        assert "holds a Pareto set" in result.output

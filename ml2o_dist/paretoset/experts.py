@@ -19,11 +19,11 @@ from typing import Any
 import torch
 from torch import nn
 
-from ml2o_dist.metatrain.checkpoint import Checkpoint, newest_checkpoint, save_checkpoint
+from ml2o_dist.metatrain.checkpoint import Checkpoint, newest_checkpoint, newest_manifest, save_checkpoint
 from ml2o_dist.paretoset.image_tasks import load_tasks
 from ml2o_dist.paretoset.networks import MultiHead, build_multi_head
-from ml2o_dist.paretoset.settings import FineTuning, NetworkSettings
-from ml2o_dist.paretoset.states import read_state, save_state
+from ml2o_dist.paretoset.settings import FineTuning, NetworkSettings, ParetoSetSettings
+from ml2o_dist.paretoset.states import about_state, read_state, save_state
 from ml2o_dist.paretoset.tasks import TaskSet, sample_losses
 from ml2o_dist.paretoset.training import annealed
 from ml2o_dist.seeding import generator
@@ -55,6 +55,37 @@ def network_of(tasks: TaskSet, settings: NetworkSettings, seed: int) -> MultiHea
     """Build the network for a task set; raises UserError."""
     rest = settings.model_dump()
     return build_multi_head(rest.pop("name"), side=tasks.side, classes=tasks.classes, seed=seed, **rest)
+
+
+def expert_stages(settings: ParetoSetSettings, tasks: int, folder: Path) -> list[Stage]:
+    """Return the trainings of start and experts, whose states lie in `folder`; [] where they are read from files."""
+    if settings.experts.files:
+        return []
+
+    def stage(name: str, weights: tuple[float, ...], start: str) -> Stage:
+        tuning = settings.experts if start else settings.start
+        return Stage(
+            name, settings.tasks, settings.data.root, settings.network, weights, start, settings.seed, settings.device,
+            tuning,
+        )  # fmt: skip
+
+    begin = stage("start", (1 / tasks,) * tasks, "")
+    at = str(folder / "start.safetensors")
+    corners = [tuple(float(t == own) for t in range(tasks)) for own in range(tasks)]
+    return [begin, *(stage(f"expert_{t + 1}", corner, at) for t, corner in enumerate(corners))]
+
+
+def is_done(stage: Stage, folder: Path) -> bool:
+    """Tell whether `folder` holds what the stage ends with."""
+    return about_state(folder / f"{stage.name}.safetensors").get("stage") == fingerprint(stage)
+
+
+def steps_done(stage: Stage, folder: Path) -> int:
+    """Return how many of the stage's steps are done, as far as its checkpoints say."""
+    if is_done(stage, folder):
+        return stage.tuning.steps
+    newest = newest_manifest(folder / stage.name)
+    return int(newest.parent.name.removeprefix("step_")) if newest else 0
 
 
 def fit_stage(stage: Stage, folder: Path, *, num_cpus: float = 1.0, num_gpus: float = 0.0) -> float:
