@@ -20,9 +20,8 @@ from ml2o_dist.config_file import (
 )
 from ml2o_dist.errors import UserError
 
-CONFIGS = sorted(
-    file for file in (Path(__file__).parents[1] / "jobs" / "configs").glob("*.yaml") if file.stem != "sweep"
-)
+FOLDER = Path(__file__).parents[1] / "jobs" / "configs"
+CONFIGS = sorted(file for file in FOLDER.glob("*.yaml") if file.stem != "sweep" and "pareto" not in file.stem)
 
 
 def refused(*overrides: str) -> str:

@@ -14,10 +14,11 @@ from mlflow.tracking import MlflowClient
 from safetensors.torch import load_file, save_file
 
 from ml2o_dist.cli import main
+from ml2o_dist.config_file import dump_settings, read_settings
 from ml2o_dist.paretoset.experts import network_of
 from ml2o_dist.paretoset.image_tasks import load_tasks
 from ml2o_dist.paretoset.saved_set import FILE, load_set
-from ml2o_dist.paretoset.settings import NetworkSettings
+from ml2o_dist.paretoset.settings import NetworkSettings, ParetoSetSettings
 from ml2o_dist.tracking.registry import list_versions
 
 CONFIG = str(Path(__file__).parent / "small_pareto_set.yaml")
@@ -29,6 +30,13 @@ def home(tmp_path, monkeypatch):
     monkeypatch.setenv("ML2O_HOME", str(tmp_path))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     return tmp_path
+
+
+@pytest.mark.parametrize("file", sorted((Path(CONFIG).parents[1] / "jobs" / "configs").glob("pareto*.yaml")))
+def test_every_shipped_config_is_valid_and_survives_a_round_trip(file, tmp_path):
+    settings = read_settings(ParetoSetSettings, file, ())
+    (tmp_path / "again.yaml").write_text(dump_settings(settings))
+    assert read_settings(ParetoSetSettings, tmp_path / "again.yaml", ()) == settings
 
 
 def ml2o(*words: str):
