@@ -73,7 +73,7 @@ def test_every_approach_has_its_front_and_ours_beats_even_weights(finished):
     assert "tracking URI" in printed
 
 
-def test_the_set_is_in_the_registry_and_answers_as_the_exported_network(finished):
+def test_the_set_is_in_the_registry_and_answers_as_the_exported_network(finished, monkeypatch):
     home, answer, _ = finished
     uri = f"sqlite:///{home}/mlflow.db"
     (version,) = list_versions(uri, "ml2o-pareto-set")
@@ -85,7 +85,7 @@ def test_the_set_is_in_the_registry_and_answers_as_the_exported_network(finished
     hypervolume = by_name(answer)["pwe"]["test"]["hypervolume"]
     assert run.data.metrics["pwe_test_hypervolume"] == hypervolume
     assert {file.path for file in client.list_artifacts(run.info.run_id)} >= {"fronts.md", "report.html"}
-    mlflow.set_tracking_uri(uri)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", uri)  # set_tracking_uri would leave it to all that follow
     model = mlflow.pyfunc.load_model("models:/ml2o-pareto-set@candidate")
     images = np.random.default_rng(0).normal(size=(3, 1, 12, 12)).astype(np.float32)
     found = load_set(home / "runs" / "a")
