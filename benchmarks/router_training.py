@@ -67,7 +67,16 @@ def main(
     for entrant in entrants:
         contestant = entrant.contestant(None)
         for seed in range(seeds):
-            fusion = Fusion(network, start, experts, modules=settings.modules, heads=network.head_names, seed=seed)
+            fusion = Fusion(
+                network,
+                start,
+                experts,
+                modules=settings.modules,
+                heads=network.head_names,
+                scale=settings.scale,
+                begin=settings.routers.begin,
+                seed=seed,
+            )
             problem = PreferenceProblem(
                 Fused(fusion), tasks, Scalarization("ls"), batch=settings.routers.batch, device=torch.device("cpu")
             )

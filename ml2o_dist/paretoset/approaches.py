@@ -176,7 +176,8 @@ def _fingerprint(work: Work, states: list[dict[str, Tensor]]) -> dict[str, Any]:
         for key in ("checkpoint_every", "max_failures", "files"):
             kept[part].pop(key, None)
     if work.approach != OURS:
-        kept["routers"].pop("optimizer"), kept["routers"].pop("loss")
+        for key in ("begin", "loss", "optimizer"):
+            kept["routers"].pop(key)
     return {
         "settings": kept,
         "trainer": json.loads(json.dumps(work.contestant.identity)),
@@ -274,6 +275,7 @@ def _model(
                 modules=settings.modules,
                 heads=network.head_names,
                 scale=settings.scale,
+                begin=settings.routers.begin,
                 seed=settings.seed,
             )
         )

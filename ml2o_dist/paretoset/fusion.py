@@ -45,6 +45,7 @@ class Fusion(nn.Module):
         modules: str = "all",
         heads: Sequence[str] = (),
         scale: float = SCALE,
+        begin: str = "soup",
         seed: int = 0,
     ) -> None:
         """Fuse `experts` (state dicts of `network`, fine-tuned from `start`), one for each task.
@@ -55,11 +56,14 @@ class Fusion(nn.Module):
                 called so, the paper's choice for transformers), or a glob over module names, as `blocks.*.mlp`. What
                 lies in a module belongs to its router.
             heads: the name of each task's own module, which is its expert's for every preference; () for none.
-            scale: lambda_0.
+            scale: lambda_0, the weight of every task vector in what has no router; with begin="arithmetic" what the
+                routers begin with, too.
+            begin: what the routers' first answers are, see `Routers`.
             seed: of the routers' first weights.
 
         Raises:
-            UserError: a state dict that does not fit, a missing head, a pattern that fits no module.
+            UserError: a state dict that does not fit, a missing head, a pattern that fits no module, an unknown
+                `begin`.
         """
         super().__init__()
         vectors = TaskVectors.of(network, start, experts, heads)
@@ -75,7 +79,7 @@ class Fusion(nn.Module):
         self._fixed = Tensors(rest)
         self._constants = Tensors(vectors.constants | unsaved)
         self._buffers_of_experts = Tensors(vectors.buffers)
-        self.routers = Routers(len(self.upscaled), self.tasks, scale, seed)
+        self.routers = Routers(len(self.upscaled), self.tasks, scale, seed, begin)
 
     @property
     def network(self) -> nn.Module:

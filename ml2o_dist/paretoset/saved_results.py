@@ -38,7 +38,16 @@ def save_results(
     newest, _ = newest_checkpoint(folder / "training" / OURS)
     start, *experts = [read_state(file) for file in files]
     network = network_of(tasks, settings.network, settings.seed)
-    fusion = Fusion(network, start, experts, modules=settings.modules, heads=network.head_names, scale=settings.scale)
+    fusion = Fusion(
+        network,
+        start,
+        experts,
+        modules=settings.modules,
+        heads=network.head_names,
+        scale=settings.scale,
+        begin=settings.routers.begin,
+        seed=settings.seed,
+    )
     if newest is not None:  # none where routers.steps is 0
         nn.utils.vector_to_parameters(newest.tensors["parameters"][0], fusion.routers.parameters())
     ours = next(result for result in results if result.approach == OURS)

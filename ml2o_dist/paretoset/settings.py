@@ -73,6 +73,9 @@ class ExpertSettings(FineTuning):
 class RouterSettings(_Settings):
     """How the routers, and the comparators that take a preference, are trained."""
 
+    begin: Literal["soup", "arithmetic"] = Field(
+        "soup", description="what routers are before training: the rewarded soup, or scale for every task, the paper's"
+    )
     loss: Literal["ls", "epo", "tchebycheff", "hypervolume"] = Field("ls", description="what is made of a preference")
     optimizer: str = Field(
         "mean+adam@0.01", description="AGGREGATOR[+OPTIMIZER]@LR, a run directory, models:/NAME@ALIAS, gml2o:NAME, ..."
@@ -108,7 +111,10 @@ class ParetoSetSettings(_Settings):
     start: FineTuning = FineTuning()
     experts: ExpertSettings = ExpertSettings()
     modules: str = Field("all", description="what gets a router: all, mlp, or a glob over module names")
-    scale: float = Field(0.3, description="lambda_0: what routers begin with, and what modules without one have")
+    scale: float = Field(
+        0.3,
+        description="lambda_0: the weight of every task vector in modules without a router; what begin: arithmetic has",
+    )
     routers: RouterSettings = RouterSettings()
     comparators: tuple[str, ...] = Field(
         ("average", "arithmetic", "ties", "soup"), description="any of " + ", ".join(COMPARATORS)

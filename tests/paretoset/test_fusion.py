@@ -42,7 +42,7 @@ def assert_state(state: State, expected: dict[str, Tensor]) -> None:
 def test_without_last_weights_it_is_task_arithmetic(kind: type[nn.Module], scale: float) -> None:
     network = built(kind)
     start, experts = start_and_experts(network, 2)
-    fusion = Fusion(network, start, experts, scale=scale)
+    fusion = Fusion(network, start, experts, scale=scale, begin="arithmetic")
     with torch.no_grad():
         fusion.routers.weight.zero_()
     expected = task_arithmetic(TaskVectors.of(network, start, experts), scale)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from ml2o_dist.errors import UserError
 from ml2o_dist.paretoset.router import ALIVE, Routers
 from ml2o_dist.seeding import generator
 
@@ -36,7 +37,7 @@ def test_routers_are_what_separate_networks_would_be(tasks: int) -> None:
 
 def test_the_first_weights_are_small_and_of_the_seed_alone() -> None:
     before = torch.get_rng_state()
-    routers, twin, other = Routers(200, 3, 0.3, seed=5), Routers(200, 3, 0.3, seed=5), Routers(200, 3, 0.3, seed=6)
+    routers, twin, other = (Routers(200, 3, 0.3, seed, "arithmetic") for seed in (5, 5, 6))
     assert torch.equal(before, torch.get_rng_state())
     for (name, one), (_, same) in zip(routers.named_parameters(), twin.named_parameters(), strict=True):
         assert torch.equal(one, same), name
@@ -49,3 +50,28 @@ def test_the_first_weights_are_small_and_of_the_seed_alone() -> None:
     assert (
         routers(torch.tensor([0.2, 0.3, 0.5])) - 0.3
     ).abs().max() < 0.05  # so it begins as task arithmetic: 4 deviations
+
+
+@pytest.mark.parametrize("tasks", [2, 3, 8])
+def test_a_router_that_begins_as_the_soup_returns_the_preference(tasks: int) -> None:
+    routers = Routers(4, tasks, scale=0.3, seed=3)
+    corner = torch.eye(tasks)[0]
+    for preference in (corner, torch.full((tasks,), 1 / tasks), torch.softmax(torch.arange(tasks) / 2, dim=0)):
+        assert torch.equal(routers(preference), preference.expand(4, tasks))
+
+
+def test_what_begins_as_the_soup_can_learn_with_all_its_units() -> None:
+    routers = Routers(2, 2, scale=0.3, seed=3)
+    optimizer = torch.optim.SGD(routers.parameters(), lr=0.1)
+    first = [parameter.detach().clone() for parameter in routers.parameters()]
+    for preference in torch.tensor([[0.3, 0.7], [0.8, 0.2]]):
+        optimizer.zero_grad()
+        (routers(preference) - 1).square().sum().backward()
+        optimizer.step()
+    for before, parameter in zip(first, routers.parameters(), strict=True):
+        assert (parameter != before).any(dim=-1).all()
+
+
+def test_an_unknown_beginning_is_refused() -> None:
+    with pytest.raises(UserError, match=r"'soop'.*soup"):
+        Routers(1, 2, 0.3, 0, "soop")
