@@ -11,8 +11,11 @@ if TYPE_CHECKING:
     from ml2o_dist.problems import Problem, ProblemContext, ProblemFamily, ProblemSpec
     from ml2o_dist.rules.base import Oracle, UpdateRule
     from ml2o_dist.rules.ml2o import ML2ONetwork, ML2ORule
+    from ml2o_dist.torch_optim import GML2O, ML2O
 
 __all__ = [
+    "GML2O",
+    "ML2O",
     "Artifact",
     "ML2ONetwork",
     "ML2ORule",
@@ -32,6 +35,8 @@ __all__ = [
 
 _HOME = {
     "Artifact": "artifact",
+    "GML2O": "torch_optim",
+    "ML2O": "torch_optim",
     "ML2ONetwork": "rules.ml2o",
     "ML2ORule": "rules.ml2o",
     "MetaTrainSettings": "config",

@@ -68,6 +68,14 @@ class Problem(ABC):
         jacobian, losses = autograd_jacobian(self.losses, parameters.detach(), batch)
         return jacobian.detach(), losses.detach()
 
+    def gradient(self, parameters: Tensor, batch: Batch, weights: Tensor) -> Tensor:
+        """Return J^T weights [P, n], detached; `weights` [P, m]. Raises UserError: no objective depends on z."""
+        return autograd_gradient(self.losses, parameters, batch, weights)
+
+    def exact(self, batch: Batch) -> bool:
+        """Tell whether losses on `batch` are the objectives themselves, so that two points compare without error."""
+        return batch is None
+
     def project(self, parameters: Tensor) -> Tensor:
         """Return the nearest feasible point to `parameters` [P, n]: clipped to `bounds`, or unchanged."""
         if self.bounds is None:

@@ -110,6 +110,10 @@ class AggregatedRule(UpdateRule):
                 after_step(self.aggregator, modules[p], own_move, after[p], (state.steps + 1) % DWA_EPOCH == 0)
         return moved, AggregatedState(state.steps + 1, first, second, modules)
 
+    def grown(self, state: AggregatedState, more: int) -> AggregatedState:
+        """Raise UserError: the moments of all parameters are corrected by one count of steps."""
+        raise UserError(f"{self.aggregator}+{self.optimizer} takes no more parameters after its first step")
+
 
 def parse_optimizer_name(text: str) -> tuple[str, str, float | None]:
     """Read `AGGREGATOR[+sgd|+momentum|+adam][@LR]` as (aggregator, optimizer, learning rate).

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ml2o_dist.problems.base import Batch, Problem, autograd_gradient
+from ml2o_dist.problems.base import Batch, Problem
 
 State = Any
 """A rule's state for P instances; a value, never changed in place by `step`."""
@@ -48,7 +48,7 @@ class Oracle:
         """
         self.forwards += 1
         self.backwards += 1
-        return autograd_gradient(self.problem.losses, parameters, batch, weights)
+        return self.problem.gradient(parameters, batch, weights)
 
     def losses(self, parameters: Tensor, batch: Batch) -> Tensor:
         """Return the losses [P, m] at `parameters` [P, n] on `batch`, detached."""
@@ -91,6 +91,13 @@ class UpdateRule(ABC):
         """Return the state that `propose` gave, told that the instances `where` [P] moved by `update` [P, n] instead.
 
         Unchanged unless a rule remembers its own updates.
+        """
+        return state
+
+    def grown(self, state: State, more: int) -> State:
+        """Return the state of one instance after `more` parameters came in behind the others: theirs is as at first.
+
+        Unchanged unless a rule remembers something of every parameter.
         """
         return state
 

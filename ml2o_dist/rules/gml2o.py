@@ -152,13 +152,13 @@ class GML2O(UpdateRule):
 
     def step(self, oracle: Oracle, parameters: Tensor, state: GML2OState) -> tuple[Tensor, GML2OState, GuardedInfo]:
         """Take one guarded step from `parameters` [P, n]."""
-        return self._choose(oracle, parameters, state, look(oracle, parameters))
+        return self.choose(oracle, parameters, state, look(oracle, parameters))
 
     def propose(
         self, oracle: Oracle, parameters: Tensor, state: GML2OState, seen: StepInfo
     ) -> tuple[Tensor, GML2OState]:
         """Return the candidate that passes and the state after it."""
-        point, state, _ = self._choose(oracle, parameters, state, seen)
+        point, state, _ = self.choose(oracle, parameters, state, seen)
         return point, state
 
     def overruled(self, state: GML2OState, seen: StepInfo, update: Tensor, where: Tensor) -> GML2OState:
@@ -166,9 +166,15 @@ class GML2O(UpdateRule):
         learned = self.learned.overruled(state.learned, seen, update, where)
         return GML2OState(state.step, learned, self.fallback.overruled(state.fallback, seen, update, where))
 
-    def _choose(
+    def grown(self, state: GML2OState, more: int) -> GML2OState:
+        """Let both rules grow."""
+        learned, fallback = self.learned.grown(state.learned, more), self.fallback.grown(state.fallback, more)
+        return replace(state, learned=learned, fallback=fallback)
+
+    def choose(
         self, oracle: Oracle, parameters: Tensor, state: GML2OState, seen: StepInfo
     ) -> tuple[Tensor, GML2OState, GuardedInfo]:
+        """Return what `step` does, from what was `seen` at `parameters` [P, n]."""
         forwards, backwards = oracle.forwards - 1, oracle.backwards - oracle.problem.objectives  # before the Jacobian
         candidate, learned = self.learned.propose(oracle, parameters, state.learned, seen)
         accepted = candidate.isfinite().all(dim=1)
@@ -268,7 +274,7 @@ def _paired_losses(oracle: Oracle, candidate: Tensor, safe: Tensor, batches: int
         batch: Batch = oracle.draw()
         ours.append(oracle.sample_losses(candidate, batch).double())
         theirs.append(oracle.sample_losses(safe, batch).double())
-        if batch is None:
+        if oracle.problem.exact(batch):
             return ours[0], theirs[0], True
     return torch.cat(ours, dim=1), torch.cat(theirs, dim=1), False
 

@@ -32,10 +32,19 @@ GPU_BLOCK = 2**20
 
 @dataclass(frozen=True)
 class BlockState:
-    """What is remembered of a block of coordinates: the features' memory, the LSTMs' states, the shared one's last."""
+    """What is remembered of a block of coordinates: the features' memory, the LSTMs' states, the shared one's last.
+
+    `born` is the step before which its averages began: 0, but for parameters that came later.
+    """
 
     memory: features.Memory
     cells: tuple[Cell, ...]
+    born: int = 0
+
+    @property
+    def rows(self) -> int:
+        """How many coordinates it has."""
+        return self.memory.slow.shape[1]
 
 
 @dataclass(frozen=True)
@@ -102,14 +111,16 @@ class ML2ONetwork(nn.Module):
             each[:, None].expand(-1, dimension).reshape(-1)
             for each in (agreement.value, self.shift(agreement.total, state.step + 1))
         )
-        updates, after = [], []
-        for part, block in zip(_blocks(instances * dimension, objectives, jacobian.device), state.blocks, strict=True):
+        updates, after, begin = [], [], 0
+        for block in state.blocks:
+            part = slice(begin, begin + block.rows)
+            begin = part.stop
             seen, direction, memory = features.advance(
-                self.settings, gradients[:, part], block.memory, state.step, value[part]
+                self.settings, gradients[:, part], block.memory, state.step - block.born, value[part]
             )
             outputs, cells = self.step(seen, block.cells, weights)
             updates.append(self.step_update(outputs, direction, shift[part]))
-            after.append(BlockState(memory, cells))
+            after.append(BlockState(memory, cells, block.born))
         update = torch.cat(updates).view(instances, dimension)
         agreement = features.remember(agreement, total, update)
         return update, ML2OState(state.step + 1, agreement, tuple(after))
@@ -120,13 +131,19 @@ class ML2ONetwork(nn.Module):
         head = torch.cat((2 * self.head.weight, self.head.bias[:, None]), dim=1)
         return StackedWeights(tuple(specific), stacked_weights(self.shared, halved_inputs=True), head)
 
-    def initial_block(self, objectives: int, rows: int) -> BlockState:
-        """Return the state of a block of `rows` coordinates before the first step: zeros."""
+    def initial_blocks(self, objectives: int, rows: int, born: int = 0) -> tuple[BlockState, ...]:
+        """Return the states of `rows` coordinates before their first step: zeros, in even blocks."""
+        device = self.head.weight.device
+        blocks = even_blocks(rows, (BLOCK if device.type == "cpu" else GPU_BLOCK) // objectives)
+        return tuple(self.initial_block(objectives, part.stop - part.start, born) for part in blocks)
+
+    def initial_block(self, objectives: int, rows: int, born: int = 0) -> BlockState:
+        """Return the state of one block of `rows` coordinates before their first step."""
         zero, hidden = self.head.weight.new_zeros(objectives, rows), self.settings.hidden
         tied = self.settings.objectives == "tied"
         widths = [objectives * rows, rows] if tied else [rows] * (objectives + 1)
         cells = tuple((zero.new_zeros(hidden, width), zero.new_zeros(hidden, width)) for width in widths)
-        return BlockState(features.initial_memory(self.settings, zero), cells)
+        return BlockState(features.initial_memory(self.settings, zero), cells, born)
 
     def step(self, inputs: Tensor, cells: tuple[Cell, ...], weights: StackedWeights) -> tuple[Tensor, tuple[Cell, ...]]:
         """Run one step of one block, differentiably: features [c, m, R] to outputs [o, R] and the next states."""
@@ -201,8 +218,7 @@ class ML2ORule(UpdateRule):
         self.network.check_objectives(objectives)
         weight = self.network.head.weight
         agreement = features.initial_agreement(weight.new_zeros(instances, dimension))
-        widths = [part.stop - part.start for part in _blocks(instances * dimension, objectives, weight.device)]
-        return ML2OState(0, agreement, tuple(self.network.initial_block(objectives, width) for width in widths))
+        return ML2OState(0, agreement, self.network.initial_blocks(objectives, instances * dimension))
 
     @torch.no_grad()
     def propose(self, oracle: Oracle, parameters: Tensor, state: ML2OState, seen: StepInfo) -> tuple[Tensor, ML2OState]:
@@ -220,6 +236,15 @@ class ML2ORule(UpdateRule):
         agreement = features.remember(state.agreement, seen.jacobian.sum(dim=1), taken)
         return replace(state, agreement=agreement)
 
+    def grown(self, state: ML2OState, more: int) -> ML2OState:
+        """Append blocks of `more` coordinates whose averages and LSTMs begin now."""
+        first, agreement = state.blocks[0], state.agreement
+        tied = self.network.settings.objectives == "tied"
+        objectives = first.cells[0][0].shape[1] // first.rows if tied else len(first.cells) - 1
+        update = torch.cat([agreement.update, agreement.update.new_zeros(1, more)], dim=1)
+        blocks = self.network.initial_blocks(objectives, more, born=state.step)
+        return replace(state, agreement=agreement._replace(update=update), blocks=(*state.blocks, *blocks))
+
     @torch.no_grad()
     def update(self, jacobian: Tensor, state: ML2OState) -> tuple[Tensor, ML2OState]:
         """Map the Jacobian [P, m, n] to the update [P, n] and the next state."""
@@ -231,7 +256,3 @@ def even_blocks(rows: int, largest: int) -> list[slice]:
     count = -(-rows // max(1, largest))
     size, wider = divmod(rows, count)
     return [slice(i * size + min(i, wider), (i + 1) * size + min(i + 1, wider)) for i in range(count)]
-
-
-def _blocks(rows: int, objectives: int, device: torch.device) -> list[slice]:
-    return even_blocks(rows, (BLOCK if device.type == "cpu" else GPU_BLOCK) // objectives)

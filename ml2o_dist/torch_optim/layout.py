@@ -1,0 +1,109 @@
+"""All trainable parameters as one flat vector, where the rules of this package live, and back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ml2o_dist.errors import UserError
+
+
+class Layout:
+    """The place of each parameter in the flat vector z [1, n], in the order in which they came in.
+
+    z is on the device of the first parameter, in float32, or float64 where a parameter is. A parameter of lower
+    precision (float16, bfloat16) has its exact value in z, which is remembered from step to step: what is smaller than
+    its rounding adds up. Where somebody else has changed the parameter, its own value counts.
+
+    Attributes:
+        parameters: in order.
+    """
+
+    def __init__(self) -> None:
+        self.parameters: list[Tensor] = []
+        self._exact: Tensor | None = None  # [1, n], the last z that was kept, where there is a use for it
+
+    @property
+    def dimension(self) -> int:
+        """n."""
+        return sum(parameter.numel() for parameter in self.parameters)
+
+    @property
+    def device(self) -> torch.device:
+        """Where z is."""
+        return self.parameters[0].device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of z."""
+        return torch.float64 if any(p.dtype == torch.float64 for p in self.parameters) else torch.float32
+
+    def add(self, parameters: Sequence[Tensor]) -> None:
+        """Append parameters. Raises UserError where one is neither real nor floating, or changes the precision."""
+        for parameter in parameters:
+            if not parameter.is_floating_point():
+                raise UserError(f"a parameter of {parameter.dtype} cannot be optimized: real floating-point ones can")
+        before = self.dtype if self.parameters else None
+        self.parameters += parameters
+        if before not in (None, self.dtype):
+            raise UserError("a float64 parameter was added to an optimizer of float32 ones: make a new optimizer")
+        if self._exact is not None:
+            self._exact = torch.cat([self._exact, self._joined(parameters)], dim=1)
+
+    def read(self) -> Tensor:
+        """Return z [1, n]."""
+        found = self._joined(self.parameters)
+        if self._exact is None:
+            return found
+        same = [
+            kept.to(parameter.device, parameter.dtype) == parameter.detach().flatten()
+            for parameter, kept in zip(self.parameters, torch.split(self._exact[0], self._sizes), strict=True)
+        ]
+        everywhere = torch.cat([each.to(self.device) for each in same])
+        return torch.where(everywhere, self._exact, found)
+
+    @torch.no_grad()
+    def write(self, point: Tensor) -> None:
+        """Give the parameters the values of `point` [1, n]."""
+        for parameter, values in zip(self.parameters, torch.split(point[0], self._sizes), strict=True):
+            parameter.copy_(values.view_as(parameter))
+
+    def keep(self, point: Tensor) -> None:
+        """Write `point` [1, n], and remember it where a parameter cannot hold all of it."""
+        self.write(point)
+        if any(parameter.dtype != self.dtype for parameter in self.parameters):
+            self._exact = point.detach().clone()
+
+    @property
+    def exact(self) -> Tensor | None:
+        """What is remembered of z [1, n]: None where the parameters hold all of it."""
+        return self._exact
+
+    def remember(self, exact: Tensor | None) -> None:
+        """Take back what `exact` gave, as from a checkpoint."""
+        self._exact = exact
+
+    def flat(self, parts: Sequence[Tensor | None]) -> Tensor:
+        """Return one tensor for each parameter as a vector [n]; zeros for None."""
+        rows = [
+            torch.zeros(p.numel(), device=self.device, dtype=self.dtype)
+            if part is None
+            else (part.to_dense() if part.is_sparse else part).detach().to(self.device, self.dtype).flatten()
+            for p, part in zip(self.parameters, parts, strict=True)
+        ]
+        return torch.cat(rows)
+
+    def spread(self, values: Sequence[float]) -> Tensor:
+        """Return one number for each parameter as a row [1, n]."""
+        sizes = torch.tensor(self._sizes, device=self.device)
+        numbers = torch.tensor(list(values), device=self.device, dtype=self.dtype)
+        return numbers.repeat_interleave(sizes).unsqueeze(0)
+
+    @property
+    def _sizes(self) -> list[int]:
+        return [parameter.numel() for parameter in self.parameters]
+
+    def _joined(self, parameters: Sequence[Tensor]) -> Tensor:
+        return torch.cat([p.detach().to(self.device, self.dtype).flatten() for p in parameters]).unsqueeze(0)

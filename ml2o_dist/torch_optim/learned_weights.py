@@ -1,0 +1,56 @@
+"""Which learned optimizer an optimizer of torch is: its weights, from wherever they are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from ml2o_dist.artifact import load_artifact, weights_sha256
+from ml2o_dist.config import RuleSettings
+from ml2o_dist.remote_files import is_uri
+from ml2o_dist.rules.ml2o import ML2ONetwork, ML2ORule
+
+UNTRAINED = "initial"
+"""The name of the network before any meta-training: Adam on the sum of the losses."""
+
+
+class LearnedWeights:
+    """The weights, read when they are first asked for, or at once where that takes no network."""
+
+    def __init__(self, origin: str) -> None:
+        """Raises UserError for a file that cannot be read."""
+        self.origin = origin
+        self._rule: ML2ORule | None = None
+        self._read: tuple[RuleSettings, Mapping[str, Tensor], str] | None = None
+        if not (is_uri(origin) or origin.startswith("models:/")):
+            self._contents()
+
+    @property
+    def settings(self) -> RuleSettings:
+        """The rule's settings."""
+        return self._contents()[0]
+
+    @property
+    def digest(self) -> str:
+        """The weights' sha256."""
+        return self._contents()[2]
+
+    def rule(self, device: torch.device, dtype: torch.dtype) -> ML2ORule:
+        """Return the rule, built once for a device and precision."""
+        settings, weights, _ = self._contents()
+        if self._rule is None or self._rule.network.head.weight.device != device:
+            self._rule = ML2ORule.from_weights(settings, weights, device, dtype)
+        return self._rule
+
+    def _contents(self) -> tuple[RuleSettings, Mapping[str, Tensor], str]:
+        if self._read is None:
+            if self.origin == UNTRAINED:
+                settings = RuleSettings()
+                weights: Mapping[str, Tensor] = ML2ONetwork(settings).state_dict()
+            else:
+                artifact = load_artifact(self.origin)
+                settings, weights = artifact.rule, artifact.weights
+            self._read = settings, weights, weights_sha256(weights)
+        return self._read

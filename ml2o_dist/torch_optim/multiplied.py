@@ -1,0 +1,35 @@
+"""Learning rates of parameter groups: a rule whose steps are multiplied, number by number."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ml2o_dist.rules.base import Oracle, State, StepInfo, UpdateRule
+
+
+def multiplied(rule: UpdateRule, factors: Tensor | None) -> UpdateRule:
+    """Return `rule` with its steps times `factors` [1, n], or as it is for None; the states are those of `rule`."""
+    return rule if factors is None else _Multiplied(rule, factors)
+
+
+class _Multiplied(UpdateRule):
+    """z_{k+1} = z_k + factors * u_k; the rule is told what became of its step."""
+
+    def __init__(self, rule: UpdateRule, factors: Tensor) -> None:
+        self._rule, self._factors = rule, factors
+
+    def initial_state(self, instances: int, objectives: int, dimension: int) -> State:
+        return self._rule.initial_state(instances, objectives, dimension)
+
+    def propose(self, oracle: Oracle, parameters: Tensor, state: State, seen: StepInfo) -> tuple[Tensor, State]:
+        point, state = self._rule.propose(oracle, parameters, state, seen)
+        update = torch.where(self._factors == 0, 0.0, self._factors * (point - parameters))
+        everywhere = torch.ones(len(parameters), dtype=torch.bool, device=parameters.device)
+        return parameters + update, self._rule.overruled(state, seen, update, everywhere)
+
+    def overruled(self, state: State, seen: StepInfo, update: Tensor, where: Tensor) -> State:
+        return self._rule.overruled(state, seen, update, where)
+
+    def grown(self, state: State, more: int) -> State:
+        return self._rule.grown(state, more)

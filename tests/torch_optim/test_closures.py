@@ -1,0 +1,174 @@
+"""Closures: their randomness, their traces, and what is said about wrong ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ml2o_dist import GML2O, ML2O, UserError
+from ml2o_dist.config import GuardSettings
+from tests.torch_optim.small import TwoTasks, drawn, flat, losses
+
+
+class Noisy(nn.Module):
+    """Dropout and BatchNorm, which remembers every input's mask and is counted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(5)
+        self.net = TwoTasks()
+        self.masks: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        kept = F.dropout(torch.ones_like(x), 0.5, self.training)
+        self.masks.append(kept)
+        return self.net(self.norm(x) * kept)
+
+
+@pytest.mark.parametrize("reduction", ["mean", "none"])
+def test_every_call_within_a_step_has_the_same_masks(reduction: str) -> None:
+    model = Noisy()
+    optimizer = GML2O(model.parameters(), "initial")
+    for step in range(3):
+        model.masks = []
+        batch, other = drawn(step), drawn(f"guard {step}", 24)
+        torch.manual_seed(step)
+        optimizer.step(lambda batch=batch: losses(model, batch, reduction), lambda o=other: losses(model, o, reduction))
+        after = torch.rand(5)
+        training = [mask for mask in model.masks if len(mask) == 16]
+        guard = [mask for mask in model.masks if len(mask) == 24]
+        assert len(training) >= (2 if step == 0 else 1)  # the first step searches the fallback's size
+        assert len(guard) == 3
+        for masks in (training, guard):
+            assert all(torch.equal(mask, masks[0]) for mask in masks)
+        torch.manual_seed(step)
+        assert torch.equal(training[0], F.dropout(torch.ones(16, 5), 0.5))
+        assert torch.equal(guard[0], F.dropout(torch.ones(24, 5), 0.5))
+        assert torch.equal(after, torch.rand(5))  # as after one call of each
+
+
+def test_moments_are_those_of_one_pass_over_the_training_batch() -> None:
+    model, twin = Noisy(), Noisy()
+    optimizer = GML2O(model.parameters(), "initial")
+    for step in range(4):
+        batch, other = drawn(step), drawn(f"guard {step}", 24)
+        twin.norm(batch[0])
+        optimizer.step(lambda batch=batch: losses(model, batch, "none"), lambda o=other: losses(model, o, "none"))
+    for name, buffer in model.norm.named_buffers():
+        assert torch.equal(buffer, dict(twin.norm.named_buffers())[name]), name
+    assert int(model.norm.num_batches_tracked) == 4
+
+
+@pytest.mark.parametrize("fails_at", [1, 2, 3, 5])
+def test_a_closure_that_raises_leaves_the_parameters_as_they_were(fails_at: int) -> None:
+    model = TwoTasks()
+    optimizer = GML2O(model.parameters(), "initial")
+    calls = 0
+
+    def closure() -> list[Tensor]:
+        nonlocal calls
+        calls += 1
+        if calls == fails_at:
+            raise KeyError("stop")
+        return losses(model, drawn(0), "none")
+
+    before, state = flat(model), torch.get_rng_state()
+    with pytest.raises(KeyError, match="stop"):
+        optimizer.step(closure, closure)
+    assert torch.equal(flat(model), before)
+    assert torch.equal(torch.get_rng_state(), state)
+    optimizer.step(lambda: losses(model, drawn(0), "none"), lambda: losses(model, drawn(1), "none"))
+    assert optimizer.steps == 1
+
+
+def wrong(model: nn.Module) -> dict[str, tuple[Callable[[], object], str]]:
+    def computed() -> list[Tensor]:
+        return losses(model, drawn(0), "none")
+
+    return {
+        "a matrix": (lambda: [each.reshape(4, 4) for each in computed()], r"loss 1 of the closure .*\[4, 4\]"),
+        "a number": (lambda: [1.0, 2.0], "loss 1 of the closure is float"),
+        "none": (lambda: None, "loss 1 of the closure is NoneType"),
+        "no loss": (lambda: [], "returned no loss"),
+        "no sample": (lambda: [each[:0] for each in computed()], r"shape \[0\]"),
+        "mixed": (lambda: [computed()[0].mean(), computed()[1]], r"\[\[\], \[16\]\]"),
+        "other samples": (lambda: [computed()[0], computed()[1][:5]], r"\[\[5\], \[16\]\]"),
+        "nan": (lambda: [computed()[0], computed()[1] * torch.nan], "loss 2 of the closure is not finite: nan"),
+        "inf": (lambda: [computed()[0] / 0, computed()[1]], "loss 1 of the closure is not finite: inf"),
+        "detached": (lambda: [computed()[0], computed()[1].detach()], "loss 2 of the closure has no gradient"),
+        "one loss": (lambda: computed()[:1], "one loss only"),
+        "not a function": (3, "must be a function"),  # type: ignore[dict-item]
+    }
+
+
+@pytest.mark.parametrize("what", list(wrong(TwoTasks())))
+def test_a_wrong_closure_gets_one_line(what: str) -> None:
+    model = TwoTasks()
+    closure, message = wrong(model)[what]
+    optimizer = GML2O(model.parameters(), "initial")
+    before = flat(model)
+    with pytest.raises(UserError, match=message) as caught:
+        optimizer.step(closure, lambda: losses(model, drawn(1), "none"))
+    assert "\n" not in str(caught.value)
+    assert torch.equal(flat(model), before)
+    optimizer.step(lambda: losses(model, drawn(0), "none"), lambda: losses(model, drawn(1), "none"))
+
+
+def test_a_gradient_that_is_not_finite_is_refused() -> None:
+    parameter = nn.Parameter(torch.zeros(2))
+    optimizer = ML2O([parameter], "initial")
+    with pytest.raises(UserError, match="gradient of the closure is not finite"):
+        optimizer.step(lambda: [parameter.sqrt().sum(), parameter.sum()])
+
+
+def test_the_guard_must_return_what_the_closure_does() -> None:
+    model = TwoTasks()
+    optimizer = GML2O(model.parameters(), "initial")
+    closure = lambda: losses(model, drawn(0), "none")  # noqa: E731
+    with pytest.raises(UserError, match="guard closure must return scalars, or vectors"):
+        optimizer.step(closure, lambda: losses(model, drawn(1)))
+    with pytest.raises(UserError, match="guard closure returned 1 losses, before there were 2"):
+        optimizer.step(closure, lambda: losses(model, drawn(1), "none")[:1])
+    with pytest.raises(UserError, match=r"guard needs 2 samples"):
+        optimizer.step(closure, lambda: losses(model, drawn(1, 1), "none"))
+
+
+def test_a_hand_designed_fallback_takes_no_more_parameters() -> None:
+    model = TwoTasks()
+    optimizer = GML2O(model.trunk.parameters(), "initial", guard=GuardSettings(fallback="mgda+adam@0.01"))
+    closure = lambda: losses(model, drawn(0))  # noqa: E731
+    optimizer.step(closure)
+    optimizer.add_param_group({"params": model.heads.parameters()})
+    with pytest.raises(UserError, match=r"mgda\+adam takes no more parameters"):
+        optimizer.step(closure)
+
+
+def test_other_mistakes_get_one_line() -> None:
+    model = TwoTasks()
+    closure = lambda: losses(model, drawn(0))  # noqa: E731
+    with pytest.raises(UserError, match="takes no guard_closure"):
+        ML2O(model.parameters(), "initial").step(closure, closure)
+    with pytest.raises(UserError, match="batches 4"):
+        GML2O(model.parameters(), "initial", guard=GuardSettings(batches=4))
+    with pytest.raises(UserError, match="is missing"):
+        ML2O(model.parameters(), "no/such/run")
+    with pytest.raises(UserError, match=r"lr -1\.0"):
+        ML2O(model.parameters(), "initial", lr=-1.0).step(closure)
+    optimizer = ML2O(model.parameters(), "initial")
+    optimizer.step(closure)
+    with pytest.raises(UserError, match="returned 1 losses, in the steps before 2"):
+        optimizer.step(lambda: closure()[:1])
+    with pytest.raises(UserError, match="without a guard's memory"):
+        GML2O(model.parameters(), "initial").load_state_dict(optimizer.state_dict())
+    with pytest.raises(UserError, match="none of ML2O"):
+        optimizer.load_state_dict(torch.optim.Adam(model.parameters()).state_dict())
+    frozen = TwoTasks().requires_grad_(False)
+    with pytest.raises(UserError, match="no parameter of the optimizer requires a gradient"):
+        ML2O(frozen.parameters(), "initial").step(lambda: losses(frozen, drawn(0)))
+    number = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+    with pytest.raises(UserError, match="complex64"):
+        ML2O([number], "initial").step(lambda: [number.abs().sum()])
