@@ -133,7 +133,7 @@ def test_the_guard_must_return_what_the_closure_does() -> None:
         optimizer.step(closure, lambda: losses(model, drawn(1)))
     with pytest.raises(UserError, match="guard closure returned 1 losses, before there were 2"):
         optimizer.step(closure, lambda: losses(model, drawn(1), "none")[:1])
-    with pytest.raises(UserError, match=r"guard needs 2 samples"):
+    with pytest.raises(UserError, match=r"guard needs 4 samples"):
         optimizer.step(closure, lambda: losses(model, drawn(1, 1), "none"))
 
 
