@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -77,6 +78,19 @@ def test_the_wheel_holds_what_runs_without_a_checkout(tmp_path: Path) -> None:
     wanted = ["configs/digits.yaml", "tracking/pyfunc_model.py", "cli.py"]
     assert [name for name in wanted if f"ml2o_dist/{name}" not in names] == []
     assert "tests/" not in names
+
+    place, elsewhere = tmp_path / "installed", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(place), str(wheel)]
+    subprocess.run(install, check=True, timeout=240)
+    (elsewhere / "plain_loop.py").write_bytes((ROOT / "examples" / "plain_loop.py").read_bytes())
+    script = "import ml2o_dist, plain_loop; plain_loop.main('initial', 20); print(ml2o_dist.__file__)"
+    environment = os.environ | {"PYTHONPATH": str(place), "ML2O_HOME": str(elsewhere)}
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=elsewhere, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1].startswith(str(place))
 
 
 def test_the_wheel_leaves_out_no_file_of_the_package(project: dict[str, Any]) -> None:

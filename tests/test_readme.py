@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from ml2o_dist.artifact import save_artifact
@@ -17,12 +18,13 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
 
 
-def python_blocks():
-    return re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+def python_block(word):
+    (block,) = [each for each in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if word in each]
+    return block
 
 
 def test_the_fusion_of_the_example_is_a_plain_network():
-    fusion_block, _ = python_blocks()
+    fusion_block = python_block("Fusion")
     names = {}
     exec(fusion_block, names)
     assert type(names["plain"]) is type(names["network"])
@@ -35,11 +37,30 @@ def test_the_python_example_runs_and_trains(tmp_path, monkeypatch, capsys):
     rule = RuleSettings(hidden=4)
     save_artifact(tmp_path / "runs/first", ML2ONetwork(rule).state_dict(), rule, {})
     monkeypatch.chdir(tmp_path)
-    block = python_blocks()[-1]
+    block = python_block("ML2ORule")
     names: dict[str, object] = {}
     exec(block.replace("range(200)", "range(40)"), names)
     assert "tensor" in capsys.readouterr().out
     assert float(names["info"].losses.mean()) < 2.3
+
+
+def test_the_loop_of_a_users_own_trains(tmp_path, monkeypatch):
+    rule = RuleSettings(hidden=4)
+    save_artifact(tmp_path / "runs/mm", ML2ONetwork(rule).state_dict(), rule, {})
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(ROOT / "examples"))
+    import plain_loop
+
+    torch.manual_seed(0)
+    names = {
+        "model": plain_loop.Network(),
+        "loader": plain_loop.data()[0],
+        "pairs": lambda whole: plain_loop.batches(whole, 64, 60),
+        "task_losses": plain_loop.task_losses,
+    }
+    exec(python_block("GML2O"), names)
+    assert names["optimizer"].steps == 60
+    assert float(names["task_losses"](names["model"], names["loader"])[0].detach().mean()) < 1.5
 
 
 @pytest.mark.parametrize(
