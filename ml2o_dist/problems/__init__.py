@@ -3,6 +3,7 @@
 from ml2o_dist.problems import analytic as analytic
 from ml2o_dist.problems import multitask as multitask
 from ml2o_dist.problems import quadratic as quadratic
+from ml2o_dist.problems import tabular as tabular
 from ml2o_dist.problems.base import (
     Batch,
     FamilyMember,

@@ -193,16 +193,16 @@ def build_network(
     if activation not in ACTIVATIONS:
         raise unknown("activation", activation, ACTIVATIONS)
     if net == "mlp":
-        trunk, features = _mlp(side, _widths("hidden", hidden))
+        trunk, features = _mlp(side, widths("hidden", hidden))
     elif net == "cnn":
         if kernel not in (3, 5):
             raise UserError(f"kernel {kernel} of net cnn is not one of 3, 5")
-        layers = _convolutions(_widths("channels", channels), kernel, repeats=1)
+        layers = _convolutions(widths("channels", channels), kernel, repeats=1)
         trunk, features = layers, _features(net, layers, side)
     elif net == "lenet5":
         trunk, features = _lenet5(side, variant)
     elif net == "vgg":
-        layers = _convolutions(_widths("channels", channels), 3, repeats=2)
+        layers = _convolutions(widths("channels", channels), 3, repeats=2)
         trunk, features = layers, _features(net, layers, side)
     else:
         raise unknown("net", net, NETWORKS)
@@ -241,7 +241,7 @@ def _features(net: str, layers: tuple[Convolution, ...], side: int) -> int:
     return left * left * layers[-1].outputs
 
 
-def _widths(setting: str, value: str | int) -> tuple[int, ...]:
+def widths(setting: str, value: str | int) -> tuple[int, ...]:
     """Read `24` or `40-40`; raises UserError where a width is no positive integer."""
     parts = str(value).split("-")
     if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
