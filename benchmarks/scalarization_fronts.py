@@ -41,7 +41,8 @@ def test_front(problem: MultiTaskImages, weights: Tensor, epochs: int, seed: int
     front = weights.new_full((rays, problem.objectives), float("nan"))
     for epoch in range(1, epochs + 1):
         for _ in range(TRAINING_PAIRS // BATCH):
-            parameters.grad = autograd_gradient(problem.losses, parameters, problem.sample_batch(generator), weights)
+            batch = problem.sample_batch(generator)
+            parameters.grad, _ = autograd_gradient(problem.losses, parameters, batch, weights)
             optimizer.step()
         with torch.no_grad():
             validation = problem.test_metrics(parameters, split="validation", samples=None)["test_loss"]

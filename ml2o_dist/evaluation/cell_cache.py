@@ -88,18 +88,19 @@ class CellCache:
             return None
         try:
             tensors = load_tensors(content)
-            record = json.loads(bytes(tensors.pop("record").tolist()))
-            if record["key"] != key or record["sha256"] != weights_sha256(tensors):
+            digest = bytes(tensors.pop("sha256").tolist()).decode()
+            if digest != weights_sha256(tensors):
                 return None
-            return _result(tensors, record)
+            record = json.loads(bytes(tensors.pop("record").tolist()))
+            return _result(tensors, record) if record["key"] == key else None
         except (SafetensorError, ValueError, KeyError, TypeError):
             return None
 
     def keep(self, key: str, result: CellResult) -> None:
         """Write down a finished cell, whole or not at all; a disk that takes nothing costs one warning."""
         tensors, record = _parts(result)
-        record |= {"key": key, "sha256": weights_sha256(tensors)}
-        tensors["record"] = torch.tensor(list(json.dumps(record).encode()), dtype=torch.uint8)
+        tensors["record"] = _bytes(json.dumps(record | {"key": key}))
+        tensors["sha256"] = _bytes(weights_sha256(tensors))
         try:
             with replacing(self._file(key)) as stream:
                 stream.write(save_tensors(tensors))
@@ -142,6 +143,10 @@ def run_cached(
 
     if wanted:
         run([cells[indices[0]] for _, indices in wanted], keep, len(cells) - sum(map(len, missing.values())))
+
+
+def _bytes(text: str) -> Tensor:
+    return torch.tensor(list(text.encode()), dtype=torch.uint8)
 
 
 def _parts(result: CellResult) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -193,7 +193,8 @@ def run_cell(cell: Cell) -> CellResult:
     for step in range(cell.steps):
         oracle.begin_step()
         start = time.perf_counter()
-        parameters, state, info = rule.step(oracle, parameters, state)
+        before = parameters
+        parameters, state, info = rule.step(oracle, before, state)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         times.append(time.perf_counter() - start)
@@ -203,7 +204,10 @@ def run_cell(cell: Cell) -> CellResult:
             accepted.append(info.accepted)
             guard_seconds += info.guard_seconds
         if cell.criticality_batches and step % CONFLICT_EVERY == 0:
-            conflict = gradient_conflict(info.jacobian)
+            jacobian = info.jacobian
+            if jacobian.shape[1] < problem.objectives:  # it looked at their sum only
+                jacobian, _ = problem.jacobian(before, info.batch)
+            conflict = gradient_conflict(jacobian)
             conflicts.append(torch.stack([conflict.conflicting, conflict.mean_cosine]))
     losses = torch.stack(seen).double().cpu()
     guard = measured = None

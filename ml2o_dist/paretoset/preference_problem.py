@@ -98,6 +98,20 @@ class PreferenceProblem(Problem):
                 jacobian = _rows((weights * losses).sum(dim=0), point)
         return jacobian.unsqueeze(0), (weights * losses.detach()).sum(dim=0, keepdim=True)
 
+    def gradient(self, parameters: Tensor, batch: Batch, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (J^T weights [1, n], weighted losses [1, T]), both detached; but for `epo` by one backward pass."""
+        if self.scalarization.name == "epo":
+            jacobian, losses = self.jacobian(parameters, batch)
+            return torch.einsum("pt,ptn->pn", weights.to(jacobian), jacobian), losses
+        with torch.enable_grad():
+            point = parameters[0].detach().requires_grad_(True)
+            rays = [self._ray_losses(point, batch, i).mean(dim=0) for i in range(len(batch.preferences))]
+            losses = torch.stack(rays)
+            own = self.scalarization.weights(batch.preferences, losses.detach())
+            objectives = (own * losses).sum(dim=0)
+            row = _rows((weights[0].to(objectives) * objectives).sum().unsqueeze(0), point)
+        return row, objectives.detach().unsqueeze(0)
+
     def measure(
         self, parameters: Tensor, preference: Tensor, split: str, samples: int | None = None
     ) -> tuple[Tensor, Tensor]:

@@ -68,8 +68,12 @@ class Problem(ABC):
         jacobian, losses = autograd_jacobian(self.losses, parameters.detach(), batch)
         return jacobian.detach(), losses.detach()
 
-    def gradient(self, parameters: Tensor, batch: Batch, weights: Tensor) -> Tensor:
-        """Return J^T weights [P, n], detached; `weights` [P, m]. Raises UserError: no objective depends on z."""
+    def gradient(self, parameters: Tensor, batch: Batch, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (J^T weights [P, n], losses [P, m]), both detached, by one backward pass; `weights` [P, m].
+
+        Raises:
+            UserError: no objective depends on the parameters.
+        """
         return autograd_gradient(self.losses, parameters, batch, weights)
 
     def exact(self, batch: Batch) -> bool:
@@ -129,8 +133,8 @@ def autograd_jacobian(
 
 def autograd_gradient(
     losses: Callable[[Tensor, Batch], Tensor], parameters: Tensor, batch: Batch, weights: Tensor
-) -> Tensor:
-    """Differentiate the weighted sum of `losses(parameters, batch)` [P, m]; return J^T weights [P, n], detached.
+) -> tuple[Tensor, Tensor]:
+    """Differentiate the weighted sum of `losses(parameters, batch)` [P, m]; return (J^T weights [P, n], losses).
 
     `weights` [P, m]. One backward pass over the sum of the instances, which do not interact.
 
@@ -139,11 +143,12 @@ def autograd_gradient(
     """
     with torch.enable_grad():
         point = parameters.detach().requires_grad_(True)
-        total = (weights.detach() * losses(point, batch)).sum()
+        values = losses(point, batch)
+        total = (weights.detach() * values).sum()
         gradient = torch.autograd.grad(total, point, allow_unused=True)[0] if total.requires_grad else None
     if gradient is None:
         raise UserError("the weighted objectives have no gradient with respect to the parameters")
-    return gradient
+    return gradient, values.detach()
 
 
 @dataclass(frozen=True)

@@ -54,8 +54,8 @@ class AggregatedRule(UpdateRule):
     `imtll` are trained by the same optimizer at the same learning rate, jointly with z, as their papers do.
     `sgd`, `momentum` (0.9) and `adam` (0.9, 0.999, eps 1e-8, bias-corrected) step as their namesakes in torch.optim.
 
-    A step is charged a Jacobian whatever the aggregator, m backward passes, though one would do for a method that
-    looks at the losses alone; `famo` one more forward.
+    A step of `mean` and `sum` costs one backward pass, of any other a Jacobian, m of them, though one would do for all
+    that look at the losses alone; `famo` costs one more forward.
     An instance whose Jacobian has an entry that is not finite gets NaN parameters: it has diverged, which is a result.
     """
 
@@ -78,6 +78,20 @@ class AggregatedRule(UpdateRule):
         own = sum(parameter.numel() for parameter in learned_parameters(self.aggregator, modules[0]))
         zeros = torch.zeros(instances, dimension + own)
         return AggregatedState(0, zeros, zeros, modules)
+
+    def step(
+        self, oracle: Oracle, parameters: Tensor, state: AggregatedState
+    ) -> tuple[Tensor, AggregatedState, StepInfo]:
+        """Take one step from `parameters` [P, n]; `mean` and `sum` differentiate what they descend only."""
+        objectives = oracle.problem.objectives
+        share = {"mean": 1 / objectives, "sum": 1.0}.get(self.aggregator)
+        if share is None:
+            return super().step(oracle, parameters, state)
+        batch = oracle.draw()
+        gradient, losses = oracle.gradient(parameters, batch, parameters.new_full((len(parameters), objectives), share))
+        seen = StepInfo(losses, gradient.unsqueeze(1), batch)  # of one row mean and sum are the row
+        point, state = self.propose(oracle, parameters, state, seen)
+        return point, state, seen
 
     def propose(
         self, oracle: Oracle, parameters: Tensor, state: AggregatedState, seen: StepInfo

@@ -40,8 +40,8 @@ class Oracle:
         self.backwards += self.problem.objectives
         return self.problem.jacobian(parameters, batch)
 
-    def gradient(self, parameters: Tensor, batch: Batch, weights: Tensor) -> Tensor:
-        """Return J^T weights [P, n] at `parameters` [P, n] on `batch`, detached; `weights` [P, m].
+    def gradient(self, parameters: Tensor, batch: Batch, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (J^T weights [P, n], losses [P, m]) at `parameters` [P, n] on `batch`, detached; `weights` [P, m].
 
         Raises:
             UserError: no objective depends on the parameters.
@@ -65,7 +65,10 @@ class Oracle:
 
 @dataclass(frozen=True)
 class StepInfo:
-    """What a step saw at the point it left: its first batch, and losses [P, m] and Jacobian [P, m, n] on it."""
+    """What a step saw at the point it left: its first batch, and losses [P, m] and Jacobian [P, m, n] on it.
+
+    The Jacobian is [P, 1, n] of a rule that looks at one weighted sum of the objectives only.
+    """
 
     losses: Tensor
     jacobian: Tensor

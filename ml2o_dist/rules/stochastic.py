@@ -177,7 +177,7 @@ class DSSMG(DecreasingSteps):
 
         alpha = alpha_0 * self.decay(state)
         candidate = _move(problem, parameters, alpha, direction)
-        gradient = oracle.gradient(parameters, oracle.draw(), weights)
+        gradient, _ = oracle.gradient(parameters, oracle.draw(), weights)
         feasible = _feasible(problem, parameters, alpha, gradient)
         slopes = torch.einsum("pmn,pn->pm", jacobian, feasible)
         gamma = (gamma_0 * self.decay(state))[:, None].to(slopes)

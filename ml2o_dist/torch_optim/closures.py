@@ -134,12 +134,12 @@ class ClosureProblem(Problem):
             rows = rows + self.decay * parameters / self.objectives
         return rows.unsqueeze(0), (totals + self._penalty(parameters)).unsqueeze(0)
 
-    def gradient(self, parameters: Tensor, batch: ClosureBatch, weights: Tensor) -> Tensor:
-        """Return J^T weights [1, n], detached; `weights` [1, m]. Raises UserError as `jacobian`."""
-        rows, _, _ = self._differentiated(parameters, batch, weights[0])
+    def gradient(self, parameters: Tensor, batch: ClosureBatch, weights: Tensor) -> tuple[Tensor, Tensor]:
+        """Return (J^T weights [1, n], losses [1, m]), detached; `weights` [1, m]. Raises UserError as `jacobian`."""
+        rows, totals, _ = self._differentiated(parameters, batch, weights[0])
         if self.decay is not None:
             rows = rows + self.decay * parameters / self.objectives * weights.sum()
-        return rows
+        return rows, (totals + self._penalty(parameters)).unsqueeze(0)
 
     def _differentiated(
         self, parameters: Tensor, batch: ClosureBatch, weights: Tensor | None = None

@@ -77,7 +77,7 @@ def test_plain_gradient_steps_on_a_quadratic_in_numpy() -> None:
         end = [0.5 * (z - c) @ h @ (z - c) for c, h in zip(centres, hessians, strict=True)]
         np.testing.assert_allclose(cell.end_losses, end, rtol=1e-4)
         assert 0 <= cell.criticality_gap < 1e-12
-        assert (cell.forwards, cell.backwards, cell.evaluations) == (steps, 2 * steps, 3 * steps)
+        assert (cell.forwards, cell.backwards, cell.evaluations) == (steps, steps, 2 * steps)
         assert (cell.acceptance, cell.guard_share, cell.test_accuracy) == (None, None, None)
         assert (cell.learning_rate, cell.steps, cell.diverged) == (rate, steps, False)
 
@@ -334,7 +334,7 @@ def test_a_problem_may_have_steps_of_its_own() -> None:
 
 
 def test_losses_at_equal_evaluations_and_time_stand_beside_those_at_equal_steps() -> None:
-    """The reference takes 30 steps of 3 evaluations; `dssmg` is charged more for each, `frozen` is not."""
+    """The reference takes 30 steps of 2 evaluations; `dssmg` and `frozen` are charged more for each."""
     name = "quadratic[n=4]"
     chosen = settings(["dssmg", "frozen"], [name], baselines=["mean+sgd@0.1"], reference="mean+sgd@0.1", steps=30)
     spent: list[int] = []
@@ -343,7 +343,7 @@ def test_losses_at_equal_evaluations_and_time_stand_beside_those_at_equal_steps(
         outcomes = in_process(given)
         for cell, outcome in zip(given, outcomes, strict=True):
             if cell.contestant.label == "dssmg":
-                steps = int((outcome.evaluations <= 90).sum())
+                steps = int((outcome.evaluations <= 60).sum())
                 spent.append(steps)
                 tail = outcome.losses[steps - max(1, steps // 10) : steps].mean(dim=0).sum()
                 ends.append(float(tail))
@@ -354,11 +354,11 @@ def test_losses_at_equal_evaluations_and_time_stand_beside_those_at_equal_steps(
     reference, dssmg, frozen = evaluation.rows
     assert [row.role for row in evaluation.rows] == ["baseline", "other", "other"]
     assert reference.loss_at_evaluations == reference.loss == reference.loss_at_time
-    assert reference.evaluations == 90
+    assert reference.evaluations == 60
     assert 0 < min(spent) < 30
     assert dssmg.loss_at_evaluations == pytest.approx(np.mean(ends))
     assert dssmg.loss_at_evaluations > dssmg.loss
-    assert frozen.loss_at_evaluations == frozen.loss == frozen.loss_at_time
+    assert frozen.loss_at_evaluations == frozen.loss == frozen.loss_at_time  # it moves nowhere
 
 
 @pytest.mark.parametrize(("steps", "points"), [(1, 1), (7, 7), (CURVE_POINTS, CURVE_POINTS), (1999, 200), (7001, 195)])

@@ -19,12 +19,14 @@ def test_a_gradient_is_the_weighted_jacobian_in_one_backward_pass(text: str) -> 
     oracle = Oracle(problem, generator("batch"))
     point, batch = problem.initial_parameters([0, 1]), oracle.draw()
     weights = torch.rand(2, problem.objectives, generator=generator("w"), dtype=torch.float64)
-    gradient = oracle.gradient(point, batch, weights)
+    gradient, losses = oracle.gradient(point, batch, weights)
     assert (oracle.batches, oracle.forwards, oracle.backwards) == (1, 1, 1)
     jacobian, _ = oracle.jacobian(point, batch)
     assert (oracle.forwards, oracle.backwards) == (2, 1 + problem.objectives)
     torch.testing.assert_close(gradient, torch.einsum("pm,pmn->pn", weights, jacobian), rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(losses, problem.losses(point, batch).detach())
     assert not gradient.requires_grad
+    assert not losses.requires_grad
 
 
 def test_a_gradient_can_be_taken_where_autograd_is_off() -> None:
@@ -32,7 +34,7 @@ def test_a_gradient_can_be_taken_where_autograd_is_off() -> None:
     oracle = Oracle(problem, generator("batch"))
     point, batch = problem.initial_parameters([0]), oracle.draw()
     with torch.no_grad():
-        gradient = oracle.gradient(point, batch, torch.tensor([[0.5, 0.5]], dtype=torch.float64))
+        gradient, _ = oracle.gradient(point, batch, torch.tensor([[0.5, 0.5]], dtype=torch.float64))
     torch.testing.assert_close(gradient, problem.expected_jacobian(point).mean(dim=1))
 
 
