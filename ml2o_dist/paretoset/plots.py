@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ml2o_dist.evaluation.plots import MUTED, PLAIN, STRONG, new_figure, plain_axes, save_figure
-from ml2o_dist.paretoset.approaches import OURS
+from ml2o_dist.paretoset.approaches import EXPERTS, OURS
 from ml2o_dist.paretoset.results import ApproachResult, best_first
 
 if TYPE_CHECKING:
@@ -38,7 +38,8 @@ def _plane(results: Sequence[ApproachResult], names: Sequence[str]) -> Figure:
     for place, result in enumerate(results):
         losses = result.fronts["test"].losses
         order = losses[:, 0].argsort()
-        panel.plot(losses[order, 0].tolist(), losses[order, 1].tolist(), label=result.approach, **look(result, place))
+        style = look(result, place) | ({"linestyle": ""} if result.approach == EXPERTS else {})  # nothing lies between
+        panel.plot(losses[order, 0].tolist(), losses[order, 1].tolist(), label=result.approach, **style)
     panel.set_xlabel(f"test loss, {names[0]}", color=PLAIN)
     panel.set_ylabel(f"test loss, {names[1]}", color=PLAIN)
     panel.set_title("Fronts: lower and further left is better", loc="left", fontsize=10, color=PLAIN)
