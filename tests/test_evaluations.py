@@ -93,7 +93,8 @@ def test_the_answer_has_every_cell_with_the_keys_of_the_design(finished):
         assert cell.keys() >= KEYS
         assert cell["steps"] == 20
         assert len(cell["losses"]) == 2
-        assert cell["evaluations"] == cell["forwards"] + cell["backwards"] >= 60
+        least = 40 if cell["optimizer"].startswith("mean") else 60  # the sum takes one backward pass
+        assert cell["evaluations"] == cell["forwards"] + cell["backwards"] >= least
         assert cell["diverged"] == (cell["optimizer"] == "nan")
         assert (cell["acceptance"] is not None) == cell["optimizer"].startswith("gml2o:")
         assert (cell["test_accuracy"] is not None) == (cell["problem"] == DIGITS)
