@@ -5,18 +5,20 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import signal
 
 import numpy as np
 import pytest
+import ray
 import torch
 
-from ml2o_dist.config import EstimatorSettings, GuardSettings, RuleSettings
+from ml2o_dist.config import EstimatorSettings, FaultSettings, GuardSettings, RuleSettings
 from ml2o_dist.metatrain.episode import EpisodeSpec, run_episode
 from ml2o_dist.metatrain.pool import WorkerPool
 from ml2o_dist.metatrain.trainer import Trainer
 from ml2o_dist.problems import ProblemSpec
 from ml2o_dist.rules.ml2o import ML2ONetwork
-from tests.metatrain.executing import digests
+from tests.metatrain.executing import digests, in_process, later
 from tests.metatrain.settings import small
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -101,5 +103,34 @@ def test_workers_that_share_a_gpu_give_the_same_weights_whatever_their_number(cl
             trainer.run(pool.begin)
         finally:
             pool.close()
+        found.add(digests(trainer))
+    assert len(found) == 1
+
+
+@pytest.mark.timeout(240)
+def test_rollouts_of_cpu_workers_are_replayed_on_the_gpu_whoever_is_killed(cluster, tmp_path):
+    """backward: learner with learner.resources.num_gpus: the CPU's weights to rounding, the same bits after a kill."""
+    learner = {"resources": {"num_gpus": 0.5}}
+    settings = small(meta_steps=6, backward="learner", workers=2, learner=learner)
+    calm = Trainer(small(meta_steps=6, backward="learner"), tmp_path / "cpu")
+    calm.run(later(in_process))
+    found = set()
+    for name in ("calm", "killed"):
+        pool = WorkerPool(2, settings.resources, FaultSettings(), learner=settings.learner)
+        trainer = Trainer(settings, tmp_path / name)
+        killed = []
+
+        def on_row(step, row, name=name, pool=pool, killed=killed):
+            if name == "killed" and "meta_loss" in row and step == 2:
+                killed.append(ray.get(pool._replays._actor.where.remote())[0])
+                os.kill(killed[0], signal.SIGKILL)
+
+        try:
+            trainer.run(pool.begin, on_row)
+        finally:
+            pool.close()
+        assert pool.restarts == len(killed)
+        for key, tensor in calm.learner.weights.items():
+            torch.testing.assert_close(trainer.learner.weights[key], tensor, rtol=1e-3, atol=1e-5)
         found.add(digests(trainer))
     assert len(found) == 1
