@@ -33,6 +33,14 @@ FORMAT = 1
 
 WEIGHTS_FILE = "weights.safetensors"
 
+SHIPPED = Path(__file__).parent / "pretrained"
+"""The folder of the weights that come with the package, NAME.safetensors and NAME.json each."""
+
+PRETRAINED = "pretrained"
+"""What stands for the weights that serve where none are named."""
+
+_DEFAULT = "ml2o-small"
+
 _OWN_KEYS = (
     "format",
     "package_version",
@@ -136,11 +144,16 @@ def save_artifact(
     return Artifact(tensors, rule, json.loads(json.dumps(full)), file)
 
 
+def shipped_names() -> list[str]:
+    """Return the names of the weights that come with the package, `PRETRAINED` first."""
+    return [PRETRAINED, *sorted(file.stem for file in SHIPPED.glob("*.safetensors"))]
+
+
 def load_artifact(path: Path | str) -> Artifact:
     """Read and verify a learned optimizer.
 
     Args:
-        path: the .safetensors file, or the folder that holds `weights.safetensors`, a run directory for one; as a
+        path: a name of `shipped_names`; the .safetensors file, or the folder that holds `weights.safetensors`, a run directory for one; as a
             path or a URI (`s3://bucket/runs/x`); or a registered version, `models:/NAME@ALIAS` or
             `models:/NAME/VERSION`, of the registry that `resolve_tracking_uri` names.
 
@@ -153,6 +166,8 @@ def load_artifact(path: Path | str) -> Artifact:
         from ml2o_dist.tracking.store import resolve_tracking_uri
 
         path = resolve_model(resolve_tracking_uri(), str(path))
+    elif str(path) in shipped_names():
+        path = SHIPPED / f"{_DEFAULT if str(path) == PRETRAINED else path}.safetensors"
     elif is_uri(path):
         path = _fetched(str(path))
     file = _weights_file(path)

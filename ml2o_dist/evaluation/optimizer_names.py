@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from ml2o_dist.artifact import load_artifact
+from ml2o_dist.artifact import load_artifact, shipped_names
 from ml2o_dist.config import EvaluateSettings, GuardSettings
 from ml2o_dist.errors import UserError
 from ml2o_dist.evaluation.contestants import Adversary, Contestant, Guarded, HandDesigned, Learned, Stochastic
@@ -21,7 +21,6 @@ from ml2o_dist.rules.aggregators import AGGREGATORS
 
 GUARD = "gml2o:"
 REGISTRY = "models:/"
-PRETRAINED = "pretrained"
 _OWN = ("initial", "dssmg", "smg")
 _OTHERS = f"any of them as {GUARD}NAME, {REGISTRY}NAME@ALIAS, a weights file or a run directory"
 
@@ -50,7 +49,7 @@ class Entrant:
 def parse_optimizers(settings: EvaluateSettings, resolve: Resolve) -> list[Entrant]:
     """Read `settings.baselines`, then `settings.optimizers`, each once; weights are loaded and checked.
 
-    `initial`, the adversaries of rules/adversaries.py, `dssmg`, `smg`, `AGGREGATOR[+sgd|+momentum|+adam][@LR]`,
+    `pretrained`, `initial`, the adversaries of rules/adversaries.py, `dssmg`, `smg`, `AGGREGATOR[+sgd|+momentum|+adam][@LR]`,
     `models:/NAME@ALIAS` or `models:/NAME/VERSION`, a weights file or a run directory (relative to ML2O_HOME, or a
     URI); each of them also as `gml2o:NAME`, under the guard of `settings.guard`. A learned optimizer that was
     meta-trained under a guard has that one; `gml2o:` replaces it.
@@ -73,11 +72,8 @@ def _entrant(text: str, settings: EvaluateSettings, resolve: Resolve) -> Entrant
         return _always(text, Adversary(name), guard)
     if name in ("dssmg", "smg"):
         return _always(text, Stochastic(name, settings.guard.p), guard)
-    if name == PRETRAINED:
-        raise UserError(
-            f"optimizer {text!r}: no trained weights are shipped with this version yet; give a run directory, "
-            f"a weights file or {REGISTRY}NAME@ALIAS"
-        )
+    if name in shipped_names():
+        return _learned(text, name, name, guard)
     if name.startswith(REGISTRY):
         return _learned(text, name, resolve(name), guard)
     if _is_hand_designed(name):
@@ -110,7 +106,7 @@ def _is_hand_designed(name: str) -> bool:
 
 
 def _unknown(text: str) -> UserError:
-    names = sorted({*_OWN, *ADVERSARIES, *AGGREGATORS})
+    names = sorted({*_OWN, *shipped_names(), *ADVERSARIES, *AGGREGATORS})
     near = difflib.get_close_matches(text.lower(), [*names, *(GUARD + name for name in names)], n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return UserError(

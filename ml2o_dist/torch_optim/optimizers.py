@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from ml2o_dist.artifact import PRETRAINED
 from ml2o_dist.config import GuardSettings
 from ml2o_dist.errors import UserError
 from ml2o_dist.rules.base import Oracle, State, StepInfo, UpdateRule
@@ -33,7 +34,7 @@ Closures = Closure | Sequence[Closure]
 class ML2O(Optimizer):
     """A learned optimizer for several losses (Yang, Tang, Yang 2023), used as any optimizer of torch:
 
-        optimizer = ML2O(model.parameters(), "runs/mm")
+        optimizer = ML2O(model.parameters())
         for batch in loader:
             optimizer.step(lambda: task_losses(model, batch))
 
@@ -59,7 +60,7 @@ class ML2O(Optimizer):
     def __init__(
         self,
         params: Iterable[Any],
-        weights: str | Path,
+        weights: str | Path = PRETRAINED,
         *,
         lr: float = 1.0,
         weight_decay: float = 0.0,
@@ -67,8 +68,9 @@ class ML2O(Optimizer):
         """Take parameters or groups of them, as every optimizer of torch does.
 
         Args:
-            weights: a run directory or a weights file; `initial` for the network before meta-training; or, read at
-                the first step, a URI or a registered version, `models:/NAME@ALIAS`.
+            weights: those that come with the package, by name; a run directory or a weights file; `initial` for the
+                network before meta-training; or, read at the first step, a URI or a registered version,
+                `models:/NAME@ALIAS`.
 
         Raises:
             UserError: weights that are missing, altered or of a later version.
@@ -209,7 +211,7 @@ class ML2O(Optimizer):
 class GML2O(ML2O):
     """ML2O under a guard: a step that would be worse than that of a convergent rule, DSSMG, gives way to that one.
 
-        optimizer = GML2O(model.parameters(), "runs/mm")
+        optimizer = GML2O(model.parameters())
         for batch, guard_batch in pairs(loader):
             optimizer.step(lambda: task_losses(model, batch), lambda: task_losses(model, guard_batch))
 
@@ -233,7 +235,7 @@ class GML2O(ML2O):
     def __init__(
         self,
         params: Iterable[Any],
-        weights: str | Path,
+        weights: str | Path = PRETRAINED,
         *,
         guard: GuardSettings | None = None,
         lr: float = 1.0,
