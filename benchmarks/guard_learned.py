@@ -3,7 +3,7 @@
     .venv/bin/python benchmarks/guard_learned.py runs/first
 
 In distribution: the first test problem of `make train`. Out of it: losses a thousand times as large, a horizon ten
-times as long, a network with ten times the parameters. The guards: the default one and one with a budget, each with
+times as long, a network with ten times the parameters. The guards: without a budget, with one, and the default; with
 one guard batch a step (32 samples) and with four (128). A row is printed as soon as it is known.
 """
 
@@ -46,12 +46,13 @@ SETTINGS = (
 )
 
 GUARDS = (
-    GuardSettings(),
-    GuardSettings(batches=4),
-    GuardSettings(margin=0.0),
-    GuardSettings(margin=0.0, batches=4),
+    GuardSettings(budget=0.0),
+    GuardSettings(budget=0.0, batches=4),
+    GuardSettings(budget=0.0, margin=0.0),
+    GuardSettings(budget=0.0, margin=0.0, batches=4),
     GuardSettings(budget=1.0),
     GuardSettings(budget=1.0, batches=4),
+    GuardSettings(),
 )
 """z = 3 as it is; z = 0, so that the difference is what the margin costs; a budget."""
 

@@ -117,7 +117,7 @@ def sensitivity_units(scale: Scale) -> list[Unit]:
         for every in (1, 5, 20)
         for batches in (1, 4)
     ]
-    for key, values in (("margin", (0.0, 1.0)), ("budget", (0.1, 1.0))):
+    for key, values in (("margin", (0.0, 1.0)), ("budget", (0.1, 1.0, 5.0))):
         grid += [((key, value), ("batches", batches)) for value in values for batches in (1, 4)]
     runs: list[tuple[str, Guard]] = [(rule, guard) for rule in ("initial", "ascent") for guard in (None, *grid)]
     runs += [(fallback, None) for fallback in fallbacks]

@@ -49,7 +49,7 @@ class Unit:
 
     def setting(self, key: str) -> Any:
         """The value of a guard's setting."""
-        return getattr(GuardSettings(**dict(self.guard or ())), key)
+        return getattr(guard_settings(self.guard), key)
 
 
 class Results(dict[Unit, dict[str, Any]]):
@@ -61,6 +61,11 @@ class Results(dict[Unit, dict[str, Any]]):
         return found
 
 
+def guard_settings(guard: Guard) -> GuardSettings:
+    """Return the settings of a unit's guard; without a budget unless it names one."""
+    return GuardSettings(**{"budget": 0.0, **dict(guard or ())})
+
+
 def build_rule(name: str, guard: Guard, dtype: torch.dtype) -> UpdateRule:
     """Return an adversary, the untrained network (`initial`) or a fallback by name, under the guard if there is one."""
     if name in ADVERSARIES:
@@ -69,7 +74,7 @@ def build_rule(name: str, guard: Guard, dtype: torch.dtype) -> UpdateRule:
         rule = ML2ORule.from_weights(UNTRAINED, None, dtype=dtype)
     else:
         rule = fallback_rule(GuardSettings(fallback=name))
-    return guarded(rule, None if guard is None else GuardSettings(**dict(guard)))
+    return guarded(rule, None if guard is None else guard_settings(guard))
 
 
 def compute(unit: Unit, data_root: str) -> dict[str, Any]:

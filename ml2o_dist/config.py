@@ -23,7 +23,7 @@ class GuardSettings(_Settings):
     eps: float = Field(0.0, ge=0, description="eps_0: what a step may be worse at first; it decays as (t + 1)^(-2p)")
     p: float = Field(0.55, gt=0.5, le=1, description="decay of the fallback's steps, alpha_t = alpha_0 / (t + 1)^p")
     budget: float = Field(
-        0.0,
+        5.0,
         ge=0,
         description="what accepted steps may be worse in all, in units of each objective's first loss; "
         "0: each step must pass by itself",

@@ -55,7 +55,7 @@ def test_the_drifts_figures_are_those_of_runs_by_hand(script, tmp_path):
         course = Course.build(ProblemSpec.parse(entry["unit"]["problem"]), (0, 1), torch.float64)
         rule = DSSMG()
         if entry["unit"]["guard"] is not None:
-            rule = GML2O(AdversaryRule("drift"), rule, GuardSettings(**dict(entry["unit"]["guard"])))
+            rule = GML2O(AdversaryRule("drift"), rule, GuardSettings(**{"budget": 0.0, **dict(entry["unit"]["guard"])}))
         oracle, point = course.oracle(), course.start
         state, passed = rule.initial_state(2, 2, 10), 0.0
         for _ in range(STEPS):
@@ -133,7 +133,7 @@ def fake_time(steps):
 
 def test_the_sensitivity_table_has_a_row_for_every_run(script):
     units = script.parts.sensitivity_units(script.parts.Scale(None, None))
-    assert len(units) == len(set(units)) == 2 * (1 + 2 * 3 * 3 * 2 + 4 + 4) + 2
+    assert len(units) == len(set(units)) == 2 * (1 + 2 * 3 * 3 * 2 + 4 + 6) + 2
     results = script.runs.Results()
     for number, unit in enumerate(units):
         results[unit] = {
@@ -147,9 +147,9 @@ def test_the_sensitivity_table_has_a_row_for_every_run(script):
     assert len(rows) == len(units)
     assert rows[0] == "| initial | - | - | - | - | - | - | 1.000 | 1.000 | 0.500 | - | - |"
     last = max(number for number, unit in enumerate(units) if unit.guard is not None)
-    assert rows[-1] == f"| ascent | dssmg | 3 | 1 | 0 | 1 | 128 | {last + 1:.3f} | 1.000 | 0.500 | 50% | 12% |"
-    assert rows[-5].startswith("| ascent | dssmg | 1 | 0 | 0 | 1 | 128 |")
-    assert rows[-9].startswith("| ascent | mgda+sgd@0.1 | 3 | 0 | 0.01 | 20 | 128 |")
+    assert rows[-1] == f"| ascent | dssmg | 3 | 5 | 0 | 1 | 128 | {last + 1:.3f} | 1.000 | 0.500 | 50% | 12% |"
+    assert rows[-7].startswith("| ascent | dssmg | 1 | 0 | 0 | 1 | 128 |")
+    assert rows[-11].startswith("| ascent | mgda+sgd@0.1 | 3 | 0 | 0.01 | 20 | 128 |")
     assert script.parts.sensitivity_summary(results)["loss initial"] == 2.0
 
 

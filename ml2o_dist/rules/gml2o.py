@@ -119,16 +119,17 @@ class GML2O(UpdateRule):
     |x_L - x_D| sigma / sqrt(B), sigma the deviation of the gradients of single samples; the bound gets the sum of these
     terms, which does not vanish unless B grows or the candidates meet.
 
-    **A budget** (`budget` > 0, ours): the learned step is better in the long run just where it is worse than the
-    fallback's greedy one from the same point, so that the tests above refuse it. The bound needs less: for a fixed
-    lambda, lambda^T F(z_{t+1}) = lambda^T F(x_D) + lambda^T d_t with d_t = F(z_{t+1}) - F(x_D), and what telescopes is
-    sum_t lambda^T d_t <= max_i sum_t d_ti. So x_L is also accepted where, for every objective, the differences since
-    they last came to 0 or less add up to at most C_i = budget |f_i(z_0)|; a better step repays, but nothing is saved,
-    so that a rule which turns hostile finds no credit. DSSMG's bound then holds with max_i C_i added to what it starts
-    from: with `budget: 1` and positive losses it is at most twice as large, hence Pareto criticality in the limit all
-    the same. On mini-batches the sum is an estimate, of which `margin` standard errors, that grow with its root only,
-    must be spared. Half of the guard's samples decides and the other half is what is added: the decision does not
-    depend on it, so that the estimate's error is a martingale. No step by itself is promised to be no worse.
+    **A budget** (`budget` > 0, ours, and the default): the learned step is better in the long run just where it is
+    worse than the fallback's greedy one from the same point, so that the tests above refuse it. The bound needs less:
+    for a fixed lambda, lambda^T F(z_{t+1}) = lambda^T F(x_D) + lambda^T d_t with d_t = F(z_{t+1}) - F(x_D), and what
+    telescopes is sum_t lambda^T d_t <= max_i sum_t d_ti. So x_L is also accepted where, for every objective, the
+    differences since they last came to 0 or less add up to at most C_i = budget |f_i(z_0)|; a better step repays, but
+    nothing is saved, so that a rule which turns hostile finds no credit. DSSMG's bound then holds with max_i C_i added
+    to what it starts from: with positive losses that is at most 1 + `budget` times as much, hence Pareto criticality in
+    the limit all the same. On mini-batches the sum is an estimate, of which `margin` standard errors, that grow with
+    its root only, must be spared. Half of the guard's samples decides and the other half is what is added: the
+    decision does not depend on it, so that the estimate's error is a martingale. No step by itself is promised to be
+    no worse; `budget: 0` promises it.
 
     **Without any theorem**: `every` > 1 (steps between are taken unchecked), `criterion: sum` (one objective may pay
     for another), any other fallback (`mgda+sgd@0.01`).

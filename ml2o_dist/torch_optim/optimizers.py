@@ -24,9 +24,6 @@ from ml2o_dist.torch_optim.layout import Layout
 from ml2o_dist.torch_optim.learned_weights import LearnedWeights
 from ml2o_dist.torch_optim.multiplied import multiplied
 
-BUDGETED = GuardSettings(budget=1.0)
-"""The guard of GML2O where neither the user nor the weights name one: without a budget few learned steps pass."""
-
 Closures = Closure | Sequence[Closure]
 """One closure, or those of the parts of a batch whose losses are averaged (gradient accumulation)."""
 
@@ -244,7 +241,7 @@ class GML2O(ML2O):
         """Take what `ML2O` takes.
 
         Args:
-            guard: instead of the one that the weights were meta-trained under, or else `BUDGETED`.
+            guard: instead of the one that the weights were meta-trained under, or else the default one.
 
         Raises:
             UserError: as `ML2O`; a guard that wants more than one batch in a step.
@@ -287,7 +284,7 @@ class GML2O(ML2O):
     _remembered = (*ML2O._remembered, "accepted_steps", "_guard")
 
     def _rule(self, multiplier: Tensor | None) -> GuardedRule:
-        guard = self._guard or (self._learned.settings.guard or BUDGETED).model_copy(
+        guard = self._guard or (self._learned.settings.guard or GuardSettings()).model_copy(
             update={"batches": 1, "growth": 0.0}
         )
         return GuardedRule(super()._rule(multiplier), multiplied(fallback_rule(guard), multiplier), guard)

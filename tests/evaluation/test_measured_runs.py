@@ -78,7 +78,7 @@ def test_an_unguarded_run_is_measured_where_a_plain_loop_comes_by():
 
 @pytest.mark.parametrize("margin", [0.0, 3.0])
 def test_a_guarded_run_counts_what_passed_and_what_it_truly_cost(margin):
-    learned, settings = AggregatedRule("mean", "sgd", 0.6), GuardSettings(margin=margin)
+    learned, settings = AggregatedRule("mean", "sgd", 0.6), GuardSettings(budget=0.0, margin=margin)
     made = course()
     run = measured_run(GML2O(learned, DSSMG(), settings), made, 60, every=60, excess=True)
     fallback = Recorded()
@@ -99,7 +99,7 @@ def test_a_guarded_run_counts_what_passed_and_what_it_truly_cost(margin):
 
 
 def test_acceptance_is_over_the_steps_that_were_checked():
-    rule = GML2O(AdversaryRule("ascent"), DSSMG(), GuardSettings(every=3))
+    rule = GML2O(AdversaryRule("ascent"), DSSMG(), GuardSettings(budget=0.0, every=3))
     run = measured_run(rule, course(ProblemSpec.parse("quadratic[n=4]")), 9, every=9)
     assert run.checked.tolist() == [True, False, False] * 3
     assert run.acceptance == 0.0

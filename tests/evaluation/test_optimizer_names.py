@@ -130,8 +130,6 @@ def test_names_are_taken_once_and_before_files_of_that_name(trained: Path) -> No
         ("mgdaa+adam@0.01", ["'mgdaa'", "did you mean 'mgda'?"]),
         ("mgda+adm", ["'adm'", "did you mean 'adam'?"]),
         ("mgda@fast", ["learning rate 'fast'", "positive"]),
-        ("pretrained", ["no trained weights are shipped with this version yet"]),
-        ("gml2o:pretrained", ["'gml2o:pretrained'", "no trained weights are shipped"]),
         ("runs/nothing", ["runs/nothing/weights.safetensors' is missing"]),
         ("nothing.safetensors", ["nothing.safetensors' is missing"]),
         ("", ["unknown optimizer ''"]),

@@ -76,7 +76,7 @@ def test_exact_and_replay_see_the_same_losses():
     assert exact.finite
 
 
-GUARDED = replace(SPEC, rule=RULE.model_copy(update={"guard": GuardSettings()}))
+GUARDED = replace(SPEC, rule=RULE.model_copy(update={"guard": GuardSettings(budget=0.1)}))
 
 
 @pytest.mark.parametrize("estimator", [EstimatorSettings(), EstimatorSettings(kind="es", sigma=0.1, pairs=2)])

@@ -71,7 +71,7 @@ def test_replay_of_a_guarded_rollout_is_first_order_backpropagation_through_its_
     settings = RuleSettings(features=form, output="controlled", hidden=4, lr=0.5)
     rule, problem = random_rule(settings), problem_for(objectives, 6)
     fallback = AggregatedRule("mean", "sgd", 0.1)
-    guard = GML2O(rule, fallback, GuardSettings(margin=0, eps=0.5))
+    guard = GML2O(rule, fallback, GuardSettings(budget=0.0, margin=0, eps=0.5))
     oracle, drawn = Oracle(problem, torch.Generator().manual_seed(11)), []
     draw = oracle.draw
     oracle.draw = lambda: drawn.append(draw()) or drawn[-1]

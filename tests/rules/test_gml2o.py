@@ -39,7 +39,7 @@ def run(rule, oracle, parameters, steps):
 @pytest.mark.parametrize("eps", [0.0, 0.01])
 def test_exact_losses_decide_by_every_objective(objectives, eps):
     oracle, first = start(f"quadratic[m={objectives},n=6]", 4)
-    settings = GuardSettings(eps=eps, p=0.75)
+    settings = GuardSettings(budget=0.0, eps=eps, p=0.75)
     points, infos, _ = run(GML2O(BOLD, FALLBACK, settings), oracle, first, 40)
     verdicts = set()
     for t, (before, after, info) in enumerate(zip(points, points[1:], infos, strict=False)):
@@ -62,7 +62,7 @@ def test_a_margin_of_standard_errors_decides_on_noisy_losses():
     drawn = []
     draw = oracle.draw
     oracle.draw = lambda: drawn.append(draw()) or drawn[-1]
-    rule = GML2O(BOLD, FALLBACK, GuardSettings(margin=2.0, batches=2, eps=0.05, p=1.0))
+    rule = GML2O(BOLD, FALLBACK, GuardSettings(budget=0.0, margin=2.0, batches=2, eps=0.05, p=1.0))
     points, infos, _ = run(rule, oracle, first, 30)
     verdicts = set()
     for t, (before, info) in enumerate(zip(points, infos, strict=False)):
@@ -81,7 +81,7 @@ def test_a_margin_of_standard_errors_decides_on_noisy_losses():
 
 def test_a_step_is_charged_one_jacobian_the_fallback_and_two_forwards_for_each_guard_batch():
     oracle, first = start("quadratic[m=3,n=4,noise=0.1]")
-    settings = GuardSettings(batches=2, growth=0.5)
+    settings = GuardSettings(budget=0.0, batches=2, growth=0.5)
     _, infos, _ = run(GML2O(AdversaryRule("frozen"), FALLBACK, settings), oracle, first, 10)
     guard = [math.ceil(2 * math.sqrt(t + 1)) for t in range(10)]
     assert [(info.forwards, info.backwards) for info in infos] == [(1 + 2 * count, 3) for count in guard]
@@ -125,7 +125,7 @@ class Overflowing(Problem):
 def test_a_loss_that_is_not_finite_is_never_accepted(beyond, criterion):
     problem = Overflowing(beyond)
     oracle = Oracle(problem, torch.Generator())
-    rule = GML2O(AdversaryRule("huge"), FALLBACK, GuardSettings(criterion=criterion, eps=100))
+    rule = GML2O(AdversaryRule("huge"), FALLBACK, GuardSettings(budget=0.0, criterion=criterion, eps=100))
     _, (info,), _ = run(rule, oracle, problem.initial_parameters([0]), 1)
     assert not info.accepted.any()
 
@@ -181,20 +181,21 @@ def test_after_a_rejected_step_the_agreement_judges_the_step_that_was_taken():
 
 
 def test_between_checks_nothing_is_compared_and_only_what_is_not_finite_is_refused():
+    seldom = GuardSettings(budget=0.0, every=3)
     oracle, first = start("quadratic[n=4]")
-    _, infos, state = run(GML2O(AdversaryRule("ascent"), FALLBACK, GuardSettings(every=3)), oracle, first, 9)
+    _, infos, state = run(GML2O(AdversaryRule("ascent"), FALLBACK, seldom), oracle, first, 9)
     assert [info.checked for info in infos] == [True, False, False] * 3
     assert [bool(info.accepted) for info in infos] == [False, True, True] * 3
     assert [info.forwards for info in infos] == [3, 1, 1] * 3
     assert state.fallback.steps == 3
-    points, _, _ = run(GML2O(AdversaryRule("nan"), FALLBACK, GuardSettings(every=3)), *start("quadratic[n=4]"), 9)
+    points, _, _ = run(GML2O(AdversaryRule("nan"), FALLBACK, seldom), *start("quadratic[n=4]"), 9)
     assert points[-1].isfinite().all()
 
 
 def test_the_sum_may_trade_one_objective_for_another():
     def rates(criterion):
         oracle, first = start("quadratic[n=4,m=3]", 8)
-        settings = GuardSettings(criterion=criterion)
+        settings = GuardSettings(budget=0.0, criterion=criterion)
         _, infos, _ = run(GML2O(BOLD, FALLBACK, settings), oracle, first, 10)
         return torch.stack([info.accepted for info in infos]).double().mean()
 
@@ -205,7 +206,7 @@ def test_one_sample_is_too_few_for_a_margin():
     oracle, first = start("quadratic[n=4,noise=0.1,batch=1]")
     with pytest.raises(UserError, match=r"the guard needs 2 samples or more: .* rule\.guard\.batches"):
         run(GML2O(AdversaryRule("frozen"), FALLBACK), oracle, first, 1)
-    run(GML2O(AdversaryRule("frozen"), FALLBACK, GuardSettings(batches=2)), oracle, first, 1)
+    run(GML2O(AdversaryRule("frozen"), FALLBACK, GuardSettings(budget=0.0, batches=2)), oracle, first, 1)
 
 
 def test_an_unknown_adversary_ends_with_the_nearest_name():

@@ -46,7 +46,7 @@ def random_network(seed):
 @pytest.mark.parametrize("eps", [0.0, 0.01])
 def test_no_step_is_worse_than_the_fallbacks_by_more_than_eps(text, name, eps):
     rule = random_network(5) if name == "network" else AdversaryRule(name)
-    settings, fallback = GuardSettings(eps=eps), DSSMG()
+    settings, fallback = GuardSettings(budget=0.0, eps=eps), DSSMG()
     guarded = GML2O(rule, fallback, settings)
     oracle, point = build(text)
     problem = oracle.problem
@@ -84,7 +84,7 @@ def test_ascent_along_the_weighted_gradient_is_always_rejected_so_the_run_is_dss
     fallback = DSSMG(alpha_0=0.9)
     oracle, first = build(text)
     shape = (3, oracle.problem.objectives, oracle.problem.dimension)
-    guarded, alone = GML2O(Uphill(fallback, beta), fallback), fallback
+    guarded, alone = GML2O(Uphill(fallback, beta), fallback, GuardSettings(budget=0.0)), fallback
     point, state = first, guarded.initial_state(*shape)
     other, its = first, alone.initial_state(*shape)
     for _ in range(100):
@@ -104,7 +104,7 @@ def test_the_telescoped_bound_holds_for_every_fixed_weighting(text, name, eps):
     L = 1 and minima 0 by construction; C = alpha_t / gamma_t is read off the state.
     """
     rule = random_network(7) if name == "network" else AdversaryRule(name)
-    settings, fallback = GuardSettings(eps=eps), DSSMG(alpha_0=0.5)
+    settings, fallback = GuardSettings(budget=0.0, eps=eps), DSSMG(alpha_0=0.5)
     guarded = GML2O(rule, fallback, settings)
     oracle, point = build(text)
     problem = oracle.problem
@@ -142,7 +142,7 @@ def test_unguarded_the_same_rules_diverge(name):
 def test_guarded_they_end_where_dssmg_does(name):
     fallback = DSSMG()
     shape = (3, 2, 6)
-    guarded = GML2O(AdversaryRule(name), fallback)
+    guarded = GML2O(AdversaryRule(name), fallback, GuardSettings(budget=0.0))
     oracle, point = build("quadratic[m=2,n=6]")
     other, state, its = point, guarded.initial_state(*shape), fallback.initial_state(*shape)
     apart = build("quadratic[m=2,n=6]")[0]
@@ -155,7 +155,7 @@ def test_guarded_they_end_where_dssmg_does(name):
 
 def excess(margin, steps):
     """By how much the accepted steps of a drift truly worsen an objective, on noisy quadratics, summed over steps."""
-    guarded = GML2O(AdversaryRule("drift"), DSSMG(), GuardSettings(margin=margin))
+    guarded = GML2O(AdversaryRule("drift"), DSSMG(), GuardSettings(budget=0.0, margin=margin))
     oracle, point = build("quadratic[n=4,noise=1.0,batch=32]", 2)
     problem = oracle.problem
     state, total = guarded.initial_state(2, 2, 4), 0.0

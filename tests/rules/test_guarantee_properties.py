@@ -46,7 +46,7 @@ def losses_of(problem: Problem, points: Tensor) -> tuple[Tensor, Tensor]:
 def examine(case: Case, guard: type[GML2O] = GML2O, **changes: Any) -> list[bool]:
     """Assert everything that exact mode promises at every step of a run of `case`; return what was decided."""
     problem, point = case.build()
-    chosen = GuardSettings(eps=case.eps, p=case.p)
+    chosen = GuardSettings(budget=0.0, eps=case.eps, p=case.p)
     fallback, hostile = case.fallback(), Hostile(case)
     rule = guard(hostile, fallback, chosen.model_copy(update=changes))
     oracle, apart = Oracle(problem, torch.Generator()), Oracle(problem, torch.Generator())

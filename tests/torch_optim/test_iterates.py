@@ -94,7 +94,9 @@ def test_untrained_it_is_adam_on_the_sum(decay: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "settings", [{"margin": 0.0}, {"budget": 1.0}, {"every": 3}, {"fallback": "mgda+adam@0.02"}], ids=str
+    "settings",
+    [{"margin": 0.0, "budget": 0.0}, {}, {"every": 3}, {"fallback": "mgda+adam@0.02", "budget": 0.0}],
+    ids=str,
 )
 @pytest.mark.parametrize("decay", [0.0, 0.05])
 def test_gml2o_moves_a_model_as_the_guarded_rule_does(settings: dict, decay: float) -> None:
