@@ -39,7 +39,7 @@ class TwoTaskTrainer(Trainer):
         return losses.sum()
 
 
-def main(weights: str, steps: int = 300) -> Trainer:
+def main(weights: str = "pretrained", steps: int = 300) -> Trainer:
     """Train; return the Trainer, whose log has the losses."""
     torch.manual_seed(0)
     train, _ = data()

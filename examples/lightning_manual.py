@@ -20,7 +20,7 @@ from ml2o_dist import GML2O
 class TwoTasks(lightning.LightningModule):
     """Each training batch is a pair: what to learn from, and what the guard compares by."""
 
-    def __init__(self, weights: str) -> None:
+    def __init__(self, weights: str = "pretrained") -> None:
         super().__init__()
         self.automatic_optimization = False
         self.network: nn.Module = Network()
@@ -41,7 +41,7 @@ class TwoTasks(lightning.LightningModule):
         self.log_dict({"digit": losses[0], "even": losses[1]}, prog_bar=True)
 
 
-def main(weights: str, steps: int = 300) -> TwoTasks:
+def main(weights: str = "pretrained", steps: int = 300) -> TwoTasks:
     """Train; return the module."""
     torch.manual_seed(0)
     train, _ = data()

@@ -1,5 +1,6 @@
 """Two tasks on scikit-learn's digits, which digit and whether it is even, with a learned optimizer in a plain loop.
 
+python examples/plain_loop.py                           # the weights that come with the package
 python examples/plain_loop.py runs/first                # after `ml2o meta-train --run-dir runs/first`
 python examples/plain_loop.py models:/ml2o@champion     # a registered version
 python examples/plain_loop.py initial                   # before any meta-training: Adam on the sum of the losses
@@ -57,7 +58,7 @@ def batches(whole: Batch, size: int, steps: int) -> Iterator[tuple[Batch, Batch]
         yield (x[rows], y[rows]), (x[others], y[others])
 
 
-def main(weights: str, steps: int = 300) -> list[float]:
+def main(weights: str = "pretrained", steps: int = 300) -> list[float]:
     """Train; return the test accuracy of each task."""
     torch.manual_seed(0)
     train, (test_x, test_y) = data()
