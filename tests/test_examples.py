@@ -22,7 +22,7 @@ def example(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> 
 
 @pytest.mark.parametrize("example", ["plain_loop"], indirect=True)
 def test_the_plain_loop(example: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
-    accuracies = example.main("initial", steps=120)
+    accuracies = example.main(steps=120)
     assert accuracies[0] > 0.8
     assert accuracies[1] > 0.85
     assert "learned steps" in capsys.readouterr().out
@@ -30,14 +30,14 @@ def test_the_plain_loop(example: ModuleType, capsys: pytest.CaptureFixture[str])
 
 @pytest.mark.parametrize("example", ["lightning_manual"], indirect=True)
 def test_lightning_by_manual_optimization(example: ModuleType) -> None:
-    module = example.main("initial", steps=80)
+    module = example.main(steps=80)
     assert module.optimizers().optimizer.steps == 80
     assert float(module.trainer.callback_metrics["digit"]) < 0.8
 
 
 @pytest.mark.parametrize("example", ["hugging_face_trainer"], indirect=True)
 def test_the_trainer_of_hugging_face(example: ModuleType) -> None:
-    trainer = example.main("initial", steps=60)
+    trainer = example.main(steps=60)
     reported = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     assert len(reported) == 6
     assert reported[-1] < 0.6 * reported[0]

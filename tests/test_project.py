@@ -84,7 +84,7 @@ def test_the_wheel_holds_what_runs_without_a_checkout(tmp_path: Path) -> None:
     install = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(place), str(wheel)]
     subprocess.run(install, check=True, timeout=240)
     (elsewhere / "plain_loop.py").write_bytes((ROOT / "examples" / "plain_loop.py").read_bytes())
-    script = "import ml2o_dist, plain_loop; plain_loop.main('initial', 20); print(ml2o_dist.__file__)"
+    script = "import ml2o_dist, plain_loop; plain_loop.main(steps=20); print(ml2o_dist.__file__)"
     environment = os.environ | {"PYTHONPATH": str(place), "ML2O_HOME": str(elsewhere)}
     done = subprocess.run(
         [sys.executable, "-c", script], cwd=elsewhere, env=environment, capture_output=True, text=True, timeout=120
