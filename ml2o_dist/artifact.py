@@ -153,9 +153,9 @@ def load_artifact(path: Path | str) -> Artifact:
     """Read and verify a learned optimizer.
 
     Args:
-        path: a name of `shipped_names`; the .safetensors file, or the folder that holds `weights.safetensors`, a run directory for one; as a
-            path or a URI (`s3://bucket/runs/x`); or a registered version, `models:/NAME@ALIAS` or
-            `models:/NAME/VERSION`, of the registry that `resolve_tracking_uri` names.
+        path: a name of `shipped_names`; the .safetensors file, or the folder that holds `weights.safetensors`, a run
+            directory for one; as a path or a URI (`s3://bucket/runs/x`); or a registered version, `models:/NAME@ALIAS`
+            or `models:/NAME/VERSION`, of the registry that `resolve_tracking_uri` names.
 
     Raises:
         UserError: a file is missing or altered, the format is newer, or the tensors do not fit the card's rule;

@@ -297,7 +297,7 @@ class MetaTrainSettings(_Settings):
             raise ValueError("estimator.kind=exact cannot differentiate what rule.guard decides; use replay or es")
         if self.backward == "learner" and kind != "replay":
             raise ValueError(f"backward=learner replays rollouts: it needs estimator.kind=replay, not {kind}")
-        _check_device(self.device, self.resources)
+        check_device(self.device, self.resources)
         if self.resources.min_workers > self.workers:
             raise ValueError(f"resources.min_workers={self.resources.min_workers} is more than workers={self.workers}")
         if self.resources.min_workers > self.resources.at_start(self.workers):
@@ -346,7 +346,7 @@ class EvaluateSettings(_Settings):
     def _fits(self) -> EvaluateSettings:
         if self.rule.guard is not None:
             raise ValueError("rule.guard is for meta-training; evaluate gml2o:initial, whose settings are guard.*")
-        _check_device(self.device, self.resources)
+        check_device(self.device, self.resources)
         return self
 
 
@@ -360,6 +360,7 @@ def split_steps(text: str) -> tuple[ProblemSpec, int | None]:
     return ProblemSpec.parse(problem), int(steps)
 
 
-def _check_device(device: str, resources: ShareSettings) -> None:
+def check_device(device: str, resources: ShareSettings) -> None:
+    """Raise ValueError for a device of which no share is asked for."""
     if device.startswith("cuda") and not resources.num_gpus:
         raise ValueError(f"device={device} needs resources.num_gpus > 0")

@@ -164,6 +164,13 @@ def _run(
         table.add_row(*cells(result), style="bold" if result.approach == OURS else None)
     console.print(table)
     version = _publish(settings, folder, results, sink, uri, console)
+    even = ",".join([f"{1 / tasks.count:.3g}"] * (tasks.count - 1))
+    even += f",{1 - sum(map(float, even.split(','))):.3g}"
+    console.print(f"the dial       {folder / 'report.html'}", markup=False, highlight=False, soft_wrap=True)
+    console.print(
+        f"a network      ml2o pareto-set query {shlex.quote(str(folder))} --preference {even} --out plain.safetensors",
+        markup=False, highlight=False, soft_wrap=True,
+    )  # fmt: skip
     answer = {
         "run_dir": str(folder),
         "tasks": list(tasks.names),

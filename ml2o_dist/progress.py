@@ -27,7 +27,7 @@ class StepDisplay:
         self, console: Console, title: str, total: int, done: int = 0, clock: Callable[[], float] = time.monotonic
     ) -> None:
         self._console, self._title, self._total, self._clock = console, title, total, clock
-        self._last_line = -math.inf
+        self._last_line, self._last_text = -math.inf, ""
         self._pace = Pace(clock(), done)
         self._live: Progress | None = None
         if console.is_terminal and not console.quiet:
@@ -59,9 +59,11 @@ class StepDisplay:
         left = _minutes(self._pace.seconds_for(self._total - done))
         if self._live:
             self._live.update(self._task, completed=done, figures=figures, left=left)
-        elif not self._console.quiet and (done >= self._total or now - self._last_line > PLAIN_EVERY_S):
-            self._last_line = now
-            self._console.print(f"{self._title} {done}/{self._total}  {figures}  left {left}", highlight=False)
+        elif not self._console.quiet:
+            text = f"{self._title} {done}/{self._total}  {figures}  left {left}"
+            if now - self._last_line > PLAIN_EVERY_S or (done >= self._total and text != self._last_text):
+                self._last_line, self._last_text = now, text
+                self._console.print(text, highlight=False)
 
 
 class Pace:

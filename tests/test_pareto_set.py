@@ -71,6 +71,8 @@ def test_every_approach_has_its_front_and_ours_beats_even_weights(finished):
     assert found["pwe"]["test"]["monotonicity"] > 0.8
     assert "run directory" in printed
     assert "tracking URI" in printed
+    (query,) = [line for line in printed.splitlines() if "pareto-set query" in line]
+    assert query.endswith("runs/a --preference 0.5,0.5 --out plain.safetensors")
 
 
 def test_the_set_is_in_the_registry_and_answers_as_the_exported_network(finished, monkeypatch):
@@ -190,6 +192,8 @@ def test_a_tampered_set_and_a_missing_one_are_refused(finished, home):
         ("experts.files=[a.pt,b.pt,c.pt]", "a.pt' is missing"),
         ("experts.files=[a.pt,b.pt]", "at least two experts"),
         ("experts.ranks=3", "must be a multiple of ranks 3"),
+        ("device=cuda", "device=cuda needs resources.num_gpus > 0"),
+        ("divisions=100000", "must be less than or equal to 50"),
     ],
 )
 def test_nothing_starts_where_something_is_wrong(home, override, part, monkeypatch):

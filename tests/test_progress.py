@@ -73,6 +73,17 @@ def test_plain_lines_come_every_ten_seconds_and_at_the_end():
     ]
 
 
+def test_the_last_plain_line_comes_again_only_with_other_figures_or_after_ten_seconds():
+    stream, clock = io.StringIO(), Clock()
+    display = StepDisplay(Console(file=stream, width=200), "steps", 9, 0, clock)
+    for figures in ["1 of 2"] * 5 + ["2 of 2"] * 5:
+        display.update(9, figures)
+        clock.now += 0.5
+    clock.now += PLAIN_EVERY_S
+    display.update(9, "2 of 2")
+    assert [line.split("  ")[1] for line in stream.getvalue().splitlines()] == ["1 of 2", "2 of 2", "2 of 2"]
+
+
 def test_a_quiet_command_shows_nothing():
     stream = io.StringIO()
     with StepDisplay(Console(file=stream, quiet=True, force_terminal=True), "compare", 2) as display:

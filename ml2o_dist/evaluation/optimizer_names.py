@@ -49,10 +49,10 @@ class Entrant:
 def parse_optimizers(settings: EvaluateSettings, resolve: Resolve) -> list[Entrant]:
     """Read `settings.baselines`, then `settings.optimizers`, each once; weights are loaded and checked.
 
-    `pretrained`, `initial`, the adversaries of rules/adversaries.py, `dssmg`, `smg`, `AGGREGATOR[+sgd|+momentum|+adam][@LR]`,
-    `models:/NAME@ALIAS` or `models:/NAME/VERSION`, a weights file or a run directory (relative to ML2O_HOME, or a
-    URI); each of them also as `gml2o:NAME`, under the guard of `settings.guard`. A learned optimizer that was
-    meta-trained under a guard has that one; `gml2o:` replaces it.
+    `pretrained`, `initial`, the adversaries of rules/adversaries.py, `dssmg`, `smg`,
+    `AGGREGATOR[+sgd|+momentum|+adam][@LR]`, `models:/NAME@ALIAS` or `models:/NAME/VERSION`, a weights file or a run
+    directory (relative to ML2O_HOME, or a URI); each of them also as `gml2o:NAME`, under the guard of `settings.guard`.
+    A learned optimizer that was meta-trained under a guard has that one; `gml2o:` replaces it.
 
     Raises:
         UserError: an unknown name (the nearest valid one is given), weights that cannot be read, or a name that is not

@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ml2o_dist.config import ShareSettings
 from ml2o_dist.errors import UserError
 from ml2o_dist.paretoset.approaches import Outcome, Work, run_work
 from ml2o_dist.paretoset.experts import Stage, fit_stage
-from ml2o_dist.paretoset.settings import TaskResources
 
 POLL_S = 0.5
 RUNS = 2
@@ -26,7 +26,7 @@ class Stopped(Exception):
     """`on_poll` has ended the work."""
 
 
-def run_stages(stages: Sequence[Stage], folder: Path, resources: TaskResources, on_poll: OnPoll) -> None:
+def run_stages(stages: Sequence[Stage], folder: Path, resources: ShareSettings, on_poll: OnPoll) -> None:
     """Train all `stages` as Ray Train runs, those together that the cluster has room for.
 
     Raises:
@@ -59,7 +59,7 @@ def run_stages(stages: Sequence[Stage], folder: Path, resources: TaskResources, 
 
 
 def run_works(
-    works: Sequence[Work], resources: TaskResources, on_outcome: Callable[[Work, Outcome], None], on_poll: OnPoll
+    works: Sequence[Work], resources: ShareSettings, on_outcome: Callable[[Work, Outcome], None], on_poll: OnPoll
 ) -> list[tuple[Work, str]]:
     """Do all `works` as Ray tasks; return those that failed twice, with the reasons.
 

@@ -11,7 +11,7 @@ import torch
 
 from ml2o_dist.evaluation.metrics import igd_plus
 from ml2o_dist.paretoset.approaches import OURS, Outcome
-from ml2o_dist.paretoset.fronts import Front, front_from_json
+from ml2o_dist.paretoset.fronts import REFERENCE, Front, front_from_json
 
 SPLITS = ("validation", "test")
 
@@ -101,6 +101,8 @@ def cells(result: ApproachResult) -> list[str]:
         remarks.append(f"{result.diverged} diverged")
     if result.failures:
         remarks.append(f"{result.failures} linear programs without a solution")
+    if front is not None and front.hypervolume == 0:
+        remarks.append(f"no point has all losses below the reference {REFERENCE:g}")
     shown = [result.approach]
     if front is None:
         shown += ["-"] * 5

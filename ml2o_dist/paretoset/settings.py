@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
-from ml2o_dist.config import DataSettings, Device, MetaTrainSettings, TrackingSettings
+from ml2o_dist.config import DataSettings, Device, MetaTrainSettings, ShareSettings, TrackingSettings, check_device
 from ml2o_dist.errors import unknown
 from ml2o_dist.paretoset.image_tasks import TASK_SETS
 
@@ -88,13 +88,6 @@ class RouterSettings(_Settings):
     checkpoint_every: int = Field(500, ge=1)
 
 
-class TaskResources(_Settings):
-    """What each training asks of Ray."""
-
-    num_cpus: float = Field(1.0, gt=0)
-    num_gpus: float = Field(0.0, ge=0)
-
-
 class ParetoTracking(TrackingSettings):
     """Where MLflow keeps runs and versions."""
 
@@ -120,10 +113,10 @@ class ParetoSetSettings(_Settings):
         ("average", "arithmetic", "ties", "soup"), description="any of " + ", ".join(COMPARATORS)
     )
     comparator_lr: float = Field(0.001, gt=0, description="Adam's, of the comparators that train networks")
-    divisions: int = Field(10, ge=1, description="of the grid of preferences, up to three tasks")
+    divisions: int = Field(10, ge=1, le=50, description="of the grid of preferences, up to three tasks")
     test_samples: int | None = Field(None, ge=1, description="evenly spaced ones of the split; null: all")
     device: Device = "auto"
-    resources: TaskResources = TaskResources()
+    resources: ShareSettings = Field(ShareSettings(), description="of each training")
     data: DataSettings = DataSettings()
     tracking: ParetoTracking = ParetoTracking()
 
@@ -143,3 +136,8 @@ class ParetoSetSettings(_Settings):
         if len(set(names)) < len(names):
             raise ValueError(f"names a comparator twice: {list(names)}")
         return names
+
+    @model_validator(mode="after")
+    def _has_its_device(self) -> ParetoSetSettings:
+        check_device(self.device, self.resources)
+        return self
