@@ -99,7 +99,8 @@ def test_a_learned_rule_equals_its_own_loop() -> None:
 
 @pytest.mark.parametrize("problem", ["quadratic[m=3,n=4]", NOISY, "zdt1[n=4]", DIGITS])
 def test_an_adversary_under_the_guard_is_the_fallback_bit_for_bit(problem: str) -> None:
-    evaluation = evaluate(settings(["dssmg", "gml2o:ascent", "gml2o:nan", "ascent", "nan"], [problem]))
+    names = ["dssmg", "gml2o:ascent", "gml2o:nan", "ascent", "nan"]
+    evaluation = evaluate(settings(names, [problem], guard={"budget": 0.0}))
     alone = cells(evaluation, "dssmg", problem)
     for name in ("gml2o:ascent", "gml2o:nan"):
         guarded = cells(evaluation, name, problem)

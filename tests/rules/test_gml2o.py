@@ -167,7 +167,7 @@ def test_a_learned_rule_that_always_passes_moves_as_if_unguarded():
 def test_after_a_rejected_step_the_agreement_judges_the_step_that_was_taken():
     learned = ML2ORule.from_weights(LEARNED.model_copy(update={"lr": 5.0}), None, dtype=torch.float64)
     oracle, first = start("quadratic[n=6]", 2)
-    points, infos, state = run(GML2O(learned, FALLBACK), oracle, first, 3)
+    points, infos, state = run(GML2O(learned, FALLBACK, GuardSettings(budget=0.0)), oracle, first, 3)
     assert not infos[-1].accepted.any()
     agreement, moved = state.learned.agreement, points[-1] - points[-2]
     torch.testing.assert_close(agreement.update, moved)
@@ -202,11 +202,15 @@ def test_the_sum_may_trade_one_objective_for_another():
     assert rates("sum") > rates("each") + 0.2
 
 
-def test_one_sample_is_too_few_for_a_margin():
+@pytest.mark.parametrize(("budget", "least"), [(0.0, 2), (5.0, 4)])
+def test_one_sample_is_too_few_for_a_margin(budget, least):
     oracle, first = start("quadratic[n=4,noise=0.1,batch=1]")
-    with pytest.raises(UserError, match=r"the guard needs 2 samples or more: .* rule\.guard\.batches"):
-        run(GML2O(AdversaryRule("frozen"), FALLBACK), oracle, first, 1)
-    run(GML2O(AdversaryRule("frozen"), FALLBACK, GuardSettings(budget=0.0, batches=2)), oracle, first, 1)
+    for batches in (1, least - 1):
+        with pytest.raises(UserError, match=rf"the guard needs {least} samples or more: .* rule\.guard\.batches"):
+            guard = GuardSettings(budget=budget, batches=batches)
+            run(GML2O(AdversaryRule("frozen"), FALLBACK, guard), oracle, first, 1)
+    enough = GuardSettings(budget=budget, batches=least)
+    run(GML2O(AdversaryRule("frozen"), FALLBACK, enough), oracle, first, 1)
 
 
 def test_an_unknown_adversary_ends_with_the_nearest_name():
