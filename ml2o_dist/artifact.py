@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ml2o_dist.config import RuleSettings
 from ml2o_dist.errors import UserError
-from ml2o_dist.files import cache_folder, replacing
+from ml2o_dist.files import cache_folder, home_folder, replacing
 from ml2o_dist.remote_files import answering, connect, is_uri
 
 FORMAT = 1
@@ -147,6 +147,12 @@ def save_artifact(
 def shipped_names() -> list[str]:
     """Return the names of the weights that come with the package, `PRETRAINED` first."""
     return [PRETRAINED, *sorted(file.stem for file in SHIPPED.glob("*.safetensors"))]
+
+
+def located(reference: str) -> str:
+    """Return what `load_artifact` takes, a relative path resolved against ML2O_HOME, all else and "" as it is."""
+    path = reference and not (reference in shipped_names() or reference.startswith("models:/") or is_uri(reference))
+    return str(home_folder() / Path(reference).expanduser()) if path else reference
 
 
 def load_artifact(path: Path | str) -> Artifact:

@@ -36,6 +36,11 @@ class GuardSettings(_Settings):
         "each", description="every objective must pass, or (without a theorem) their sum"
     )
 
+    @property
+    def fewest_samples(self) -> int:
+        """How many samples it takes to estimate an error: with a budget by halves, one decides and the other pays."""
+        return 4 if self.budget else 2
+
 
 class RuleSettings(_Settings):
     """The ML2O network and how its output becomes a step (DESIGN section 5 has the formulas)."""
@@ -125,6 +130,7 @@ class FamilySettings(_Settings):
     rescale: float = Field(
         1.0, ge=1, description="parameters of training problems are scaled by up to this, or 1 / this"
     )
+    objective_rescale: float = Field(1.0, ge=1, description="each of their objectives is, by a factor of its own")
 
     def training(self) -> ProblemFamily:
         """Return the training distribution; raises UserError for an unknown problem or setting."""
@@ -260,6 +266,7 @@ class MetaTrainSettings(_Settings):
     checkpoint_every: int = Field(0, ge=0, description="meta-steps; 0: as many as take about half a minute")
     keep_checkpoints: int = Field(3, ge=1)
     compare: bool = True
+    begin: str = Field("", description="weights to go on from: a run directory, a file, a name, models:/NAME@ALIAS")
     device: Device = "auto"
     family: FamilySettings
     rule: RuleSettings = RuleSettings()

@@ -12,6 +12,7 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from ml2o_dist.artifact import located
 from ml2o_dist.config import DataSettings, EvaluateSettings, MetaTrainSettings
 from ml2o_dist.errors import UserError, unknown
 from ml2o_dist.files import home_folder
@@ -112,6 +113,7 @@ def resolve_settings(settings: Job) -> Job:
     return settings.model_copy(
         update={
             "data": DataSettings(root=str(data_folder(settings.data.root))),
+            **({"begin": located(settings.begin)} if isinstance(settings, MetaTrainSettings) else {}),
             "device": device if settings.device == "auto" else settings.device,
         }
     )

@@ -55,6 +55,7 @@ def finish(
     provenance = {
         "config_hash": settings_hash(settings),
         "seed": settings.seed,
+        **({"begun_from": progress.begun_from} if progress.begun_from else {}),
         "meta_steps": settings.meta_steps,
         "best_meta_step": progress.best_step,
         "validation_score": progress.best_score,
@@ -71,7 +72,8 @@ def finish(
         raise Aborted(str(error)) from error
     plots = run_dir / "plots"
     if progress.best_step <= 0:
-        console.print("[yellow]no validation was better than the untrained network's: that is what is kept[/]")
+        before = settings.begin or "the untrained network"
+        console.print(f"[yellow]no validation was better than that of {before}, which is what is kept[/]")
     comparison: Evaluation | None = None
     failure = ""
     try:

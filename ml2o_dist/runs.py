@@ -78,6 +78,7 @@ def meta_train(
                 return answer | {"run_dir": storage.name}
         else:
             same_run = check_fresh(storage.folder, settings)
+            trainer.begin()
         check_writable(storage.folder)
         _check_data(trainer, check_problems(settings))
     except UserError as error:

@@ -33,8 +33,9 @@ class EpisodeSpec:
     """Everything an episode depends on besides the weights.
 
     `seed` names all its randomness: the problem's coefficients, the starting points of the P `instances`, the batches
-    and the chosen coordinates. `parameter_scale` is c of `Rescaled`. `estimator` None: no meta-gradient is wanted
-    (validation). `record`: the trajectory comes back too; nothing else changes.
+    the chosen coordinates, and s of `Rescaled` for each objective, up to `objective_rescale` or from 1 / that.
+    `parameter_scale` is its c. `estimator` None: no meta-gradient is wanted (validation). `record`: the trajectory
+    comes back too; nothing else changes.
     """
 
     problem: ProblemSpec
@@ -45,6 +46,7 @@ class EpisodeSpec:
     estimator: EstimatorSettings | None
     unroll: int = 0
     parameter_scale: float = 1.0
+    objective_rescale: float = 1.0
     device: str = "cpu"
     data_root: str = ""
     record: bool = False
@@ -150,14 +152,22 @@ def replayed(result: EpisodeResult, meta_loss: float, gradient: NDArray[np.float
     return replace(result, meta_loss=meta_loss, gradient=gradient if finite else None, finite=finite)
 
 
+def log_uniform(largest: float, seed: int) -> float:
+    """Return the number between 1 / largest and largest that `seed` names, log-uniform over the seeds."""
+    place = derive_seed("parameter scale", seed) / 2**63
+    return math.exp((2 * place - 1) * math.log(largest))
+
+
 def _begin(spec: EpisodeSpec) -> tuple[Problem, Tensor]:
     """Return the problem and its starting points [P, n]."""
     context = ProblemContext(
         spec.instances, derive_seed("problem", spec.seed), torch.device(spec.device), data_root=spec.data_root
     )
     problem = spec.problem.build(context)
-    if spec.parameter_scale != 1:
-        problem = Rescaled(problem, spec.parameter_scale)
+    if spec.parameter_scale != 1 or spec.objective_rescale != 1:
+        seeds = [derive_seed("objective scale", spec.seed, j) for j in range(problem.objectives)]
+        scales = [log_uniform(spec.objective_rescale, seed) for seed in seeds]
+        problem = Rescaled(problem, spec.parameter_scale, scales)
     return problem, problem.initial_parameters([derive_seed("start", spec.seed, i) for i in range(spec.instances)])
 
 

@@ -42,6 +42,13 @@ class Learner:
         self._adam = torch.optim.Adam([self._theta], lr=settings.learner.lr)
         self._earlier: deque[Tensor] = deque(maxlen=settings.staleness)  # theta of the versions before, oldest first
 
+    def begin(self, weights: Mapping[str, Tensor]) -> None:
+        """Go on from these weights instead of the untrained network's."""
+        start = torch.cat([weights[name].flatten() for name in self._shapes])
+        with torch.no_grad():
+            self._theta.copy_(start)
+        self._average.copy_(start)
+
     @property
     def weights(self) -> dict[str, Tensor]:
         """The network's state dict at `version`."""

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from ml2o_dist.config import MetaTrainSettings
-from ml2o_dist.metatrain.episode import EpisodeSpec
+from ml2o_dist.metatrain.episode import EpisodeSpec, log_uniform
 from ml2o_dist.problems import ProblemSpec
 from ml2o_dist.seeding import derive_seed
 
@@ -75,7 +74,8 @@ def training_items(settings: MetaTrainSettings, meta_step: int, device: str) -> 
             rule=settings.rule,
             estimator=settings.estimator,
             unroll=settings.unroll,
-            parameter_scale=_scale(settings.family.rescale, seed),
+            parameter_scale=log_uniform(settings.family.rescale, seed),
+            objective_rescale=settings.family.objective_rescale,
             device=device,
             data_root=settings.data.root,
             record=recorded(settings, meta_step, slot),
@@ -115,9 +115,3 @@ def validation_items(settings: MetaTrainSettings, meta_step: int, device: str) -
 def validates(settings: MetaTrainSettings, meta_step: int) -> bool:
     """Tell whether the weights after `meta_step` updates are validated: at 0, every `validation.every`, at the end."""
     return meta_step % settings.validation.every == 0 or meta_step == settings.meta_steps
-
-
-def _scale(largest: float, seed: int) -> float:
-    """Draw c log-uniformly from [1 / largest, largest]."""
-    place = derive_seed("parameter scale", seed) / 2**63
-    return math.exp((2 * place - 1) * math.log(largest))

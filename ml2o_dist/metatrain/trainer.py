@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ml2o_dist.artifact import load_artifact
 from ml2o_dist.config import MetaTrainSettings
 from ml2o_dist.config_file import first_difference, parse_settings
 from ml2o_dist.errors import UserError
@@ -56,6 +57,7 @@ class Progress:
         inner_steps, rollout_seconds: of training alone.
         seconds: wall time of meta-training, validation and checkpoints included, over all its processes.
         worker_restarts, repeated_episodes: workers replaced and episodes run again, where workers run them.
+        begun_from: sha256 of the weights that `begin` named.
     """
 
     inner_steps: int = 0
@@ -69,6 +71,7 @@ class Progress:
     best_step: int = -1
     validated_step: int = -1
     tracking_run: str = ""
+    begun_from: str = ""
     data_sha256: dict[str, str] = field(default_factory=dict)
     history: History = field(default_factory=History)
 
@@ -111,6 +114,23 @@ class Trainer:
         self._saved_at = self._timed_at = self._stepped_at = time.monotonic()
         self._waited = self._busy = 0.0  # seconds since the last meta-step: for results, of workers
         self._unwritable = False
+
+    def begin(self) -> None:
+        """Take over the weights that `settings.begin` names, if it names any.
+
+        Raises:
+            UserError: there are none, or they are of another rule.
+        """
+        name = self.settings.begin
+        if not name:
+            return
+        found = load_artifact(name)
+        ours, theirs = (rule.model_dump(exclude={"guard"}) for rule in (self.settings.rule, found.rule))
+        if others := [f"rule.{key}={theirs[key]}" for key in ours if ours[key] != theirs[key]]:
+            raise UserError(f"begin={name}: weights of another rule than these settings'; set {' '.join(others)}")
+        self.learner.begin(found.weights)
+        self.best_weights = self.learner.weights
+        self.progress.begun_from = found.weights_sha256
 
     def resume(self) -> list[str]:
         """Take over the newest valid checkpoint of the run directory; return why newer ones were refused.

@@ -11,7 +11,7 @@ from ml2o_dist.problems.base import Batch, Problem
 
 
 class Rescaled(Problem):
-    """The problem F'(z) = s F(c z), c, s > 0: gradients c s times as large, steps worth c times as much.
+    """The problem F'(z) = s F(c z), c > 0, s > 0 for each objective: gradients c s times as large, steps c times.
 
     A rule whose features ignore the gradients' scale sees the same inputs whatever c is, but its steps act c times as
     strongly; trained over many c it must learn from the trajectory whether its steps are too long (ours; the same
@@ -19,13 +19,14 @@ class Rescaled(Problem):
     are divided by c; what is measured on unseen data stays.
     """
 
-    def __init__(self, problem: Problem, scale: float = 1.0, loss_scale: float = 1.0) -> None:
-        """`scale` is c, `loss_scale` is s."""
-        self.problem, self.scale, self.loss_scale = problem, scale, loss_scale
+    def __init__(self, problem: Problem, scale: float = 1.0, loss_scale: float | Sequence[float] = 1.0) -> None:
+        """`scale` is c, `loss_scale` is s: one number, or one for each objective."""
+        self.problem, self.scale = problem, scale
+        self.loss_scale = torch.as_tensor(loss_scale, device=problem.device, dtype=problem.dtype)  # [] or [m]
         self.instances, self.objectives, self.dimension = problem.instances, problem.objectives, problem.dimension
         self.positive = problem.positive
-        self.minima = None if problem.minima is None else loss_scale * problem.minima
-        self.reference_point = None if problem.reference_point is None else loss_scale * problem.reference_point
+        self.minima = None if problem.minima is None else self.loss_scale * problem.minima
+        self.reference_point = None if problem.reference_point is None else self.loss_scale * problem.reference_point
         self.bounds = None if problem.bounds is None else (problem.bounds[0] / scale, problem.bounds[1] / scale)
         self.device, self.dtype = problem.device, problem.dtype
 
@@ -44,7 +45,7 @@ class Rescaled(Problem):
     def jacobian(self, parameters: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return (c s J(c z), s F(c z)) by the wrapped problem's own way."""
         jacobian, losses = self.problem.jacobian(self.scale * parameters, batch)
-        return self.scale * self.loss_scale * jacobian, self.loss_scale * losses
+        return self.scale * self.loss_scale.unsqueeze(-1) * jacobian, self.loss_scale * losses
 
     def test_metrics(self, parameters: Tensor) -> dict[str, Tensor]:
         """Return the wrapped problem's figures at c z."""

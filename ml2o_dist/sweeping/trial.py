@@ -78,6 +78,8 @@ def meta_train_trial(settings: MetaTrainSettings) -> None:
     if (found := tune.get_checkpoint()) is not None:
         with found.as_directory() as path:
             trainer.take_over(load_checkpoint(Path(path)))
+    else:
+        trainer.begin()
     with closing(WorkerPool.of(settings)) as pool:
         trainer.run(pool.begin, _reporting(trainer))
 

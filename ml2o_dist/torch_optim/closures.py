@@ -88,13 +88,13 @@ class ClosureProblem(Problem):
     instances = 1
 
     def __init__(
-        self, layout: Layout, training: ClosureBatch, guard: ClosureBatch | None, decay: Tensor | None
+        self, layout: Layout, training: ClosureBatch, guard: ClosureBatch | None, decay: Tensor | None, fewest: int = 1
     ) -> None:
-        """Without a `guard` batch the training batch stands for it."""
+        """Without a `guard` batch the training batch stands for it; of either `fewest` samples can be compared by."""
         self._layout, self._coming, self._after = layout, training, guard or training
         self.device, self.dtype = layout.device, layout.dtype
         self.dimension, self.objectives = layout.dimension, 0  # the first call tells how many
-        self.decay, self.samples = decay, False
+        self.decay, self.samples, self.fewest = decay, False, fewest
         self.reached = [True] * len(layout.parameters)
         self._devices = sorted({p.device for p in layout.parameters if p.device.type == "cuda"}, key=str)
 
@@ -112,13 +112,22 @@ class ClosureProblem(Problem):
         return not self.samples
 
     def sample_losses(self, parameters: Tensor, batch: ClosureBatch) -> Tensor:
-        """Return the losses of every sample [1, B, m], or [1, 1, m] where the closure returns scalars, detached."""
+        """Return the losses of every sample [1, B, m], or [1, 1, m] where the closure returns scalars, detached.
+
+        Raises:
+            UserError: of fewer samples than can be compared by.
+        """
         parts = []
         with self._at(parameters), torch.no_grad():
             for i in range(len(batch.closures)):
                 with batch.part(i, self._devices) as losses:
                     parts.append(torch.stack(self._checked(losses, batch), dim=-1))
         values = torch.cat(parts) if self.samples else torch.stack(parts).mean(dim=0, keepdim=True)
+        if self.samples and len(values) < self.fewest:
+            raise UserError(
+                f"the {batch.name} returned the losses of {len(values)} samples, to tell worse from noise takes "
+                f"{self.fewest} or more: leave out a smaller last batch (drop_last=True), or return scalars"
+            )
         return (values + self._penalty(parameters)).unsqueeze(0)
 
     def jacobian(self, parameters: Tensor, batch: ClosureBatch) -> tuple[Tensor, Tensor]:

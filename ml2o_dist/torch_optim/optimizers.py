@@ -148,7 +148,7 @@ class ML2O(Optimizer):
         self._take_in()
         training = ClosureBatch(closure, "closure", traces=True)
         guard = None if guard_closure is None else ClosureBatch(guard_closure, "guard closure", traces=False)
-        problem = ClosureProblem(self._layout, training, guard, self._decay())
+        problem = ClosureProblem(self._layout, training, guard, self._decay(), self._fewest())
         oracle = Oracle(problem, torch.default_generator)  # which nothing draws from
         point, batch = self._layout.read(), oracle.draw()
         jacobian, losses = problem.jacobian(point, batch)
@@ -165,6 +165,10 @@ class ML2O(Optimizer):
     def _rule(self, multiplier: Tensor | None) -> UpdateRule:
         """Return the rule, with its steps times `multiplier` [1, n]."""
         return multiplied(self._learned.rule(self._layout.device, self._layout.dtype), multiplier)
+
+    def _fewest(self) -> int:
+        """Return how many samples a batch must have."""
+        return 1
 
     def _moved(self, rule: UpdateRule, oracle: Oracle, point: Tensor, seen: StepInfo) -> tuple[Tensor, State]:
         return rule.propose(oracle, point, self._rule_state, seen)
@@ -284,10 +288,16 @@ class GML2O(ML2O):
     _remembered = (*ML2O._remembered, "accepted_steps", "_guard")
 
     def _rule(self, multiplier: Tensor | None) -> GuardedRule:
-        guard = self._guard or (self._learned.settings.guard or GuardSettings()).model_copy(
-            update={"batches": 1, "growth": 0.0}
-        )
+        guard = self._guard_settings()
         return GuardedRule(super()._rule(multiplier), multiplied(fallback_rule(guard), multiplier), guard)
+
+    def _guard_settings(self) -> GuardSettings:
+        if self._guard:
+            return self._guard
+        return (self._learned.settings.guard or GuardSettings()).model_copy(update={"batches": 1, "growth": 0.0})
+
+    def _fewest(self) -> int:
+        return self._guard_settings().fewest_samples
 
     def _moved(self, rule: UpdateRule, oracle: Oracle, point: Tensor, seen: StepInfo) -> tuple[Tensor, State]:
         assert isinstance(rule, GuardedRule)

@@ -30,6 +30,20 @@ def test_an_episode_repeats_bit_for_bit_and_changes_with_its_seed():
     assert not np.array_equal(one.losses, run_episode(weights(), replace(SPEC, seed=8)).losses)
 
 
+def test_objectives_are_rescaled_each_by_a_factor_of_its_own_between_the_bounds():
+    factors = []
+    for seed in range(40):
+        spec = replace(SPEC, seed=seed, horizon=1)
+        plain, scaled = (
+            run_episode(weights(), each).losses[0] for each in (spec, replace(spec, objective_rescale=9.0))
+        )
+        factors.append(scaled / plain)
+    logs = np.log(np.stack(factors)) / np.log(9)
+    assert -1 <= logs.min() < -0.8
+    assert 0.8 < logs.max() <= 1
+    assert np.abs(logs[:, 0] - logs[:, 1]).mean() > 0.3
+
+
 def test_shapes_and_counts():
     result = run_episode(weights(), SPEC)
     assert result.losses.shape == (13, 2)

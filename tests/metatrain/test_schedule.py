@@ -71,6 +71,13 @@ def test_parameter_scales_are_log_uniform_and_absent_by_default():
     assert {item.spec.parameter_scale for item in validation_items(small(family=family), 0, "cpu")} == {1.0}
 
 
+def test_each_objective_of_a_training_problem_is_rescaled_and_none_of_a_validation_problem():
+    family = {**TREE["family"], "objective_rescale": 8.0}
+    settings = small(family=family)
+    assert {item.spec.objective_rescale for item in training_items(settings, 0, "cpu")} == {8.0}
+    assert {item.spec.objective_rescale for item in validation_items(settings, 0, "cpu")} == {1.0}
+
+
 @pytest.mark.parametrize(("meta_steps", "kept"), [(1, 20), (7, 20), (20, 20), (21, 20), (1000, 20), (9, 2), (9, 1)])
 def test_recorded_meta_steps_are_as_many_as_asked_for_and_evenly_spaced(meta_steps, kept):
     settings = small(meta_steps=meta_steps, slots=3, trajectories={"meta_steps": kept, "slots": 2})

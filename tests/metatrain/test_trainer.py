@@ -9,9 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from ml2o_dist.artifact import save_artifact, weights_sha256
 from ml2o_dist.errors import UserError
 from ml2o_dist.metatrain.checkpoint import newest_checkpoint, save_checkpoint
-from ml2o_dist.metatrain.schedule import training_items
+from ml2o_dist.metatrain.schedule import training_items, validation_items
 from ml2o_dist.metatrain.trainer import Trainer, TrainingError
 from ml2o_dist.rules.base import Oracle
 from ml2o_dist.rules.ml2o import ML2ONetwork
@@ -61,6 +62,33 @@ def test_the_meta_loss_falls(tmp_path):
     after = [r.meta_loss for r in in_process(fresh, trainer.learner.weights)]
     assert sum(after) / len(after) < sum(before) / len(before) - 0.05
     assert sum(a < b for a, b in zip(after, before, strict=True)) > 0.8 * len(after)
+
+
+def test_it_goes_on_from_the_weights_that_begin_names(calm, tmp_path):
+    saved = save_artifact(tmp_path / "before", calm.learner.weights, calm.settings.rule, {})
+    settings = small(begin=str(saved.path), meta_steps=4, learner={"ema": 0.9})
+    trainer = Trainer(settings, tmp_path / "after")
+    trainer.begin()
+    for weights in (trainer.learner.weights, trainer.learner.averaged_weights, trainer.best_weights):
+        assert weights_sha256(weights) == saved.weights_sha256
+    scores = [r.score for r in in_process(validation_items(settings, 0, "cpu"), calm.learner.weights)]
+    trainer.run(later(in_process))
+    history = trainer.progress.history
+    assert next(iter(history))["validation"] == pytest.approx(sum(scores) / len(scores))
+    assert weights_sha256(trainer.learner.weights) != saved.weights_sha256
+    again = Trainer(settings, tmp_path / "after")
+    saved.path.unlink()  # a run that is gone on with has no need of them
+    again.resume()
+    assert digests(again) == digests(trainer)
+    assert again.progress.begun_from == saved.weights_sha256
+
+
+def test_weights_of_another_rule_are_refused_with_the_settings_that_they_need(tmp_path):
+    trainer = Trainer(small(begin="pretrained"), tmp_path)
+    with pytest.raises(UserError, match=r"begin=pretrained: .*rule\.features=agreement .*rule\.hidden=8"):
+        trainer.begin()
+    with pytest.raises(UserError, match="is missing"):
+        Trainer(small(begin=str(tmp_path / "none")), tmp_path).begin()
 
 
 def test_the_best_validated_weights_are_kept(calm):

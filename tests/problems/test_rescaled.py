@@ -18,8 +18,8 @@ def built(text, instances=2):
     return ProblemSpec.parse(text).build(ProblemContext(instances, dtype=DOUBLE))
 
 
-@pytest.mark.parametrize("scales", [(0.3,), (4.0,), (1.0, 1000.0), (0.5, 0.01)])
-@pytest.mark.parametrize("text", ["quadratic[m=3,n=4,noise=0.2]", "zdt1[n=5]", "fonseca"])
+@pytest.mark.parametrize("scales", [(0.3,), (4.0,), (1.0, 1000.0), (0.5, 0.01), (2.0, [0.1, 3.0])])
+@pytest.mark.parametrize("text", ["quadratic[m=2,n=4,noise=0.2]", "zdt1[n=5]", "fonseca"])
 def test_it_keeps_the_contract(text, scales):
     check_problem(Rescaled(built(text), *scales))
 
@@ -43,6 +43,17 @@ def test_losses_in_other_units_are_a_multiple():
     torch.testing.assert_close(losses, 1000 * expected)
     torch.testing.assert_close(other.sample_losses(start, batch), 1000 * plain.sample_losses(4 * start, batch))
     torch.testing.assert_close(ours, 4000 * theirs)
+
+
+def test_each_objective_has_units_of_its_own():
+    text, units = "quadratic[m=3,noise=0.2]", torch.tensor([0.01, 1.0, 50.0], dtype=DOUBLE)
+    plain, other = built(text), Rescaled(built(text), 4.0, units.tolist())
+    start, batch = other.initial_parameters([1, 2]), other.sample_batch(torch.Generator().manual_seed(0))
+    ours, losses = other.jacobian(start, batch)
+    theirs, expected = plain.jacobian(4 * start, batch)
+    torch.testing.assert_close(losses, units * expected)
+    torch.testing.assert_close(ours, 4 * units[:, None] * theirs)
+    torch.testing.assert_close(other.pareto_front(5), units * plain.pareto_front(5))
 
 
 def test_for_a_rule_that_ignores_the_gradients_scale_it_multiplies_the_step():

@@ -206,8 +206,8 @@ def test_the_sum_may_trade_one_objective_for_another():
 def test_one_sample_is_too_few_for_a_margin(budget, least):
     oracle, first = start("quadratic[n=4,noise=0.1,batch=1]")
     for batches in (1, least - 1):
+        guard = GuardSettings(budget=budget, batches=batches)
         with pytest.raises(UserError, match=rf"the guard needs {least} samples or more: .* rule\.guard\.batches"):
-            guard = GuardSettings(budget=budget, batches=batches)
             run(GML2O(AdversaryRule("frozen"), FALLBACK, guard), oracle, first, 1)
     enough = GuardSettings(budget=budget, batches=least)
     run(GML2O(AdversaryRule("frozen"), FALLBACK, enough), oracle, first, 1)

@@ -133,8 +133,15 @@ def test_the_guard_must_return_what_the_closure_does() -> None:
         optimizer.step(closure, lambda: losses(model, drawn(1)))
     with pytest.raises(UserError, match="guard closure returned 1 losses, before there were 2"):
         optimizer.step(closure, lambda: losses(model, drawn(1), "none")[:1])
-    with pytest.raises(UserError, match=r"guard needs 4 samples"):
-        optimizer.step(closure, lambda: losses(model, drawn(1, 1), "none"))
+    before = flat(model)
+    with pytest.raises(UserError, match=r"guard closure .* losses of 3 samples, .* takes 4 or more.*drop_last"):
+        optimizer.step(closure, lambda: losses(model, drawn(1, 3), "none"))
+    assert torch.equal(flat(model), before)
+    assert optimizer.steps == 0
+    optimizer.step(closure, lambda: losses(model, drawn(1, 4), "none"))
+    strict = GML2O(model.parameters(), "initial", guard=GuardSettings(budget=0))
+    with pytest.raises(UserError, match=r"the closure returned the losses of 1 samples, .* takes 2 or more"):
+        strict.step(lambda: losses(model, drawn(1, 1), "none"))
 
 
 def test_a_hand_designed_fallback_takes_no_more_parameters() -> None:
