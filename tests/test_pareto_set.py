@@ -12,11 +12,13 @@ import torch
 from click.testing import CliRunner
 from mlflow.tracking import MlflowClient
 from safetensors.torch import load_file, save_file
+from torch import nn
 
 from ml2o_dist.cli import main
 from ml2o_dist.config_file import dump_settings, read_settings
 from ml2o_dist.paretoset.experts import network_of
 from ml2o_dist.paretoset.image_tasks import load_tasks
+from ml2o_dist.paretoset.library_trunks import GreyImages
 from ml2o_dist.paretoset.saved_set import FILE, load_set
 from ml2o_dist.paretoset.settings import NetworkSettings, ParetoSetSettings
 from ml2o_dist.tracking.registry import list_versions
@@ -202,6 +204,22 @@ def test_nothing_starts_where_something_is_wrong(home, override, part, monkeypat
     assert result.exit_code == 2, result.output
     assert part in result.output
     assert not (home / "runs" / "x" / "pareto_set.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("comparator", "part"),
+    [("cosmos", "wants 3 channels"), ("pamal", "running moments"), ("phn-ls", "trunk.trunk.1.running_mean")],
+)
+def test_a_comparator_that_cannot_take_the_network_is_refused_before_anything_is_trained(
+    home, comparator, part, monkeypatch
+):
+    trunk = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    monkeypatch.setattr("ml2o_dist.paretoset.networks.library_trunk", lambda *words: (GreyImages(trunk, 8), 4))
+    monkeypatch.setattr("ray.init", lambda *a, **k: pytest.fail("Ray was started"))
+    result = ml2o("train", "--config", CONFIG, "--run-dir", "runs/x", "--set", "network.name=timm/x",
+                  "--set", f"comparators=[{comparator}]")  # fmt: skip
+    assert result.exit_code == 2, result.output
+    assert part in result.output
 
 
 def test_an_optimizer_that_compares_points_wants_weights_that_stay(home):

@@ -10,6 +10,7 @@ from ml2o_dist.errors import UserError
 from ml2o_dist.evaluation.contestants import Contestant, Guarded, HandDesigned, Learned, Stochastic
 from ml2o_dist.evaluation.optimizer_names import Resolve, parse_optimizers
 from ml2o_dist.files import home_folder
+from ml2o_dist.paretoset.conditioned import ConditionedInput, WeightLine
 from ml2o_dist.paretoset.experts import network_of
 from ml2o_dist.paretoset.fusion import Fusion
 from ml2o_dist.paretoset.saved_results import SETTINGS
@@ -79,7 +80,7 @@ def router_trainer(settings: ParetoSetSettings, resolve: Resolve) -> Contestant:
 
 
 def check_network(settings: ParetoSetSettings, tasks: TaskSet) -> None:
-    """Raise UserError, before anything is trained, for a network, files or modules that do not go together."""
+    """Raise UserError, before anything is trained, for network, files, modules, comparators that do not fit."""
     network = network_of(tasks, settings.network, settings.seed)
     if settings.experts.files:
         if len(settings.experts.files) != tasks.count + 1:
@@ -92,3 +93,7 @@ def check_network(settings: ParetoSetSettings, tasks: TaskSet) -> None:
         start = network.state_dict()
         experts = [start] * tasks.count
     Fusion(network, start, experts, modules=settings.modules, heads=network.head_names)
+    if "cosmos" in settings.comparators:
+        ConditionedInput(network, tasks.count, settings.seed)
+    if {"pamal", "phn-ls", "phn-epo"} & set(settings.comparators):
+        WeightLine(network, [])

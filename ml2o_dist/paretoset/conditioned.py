@@ -87,8 +87,8 @@ class OfArchitecture(Conditioned):
         moving = [name for name, buffer in network.named_buffers() if buffer.is_floating_point()]
         if moving:
             raise UserError(
-                f"{type(self).__name__} needs a network without running moments, and this one has {moving[0]}: "
-                "use another network here"
+                "what makes parameters for each preference (pamal, phn-ls, phn-epo) needs a network without running "
+                f"moments, and this one has {moving[0]}: leave it out of the comparators of this network"
             )
         self._network = (copy.deepcopy(network).requires_grad_(False),)  # in a tuple: its parameters are not ours
 
@@ -162,12 +162,21 @@ class ConditionedInput(Conditioned):
     """
 
     def __init__(self, network: MultiHead, tasks: int, seed: int) -> None:
-        """Widen the first layer of `network` to 1 + T channels; the new weights are drawn from `seed`."""
+        """Widen the first layer of `network` to 1 + T channels; the new weights are drawn from `seed`.
+
+        Raises:
+            UserError: it takes images of several channels, as other libraries' networks do.
+        """
         super().__init__()
         self.network = copy.deepcopy(network)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(derive_seed("cosmos", seed))
             first, name = _first_layer(self.network)
+            if isinstance(first, nn.Conv2d) and first.in_channels != 1:
+                raise UserError(
+                    f"COSMOS lays the preference over grey images as further channels, and layer {name} wants "
+                    f"{first.in_channels} channels: leave `cosmos` out of the comparators of this network"
+                )
             self.network.set_submodule(name, _widened(first, tasks))
 
     def forward(self, preference: Tensor, images: Sequence[Tensor]) -> list[Logits]:

@@ -128,6 +128,8 @@ def _check_heads(network: nn.Module, heads: Sequence[str], tasks: int) -> None:
             raise UserError(f"the head of task {t + 1}, module {head!r}, is missing in the network")
         if not any(True for _ in modules[head].parameters()):
             raise UserError(f"the head of task {t + 1}, module {head!r}, has no parameter")
+        if inside := [other for other in heads if other.startswith(f"{head}.")]:
+            raise UserError(f"the head of task {t + 1}, module {head!r}, has another task's head {inside[0]!r} in it")
 
 
 def _check_state(what: str, state: State, network: nn.Module) -> None:

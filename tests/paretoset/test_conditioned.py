@@ -22,6 +22,7 @@ from ml2o_dist.paretoset.conditioned import (
     trainable,
 )
 from ml2o_dist.paretoset.fusion import Fusion
+from ml2o_dist.paretoset.library_trunks import GreyImages
 from ml2o_dist.paretoset.networks import MultiHead, build_multi_head
 from tests.paretoset.small import start_and_experts
 
@@ -163,6 +164,13 @@ def test_cosmos_sees_the_preference_as_channels(net: str) -> None:
         assert torch.equal(one, other)
 
 
+def test_cosmos_refuses_what_wants_coloured_images() -> None:
+    coloured = nn.Sequential(nn.Conv2d(3, 2, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    base = MultiHead(GreyImages(coloured, SIDE), 2, (3, 3))
+    with pytest.raises(UserError, match=r"trunk\.trunk\.0 wants 3 channels: leave `cosmos` out"):
+        ConditionedInput(base, 2, seed=0)
+
+
 @pytest.mark.parametrize("kind", ["hypernetwork", "input"])
 def test_first_values_are_of_the_seed_alone(kind: str) -> None:
     before = torch.get_rng_state()
@@ -187,9 +195,9 @@ def test_a_fused_model_trains_its_routers_alone_and_stays_in_evaluation_mode() -
 def test_running_moments_are_refused_where_they_would_be_of_no_preference() -> None:
     trunk = nn.Sequential(nn.Flatten(), nn.Linear(16, 5), nn.BatchNorm1d(5))
     base = MultiHead(trunk, 5, (3, 3))
-    with pytest.raises(UserError, match=r"WeightLine needs a network without running moments, .* trunk.2.running_mean"):
+    with pytest.raises(UserError, match=r"needs a network without running moments, .* trunk.2.running_mean: leave"):
         WeightLine(base, [base, base])
-    with pytest.raises(UserError, match="Hypernetwork needs a network without running moments"):
+    with pytest.raises(UserError, match="needs a network without running moments"):
         Hypernetwork(base, 2, seed=0)
 
 

@@ -123,6 +123,7 @@ def test_a_state_dict_that_does_not_fit_is_named(who: str, change: Callable[[Sta
 
 def test_wrong_counts_and_wrong_heads_are_refused() -> None:
     network = nn.ModuleDict({"trunk": nn.Linear(2, 2), "empty": nn.ReLU(), "a": nn.Linear(2, 1), "b": nn.Linear(2, 1)})
+    network["deep"] = nn.Sequential(nn.Linear(2, 1))
     start, experts = start_and_experts(network, 2)
     for count in (0, 1):
         with pytest.raises(UserError, match=f"a fusion needs at least 2 experts, not {count}"):
@@ -130,6 +131,7 @@ def test_wrong_counts_and_wrong_heads_are_refused() -> None:
     for heads, complaint in (
         (("a",), "must name a module of its own for each of 2 tasks"),
         (("a", "a"), "must name a module of its own"),
+        (("deep", "deep.0"), "head of task 1, module 'deep', has another task's head 'deep.0' in it"),
         (("a", "c"), "the head of task 2, module 'c', is missing"),
         (("", "a"), "the head of task 1, module '', is missing"),
         (("a", "empty"), "the head of task 2, module 'empty', has no parameter"),
