@@ -11,58 +11,46 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import click
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torchjd.aggregation import MGDA
 from torchjd.autojac import jac_to_grad, mtl_backward
 
 from ml2o_dist import GML2O, ML2O
+from ml2o_dist.paretoset.networks import MultiHead, build_multi_head
 
 SIDE, CLASSES, BATCH = 36, 10, 256
-WIDTHS, HEADS = (2, 8, 32, 128), (1, 2, 3, 5)
-"""Of the MLPs: hidden units, at two heads; heads, at 32 hidden units."""
+WIDTHS, HEADS = (2, 8, 32, 128), (1, 3, 5)
+"""Of the MLPs: hidden units, at two heads; other numbers of heads, at 32 hidden units."""
 
 
-class Network(nn.Module):
-    """A trunk and a linear head for each task."""
-
-    def __init__(self, trunk: nn.Sequential, width: int, tasks: int) -> None:
-        super().__init__()
-        self.trunk, self.heads = trunk, nn.ModuleList([nn.Linear(width, CLASSES) for _ in range(tasks)])
-
-    def losses(self, features: Tensor, labels: Tensor, reduction: str = "none") -> list[Tensor]:
-        """Return the cross-entropies of each task from features [B, width] and labels [tasks, B]."""
-        pairs = zip(self.heads, labels, strict=True)
-        return [F.cross_entropy(head(features), label, reduction=reduction) for head, label in pairs]
+def network(net: str, tasks: int = 2, hidden: int = 32) -> MultiHead:
+    """Return the LeNet of the Multi-MNIST literature, or an MLP of one hidden layer."""
+    return build_multi_head(net, side=SIDE, classes=(CLASSES,) * tasks, seed=0, hidden=hidden)
 
 
-def lenet() -> Network:
-    """Return the LeNet of the Multi-MNIST literature."""
-    convolutions = nn.Conv2d(1, 10, 5), nn.MaxPool2d(2), nn.ReLU(), nn.Conv2d(10, 20, 5), nn.MaxPool2d(2), nn.ReLU()
-    return Network(nn.Sequential(*convolutions, nn.Flatten(), nn.Linear(720, 50), nn.ReLU()), 50, 2)
+def losses_of(logits: Sequence[Tensor], labels: Tensor, reduction: str = "none") -> list[Tensor]:
+    """Return the cross-entropies of each task, labels [tasks, B]."""
+    return [F.cross_entropy(each, label, reduction=reduction) for each, label in zip(logits, labels, strict=True)]
 
 
-def mlp(hidden: int, tasks: int) -> Network:
-    """Return an MLP of one hidden layer."""
-    return Network(nn.Sequential(nn.Flatten(), nn.Linear(SIDE * SIDE, hidden), nn.ReLU()), hidden, tasks)
-
-
-def steps_of(build: Callable[[], Network], batch: int) -> dict[str, Callable[[], object]]:
+def steps_of(build: Callable[[], MultiHead], batch: int) -> dict[str, Callable[[], object]]:
     """Return a step of each optimizer, each on a network of its own."""
     found: dict[str, Callable[[], object]] = {}
     tasks = len(build().heads)
     x, labels = torch.randn(batch, 1, SIDE, SIDE), torch.randint(CLASSES, (tasks, batch))
 
-    network = build()
-    adam = torch.optim.Adam(network.parameters())
+    summed = build()
+    adam = torch.optim.Adam(summed.parameters())
 
     def by_adam() -> None:
         adam.zero_grad()
-        torch.stack(network.losses(network.trunk(x), labels, "mean")).sum().backward()
+        torch.stack(losses_of(summed(x), labels, "mean")).sum().backward()
         adam.step()
 
     found["Adam on the sum"] = by_adam
@@ -72,7 +60,8 @@ def steps_of(build: Callable[[], Network], batch: int) -> dict[str, Callable[[],
 
     def by_mgda() -> None:
         features = other.trunk(x)
-        mtl_backward(other.losses(features, labels, "mean"), features=features)
+        logits = [head(features) for head in other.heads]
+        mtl_backward(losses_of(logits, labels, "mean"), features=features)
         jac_to_grad(other.trunk.parameters(), mgda)
         inner.step()
         inner.zero_grad()
@@ -82,8 +71,8 @@ def steps_of(build: Callable[[], Network], batch: int) -> dict[str, Callable[[],
         model = build()
         learned = kind(model.parameters())
 
-        def by_learned(model: Network = model, learned: ML2O = learned) -> None:
-            learned.step(lambda: model.losses(model.trunk(x), labels))
+        def by_learned(model: MultiHead = model, learned: ML2O = learned) -> None:
+            learned.step(lambda: losses_of(model(x), labels))
 
         found[kind.__name__] = by_learned
     return found
@@ -109,9 +98,10 @@ def main(rounds: int, as_json: bool) -> None:
     """Milliseconds of a step of each optimizer, one torch thread, and their ratio to MGDA's."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    cases = [(f"LeNet, batch {batch}", lenet, batch) for batch in (32, BATCH)]
-    cases += [(f"MLP-{width}, 2 heads, batch 32", lambda width=width: mlp(width, 2), 32) for width in WIDTHS]
-    cases += [(f"MLP-32, {tasks} heads, batch 32", lambda tasks=tasks: mlp(32, tasks), 32) for tasks in HEADS]
+    cases: list[tuple[str, Callable[[], MultiHead], int]]
+    cases = [(f"LeNet, batch {batch}", partial(network, "lenet5"), batch) for batch in (32, BATCH)]
+    cases += [(f"MLP-{width}, 2 heads, batch 32", partial(network, "mlp", hidden=width), 32) for width in WIDTHS]
+    cases += [(f"MLP-32, {tasks} heads, batch 32", partial(network, "mlp", tasks), 32) for tasks in HEADS]
     table = []
     for name, build, batch in cases:
         times = medians(steps_of(build, batch), rounds)

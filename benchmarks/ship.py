@@ -82,6 +82,7 @@ def first_steps(settings: MetaTrainSettings, steps: int = FIRST) -> str:
     with tempfile.TemporaryDirectory(prefix="ml2o-first-") as folder:
         trainer, pool = Trainer(settings, Path(folder)), WorkerPool.of(settings)
         try:
+            trainer.begin()
             trainer.run(pool.begin, on_row)
         except Reached:
             pass

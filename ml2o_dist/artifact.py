@@ -151,8 +151,9 @@ def shipped_names() -> list[str]:
 
 def located(reference: str) -> str:
     """Return what `load_artifact` takes, a relative path resolved against ML2O_HOME, all else and "" as it is."""
-    path = reference and not (reference in shipped_names() or reference.startswith("models:/") or is_uri(reference))
-    return str(home_folder() / Path(reference).expanduser()) if path else reference
+    if not reference or reference in shipped_names() or reference.startswith("models:/") or is_uri(reference):
+        return reference
+    return str(home_folder() / Path(reference).expanduser())
 
 
 def load_artifact(path: Path | str) -> Artifact:

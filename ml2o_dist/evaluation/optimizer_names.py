@@ -8,13 +8,12 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from ml2o_dist.artifact import load_artifact, shipped_names
+from ml2o_dist.artifact import load_artifact, located, shipped_names
 from ml2o_dist.config import EvaluateSettings, GuardSettings
 from ml2o_dist.errors import UserError
 from ml2o_dist.evaluation.contestants import Adversary, Contestant, Guarded, HandDesigned, Learned, Stochastic
 from ml2o_dist.evaluation.evaluated import Role
 from ml2o_dist.files import home_folder
-from ml2o_dist.remote_files import is_uri
 from ml2o_dist.rules.adversaries import ADVERSARIES
 from ml2o_dist.rules.aggregated import parse_optimizer_name
 from ml2o_dist.rules.aggregators import AGGREGATORS
@@ -80,7 +79,7 @@ def _entrant(text: str, settings: EvaluateSettings, resolve: Resolve) -> Entrant
         _, _, lr = parse_optimizer_name(name)
         return Entrant(text, partial(_hand_designed, name, guard), tuned=lr is None, learning_rate=lr)
     if "/" in name or name.endswith(".safetensors") or (name and (home_folder() / name).exists()):
-        return _learned(text, name, name if is_uri(name) else home_folder() / name, guard)
+        return _learned(text, name, located(name), guard)
     raise _unknown(text)
 
 

@@ -32,8 +32,8 @@ Weights = Mapping[str, Tensor]
 class EpisodeSpec:
     """Everything an episode depends on besides the weights.
 
-    `seed` names all its randomness: the problem's coefficients, the starting points of the P `instances`, the batches
-    the chosen coordinates, and s of `Rescaled` for each objective, up to `objective_rescale` or from 1 / that.
+    `seed` names all its randomness: the problem's coefficients, the starting points of the P `instances`, the batches,
+    the chosen coordinates, and s of `Rescaled` for each objective, from 1 / `objective_rescale` to that.
     `parameter_scale` is its c. `estimator` None: no meta-gradient is wanted (validation). `record`: the trajectory
     comes back too; nothing else changes.
     """

@@ -230,9 +230,11 @@ class GML2O(UpdateRule):
         # One half of the samples decides and the other is paid by: of accepted steps the deciding half is biased.
         halves = settings.budget > 0 and not exact
         decides, pays = (worse[:, 0::2], worse[:, 1::2]) if halves else (worse, worse)
-        if not exact and pays.shape[1] < 2:
-            least = 4 if halves else 2
-            raise UserError(f"the guard needs {least} samples or more: raise the problem's batch or rule.guard.batches")
+        if not exact and worse.shape[1] < settings.fewest_samples:
+            raise UserError(
+                f"the guard needs {settings.fewest_samples} samples or more: raise the problem's batch or "
+                "rule.guard.batches"
+            )
         mean, variance = _mean_and_variance(decides)
         passed = (mean + settings.margin * variance.sqrt() <= allowed).all(dim=1)
         if settings.budget:

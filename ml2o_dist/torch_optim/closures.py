@@ -90,7 +90,7 @@ class ClosureProblem(Problem):
     def __init__(
         self, layout: Layout, training: ClosureBatch, guard: ClosureBatch | None, decay: Tensor | None, fewest: int = 1
     ) -> None:
-        """Without a `guard` batch the training batch stands for it; of either `fewest` samples can be compared by."""
+        """Without a `guard` batch the training batch stands for it; it takes `fewest` samples to compare by it."""
         self._layout, self._coming, self._after = layout, training, guard or training
         self.device, self.dtype = layout.device, layout.dtype
         self.dimension, self.objectives = layout.dimension, 0  # the first call tells how many
@@ -123,7 +123,7 @@ class ClosureProblem(Problem):
                 with batch.part(i, self._devices) as losses:
                     parts.append(torch.stack(self._checked(losses, batch), dim=-1))
         values = torch.cat(parts) if self.samples else torch.stack(parts).mean(dim=0, keepdim=True)
-        if self.samples and len(values) < self.fewest:
+        if self.samples and batch is self._after and len(values) < self.fewest:
             raise UserError(
                 f"the {batch.name} returned the losses of {len(values)} samples, to tell worse from noise takes "
                 f"{self.fewest} or more: leave out a smaller last batch (drop_last=True), or return scalars"

@@ -18,10 +18,18 @@ def built(text, instances=2):
     return ProblemSpec.parse(text).build(ProblemContext(instances, dtype=DOUBLE))
 
 
-@pytest.mark.parametrize("scales", [(0.3,), (4.0,), (1.0, 1000.0), (0.5, 0.01), (2.0, [0.1, 3.0])])
-@pytest.mark.parametrize("text", ["quadratic[m=2,n=4,noise=0.2]", "zdt1[n=5]", "fonseca"])
+@pytest.mark.parametrize("scales", [(0.3,), (4.0,), (1.0, 1000.0), (0.5, 0.01)])
+@pytest.mark.parametrize("text", ["quadratic[m=3,n=4,noise=0.2]", "zdt1[n=5]", "fonseca"])
 def test_it_keeps_the_contract(text, scales):
     check_problem(Rescaled(built(text), *scales))
+
+
+@pytest.mark.parametrize(
+    ("text", "units"),
+    [("quadratic[m=3,n=4,noise=0.2]", [0.1, 1.0, 30.0]), ("zdt1[n=5]", [0.1, 3.0]), ("fonseca", [5.0, 0.01])],
+)
+def test_so_it_does_with_units_for_each_objective(text, units):
+    check_problem(Rescaled(built(text), 2.0, units))
 
 
 def test_losses_agree_and_gradients_are_scaled():

@@ -139,6 +139,7 @@ def test_the_guard_must_return_what_the_closure_does() -> None:
     assert torch.equal(flat(model), before)
     assert optimizer.steps == 0
     optimizer.step(closure, lambda: losses(model, drawn(1, 4), "none"))
+    GML2O(model.parameters(), "initial").step(lambda: losses(model, drawn(0, 1), "none"), closure)  # nothing by one
     strict = GML2O(model.parameters(), "initial", guard=GuardSettings(budget=0))
     with pytest.raises(UserError, match=r"the closure returned the losses of 1 samples, .* takes 2 or more"):
         strict.step(lambda: losses(model, drawn(1, 1), "none"))
