@@ -52,7 +52,16 @@ class RuleSettings(_Settings):
     hidden: int = Field(16, ge=1, le=1024, description="H, width of every LSTM")
     lr: float = Field(0.01, gt=0, description="scale of a residual or controlled step: Adam's learning rate")
     scale: float = Field(0.01, gt=0, description="scale of a `scaled` step, u = scale * out")
+    warmup: float = Field(
+        0.0, ge=0, description="output=controlled: the first step is exp(-warmup) as long; forgotten as 0.9^t"
+    )
     guard: GuardSettings | None = Field(None, description="GML2O: every step is checked against a fallback's")
+
+    @model_validator(mode="after")
+    def _warmup_needs_a_controller(self) -> RuleSettings:
+        if self.warmup and self.output != "controlled":
+            raise ValueError(f"warmup={self.warmup} needs output=controlled, not {self.output}")
+        return self
 
 
 class EstimatorSettings(_Settings):

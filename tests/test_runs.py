@@ -376,6 +376,7 @@ def refusal(*words: str) -> str:
         (["--set", "family.test=[fonsecca]"], ["'fonsecca'", "did you mean 'fonseca'?"]),
         (["--set", "family.train=[{problem: multidigits, choices: {activation: [relu, tanhh]}}]"], ["'tanhh'", "tanh"]),
         (["--set", "rule.output=cubic"], ["'rule.output'", "'controlled' or 'scaled'", "'cubic'"]),
+        (["--set", "rule.output=residual", "--set", "rule.warmup=2"], ["'rule'", "warmup=2.0", "output=controlled"]),
         (["--set", "comparison.baselines=[mgdaa+adam]"], ["'mgdaa'", "did you mean 'mgda'?"]),
         (["--set", "workers=99"], ["workers=99 needs 99 CPU (1 each), the cluster has 4: 95 missing"]),
         (["--set", "rule.objectives=per_objective", "--set", "rule.count=3"], ["rule.count=3", "has 2 objectives"]),

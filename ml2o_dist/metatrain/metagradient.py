@@ -111,7 +111,8 @@ def replay(
     answers *= rollout.accepted.repeat_interleave(rollout.gradients.shape[3], dim=1)
     gradients = rollout.gradients[:-1].transpose(1, 2).flatten(start_dim=2)
     agreement = rollout.agreement.repeat_interleave(rollout.gradients.shape[3], dim=1)
-    totals, counts = agreement.cumsum(dim=0), torch.arange(1, horizon + 1, device=agreement.device)[:, None]
+    totals = agreement.cumsum(dim=0)
+    counts = torch.arange(1, horizon + 1, device=agreement.device, dtype=agreement.dtype)[:, None]
     controls = [network.control] if network.settings.output == "controlled" else []
     by_controls = [torch.zeros_like(control) for control in controls]
     with torch.enable_grad():

@@ -7,7 +7,6 @@ tasks. Its parameters are what is trained.
 from __future__ import annotations
 
 import copy
-import math
 from abc import abstractmethod
 from collections.abc import Sequence
 
@@ -224,9 +223,7 @@ def flat_parameters(model: nn.Module) -> Tensor:
 
 def named_views(model: nn.Module, flat: Tensor) -> dict[str, Tensor]:
     """View the vector `flat` [n] as the parameters of `model`, by name."""
-    views, begin = {}, 0
-    for name, parameter in model.named_parameters():
-        size = math.prod(parameter.shape)
-        views[name] = flat[begin : begin + size].view(parameter.shape)
-        begin += size
-    return views
+    named = dict(model.named_parameters())
+    sizes = [parameter.numel() for parameter in named.values()]
+    parts = torch.split(flat, sizes)  # one copy of [n] in the backward pass, where slices take one for each name
+    return {name: part.view(parameter.shape) for (name, parameter), part in zip(named.items(), parts, strict=True)}

@@ -79,7 +79,8 @@ class WrittenOut:
             self.total = self.total + self.agreement
             if self.settings.output == "controlled":
                 grow, decay = self.network.control
-                size = (0.5 * grow * self.total - 0.02 * decay * self.count).repeat_interleave(dimension)
+                early = self.settings.warmup * 0.9 ** (self.count - 1)
+                size = (0.5 * grow * self.total - 0.02 * decay * self.count - early).repeat_interleave(dimension)
             update = -self.settings.lr * torch.exp(size) * (first / (second.sqrt() + 1e-8) + added)
         update = update.view(instances, dimension)
         self.last = (jacobian.sum(dim=1), update.detach())

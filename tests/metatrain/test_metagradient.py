@@ -52,7 +52,14 @@ def assert_close(ours, theirs, tolerance=1e-10):
 def test_replay_is_first_order_backpropagation(objectives, instances, form):
     tied, output, features = form
     settings = RuleSettings(
-        objectives=tied, output=output, features=features, count=objectives, hidden=4, lr=0.1, scale=0.1
+        objectives=tied,
+        output=output,
+        features=features,
+        count=objectives,
+        hidden=4,
+        lr=0.1,
+        scale=0.1,
+        warmup=1.5 if output == "controlled" else 0.0,
     )
     rule, problem = random_rule(settings), problem_for(objectives, instances)
     rollout, start, batches = rolled(rule, problem)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 
 import pytest
 import torch
@@ -26,7 +27,10 @@ FORMS = list(
 def test_the_blockwise_rule_equals_the_written_out_network(form, instances, objectives, dimension, monkeypatch):
     monkeypatch.setattr("ml2o_dist.rules.ml2o.BLOCK", 3)
     tied, output, features = form
-    rule = random_rule(RuleSettings(objectives=tied, output=output, features=features, count=objectives, hidden=4))
+    warmup = 1.5 if output == "controlled" else 0.0
+    rule = random_rule(
+        RuleSettings(objectives=tied, output=output, features=features, count=objectives, hidden=4, warmup=warmup)
+    )
     written, state = WrittenOut(rule.network), rule.initial_state(instances, objectives, dimension)
     draws = torch.Generator().manual_seed(1)
     for step in range(5):
@@ -72,6 +76,25 @@ def test_the_untrained_controller_mends_a_wrong_step_size(factor):
             losses.append(info.losses.sum())
         ends[output] = float(torch.stack(losses[-15:]).mean())
     assert ends["controlled"] < ends["residual"]
+
+
+@pytest.mark.parametrize("warmup", [0.0, 0.5, 3.0])
+@pytest.mark.parametrize(("instances", "objectives", "dimension"), [(1, 1, 1), (3, 2, 5)])
+def test_a_warm_up_shortens_the_steps_by_a_known_factor_that_it_forgets(warmup, instances, objectives, dimension):
+    updates: dict[float, list[torch.Tensor]] = {}
+    for own in (0.0, warmup):
+        settings = RuleSettings(output="controlled", hidden=4, warmup=own)
+        weights = random_rule(settings).network.state_dict() | {"control": torch.zeros(2, dtype=DOUBLE)}
+        rule = ML2ORule.from_weights(settings, weights, dtype=DOUBLE)
+        draws, state = torch.Generator().manual_seed(1), rule.initial_state(instances, objectives, dimension)
+        updates[own] = []
+        for _ in range(60):
+            jacobian = torch.randn(instances, objectives, dimension, dtype=DOUBLE, generator=draws)
+            update, state = rule.update(jacobian, state)
+            updates[own].append(update)
+    shares = [float((a / b).mean()) for a, b in zip(updates[warmup], updates[0.0], strict=True)]
+    assert shares == pytest.approx([math.exp(-warmup * 0.9**step) for step in range(60)], rel=1e-9)
+    assert shares[-1] == pytest.approx(1, abs=0.01)
 
 
 @pytest.mark.parametrize("scale", [1e-5, 1e5])
