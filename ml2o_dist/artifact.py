@@ -240,6 +240,10 @@ def _read(file: Path, what: str) -> bytes:
     try:
         return file.read_bytes()
     except FileNotFoundError as error:
+        if (file.parent / "pareto_set.yaml").is_file():
+            raise UserError(
+                f"{str(file.parent)!r} holds a Pareto set, not an optimizer: `ml2o pareto-set query`"
+            ) from error
         unfinished = (file.parent / "checkpoints").is_dir()
         hint = f": the run is not finished, go on with: ml2o meta-train --run-dir {file.parent} --resume"
         raise UserError(f"{what} file {str(file)!r} is missing{hint if unfinished else ''}") from error

@@ -248,6 +248,7 @@ def _one_line(kind: type[BaseModel], error: ValidationError) -> UserError:
         )
     message = first["msg"].removeprefix("Value error, ").removeprefix("Input should ")
     given = "" if first["type"] == "value_error" else f", not {first['input']!r}"
+    message = message.replace("a valid tuple", "a list, as [a, b]")
     verb = "must " if message.startswith("be ") else ""
     return UserError(f"{where}: {verb}{message[0].lower()}{message[1:]}{given}")
 

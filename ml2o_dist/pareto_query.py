@@ -32,6 +32,8 @@ def query_set(
     Raises:
         UserError: there is no set, the preference is none, data are missing, or `out` cannot be written.
     """
+    if out is None and not measure:
+        raise UserError("--no-measure without --out leaves nothing to do: name the file to write")
     if place.startswith("models:/"):
         from ml2o_dist.tracking.pareto_sets import resolve_set  # late: MLflow takes 2 s
 
@@ -40,6 +42,10 @@ def query_set(
         file = home_folder() / place
     found = load_set(file)
     card, fusion = found.card, found.fusion
+    if len(preference) != len(card.names):
+        raise UserError(
+            f"--preference has {len(preference)} numbers, the set {len(card.names)} tasks: {', '.join(card.names)}"
+        )
     ray = checked_preference(preference, len(card.names))
     network = fusion.export(ray)
     answer: dict[str, Any] = {"preference": ray.tolist(), "tasks": list(card.names), "out": None}

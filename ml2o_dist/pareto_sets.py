@@ -5,7 +5,8 @@ from __future__ import annotations
 import logging
 import shlex
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,9 @@ from ml2o_dist.config_file import dump_settings, flat_settings, read_settings, s
 from ml2o_dist.errors import Aborted, Incomplete, Interrupted, UserError
 from ml2o_dist.evaluation.contestants import Contestant
 from ml2o_dist.files import home_folder, replacing
-from ml2o_dist.paretoset.approaches import OURS, Work, all_work
+from ml2o_dist.paretoset.approaches import OURS, Outcome, Work, all_work, finished
 from ml2o_dist.paretoset.checks import check_network, check_place, resolved, router_trainer
-from ml2o_dist.paretoset.experts import expert_stages, is_done, steps_done
+from ml2o_dist.paretoset.experts import Stage, expert_stages, is_done, steps_done
 from ml2o_dist.paretoset.image_tasks import load_tasks
 from ml2o_dist.paretoset.pieces import Stopped, run_stages, run_works
 from ml2o_dist.paretoset.results import ApproachResult, assembled, best_first, cells, columns, markdown
@@ -46,7 +47,7 @@ def settings_for(run_dir: str, config: Path | None, overrides: Sequence[str], *,
         config = set_folder(run_dir) / SETTINGS
         if not config.exists():
             raise UserError(f"nothing to resume: {config.parent} holds no {SETTINGS}")
-    return read_settings(ParetoSetSettings, config, overrides)
+    return read_settings(ParetoSetSettings, config, overrides, SETTINGS)
 
 
 def set_folder(run_dir: str) -> Path:
@@ -85,19 +86,21 @@ def train_set(
     contestant = router_trainer(settings, lambda reference: _weights_of(uri, reference))
     tasks = load_tasks(settings.tasks, settings.data.root)
     check_network(settings, tasks)
+    plan = _plan(settings, tasks, contestant, folder)
+    ray = connected(address) if plan.stages or plan.works else nullcontext("not needed, nothing is left to train")
     last_words = f"go on with: {resume_command(folder)}"
     with (
         stop_on_signals(at_once=True, last_words=lambda: last_words) as stop,
         logged_to(folder, console),
         _resumable(last_words),
-        connected(address) as where,
+        ray as where,
     ):
         console.print(f"Ray            {where}", highlight=False, soft_wrap=True)
         stop.at_once = False
         with replacing(folder / SETTINGS) as stream:
             stream.write(dump_settings(settings).encode())
         with _tracked(settings, folder, uri, console, stop, resume) as sink:
-            answer, wrong = _run(settings, tasks, contestant, folder, sink, uri, console, stop, last_words)
+            answer, wrong = _run(settings, tasks, plan, folder, sink, uri, console, stop, last_words)
     if wrong:
         raise Incomplete("; ".join([*wrong, f"to try again: {resume_command(folder)}"]), answer)
     return answer
@@ -114,10 +117,41 @@ def resume_command(folder: Path) -> str:
     return f"ml2o pareto-set train --run-dir {shlex.quote(str(folder))} --resume"
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """What a run consists of; `stages` and `works` are what is left of it, `outcomes` what is done, by name."""
+
+    every_stage: list[Stage]
+    every_work: list[Work]
+    files: tuple[str, ...]
+    stages: list[Stage]
+    works: list[Work]
+    outcomes: dict[str, Outcome]
+
+
+def _plan(settings: ParetoSetSettings, tasks: TaskSet, contestant: Contestant, folder: Path) -> _Plan:
+    place = folder / "experts"
+    stages = expert_stages(settings, tasks.count, place)
+    files = settings.experts.files or tuple(str(place / f"{stage.name}.safetensors") for stage in stages)
+    files = tuple(str(home_folder() / file) for file in files)
+    works = all_work(settings, tasks.count, contestant, str(folder), files)
+    left = [stage for stage in stages if not is_done(stage, place)]
+    outcomes = {} if left else finished(works)
+    return _Plan(stages, works, files, left, [work for work in works if work.name not in outcomes], outcomes)
+
+
+def _phase(stages: Sequence[Stage], place: Path) -> str:
+    """Return in a word what is trained now."""
+    left = [stage for stage in stages if not is_done(stage, place)]
+    if not left:
+        return "fronts"
+    return "experts" if left[0].start else "start"
+
+
 def _run(
     settings: ParetoSetSettings,
     tasks: TaskSet,
-    contestant: Contestant,
+    plan: _Plan,
     folder: Path,
     sink: MlflowSink,
     uri: str,
@@ -125,32 +159,28 @@ def _run(
     stop: StopRequest,
     last_words: str,
 ) -> tuple[dict[str, Any], list[str]]:
-    place = folder / "experts"
-    stages = expert_stages(settings, tasks.count, place)
-    files = settings.experts.files or tuple(str(place / f"{stage.name}.safetensors") for stage in stages)
-    files = tuple(str(home_folder() / file) for file in files)
-    works = all_work(settings, tasks.count, contestant, str(folder), files)
+    place, stages, works, outcomes = folder / "experts", plan.every_stage, plan.every_work, dict(plan.outcomes)
     (folder / "training").mkdir(exist_ok=True)
-    left = [stage for stage in stages if not is_done(stage, place)]
     total = sum(stage.tuning.steps for stage in stages) + sum(work.steps(tasks.count) for work in works)
-    outcomes: dict[str, dict[str, Any]] = {}
     with StepDisplay(console, "steps", max(1, total)) as display, own_handlers_kept():
 
         def on_poll() -> bool:
             done = sum(steps_done(stage, place) for stage in stages)
             done += sum(work.done(tasks.count, work.name in outcomes) for work in works)
             trained = sum(is_done(stage, place) for stage in stages)
-            figures = f"{trained} of {len(stages)} networks, {len(outcomes)} of {len(works)} approaches"
-            display.update(done, figures)
+            networks, fronts = f"{trained} of {len(stages)} networks", f"{len(outcomes)} of {len(works)} approaches"
+            display.update(done, f"{_phase(stages, place)}: {networks}, {fronts}")
             return not stop()
 
-        def on_outcome(work: Work, outcome: dict[str, Any]) -> None:
+        def on_outcome(work: Work, outcome: Outcome) -> None:
             outcomes[work.name] = outcome
 
         try:
-            for group in ([stage for stage in left if not stage.start], [stage for stage in left if stage.start]):
-                run_stages(group, place, settings.resources, on_poll)
-            failed = run_works(works, settings.resources, on_outcome, on_poll)
+            for later in (False, True):  # the start, then the experts
+                group = [stage for stage in plan.stages if bool(stage.start) is later]
+                if group:
+                    run_stages(group, place, settings.resources, on_poll)
+            failed = run_works(plan.works, settings.resources, on_outcome, on_poll) if plan.works else []
         except Stopped:
             raise Interrupted(stop.signal_number, f"stopped by {stop.name}; {last_words}") from None
         on_poll()
@@ -158,7 +188,7 @@ def _run(
     if OURS not in {result.approach for result in results if result.fronts}:
         reason = next((reason for work, reason in failed if work.name == OURS), "it diverged")
         raise Aborted(f"the routers were not trained: {reason}; {last_words}")
-    digest = save_results(settings, tasks, folder, files, results, git_commit())
+    digest = save_results(settings, tasks, folder, plan.files, results, git_commit())
     table = Table(*columns(), title=f"Pareto set {folder.name}: {settings.tasks}, test split")
     for result in best_first(results):
         table.add_row(*cells(result), style="bold" if result.approach == OURS else None)

@@ -14,8 +14,10 @@ from mlflow.tracking import MlflowClient
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from ml2o_dist.artifact import load_artifact
 from ml2o_dist.cli import main
 from ml2o_dist.config_file import dump_settings, read_settings
+from ml2o_dist.errors import UserError
 from ml2o_dist.paretoset.experts import network_of
 from ml2o_dist.paretoset.image_tasks import load_tasks
 from ml2o_dist.paretoset.library_trunks import GreyImages
@@ -121,6 +123,7 @@ def test_a_finished_run_is_only_told_again(finished, monkeypatch):
     home, answer, _ = finished
     monkeypatch.setenv("ML2O_HOME", str(home))
     before = {file: file.stat().st_mtime_ns for file in (home / "runs" / "a").rglob("*.safetensors")}
+    monkeypatch.setattr("ml2o_dist.pareto_sets.connected", lambda address: pytest.fail("Ray was asked for"))
     result = ml2o("train", "--run-dir", "runs/a", "--resume", "--json")
     assert result.exit_code == 0, result.output
     again = json.loads(result.stdout)
@@ -135,6 +138,19 @@ def test_a_finished_run_is_only_told_again(finished, monkeypatch):
     result = ml2o("train", "--run-dir", "runs/a", "--resume", "--set", "routers.steps=50")
     assert result.exit_code == 2
     assert "routers.steps is 50 here and 300 there" in result.output
+    assert "leave it out to go on" in result.output
+
+
+def test_what_is_no_optimizer_says_so_and_its_folder_is_a_config(finished, monkeypatch):
+    home, _, _ = finished
+    monkeypatch.setenv("ML2O_HOME", str(home))
+    for reference in (home / "runs" / "a", "models:/ml2o-pareto-set@candidate"):
+        with pytest.raises(UserError, match=r"Pareto set, not an optimizer.*pareto-set query"):
+            load_artifact(reference)
+    result = ml2o("train", "--config", "runs/a", "--run-dir", "runs/b", "--set", "tasks=nothing")
+    assert result.exit_code == 2
+    assert "'nothing'" in result.output
+    assert len(load_set(str(home / "runs" / "a")).card.names) == 2
 
 
 def test_experts_of_files_lead_to_the_same_set(finished, cluster, monkeypatch):
@@ -153,7 +169,8 @@ def test_experts_of_files_lead_to_the_same_set(finished, cluster, monkeypatch):
     [
         (["--preference", "0.5,0.6"], "must sum to 1, not 1.1"),
         (["--preference", "1.5,-0.5"], "no number below 0"),
-        (["--preference", "1"], "must have 2 numbers"),
+        (["--preference", "1"], "has 1 numbers, the set 2 tasks: top left, bottom right"),
+        (["--preference", "0.5,0.5", "--no-measure"], "without --out leaves nothing to do"),
         (["--preference", "a,b"], "'a,b' is not numbers"),
         (["--preference", "0.5,0.5", "--out", "x.pt"], "must end in .safetensors"),
     ],
@@ -192,6 +209,8 @@ def test_a_tampered_set_and_a_missing_one_are_refused(finished, home):
         ("routers.optimizer=mean+adam", "needs a learning rate"),
         ("routers.optimizer=mean+adm@0.1", "did you mean 'adam'"),
         ("experts.files=[a.pt,b.pt,c.pt]", "a.pt' is missing"),
+        ("experts.files=[text.pt,text.pt,text.pt]", "text.pt' cannot be read"),
+        ("comparators=soup", "must be a list, as [a, b], not 'soup'"),
         ("experts.files=[a.pt,b.pt]", "at least two experts"),
         ("experts.ranks=3", "must be a multiple of ranks 3"),
         ("device=cuda", "device=cuda needs resources.num_gpus > 0"),
@@ -200,6 +219,7 @@ def test_a_tampered_set_and_a_missing_one_are_refused(finished, home):
 )
 def test_nothing_starts_where_something_is_wrong(home, override, part, monkeypatch):
     monkeypatch.setattr("ray.init", lambda *a, **k: pytest.fail("Ray was started"))
+    (home / "text.pt").write_text("hello")
     result = ml2o("train", "--config", CONFIG, "--run-dir", "runs/x", "--set", override)
     assert result.exit_code == 2, result.output
     assert part in result.output

@@ -6,6 +6,7 @@ Tang, Shen, Luo et al. 2024, "Towards Efficient Pareto Set Approximation via Mix
 
 from ml2o_dist.paretoset.fusion import Fusion
 from ml2o_dist.paretoset.merging import rewarded_soup, simple_average, task_arithmetic, ties
+from ml2o_dist.paretoset.saved_set import load_set
 from ml2o_dist.paretoset.task_vectors import TaskVectors
 
-__all__ = ["Fusion", "TaskVectors", "rewarded_soup", "simple_average", "task_arithmetic", "ties"]
+__all__ = ["Fusion", "TaskVectors", "load_set", "rewarded_soup", "simple_average", "task_arithmetic", "ties"]

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import resource
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -157,6 +157,15 @@ def run_work(work: Work) -> Outcome:
     with replacing(work.result) as stream:
         stream.write(json.dumps(outcome).encode())
     return outcome
+
+
+def finished(works: Sequence[Work]) -> dict[str, Outcome]:
+    """Return the outcomes of those `works` of one run that are done, by name; none before it has its experts."""
+    if not all(Path(file).exists() for file in works[0].files):
+        return {}
+    states = [read_state(file) for file in works[0].files]
+    outcomes = {work.name: kept_outcome(work.result, _fingerprint(work, states)) for work in works}
+    return {name: outcome for name, outcome in outcomes.items() if outcome is not None}
 
 
 def kept_outcome(file: Path, mark: Mapping[str, Any] | None = None) -> Outcome | None:

@@ -46,7 +46,8 @@ def check_place(folder: Path, settings: ParetoSetSettings, resume: bool) -> None
         return
     difference = _difference(settings, read_settings(ParetoSetSettings, folder / SETTINGS, ()))
     if difference:
-        raise UserError(f"{folder} holds a Pareto set of other settings ({difference}); choose another --run-dir")
+        other = "leave it out to go on, or choose" if resume else "choose"
+        raise UserError(f"{folder} holds a Pareto set of other settings ({difference}); {other} another --run-dir")
     if not resume:
         raise UserError(f"{folder} holds this Pareto set; add --resume to go on, or choose another --run-dir")
 

@@ -96,9 +96,15 @@ class Fusion(nn.Module):
             state |= {name: start[name] + combined(weights[g], vectors[name]) for name in names}
         return state | {name: combined(preference, each) for name, each in self._buffers_of_experts.items()}
 
-    def forward(self, preference: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """Return what the network of `preference` [T], a point of the simplex, returns for the other arguments."""
-        return functional_call(self.network, self.state(preference), args, kwargs)
+    def forward(self, preference: Sequence[float] | Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Return what the network of `preference` [T] returns for the other arguments.
+
+        Raises:
+            UserError: `preference` is no point of the simplex.
+        """
+        checked = checked_preference(preference, self.tasks)
+        own = preference if isinstance(preference, Tensor) else checked
+        return functional_call(self.network, self.state(own), args, kwargs)
 
     def train(self, mode: bool = True) -> Fusion:
         """Put the network into training or evaluation mode, too."""
@@ -143,6 +149,8 @@ def upscaled_parameters(network: nn.Module, pattern: str, names: Sequence[str] |
     Raises:
         UserError: none fits.
     """
+    if not isinstance(pattern, str):
+        raise UserError(f"modules must be one pattern, not {pattern!r}: a glob picks several, as blocks.*.mlp")
     available = set(names)
     picked: dict[str, list[str]] = {}
     for module_name, module in network.named_modules():
@@ -158,8 +166,9 @@ def upscaled_parameters(network: nn.Module, pattern: str, names: Sequence[str] |
     if not picked:
         named = [name for name, module in network.named_modules() if name and any(True for _ in module.parameters())]
         shown = ", ".join(named[:8]) + (" ..." if len(named) > 8 else "")
+        words = "all, mlp," if any(_fits(name, "mlp") for name in named) else "all,"
         raise UserError(
-            f"modules {pattern!r} fits no module that the tasks share (allowed: all, mlp, or a glob over {shown})"
+            f"modules {pattern!r} fits no module that the tasks share (allowed: {words} or a glob over {shown})"
         )
     return picked
 

@@ -71,12 +71,13 @@ def save_set(file: Path, card: SetCard, start: State, experts: Sequence[State], 
     return digest
 
 
-def load_set(place: Path) -> SavedSet:
+def load_set(place: Path | str) -> SavedSet:
     """Read a set from its file, or from the run directory that has one.
 
     Raises:
         UserError: the file is missing, torn, altered, of a later version, or no Pareto set.
     """
+    place = Path(place)
     file = place / FILE if place.is_dir() else place
     if not file.exists():
         raise UserError(f"{place} holds no Pareto set: {file.name} is missing (is `ml2o pareto-set train` finished?)")

@@ -72,6 +72,8 @@ class ML2O(Optimizer):
         Raises:
             UserError: weights that are missing, altered or of a later version.
         """
+        if isinstance(params, torch.nn.Module):
+            raise UserError(f"{type(self).__name__} takes parameters, not a module: write model.parameters()")
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         self.steps = 0
         self._learned = LearnedWeights(str(weights))

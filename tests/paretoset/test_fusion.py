@@ -121,12 +121,37 @@ def test_patterns_pick_modules(pattern: str, expected: dict[str, int]) -> None:
         assert as_frozen == (name not in routed), name
 
 
+@pytest.mark.parametrize(
+    ("preference", "part"),
+    [
+        (torch.tensor([-0.2, 1.2]), "no number below 0"),
+        (torch.tensor([0.5, 0.4]), "must sum to 1, not 0.9"),
+        (torch.tensor([0.2, 0.3, 0.5]), "must have 2 numbers"),
+        (torch.full((4, 2), 0.5), "must have 2 numbers"),
+        ([0.5, float("nan")], "no number below 0, all finite"),
+    ],
+)
+def test_a_preference_that_is_none_is_refused_live_and_exported(preference, part) -> None:
+    network = built(Heads)
+    start, experts = start_and_experts(network, 2)
+    fusion = Fusion(network, start, experts)
+    for use in (lambda: fusion(preference, torch.zeros(3, 4)), lambda: fusion.export(preference)):
+        with pytest.raises(UserError, match=part):
+            use()
+
+
+def test_several_patterns_are_refused() -> None:
+    network = built(Heads)
+    with pytest.raises(UserError, match=r"one pattern, not \['trunk', 'heads'\]"):
+        Fusion(network, *start_and_experts(network, 2), modules=["trunk", "heads"])
+
+
 @pytest.mark.parametrize(("pattern", "heads"), [("layers.*", ()), ("", ()), ("MLP", ()), ("heads.*", (0, 1))])
 def test_a_pattern_that_fits_nothing_is_refused(pattern: str, heads: tuple[int, ...]) -> None:
     network = built(Heads)
     start, experts = start_and_experts(network, 2)
     with pytest.raises(
-        UserError, match=r"fits no module that the tasks share \(allowed: all, mlp, or a glob"
+        UserError, match=r"fits no module that the tasks share \(allowed: all,( mlp,)? or a glob"
     ) as caught:
         Fusion(network, start, experts, modules=pattern, heads=[f"heads.{t}" for t in heads])
     assert "\n" not in str(caught.value)

@@ -160,6 +160,8 @@ def test_other_mistakes_get_one_line() -> None:
     closure = lambda: losses(model, drawn(0))  # noqa: E731
     with pytest.raises(UserError, match="takes no guard_closure"):
         ML2O(model.parameters(), "initial").step(closure, closure)
+    with pytest.raises(UserError, match=r"GML2O takes parameters, not a module: write model\.parameters\(\)"):
+        GML2O(model, "initial")
     with pytest.raises(UserError, match="batches 4"):
         GML2O(model.parameters(), "initial", guard=GuardSettings(batches=4))
     with pytest.raises(UserError, match="is missing"):
