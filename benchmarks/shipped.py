@@ -41,9 +41,7 @@ UNTUNED = "mean+adam@0.001"
 def main(weights: str, parts: str, data_root: str, out: Path) -> None:
     """Run what is left of each part, and print its tables."""
     optimizers = [weights, f"gml2o:{weights}", "initial"]
-    rule = load_artifact(weights).rule.model_dump(
-        include={"features", "output", "objectives", "hidden", "lr", "warmup"}
-    )
+    rule = load_artifact(weights).rule.model_dump(exclude={"guard"})
     settings = [f"data.root={data_root}", *(f"rule.{key}={value}" for key, value in rule.items())]  # of `initial`
     for part in parts.split(","):
         if part not in PARTS:

@@ -140,9 +140,8 @@ def _plan(settings: ParetoSetSettings, tasks: TaskSet, contestant: Contestant, f
     return _Plan(stages, works, files, left, [work for work in works if work.name not in outcomes], outcomes)
 
 
-def _phase(stages: Sequence[Stage], place: Path) -> str:
-    """Return in a word what is trained now."""
-    left = [stage for stage in stages if not is_done(stage, place)]
+def _phase(left: Sequence[Stage]) -> str:
+    """Return in a word what is trained now, by the stages that are left."""
     if not left:
         return "fronts"
     return "experts" if left[0].start else "start"
@@ -167,9 +166,9 @@ def _run(
         def on_poll() -> bool:
             done = sum(steps_done(stage, place) for stage in stages)
             done += sum(work.done(tasks.count, work.name in outcomes) for work in works)
-            trained = sum(is_done(stage, place) for stage in stages)
-            networks, fronts = f"{trained} of {len(stages)} networks", f"{len(outcomes)} of {len(works)} approaches"
-            display.update(done, f"{_phase(stages, place)}: {networks}, {fronts}")
+            left = [stage for stage in stages if not is_done(stage, place)]
+            networks = f"{len(stages) - len(left)} of {len(stages)} networks"
+            display.update(done, f"{_phase(left)}: {networks}, {len(outcomes)} of {len(works)} approaches")
             return not stop()
 
         def on_outcome(work: Work, outcome: Outcome) -> None:

@@ -171,7 +171,7 @@ def resolve_model(uri: str, reference: str) -> Path:
             architecture than its card or than the registry says, and what differs.
     """
     version = find_version(uri, reference)
-    if "tasks" in version["tags"]:
+    if "tasks" in version["tags"] and "rule_sha256" not in version["tags"]:
         raise UserError(f"{reference} is a Pareto set, not an optimizer: `ml2o pareto-set query {reference}`")
     return version_file(uri, version_source(uri, version), version["tags"], reference)
 
