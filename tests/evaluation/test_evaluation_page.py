@@ -63,7 +63,7 @@ def test_all_parts_are_there(whole: tuple[str, Page]) -> None:
         "learned is 0.667 of mgda+adam@0.1: better",
         "* mgda+adam@0.1: best learning rate 0.1 is at the edge of the grid",
         "ratio loss / the reference's",
-        "All 35 settings" if len(EvaluateSettings.model_fields) == 18 else "settings",
+        "All 36 settings" if len(EvaluateSettings.model_fields) == 18 else "settings",
         "sha256 of digits " + "cd" * 32,
         "5c" * 32,
         "git commit 0c0ffee0c0ff",
