@@ -71,10 +71,10 @@ def test_a_run_is_torchjd_in_plain_pytorch(name: str, optimizer: str, shape: tup
         pytest.skip(f"{name} needs {FEWEST[name]} objectives")
     if name == "krum" and shape[2] == 1:
         pytest.skip("on a line the two middle points tie, and rounding decides")
-    if name == "gradvac" and shape[2] == 1:
-        pytest.skip("on a line cosines are 1 to rounding, and it divides by sqrt(1 - cos^2)")
     problem = Positive(*shape)
     steps = {"dwa": 45, "nashmtl": 3, "fairgrad": 3, "cagrad": 6}.get(name, 8)
+    if name == "gradvac" and shape[2] == 1:
+        steps = 3  # cosines are 1 but for rounding there: its sqrt(1 - cos^2) turns 1e-16 into 1e-12, then 1e-9
     ours = run(AggregatedRule(name, optimizer, lr=0.03), problem, steps)
     for p in range(shape[0]):
         theirs = plain_pytorch(name, optimizer, problem, p, steps)
