@@ -4,7 +4,7 @@
 
 Hours on 2 cores; finished cells are kept (ML2O_CACHE), so that the same command goes on where it was stopped. The long
 part has half the seeds, the four baselines that stood best after the suite's steps, and of their learning rates three:
-the one most often best there, and the next two below it. Each part's folder in `--out` holds what `ml2o evaluate
+the one most often best there, and the next two below it; the untrained network is left out. Each part's folder in `--out` holds what `ml2o evaluate
 --run-dir` writes. Extra `solvers` needed.
 """
 
@@ -50,7 +50,7 @@ def main(weights: str, parts: str, data_root: str, out: Path) -> None:
         if part == "long":
             short = evaluate(["--suite", "paper"], optimizers, settings, out / "paper")
             source = ["--config", str(long_evaluation(short, out))]
-        answer = evaluate(source, optimizers, settings, out / part)
+        answer = evaluate(source, optimizers[:2] if part == "long" else optimizers, settings, out / part)
         click.echo(f"\n## {part}\n")
         for name in optimizers[:2]:
             show(answer["summary"], name, UNTUNED if part == "shift" else "")
