@@ -4,8 +4,8 @@
 
 Hours on 2 cores; finished cells are kept (ML2O_CACHE), so that the same command goes on where it was stopped. The long
 part has half the seeds, the four baselines that stood best after the suite's steps, and of their learning rates three:
-the one most often best there, and the next two below it; the untrained network is left out. Each part's folder in `--out` holds what `ml2o evaluate
---run-dir` writes. Extra `solvers` needed.
+the one most often best there, and the next two below it; the untrained network is left out. Each part's folder in
+`--out` holds what `ml2o evaluate --run-dir` writes. Extra `solvers` needed.
 """
 
 from __future__ import annotations
