@@ -3,8 +3,8 @@
     .venv/bin/python benchmarks/shipped.py --data-root ../shared/data --out runs/shipped
 
 Hours on 2 cores; finished cells are kept (ML2O_CACHE), so that the same command goes on where it was stopped. The long
-part has half the seeds, the four baselines that stood best after the suite's steps, and of their learning rates three:
-the one most often best there, and the next two below it; the untrained network is left out. Each part's folder in
+part has half the seeds, the four baselines that stood best after the suite's steps, and of their learning rates four:
+the one most often best there, one above it and two below; the untrained network is left out. Each part's folder in
 `--out` holds what `ml2o evaluate --run-dir` writes. Extra `solvers` needed.
 """
 
@@ -74,7 +74,8 @@ def long_evaluation(short: Answer, out: Path) -> Path:
     chosen = [each["optimizer"] for each in sorted(found, key=lambda each: each["ratio"]["estimate"])[:STRONGEST]]
     rates = Counter(row["learning_rate"] for row in short["summary"]["rows"] if row["optimizer"] in chosen)
     ((best, _),) = rates.most_common(1)
-    grid = [rate for rate in suite.learning_rates if rate <= best][-3:]
+    place = suite.learning_rates.index(best)
+    grid = list(suite.learning_rates[max(0, place - 2) : place + 2])
     tree = {
         "problems": list(suite.problems),
         "baselines": chosen,
