@@ -105,7 +105,7 @@ def one_step(problem: Problem, point: Tensor, optimizer: torch.optim.Optimizer, 
     total = losses().sum()
     total.backward()
     optimizer.step()
-    return float(total)
+    return float(total.detach())
 
 
 if __name__ == "__main__":
