@@ -24,7 +24,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from ml2o_dist.config import RuleSettings
-from ml2o_dist.errors import UserError
+from ml2o_dist.errors import UserError, unknown
 from ml2o_dist.files import cache_folder, home_folder, replacing
 from ml2o_dist.remote_files import answering, connect, is_uri
 
@@ -177,6 +177,9 @@ def load_artifact(path: Path | str) -> Artifact:
         path = SHIPPED / f"{_DEFAULT if str(path) == PRETRAINED else path}.safetensors"
     elif is_uri(path):
         path = _fetched(str(path))
+    elif _is_word(str(path)) and not Path(path).exists():
+        allowed = [*shipped_names(), "a run directory", "a weights file", "models:/NAME@ALIAS"]
+        raise unknown("weights", str(path), allowed)
     file = _weights_file(path)
     content = _read(file, "weights")
     card_file = _card_file(file)
@@ -225,6 +228,11 @@ def _finite(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_finite(entry) for entry in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _is_word(text: str) -> bool:
+    """Tell whether this is a name rather than a path."""
+    return Path(text).name == text and not text.endswith(".safetensors")
 
 
 def _weights_file(path: Path | str) -> Path:

@@ -54,7 +54,10 @@ class ClosureBatch:
     def _losses(self, returned: Any) -> list[Tensor]:
         if isinstance(returned, Tensor) and returned.dim() == 0:
             returned = [returned]
-        losses = list(returned) if isinstance(returned, Tensor | Sequence) else [returned]
+        if not isinstance(returned, Tensor | Sequence):
+            found = type(returned).__name__
+            raise UserError(f"the {self.name} returned {found}; allowed are a list of losses, or a tensor")
+        losses = list(returned)
         for i, loss in enumerate(losses):
             if not isinstance(loss, Tensor) or loss.dim() > 1 or loss.numel() == 0:
                 shown = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
@@ -183,7 +186,15 @@ class ClosureProblem(Problem):
         gradients: Sequence[Tensor | None] = [None] * len(wanted)
         if roots[i].requires_grad:
             inputs = [self._layout.parameters[w] for w in wanted]
-            gradients = torch.autograd.grad(roots[i], inputs, retain_graph=i + 1 < len(roots), allow_unused=True)
+            try:
+                gradients = torch.autograd.grad(roots[i], inputs, retain_graph=i + 1 < len(roots), allow_unused=True)
+            except RuntimeError as error:
+                if "second time" not in str(error):  # in torch's words: of a graph that is freed
+                    raise
+                raise UserError(
+                    f"the graph of loss {i + 1} of the {batch.name} is gone: the closure must not call backward, and "
+                    "must compute its losses anew each time"
+                ) from error
         if all(gradient is None for gradient in gradients):
             raise UserError(
                 f"loss {i + 1} of the {batch.name} has no gradient with respect to any parameter of the optimizer: "

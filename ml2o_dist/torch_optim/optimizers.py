@@ -42,9 +42,9 @@ class ML2O(Optimizer):
     What it needs: m is the same at every step. A parameter that no loss reaches in a step stays where it is, a frozen
     one (`requires_grad=False`) too; one that is unfrozen, or comes by `add_param_group`, begins then. Parameters of
     float16 and bfloat16 keep their exact values and all states in float32. Parameters may lie on several devices; the
-    states are on that of the first one, 4 (3 m + 6 + 2 H (m + 1)) bytes for each number with H hidden units, 0.5 kB at
-    m = 2, H = 16. Not for parameters that several processes share by DistributedDataParallel: nothing averages the
-    losses' gradients there.
+    states are on that of the first one, 4 (3 m + 6 + 2 H (m + 1)) bytes for each number with H hidden units, 0.24 kB
+    at m = 2 with the weights in the wheel (H = 8). Not for parameters that several processes share by
+    DistributedDataParallel: nothing averages the losses' gradients there.
 
     `param_groups` have:
         lr: multiplies the learned step, 1 by default; so every scheduler of torch works.
@@ -74,6 +74,8 @@ class ML2O(Optimizer):
         """
         if isinstance(params, torch.nn.Module):
             raise UserError(f"{type(self).__name__} takes parameters, not a module: write model.parameters()")
+        if not isinstance(weights, str | Path):
+            raise UserError(f"weights {weights!r} must be a name or a file; a learning rate is written lr={weights!r}")
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         self.steps = 0
         self._learned = LearnedWeights(str(weights))
@@ -87,7 +89,8 @@ class ML2O(Optimizer):
         Args:
             closure: returns the m losses of one batch, with their graph: a list of scalars, or of vectors [B] with the
                 losses of single samples, or one tensor [m] or [m, B]. Whenever it is called within the step it must
-                use the same batch. A list of closures is one batch in parts, whose losses are averaged.
+                use the same batch. One loss by its samples is a list of one vector: a tensor [B] would be B losses. A
+                list of closures is one batch in parts, whose losses are averaged.
             guard_closure: not for ML2O.
 
         Raises:

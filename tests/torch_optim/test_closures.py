@@ -85,6 +85,11 @@ def test_a_closure_that_raises_leaves_the_parameters_as_they_were(fails_at: int)
     assert optimizer.steps == 1
 
 
+def spent(computed: list[Tensor]) -> list[Tensor]:
+    torch.autograd.backward([each.mean() for each in computed])
+    return computed
+
+
 def wrong(model: nn.Module) -> dict[str, tuple[Callable[[], object], str]]:
     def computed() -> list[Tensor]:
         return losses(model, drawn(0), "none")
@@ -92,7 +97,9 @@ def wrong(model: nn.Module) -> dict[str, tuple[Callable[[], object], str]]:
     return {
         "a matrix": (lambda: [each.reshape(4, 4) for each in computed()], r"loss 1 of the closure .*\[4, 4\]"),
         "a number": (lambda: [1.0, 2.0], "loss 1 of the closure is float"),
-        "none": (lambda: None, "loss 1 of the closure is NoneType"),
+        "none": (lambda: None, "the closure returned NoneType"),
+        "a dict": (lambda: dict(enumerate(computed())), "the closure returned dict; allowed are a list"),
+        "backward": (lambda: spent(computed()), "graph of loss 1 of the closure is gone: .* must not call backward"),
         "no loss": (lambda: [], "returned no loss"),
         "no sample": (lambda: [each[:0] for each in computed()], r"shape \[0\]"),
         "mixed": (lambda: [computed()[0].mean(), computed()[1]], r"\[\[\], \[16\]\]"),
@@ -166,6 +173,10 @@ def test_other_mistakes_get_one_line() -> None:
         GML2O(model.parameters(), "initial", guard=GuardSettings(batches=4))
     with pytest.raises(UserError, match="is missing"):
         ML2O(model.parameters(), "no/such/run")
+    with pytest.raises(UserError, match=r"unknown weights 'ml2o-smal'; did you mean 'ml2o-small'\? .*a run directory"):
+        ML2O(model.parameters(), "ml2o-smal")
+    with pytest.raises(UserError, match=r"weights 0\.001 must be a name or a file; .* written lr=0\.001"):
+        ML2O(model.parameters(), 0.001)
     with pytest.raises(UserError, match=r"lr -1\.0"):
         ML2O(model.parameters(), "initial", lr=-1.0).step(closure)
     optimizer = ML2O(model.parameters(), "initial")
