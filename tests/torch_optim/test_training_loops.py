@@ -241,6 +241,25 @@ def test_halves_keep_what_is_smaller_than_their_rounding() -> None:
     assert parameter.tolist() == pytest.approx([0.98] * 4, abs=0.004)
 
 
+@pytest.mark.parametrize("cls", [ML2O, GML2O])
+def test_autocast_in_the_closure_is_the_same_but_for_its_rounding(cls: type[ML2O]) -> None:
+    ends = []
+    for autocast in (False, True):
+        model = TwoTasks()
+        optimizer = cls(model.parameters())
+
+        def closure(net: nn.Module = model, autocast: bool = autocast) -> list[Tensor]:
+            with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+                return losses(net, drawn(0, 64), "none")
+
+        found = [float(optimizer.step(closure).sum()) for _ in range(40)]
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+        ends.append(found)
+    assert ends[0] != ends[1]  # it was in force
+    assert ends[1][-1] < 0.7 * ends[1][0]
+    assert ends[1][-1] == pytest.approx(ends[0][-1], rel=0.05)
+
+
 def test_a_value_that_somebody_else_wrote_counts() -> None:
     parameter = nn.Parameter(torch.full((4,), 1.0, dtype=torch.bfloat16))
     optimizer = ML2O([parameter], "initial", lr=0.01)
