@@ -26,8 +26,9 @@ from ml2o_dist.rules import ml2o
 from ml2o_dist.rules.ml2o import ML2ONetwork, ML2ORule
 
 OBJECTIVES, STEPS = 2, 200
-STEP_BLOCKS = (ml2o.BLOCK, 2**14, ml2o.GPU_BLOCK)
-REPLAY_COLUMNS = (metagradient.REPLAY_BLOCK, 2**12, metagradient.GPU_REPLAY // STEPS)
+HIDDEN = RuleSettings().hidden
+STEP_BLOCKS = (ml2o.BLOCK // HIDDEN, 2**14, ml2o.GPU_BLOCK)
+REPLAY_COLUMNS = (metagradient.REPLAY_BLOCK // HIDDEN, 2**12, metagradient.GPU_REPLAY // STEPS)
 
 
 def milliseconds(call: Callable[[], object], rounds: int) -> float:

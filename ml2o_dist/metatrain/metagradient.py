@@ -24,9 +24,10 @@ from ml2o_dist.rules.unrolled import Unrolled
 FLOOR = 1e-8
 """Added inside logarithms, so that an objective that reaches its minimum exactly gives a finite meta-loss."""
 
-REPLAY_BLOCK = 1008
-"""Columns (coordinates times objectives) replayed at a time: bounds the memory, which is K times a block's states, and
-keeps a step in the cache (measured: 700 to 2,000 are alike; no power of two, see `ml2o.BLOCK`)."""
+REPLAY_BLOCK = 32256
+"""Columns (coordinates times objectives) times H replayed at a time: bounds the memory, which is K times a block's
+states, and keeps a step in the cache (measured: a half takes a third longer, the double is alike; no power of two, see
+`ml2o.BLOCK`)."""
 
 GPU_REPLAY = 2**22
 """On a GPU, columns times steps: every block costs thirty kernel launches a step, every column 0.5 kB a step."""
@@ -117,7 +118,8 @@ def replay(
     by_controls = [torch.zeros_like(control) for control in controls]
     with torch.enable_grad():
         stacked = network.stacked_weights()
-    columns = REPLAY_BLOCK if gradients.device.type == "cpu" else GPU_REPLAY // chunk
+    on_cpu = gradients.device.type == "cpu"
+    columns = REPLAY_BLOCK // network.settings.hidden if on_cpu else GPU_REPLAY // chunk
     blocks = even_blocks(gradients.shape[2], columns // gradients.shape[1])
     unrolled = Unrolled(stacked.detach(), network.settings, gradients.shape[1], chunk, blocks[0].stop)
     for block in blocks:

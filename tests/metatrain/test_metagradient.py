@@ -147,7 +147,7 @@ def test_replay_does_not_depend_on_its_block_size(monkeypatch):
     rule, problem = random_rule(RuleSettings(hidden=4, lr=0.1)), problem_for(3, 4)
     rollout, _, _ = rolled(rule, problem)
     _, whole = replay(rule.network, rollout, EstimatorSettings(), "normalised", 0, None)
-    monkeypatch.setattr("ml2o_dist.metatrain.metagradient.REPLAY_BLOCK", 3)
+    monkeypatch.setattr("ml2o_dist.metatrain.metagradient.REPLAY_BLOCK", 6 * 4)
     _, blocked = replay(rule.network, rollout, EstimatorSettings(), "normalised", 0, None)
     assert_close(blocked, whole, 1e-12)
 

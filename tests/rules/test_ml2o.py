@@ -25,7 +25,7 @@ FORMS = list(
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("instances", "objectives", "dimension"), [(1, 1, 1), (1, 2, 7), (4, 3, 5), (2, 5, 1)])
 def test_the_blockwise_rule_equals_the_written_out_network(form, instances, objectives, dimension, monkeypatch):
-    monkeypatch.setattr("ml2o_dist.rules.ml2o.BLOCK", 3)
+    monkeypatch.setattr("ml2o_dist.rules.ml2o.BLOCK", 3 * 4)
     tied, output, features = form
     warmup = 1.5 if output == "controlled" else 0.0
     rule = random_rule(
