@@ -19,6 +19,10 @@ from ml2o_dist.errors import UserError
 from ml2o_dist.problems.base import Batch, Problem
 from ml2o_dist.torch_optim.layout import Layout
 
+MOST = 8
+"""A bare tensor of more rows than that, and of fewer columns than rows, is taken for a mistake: one loss by its
+samples, or [B, m]. A list may have any number of losses."""
+
 Closure = Callable[[], "Tensor | Sequence[Tensor]"]
 """Returns the m losses of one batch: scalars, or one vector [B] each with the losses of single samples."""
 
@@ -49,7 +53,15 @@ class ClosureBatch:
             self._randomness[i] = _random_states(devices)
         randomness = nullcontext() if first else _random_states_of(self._randomness[i])
         with randomness, _no_traces(not (first and self.traces)):
-            yield self._losses(self.closures[i]())
+            yield self._losses(self._called(self.closures[i]))
+
+    def _called(self, closure: Closure) -> Any:
+        try:
+            return closure()
+        except RuntimeError as error:
+            if torch.is_grad_enabled() or "does not require grad" not in str(error):
+                raise
+            raise UserError(f"the {self.name} must not call backward: it is called without gradients, too") from error
 
     def _losses(self, returned: Any) -> list[Tensor]:
         if isinstance(returned, Tensor) and returned.dim() == 0:
@@ -57,6 +69,11 @@ class ClosureBatch:
         if not isinstance(returned, Tensor | Sequence):
             found = type(returned).__name__
             raise UserError(f"the {self.name} returned {found}; allowed are a list of losses, or a tensor")
+        if isinstance(returned, Tensor) and len(returned) > MOST and len(returned) > returned[0].numel():
+            raise UserError(
+                f"the {self.name} returned a tensor of shape {list(returned.shape)}, which would be {len(returned)} "
+                "losses: one loss by its samples is a list of one vector; return a list if there are so many"
+            )
         losses = list(returned)
         for i, loss in enumerate(losses):
             if not isinstance(loss, Tensor) or loss.dim() > 1 or loss.numel() == 0:
@@ -79,12 +96,13 @@ class ClosureBatch:
 class ClosureProblem(Problem):
     """min over the parameters of `layout` of (f_1, ..., f_m), as the closures of one step compute them.
 
-    Weight decay adds d_p |z_p|^2 / (2 m) of every parameter p to each objective: their sum has the usual penalty, as
-    torch's Adam has it on the summed loss. Parameters that get no gradient from any objective have none.
+    Weight decay adds d_p |z_p|^2 / (2 k_p) to each of the k_p objectives that have a gradient by parameter p: their sum
+    has the usual penalty, as torch's Adam has it on the summed loss. An objective that does not depend on p, as
+    another task's on a head, must not come to do so by its penalty: features are free of a gradient's scale.
 
     Attributes:
-        decay: [1, n] of d, or None for no decay.
         reached: for each parameter whether the first `jacobian` found a gradient; all before it.
+        plain: the losses [m] of the first `jacobian`, without penalties.
         samples: whether losses of single samples came back, not scalars.
     """
 
@@ -93,12 +111,18 @@ class ClosureProblem(Problem):
     def __init__(
         self, layout: Layout, training: ClosureBatch, guard: ClosureBatch | None, decay: Tensor | None, fewest: int = 1
     ) -> None:
-        """Without a `guard` batch the training batch stands for it; it takes `fewest` samples to compare by it."""
+        """Without a `guard` batch the training batch stands for it; it takes `fewest` samples to compare by it.
+
+        `decay`: [1, n] of d, or None for no decay.
+        """
         self._layout, self._coming, self._after = layout, training, guard or training
         self.device, self.dtype = layout.device, layout.dtype
         self.dimension, self.objectives = layout.dimension, 0  # the first call tells how many
-        self.decay, self.samples, self.fewest = decay, False, fewest
+        self.samples, self.fewest = False, fewest
         self.reached = [True] * len(layout.parameters)
+        self.plain = layout.read().new_zeros(0)
+        self._decay = decay
+        self._shares: Tensor | None = None  # [m, n], of d, from the first `jacobian` on; None without decay
         self._devices = sorted({p.device for p in layout.parameters if p.device.type == "cuda"}, key=str)
 
     def initial_parameters(self, seeds: Sequence[int]) -> Tensor:
@@ -140,25 +164,29 @@ class ClosureProblem(Problem):
             UserError: an objective without a gradient, a loss or a gradient that is not finite.
         """
         rows, totals, found = self._differentiated(parameters, batch)
-        self.reached = found
-        if self.decay is not None:
-            self.decay = self.decay * self._layout.spread([float(each) for each in found])
-            rows = rows + self.decay * parameters / self.objectives
+        if not len(self.plain):
+            self.plain, self.reached = totals, [any(column) for column in zip(*found, strict=True)]
+            self._shares = self._shared_out(found)
+        if self._shares is not None:
+            rows = rows + self._shares * parameters
         return rows.unsqueeze(0), (totals + self._penalty(parameters)).unsqueeze(0)
 
     def gradient(self, parameters: Tensor, batch: ClosureBatch, weights: Tensor) -> tuple[Tensor, Tensor]:
         """Return (J^T weights [1, n], losses [1, m]), detached; `weights` [1, m]. Raises UserError as `jacobian`."""
         rows, totals, _ = self._differentiated(parameters, batch, weights[0])
-        if self.decay is not None:
-            rows = rows + self.decay * parameters / self.objectives * weights.sum()
+        if self._shares is not None:
+            rows = rows + weights @ self._shares * parameters
         return rows, (totals + self._penalty(parameters)).unsqueeze(0)
 
     def _differentiated(
         self, parameters: Tensor, batch: ClosureBatch, weights: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, list[bool]]:
-        """Return rows of gradients (of each objective [m, n], or of the weighted sum [1, n]), losses [m], reached."""
+    ) -> tuple[Tensor, Tensor, list[list[bool]]]:
+        """Return rows of gradients (of each objective [m, n], or of the weighted sum [1, n]), losses [m], reached.
+
+        Reached is, for each row, which parameters have a gradient.
+        """
         wanted = [i for i, parameter in enumerate(self._layout.parameters) if parameter.requires_grad]
-        found = [False] * len(self._layout.parameters)
+        found: list[list[bool]] = []
         rows: list[Tensor] = []
         sums: list[Tensor] = []
         count = 0
@@ -172,7 +200,8 @@ class ClosureProblem(Problem):
                         roots = [torch.stack([w * total for w, total in zip(weights, totals, strict=True)]).sum()]
                     else:
                         roots = totals
-                    rows.append(torch.stack([self._row(roots, i, wanted, found, batch) for i in range(len(roots))]))
+                    found = found or [[False] * len(self._layout.parameters) for _ in roots]
+                    rows.append(torch.stack([self._row(roots, i, wanted, found[i], batch) for i in range(len(roots))]))
                 sums.append(torch.stack([total.detach() for total in totals]))
                 count += len(values[0]) if self.samples else 1
         jacobian = torch.stack(rows).sum(dim=0) / count
@@ -198,7 +227,7 @@ class ClosureProblem(Problem):
         if all(gradient is None for gradient in gradients):
             raise UserError(
                 f"loss {i + 1} of the {batch.name} has no gradient with respect to any parameter of the optimizer: "
-                "does the closure compute it, without torch.no_grad and without detaching it?"
+                "does the closure compute it, without torch.no_grad, without detaching it, and without backward?"
             )
         parts: list[Tensor | None] = [None] * len(self._layout.parameters)
         for w, gradient in zip(wanted, gradients, strict=True):
@@ -216,10 +245,17 @@ class ClosureProblem(Problem):
             raise UserError(f"the {batch.name} must return scalars, or vectors, as the one before it did")
         return [loss.to(self.device, self.dtype) for loss in losses]
 
+    def _shared_out(self, found: list[list[bool]]) -> Tensor | None:
+        """Return each objective's share of the decay [m, n]: alike for those that reach a parameter."""
+        if self._decay is None:
+            return None
+        counts = [max(1, sum(column)) for column in zip(*found, strict=True)]
+        shares = [[there / k for there, k in zip(row, counts, strict=True)] for row in found]
+        return torch.cat([self._layout.spread(row) for row in shares]) * self._decay
+
     def _penalty(self, parameters: Tensor) -> Tensor | float:
-        if self.decay is None:
-            return 0.0
-        return (self.decay * parameters.square()).sum() / (2 * self.objectives)
+        """Return what the decay adds to each objective [m]."""
+        return 0.0 if self._shares is None else (self._shares * parameters.square()).sum(dim=1) / 2
 
     @contextmanager
     def _at(self, parameters: Tensor) -> Iterator[None]:

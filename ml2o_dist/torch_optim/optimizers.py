@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from ml2o_dist.artifact import PRETRAINED
 from ml2o_dist.config import GuardSettings
+from ml2o_dist.config_file import checked
 from ml2o_dist.errors import UserError
 from ml2o_dist.rules.base import Oracle, State, StepInfo, UpdateRule
 from ml2o_dist.rules.gml2o import GML2O as GuardedRule
@@ -47,8 +48,9 @@ class ML2O(Optimizer):
     DistributedDataParallel: nothing averages the losses' gradients there.
 
     `param_groups` have:
-        lr: multiplies the learned step, 1 by default; so every scheduler of torch works.
-        weight_decay: d adds d |z|^2 / (2 m) to each loss, which is torch's Adam's penalty on their sum.
+        lr: multiplies the learned step, 1 by default. Schedulers of torch work, but for those that also set a momentum.
+        weight_decay: d adds d |z|^2 / 2 in equal parts to the losses that depend on a parameter, which is torch's
+            Adam's penalty on their sum. `step` returns the losses without it.
 
     Attributes:
         steps: how many were taken.
@@ -75,7 +77,10 @@ class ML2O(Optimizer):
         if isinstance(params, torch.nn.Module):
             raise UserError(f"{type(self).__name__} takes parameters, not a module: write model.parameters()")
         if not isinstance(weights, str | Path):
-            raise UserError(f"weights {weights!r} must be a name or a file; a learning rate is written lr={weights!r}")
+            hint = f"; a learning rate is written lr={weights!r}" if isinstance(weights, float | int) else ""
+            raise UserError(f"weights {weights!r} must be a name or a file{hint}")
+        _checked("lr", lr)
+        _checked("weight_decay", weight_decay)
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         self.steps = 0
         self._learned = LearnedWeights(str(weights))
@@ -111,6 +116,7 @@ class ML2O(Optimizer):
             "weights_sha256": self._learned.digest if self.steps else "",
             "objectives": self._objectives,
             "order": [place[id(parameter)] for parameter in self._layout.parameters],
+            "shapes": [list(parameter.shape) for parameter in self._layout.parameters],
             "exact": self._layout.exact,
             "tree": json.dumps(tree),
             "tensors": tensors,
@@ -131,8 +137,15 @@ class ML2O(Optimizer):
                 f"the state dict belongs to weights {saved['weights_sha256'][:12]}..., this optimizer has "
                 f"{self._learned.digest[:12]}... ({self._learned.origin})"
             )
-        super().load_state_dict(state_dict)
+        if "accepted_steps" in saved and not isinstance(self, GML2O):
+            raise UserError("the state dict is of GML2O, with a guard's memory; this is ML2O")
         every = self._every_parameter()
+        for i, shape in zip(saved["order"], saved["shapes"], strict=True):
+            if i < len(every) and list(every[i].shape) != shape:
+                raise UserError(
+                    f"the state dict has a parameter of shape {shape}, where this one has {list(every[i].shape)}"
+                )
+        super().load_state_dict(state_dict)
         self.steps, self._objectives, self._rule_state = saved["steps"], saved["objectives"], None
         self._layout = Layout()
         if self.steps:
@@ -165,7 +178,7 @@ class ML2O(Optimizer):
         self._layout.keep(moved)
         self._objectives = problem.objectives
         self.steps += 1
-        return losses[0]
+        return problem.plain
 
     def _rule(self, multiplier: Tensor | None) -> UpdateRule:
         """Return the rule, with its steps times `multiplier` [1, n]."""
@@ -209,7 +222,7 @@ class ML2O(Optimizer):
         """Return the setting that each parameter of the layout has in its group."""
         values: dict[int, float] = {}
         for group in self.param_groups:
-            value = _checked(key, float(group[key]))
+            value = _checked(key, group[key])
             values |= {id(parameter): value for parameter in group["params"]}
         return [values[id(parameter)] for parameter in self._layout.parameters]
 
@@ -231,8 +244,8 @@ class GML2O(ML2O):
     the bound stays for one factor that never grows and keeps above 0 (its C, which is alpha_t / gamma_t, falls with
     it), not for groups with factors of their own. A parameter that no loss reaches in a step counts as of factor 0.
 
-    A step costs one forward and m + 1 backward passes and four forwards more. The two candidates' evaluations leave
-    BatchNorm's moments as they were.
+    A step costs four forwards and m + 1 backward passes, the first one four forwards more. The two candidates'
+    evaluations leave BatchNorm's moments as they were.
 
     Attributes:
         accepted_steps: how many of the `steps` were the learned rule's.
@@ -243,18 +256,21 @@ class GML2O(ML2O):
         params: Iterable[Any],
         weights: str | Path = PRETRAINED,
         *,
-        guard: GuardSettings | None = None,
+        guard: GuardSettings | Mapping[str, Any] | None = None,
         lr: float = 1.0,
         weight_decay: float = 0.0,
     ) -> None:
         """Take what `ML2O` takes.
 
         Args:
-            guard: instead of the one that the weights were meta-trained under, or else the default one.
+            guard: settings as `GuardSettings` has them, `{"budget": 0}` for one; instead of those that the weights
+                were meta-trained under, or else the default ones.
 
         Raises:
-            UserError: as `ML2O`; a guard that wants more than one batch in a step.
+            UserError: as `ML2O`; settings that there are not; a guard that wants more than one batch in a step.
         """
+        if isinstance(guard, Mapping):
+            guard = checked(GuardSettings, guard)
         if guard is not None and (guard.batches != 1 or guard.growth):
             raise UserError(
                 f"guard has batches {guard.batches} and growth {guard.growth:g}: a guard closure is one batch, so that "
@@ -316,7 +332,11 @@ class GML2O(ML2O):
         super()._check_objectives(objectives)
 
 
-def _checked(name: str, value: float) -> float:
-    if not (math.isfinite(value) and value >= 0):
+def _checked(name: str, value: Any) -> float:
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not (math.isfinite(number) and number >= 0):
         raise UserError(f"{name} {value!r} of a parameter group must be a finite number, 0 or more")
-    return value
+    return number

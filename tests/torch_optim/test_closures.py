@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -85,8 +86,8 @@ def test_a_closure_that_raises_leaves_the_parameters_as_they_were(fails_at: int)
     assert optimizer.steps == 1
 
 
-def spent(computed: list[Tensor]) -> list[Tensor]:
-    torch.autograd.backward([each.mean() for each in computed])
+def spent(computed: list[Tensor], keep: bool = False) -> list[Tensor]:
+    torch.autograd.backward([each.mean() for each in computed], retain_graph=keep)
     return computed
 
 
@@ -100,6 +101,9 @@ def wrong(model: nn.Module) -> dict[str, tuple[Callable[[], object], str]]:
         "none": (lambda: None, "the closure returned NoneType"),
         "a dict": (lambda: dict(enumerate(computed())), "the closure returned dict; allowed are a list"),
         "backward": (lambda: spent(computed()), "graph of loss 1 of the closure is gone: .* must not call backward"),
+        "backward that keeps": (lambda: spent(computed(), keep=True), "closure must not call backward"),
+        "a bare vector": (lambda: computed()[0], r"tensor of shape \[16\], which would be 16 losses: one loss by its"),
+        "transposed": (lambda: torch.stack(computed(), dim=1), r"shape \[16, 2\], which would be 16 losses"),
         "no loss": (lambda: [], "returned no loss"),
         "no sample": (lambda: [each[:0] for each in computed()], r"shape \[0\]"),
         "mixed": (lambda: [computed()[0].mean(), computed()[1]], r"\[\[\], \[16\]\]"),
@@ -147,7 +151,7 @@ def test_the_guard_must_return_what_the_closure_does() -> None:
     assert optimizer.steps == 0
     optimizer.step(closure, lambda: losses(model, drawn(1, 4), "none"))
     GML2O(model.parameters(), "initial").step(lambda: losses(model, drawn(0, 1), "none"), closure)  # nothing by one
-    strict = GML2O(model.parameters(), "initial", guard=GuardSettings(budget=0))
+    strict = GML2O(model.parameters(), "initial", guard={"budget": 0})
     with pytest.raises(UserError, match=r"the closure returned the losses of 1 samples, .* takes 2 or more"):
         strict.step(lambda: losses(model, drawn(1, 1), "none"))
 
@@ -177,14 +181,32 @@ def test_other_mistakes_get_one_line() -> None:
         ML2O(model.parameters(), "ml2o-smal")
     with pytest.raises(UserError, match=r"weights 0\.001 must be a name or a file; .* written lr=0\.001"):
         ML2O(model.parameters(), 0.001)
+    with pytest.raises(UserError, match=r"weights None must be a name or a file$"):
+        ML2O(model.parameters(), None)  # type: ignore[arg-type]
+    for lr in (-1.0, "auto", None):
+        with pytest.raises(UserError, match=f"lr {lr!r} of a parameter group must be"):
+            ML2O(model.parameters(), "initial", lr=lr)  # type: ignore[arg-type]
+    with pytest.raises(UserError, match=r"weight_decay nan"):
+        GML2O(model.parameters(), "initial", weight_decay=math.nan)
+    with pytest.raises(UserError, match="unknown setting 'budgt'; did you mean 'budget'"):
+        GML2O(model.parameters(), "initial", guard={"budgt": 0})
+    scheduled = ML2O(model.parameters(), "initial")
+    scheduled.param_groups[0]["lr"] = -1.0
     with pytest.raises(UserError, match=r"lr -1\.0"):
-        ML2O(model.parameters(), "initial", lr=-1.0).step(closure)
+        scheduled.step(closure)
     optimizer = ML2O(model.parameters(), "initial")
     optimizer.step(closure)
     with pytest.raises(UserError, match="returned 1 losses, in the steps before 2"):
         optimizer.step(lambda: closure()[:1])
     with pytest.raises(UserError, match="without a guard's memory"):
         GML2O(model.parameters(), "initial").load_state_dict(optimizer.state_dict())
+    guarded = GML2O(model.parameters(), "initial")
+    guarded.step(closure)
+    with pytest.raises(UserError, match="is of GML2O, with a guard's memory; this is ML2O"):
+        optimizer.load_state_dict(guarded.state_dict())
+    wider = ML2O(TwoTasks(hidden=9).parameters(), "initial")
+    with pytest.raises(UserError, match=r"parameter of shape \[6, 5\], where this one has \[9, 5\]"):
+        wider.load_state_dict(optimizer.state_dict())
     with pytest.raises(UserError, match="none of ML2O"):
         optimizer.load_state_dict(torch.optim.Adam(model.parameters()).state_dict())
     frozen = TwoTasks().requires_grad_(False)

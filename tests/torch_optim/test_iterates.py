@@ -55,7 +55,11 @@ class OnVectors(Problem):
                 return answer
 
         found = torch.stack(losses(Call(self.model), batch, "none"), dim=1)
-        return (found + self.decay * parameters.square().sum() / 4).unsqueeze(0)
+        squares = {name: part.square().sum() for name, part in zip(names, parts, strict=True)}
+        trunk = sum(square for name, square in squares.items() if name.startswith("trunk"))
+        heads = [sum(squares[f"heads.{i}.{kind}"] for kind in ("weight", "bias")) for i in range(2)]
+        penalties = [self.decay * (trunk / 4 + head / 2) for head in heads]  # each head counts for its own loss alone
+        return (found + torch.stack(penalties)).unsqueeze(0)
 
 
 @pytest.mark.parametrize("kind", OUTPUTS)
@@ -150,3 +154,25 @@ def test_a_batch_in_parts_gives_the_steps_of_the_whole(reduction: str, tmp_path:
         )
         assert seen.shape == (2,)
         torch.testing.assert_close(flat(parts), flat(whole), rtol=1e-4, atol=1e-5)
+
+
+def test_a_decay_of_next_to_nothing_changes_next_to_nothing() -> None:
+    """A head's gradient of another task's loss is 0, and must not become a feature that is free of scale."""
+    ends = []
+    for decay in (0.0, 1e-12):
+        model = TwoTasks()
+        optimizer = ML2O(model.parameters(), weight_decay=decay)
+        for step in range(40):
+            optimizer.step(lambda model=model, step=step: losses(model, drawn(step, 32)))
+        ends.append(flat(model))
+    assert (ends[0] - flat(TwoTasks())).abs().max() > 0.1
+    torch.testing.assert_close(ends[0], ends[1], rtol=1e-4, atol=1e-4)
+
+
+def test_the_losses_that_a_step_returns_are_the_closures() -> None:
+    model = TwoTasks()
+    optimizer = GML2O(model.parameters(), weight_decay=10.0)
+    for step in range(3):
+        before = torch.stack(losses(model, drawn(step))).detach()
+        seen = optimizer.step(lambda step=step: losses(model, drawn(step), "none"))
+        torch.testing.assert_close(seen, before)
