@@ -123,6 +123,24 @@ def test_the_hot_path_imports_neither_mlflow_nor_matplotlib_nor_tune(module: str
     assert done.stdout.split() == []
 
 
+def test_the_optimizers_of_torch_need_no_more_than_the_readme_says() -> None:
+    (line,) = [line for line in (ROOT / "README.md").read_text().splitlines() if "pip install torch numpy" in line]
+    names = line.split("pip install ")[1].split("`")[0].split()
+    assert {"torch", "safetensors"} <= set(names)
+    assert not {"ray", "mlflow", "matplotlib", "scikit-learn"} & set(names)
+    others = {"ray", "mlflow", "matplotlib", "sklearn", "rich", "click", "moocore", "pandas"}
+    script = (
+        f"import sys\nfor name in {sorted(others)}: sys.modules[name] = None\n"
+        "import torch\nfrom ml2o_dist import GML2O\n"
+        "p = torch.nn.Parameter(torch.ones(3))\n"
+        "losses = lambda: [(p - 1).square(), (p + 1).square()]\n"
+        "print(GML2O([p]).step(lambda: [each.repeat(2) for each in losses()]).tolist())"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["[0.0,", "4.0]"]
+
+
 @pytest.mark.parametrize(
     "words", [["-c", "import ml2o_dist"], ["-m", "ml2o_dist", "--help"], ["-m", "ml2o_dist", "meta-train", "--help"]]
 )

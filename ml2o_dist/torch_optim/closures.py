@@ -24,7 +24,8 @@ MOST = 8
 samples, or [B, m]. A list may have any number of losses."""
 
 Closure = Callable[[], "Tensor | Sequence[Tensor]"]
-"""Returns the m losses of one batch: scalars, or one vector [B] each with the losses of single samples."""
+"""Returns the m losses of one batch, the same one whenever it is called within a step: scalars, or one vector [B] each
+with the losses of single samples."""
 
 
 class ClosureBatch:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -48,12 +49,15 @@ class ML2O(Optimizer):
     DistributedDataParallel: nothing averages the losses' gradients there.
 
     `param_groups` have:
-        lr: multiplies the learned step, 1 by default. Schedulers of torch work, but for those that also set a momentum.
+        lr: multiplies the learned step, 1 by default. The rule adapts the length of its steps to what came of the last
+            ones, so that a smaller `lr` is made up for after some tens of steps. Schedulers of torch work, but for
+            those that also set a momentum.
         weight_decay: d adds d |z|^2 / 2 in equal parts to the losses that depend on a parameter, which is torch's
             Adam's penalty on their sum. `step` returns the losses without it.
 
     Attributes:
         steps: how many were taken.
+        weights: whose, as they were given.
     """
 
     def __init__(
@@ -83,6 +87,8 @@ class ML2O(Optimizer):
         _checked("weight_decay", weight_decay)
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         self.steps = 0
+        self.weights = str(weights)
+        _warn_of_ranks(type(self).__name__)
         self._learned = LearnedWeights(str(weights))
         self._layout = Layout()
         self._objectives = 0  # until the first step
@@ -160,7 +166,10 @@ class ML2O(Optimizer):
         """Return all of it, for `copy.deepcopy`; torch's own leaves out what it does not know."""
         return {**super().__getstate__(), **{name: vars(self)[name] for name in self._remembered}}
 
-    _remembered: tuple[str, ...] = ("steps", "_learned", "_layout", "_objectives", "_rule_state")
+    def __repr__(self) -> str:
+        return f"{super().__repr__()[:-1]}weights: {self.weights}\n)"
+
+    _remembered: tuple[str, ...] = ("steps", "weights", "_learned", "_layout", "_objectives", "_rule_state")
 
     def _stepped(self, closure: Closures, guard_closure: Closures | None) -> Tensor:
         self._take_in()
@@ -330,6 +339,17 @@ class GML2O(ML2O):
         if objectives < 2:
             raise UserError("GML2O got one loss only, it guards several: return a list of losses, or use ML2O")
         super()._check_objectives(objectives)
+
+
+def _warn_of_ranks(name: str) -> None:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        ranks = torch.distributed.get_world_size()
+        if ranks > 1:
+            warnings.warn(
+                f"{name} in one of {ranks} ranks: it does not average the losses' gradients over them, so that a model "
+                "in DistributedDataParallel becomes another on each",
+                stacklevel=3,
+            )
 
 
 def _checked(name: str, value: Any) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import io
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -239,6 +240,24 @@ def test_halves_keep_what_is_smaller_than_their_rounding() -> None:
     for _ in range(200):
         optimizer.step(lambda: [parameter.float().sum(), parameter.float().sum()])
     assert parameter.tolist() == pytest.approx([0.98] * 4, abs=0.004)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_ranks_that_share_a_model_are_warned(ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: ranks)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        GML2O(TwoTasks().parameters(), "initial")
+    said = [str(each.message) for each in caught]
+    assert [line.startswith("GML2O in one of 2 ranks: it does not average") for line in said] == [True] * (ranks - 1)
+
+
+def test_it_says_whose_weights_it_has(place: Path) -> None:
+    optimizer = ML2O(TwoTasks().parameters(), place)
+    assert optimizer.weights == str(place)
+    assert f"weights: {place}" in repr(optimizer)
+    assert copy.deepcopy(optimizer).weights == str(place)
 
 
 @pytest.mark.parametrize("cls", [ML2O, GML2O])
