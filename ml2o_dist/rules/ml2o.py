@@ -135,10 +135,14 @@ class ML2ONetwork(nn.Module):
         head = torch.cat((2 * self.head.weight, self.head.bias[:, None]), dim=1)
         return StackedWeights(tuple(specific), stacked_weights(self.shared, halved_inputs=True), head)
 
-    def initial_blocks(self, objectives: int, rows: int, born: int = 0) -> tuple[BlockState, ...]:
-        """Return the states of `rows` coordinates before their first step: zeros, in even blocks."""
+    def initial_blocks(self, objectives: int, rows: int, born: int = 0, columns: int = 0) -> tuple[BlockState, ...]:
+        """Return the states of `rows` coordinates before their first step: zeros, in even blocks of `columns`.
+
+        0 columns: as many as are fast.
+        """
         on_cpu = self.head.weight.device.type == "cpu"
-        blocks = even_blocks(rows, (BLOCK // self.settings.hidden if on_cpu else GPU_BLOCK) // objectives)
+        fast = BLOCK // self.settings.hidden if on_cpu else GPU_BLOCK
+        blocks = even_blocks(rows, (columns or fast) // objectives)
         return tuple(self.initial_block(objectives, part.stop - part.start, born) for part in blocks)
 
     def initial_block(self, objectives: int, rows: int, born: int = 0) -> BlockState:
@@ -201,8 +205,9 @@ class ML2ONetwork(nn.Module):
 class ML2ORule(UpdateRule):
     """The network as an update rule: z_{k+1} = z_k + u_k, computed without autograd, block by block."""
 
-    def __init__(self, network: ML2ONetwork) -> None:
-        self.network = network
+    def __init__(self, network: ML2ONetwork, columns: int = 0) -> None:
+        """`columns`: of a block, as `ML2ONetwork.initial_blocks` takes them."""
+        self.network, self._columns = network, columns
         with torch.no_grad():
             self._weights = network.stacked_weights()
 
@@ -225,7 +230,8 @@ class ML2ORule(UpdateRule):
         self.network.check_objectives(objectives)
         weight = self.network.head.weight
         agreement = features.initial_agreement(weight.new_zeros(instances, dimension))
-        return ML2OState(0, agreement, self.network.initial_blocks(objectives, instances * dimension))
+        blocks = self.network.initial_blocks(objectives, instances * dimension, columns=self._columns)
+        return ML2OState(0, agreement, blocks)
 
     @torch.no_grad()
     def propose(self, oracle: Oracle, parameters: Tensor, state: ML2OState, seen: StepInfo) -> tuple[Tensor, ML2OState]:
