@@ -8,7 +8,7 @@ the n of each instance.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -26,8 +26,8 @@ FLOOR = 1e-8
 
 REPLAY_BLOCK = 32256
 """Columns (coordinates times objectives) times H replayed at a time: bounds the memory, which is K times a block's
-states, and keeps a step in the cache (measured: a half takes a third longer, the double is alike; no power of two, see
-`ml2o.BLOCK`)."""
+states, and keeps a step in the cache (measured: a half takes a tenth to a third longer, the double is alike; no power
+of two, see `ml2o.BLOCK`)."""
 
 EXACT_COLUMNS = 2016
 """Of a block on a CPU under autograd: as the weights in the wheel were trained with, whose bits depend on it (the
@@ -163,8 +163,10 @@ def exact(
     """
     kind = meta_loss_kind(settings, problem)
     point = start.detach().requires_grad_(True)
-    columns = EXACT_COLUMNS if start.device.type == "cpu" else 0
-    state = ML2ORule(network, columns).initial_state(start.shape[0], problem.objectives, start.shape[1])
+    state = ML2ORule(network).initial_state(start.shape[0], problem.objectives, start.shape[1])
+    if start.device.type == "cpu":
+        blocks = network.initial_blocks(problem.objectives, start.numel(), columns=EXACT_COLUMNS)
+        state = replace(state, blocks=blocks)
     seen: list[Tensor] = []
     parameters = list(network.parameters())
     with torch.enable_grad():

@@ -27,8 +27,8 @@ WARMUP_DECAY = 0.9
 
 BLOCK = 64512
 """Columns (coordinates times objectives) times H walked at a time, so that an LSTM's gates, 1 MB, stay in the cache
-(measured: a half takes a quarter longer, the double is alike; no powers of two, whose rows fall into the same cache
-lines)."""
+(measured: a half takes a quarter longer, the double a tenth less; no powers of two, whose rows fall into the same
+cache lines)."""
 
 GPU_BLOCK = 2**20
 """The same on a GPU, where every block costs some thirty kernel launches: as many as memory bears, 1 kB a column."""
@@ -205,9 +205,8 @@ class ML2ONetwork(nn.Module):
 class ML2ORule(UpdateRule):
     """The network as an update rule: z_{k+1} = z_k + u_k, computed without autograd, block by block."""
 
-    def __init__(self, network: ML2ONetwork, columns: int = 0) -> None:
-        """`columns`: of a block, as `ML2ONetwork.initial_blocks` takes them."""
-        self.network, self._columns = network, columns
+    def __init__(self, network: ML2ONetwork) -> None:
+        self.network = network
         with torch.no_grad():
             self._weights = network.stacked_weights()
 
@@ -230,8 +229,7 @@ class ML2ORule(UpdateRule):
         self.network.check_objectives(objectives)
         weight = self.network.head.weight
         agreement = features.initial_agreement(weight.new_zeros(instances, dimension))
-        blocks = self.network.initial_blocks(objectives, instances * dimension, columns=self._columns)
-        return ML2OState(0, agreement, blocks)
+        return ML2OState(0, agreement, self.network.initial_blocks(objectives, instances * dimension))
 
     @torch.no_grad()
     def propose(self, oracle: Oracle, parameters: Tensor, state: ML2OState, seen: StepInfo) -> tuple[Tensor, ML2OState]:

@@ -20,8 +20,7 @@ from ml2o_dist.problems.base import Batch, Problem
 from ml2o_dist.torch_optim.layout import Layout
 
 MOST = 8
-"""A bare tensor of more rows than that, and of fewer columns than rows, is taken for a mistake: one loss by its
-samples, or [B, m]. A list may have any number of losses."""
+"""A bare tensor of more rows is taken for a mistake: one loss by its samples, or [B, m]. A list may have any number."""
 
 Closure = Callable[[], "Tensor | Sequence[Tensor]"]
 """Returns the m losses of one batch, the same one whenever it is called within a step: scalars, or one vector [B] each
@@ -62,7 +61,10 @@ class ClosureBatch:
         except RuntimeError as error:
             if torch.is_grad_enabled() or "does not require grad" not in str(error):
                 raise
-            raise UserError(f"the {self.name} must not call backward: it is called without gradients, too") from error
+            raise UserError(
+                f"the {self.name} must not call backward, nor differentiate otherwise: the guard calls it without "
+                "gradients, too"
+            ) from error
 
     def _losses(self, returned: Any) -> list[Tensor]:
         if isinstance(returned, Tensor) and returned.dim() == 0:
@@ -70,7 +72,7 @@ class ClosureBatch:
         if not isinstance(returned, Tensor | Sequence):
             found = type(returned).__name__
             raise UserError(f"the {self.name} returned {found}; allowed are a list of losses, or a tensor")
-        if isinstance(returned, Tensor) and len(returned) > MOST and len(returned) > returned[0].numel():
+        if isinstance(returned, Tensor) and len(returned) > MOST:
             raise UserError(
                 f"the {self.name} returned a tensor of shape {list(returned.shape)}, which would be {len(returned)} "
                 "losses: one loss by its samples is a list of one vector; return a list if there are so many"
@@ -121,7 +123,7 @@ class ClosureProblem(Problem):
         self.dimension, self.objectives = layout.dimension, 0  # the first call tells how many
         self.samples, self.fewest = False, fewest
         self.reached = [True] * len(layout.parameters)
-        self.plain = layout.read().new_zeros(0)
+        self.plain = torch.zeros(0)
         self._decay = decay
         self._shares: Tensor | None = None  # [m, n], of d, from the first `jacobian` on; None without decay
         self._devices = sorted({p.device for p in layout.parameters if p.device.type == "cuda"}, key=str)

@@ -1,11 +1,11 @@
-"""ML2O and GML2O as optimizers of torch: the rules of this package on a user's parameters and losses."""
+"""ML2O as an optimizer of torch: the rule of this package on a user's parameters and losses."""
 
 from __future__ import annotations
 
 import json
 import math
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +14,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ml2o_dist.artifact import PRETRAINED
-from ml2o_dist.config import GuardSettings
-from ml2o_dist.config_file import checked
 from ml2o_dist.errors import UserError
 from ml2o_dist.rules.base import Oracle, State, StepInfo, UpdateRule
-from ml2o_dist.rules.gml2o import GML2O as GuardedRule
-from ml2o_dist.rules.gml2o import fallback_rule
 from ml2o_dist.rules.saved_state import modules_of, put_together, take_apart
 from ml2o_dist.torch_optim.closures import Closure, ClosureBatch, ClosureProblem
 from ml2o_dist.torch_optim.layout import Layout
@@ -57,7 +53,6 @@ class ML2O(Optimizer):
 
     Attributes:
         steps: how many were taken.
-        weights: whose, as they were given.
     """
 
     def __init__(
@@ -83,11 +78,10 @@ class ML2O(Optimizer):
         if not isinstance(weights, str | Path):
             hint = f"; a learning rate is written lr={weights!r}" if isinstance(weights, float | int) else ""
             raise UserError(f"weights {weights!r} must be a name or a file{hint}")
-        _checked("lr", lr)
-        _checked("weight_decay", weight_decay)
+        _non_negative("lr", lr)
+        _non_negative("weight_decay", weight_decay)
         super().__init__(params, {"lr": lr, "weight_decay": weight_decay})
         self.steps = 0
-        self.weights = str(weights)
         _warn_of_ranks(type(self).__name__)
         self._learned = LearnedWeights(str(weights))
         self._layout = Layout()
@@ -99,9 +93,9 @@ class ML2O(Optimizer):
 
         Args:
             closure: returns the m losses of one batch, with their graph: a list of scalars, or of vectors [B] with the
-                losses of single samples, or one tensor [m] or [m, B]. Whenever it is called within the step it must
-                use the same batch. One loss by its samples is a list of one vector: a tensor [B] would be B losses. A
-                list of closures is one batch in parts, whose losses are averaged.
+                losses of single samples, or one tensor [m] or [m, B], m up to 8. Whenever it is called within the step
+                it must use the same batch. One loss by its samples is a list of one vector: a tensor [B] would be B
+                losses. A list of closures is one batch in parts, whose losses are averaged.
             guard_closure: not for ML2O.
 
         Raises:
@@ -138,13 +132,15 @@ class ML2O(Optimizer):
         saved = state_dict.get("ml2o")
         if saved is None:
             raise UserError(f"the state dict is none of {type(self).__name__}: it has no entry 'ml2o'")
+        kinds = "ML2O, without a guard's memory", "GML2O, with a guard's memory"
+        theirs = "accepted_steps" in saved
+        if theirs != self._guarded:
+            raise UserError(f"the state dict is of {kinds[theirs]}; this is {kinds[self._guarded].split(',')[0]}")
         if saved["steps"] and saved["weights_sha256"] != self._learned.digest:
             raise UserError(
                 f"the state dict belongs to weights {saved['weights_sha256'][:12]}..., this optimizer has "
                 f"{self._learned.digest[:12]}... ({self._learned.origin})"
             )
-        if "accepted_steps" in saved and not isinstance(self, GML2O):
-            raise UserError("the state dict is of GML2O, with a guard's memory; this is ML2O")
         every = self._every_parameter()
         for i, shape in zip(saved["order"], saved["shapes"], strict=True):
             if i < len(every) and list(every[i].shape) != shape:
@@ -166,10 +162,17 @@ class ML2O(Optimizer):
         """Return all of it, for `copy.deepcopy`; torch's own leaves out what it does not know."""
         return {**super().__getstate__(), **{name: vars(self)[name] for name in self._remembered}}
 
+    @property
+    def weights(self) -> str:
+        """Whose weights these are, as they were given."""
+        return self._learned.origin
+
     def __repr__(self) -> str:
         return f"{super().__repr__()[:-1]}weights: {self.weights}\n)"
 
-    _remembered: tuple[str, ...] = ("steps", "weights", "_learned", "_layout", "_objectives", "_rule_state")
+    _guarded = False
+
+    _remembered: tuple[str, ...] = ("steps", "_learned", "_layout", "_objectives", "_rule_state")
 
     def _stepped(self, closure: Closures, guard_closure: Closures | None) -> Tensor:
         self._take_in()
@@ -231,114 +234,9 @@ class ML2O(Optimizer):
         """Return the setting that each parameter of the layout has in its group."""
         values: dict[int, float] = {}
         for group in self.param_groups:
-            value = _checked(key, group[key])
+            value = _non_negative(key, group[key])
             values |= {id(parameter): value for parameter in group["params"]}
         return [values[id(parameter)] for parameter in self._layout.parameters]
-
-
-class GML2O(ML2O):
-    """ML2O under a guard: a step that would be worse than that of a convergent rule, DSSMG, gives way to that one.
-
-        optimizer = GML2O(model.parameters())
-        for batch, guard_batch in pairs(loader):
-            optimizer.step(lambda: task_losses(model, batch), lambda: task_losses(model, guard_batch))
-
-    With two closures on independent batches that return the losses of single samples, vectors [B], every step passes
-    the test of `rules/gml2o.py`, and its theorem holds: each objective is compared by the paired differences of the
-    guard batch's samples, at the same dropout masks. The guard batch gives DSSMG's second gradient, too: neither
-    candidate depends on it.
-
-    **No theorem** covers the rest: with one closure both candidates are compared on the batch that the learned step
-    was made from; with scalars they are compared by these, whatever their noise. `lr` multiplies both candidates:
-    the bound stays for one factor that never grows and keeps above 0 (its C, which is alpha_t / gamma_t, falls with
-    it), not for groups with factors of their own. A parameter that no loss reaches in a step counts as of factor 0.
-
-    A step costs four forwards and m + 1 backward passes, the first one four forwards more. The two candidates'
-    evaluations leave BatchNorm's moments as they were.
-
-    Attributes:
-        accepted_steps: how many of the `steps` were the learned rule's.
-    """
-
-    def __init__(
-        self,
-        params: Iterable[Any],
-        weights: str | Path = PRETRAINED,
-        *,
-        guard: GuardSettings | Mapping[str, Any] | None = None,
-        lr: float = 1.0,
-        weight_decay: float = 0.0,
-    ) -> None:
-        """Take what `ML2O` takes.
-
-        Args:
-            guard: settings as `GuardSettings` has them, `{"budget": 0}` for one; instead of those that the weights
-                were meta-trained under, or else the default ones.
-
-        Raises:
-            UserError: as `ML2O`; settings that there are not; a guard that wants more than one batch in a step.
-        """
-        if isinstance(guard, Mapping):
-            guard = checked(GuardSettings, guard)
-        if guard is not None and (guard.batches != 1 or guard.growth):
-            raise UserError(
-                f"guard has batches {guard.batches} and growth {guard.growth:g}: a guard closure is one batch, so that "
-                "batches=1 and growth=0 are allowed; make the batch larger instead"
-            )
-        super().__init__(params, weights, lr=lr, weight_decay=weight_decay)
-        self.accepted_steps = 0
-        self._guard = guard
-
-    def step(self, closure: Closures, guard_closure: Closures | None = None) -> Tensor:  # type: ignore[override]
-        """Take one step; return the losses [m] where it started, detached.
-
-        Args:
-            closure: as for `ML2O`; m is at least 2. It is called again in the first step, to find the fallback's size.
-            guard_closure: the same on another batch.
-
-        Raises:
-            UserError: as `ML2O`; one loss only; vectors of too few samples to compare by.
-        """
-        return self._stepped(closure, guard_closure)
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the groups' settings and all that is remembered: plain values and tensors, as torch.save wants."""
-        saved = super().state_dict()
-        saved["ml2o"]["accepted_steps"] = self.accepted_steps
-        return saved
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from what `state_dict` returned, with the same parameters in the same groups; raises as `ML2O`."""
-        accepted = state_dict.get("ml2o", {"accepted_steps": 0}).get("accepted_steps")
-        if accepted is None:
-            raise UserError("the state dict is of ML2O, without a guard's memory; this is GML2O")
-        super().load_state_dict(state_dict)
-        self.accepted_steps = accepted
-
-    _remembered = (*ML2O._remembered, "accepted_steps", "_guard")
-
-    def _rule(self, multiplier: Tensor | None) -> GuardedRule:
-        guard = self._guard_settings()
-        return GuardedRule(super()._rule(multiplier), multiplied(fallback_rule(guard), multiplier), guard)
-
-    def _guard_settings(self) -> GuardSettings:
-        if self._guard:
-            return self._guard
-        return (self._learned.settings.guard or GuardSettings()).model_copy(update={"batches": 1, "growth": 0.0})
-
-    def _fewest(self) -> int:
-        return self._guard_settings().fewest_samples
-
-    def _moved(self, rule: UpdateRule, oracle: Oracle, point: Tensor, seen: StepInfo) -> tuple[Tensor, State]:
-        assert isinstance(rule, GuardedRule)
-        moved, state, info = rule.choose(oracle, point, self._rule_state, seen)
-        self.accepted_steps += int(info.accepted)
-        return moved, state
-
-    def _check_objectives(self, objectives: int) -> None:
-        if objectives < 2:
-            raise UserError("GML2O got one loss only, it guards several: return a list of losses, or use ML2O")
-        super()._check_objectives(objectives)
 
 
 def _warn_of_ranks(name: str) -> None:
@@ -352,7 +250,7 @@ def _warn_of_ranks(name: str) -> None:
             )
 
 
-def _checked(name: str, value: Any) -> float:
+def _non_negative(name: str, value: Any) -> float:
     try:
         number = float(value)
     except (TypeError, ValueError):

@@ -1,0 +1,123 @@
+"""GML2O, the guarded rule, as an optimizer of torch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ml2o_dist.artifact import PRETRAINED
+from ml2o_dist.config import GuardSettings
+from ml2o_dist.config_file import checked
+from ml2o_dist.errors import UserError
+from ml2o_dist.rules.base import Oracle, State, StepInfo, UpdateRule
+from ml2o_dist.rules.gml2o import GML2O as GuardedRule
+from ml2o_dist.rules.gml2o import fallback_rule
+from ml2o_dist.torch_optim.ml2o import ML2O, Closures
+from ml2o_dist.torch_optim.multiplied import multiplied
+
+
+class GML2O(ML2O):
+    """ML2O under a guard: a step that would be worse than that of a convergent rule, DSSMG, gives way to that one.
+
+        optimizer = GML2O(model.parameters())
+        for batch, guard_batch in pairs(loader):
+            optimizer.step(lambda: task_losses(model, batch), lambda: task_losses(model, guard_batch))
+
+    With two closures on independent batches that return the losses of single samples, vectors [B], every step passes
+    the test of `rules/gml2o.py`, and its theorem holds: each objective is compared by the paired differences of the
+    guard batch's samples, at the same dropout masks. The guard batch gives DSSMG's second gradient, too: neither
+    candidate depends on it.
+
+    **No theorem** covers the rest: with one closure both candidates are compared on the batch that the learned step
+    was made from; with scalars they are compared by these, whatever their noise. `lr` multiplies both candidates:
+    the bound stays for one factor that never grows and keeps above 0 (its C, which is alpha_t / gamma_t, falls with
+    it), not for groups with factors of their own. A parameter that no loss reaches in a step counts as of factor 0.
+
+    A step costs four forwards and m + 1 backward passes, the first one four forwards more. The two candidates'
+    evaluations leave BatchNorm's moments as they were.
+
+    Attributes:
+        accepted_steps: how many of the `steps` were the learned rule's.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        weights: str | Path = PRETRAINED,
+        *,
+        guard: GuardSettings | Mapping[str, Any] | None = None,
+        lr: float = 1.0,
+        weight_decay: float = 0.0,
+    ) -> None:
+        """Take what `ML2O` takes.
+
+        Args:
+            guard: settings as `GuardSettings` has them, `{"budget": 0}` for one; instead of those that the weights
+                were meta-trained under, or else the default ones.
+
+        Raises:
+            UserError: as `ML2O`; settings that there are not; a guard that wants more than one batch in a step.
+        """
+        if isinstance(guard, Mapping):
+            guard = checked(GuardSettings, guard)
+        if guard is not None and (guard.batches != 1 or guard.growth):
+            raise UserError(
+                f"guard has batches {guard.batches} and growth {guard.growth:g}: a guard closure is one batch, so that "
+                "batches=1 and growth=0 are allowed; make the batch larger instead"
+            )
+        super().__init__(params, weights, lr=lr, weight_decay=weight_decay)
+        self.accepted_steps = 0
+        self._guard = guard
+
+    def step(self, closure: Closures, guard_closure: Closures | None = None) -> Tensor:  # type: ignore[override]
+        """Take one step; return the losses [m] where it started, detached.
+
+        Args:
+            closure: as for `ML2O`; m is at least 2. It is called again in the first step, to find the fallback's size.
+            guard_closure: the same on another batch.
+
+        Raises:
+            UserError: as `ML2O`; one loss only; vectors of too few samples to compare by.
+        """
+        return self._stepped(closure, guard_closure)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the groups' settings and all that is remembered: plain values and tensors, as torch.save wants."""
+        saved = super().state_dict()
+        saved["ml2o"]["accepted_steps"] = self.accepted_steps
+        return saved
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from what `state_dict` returned, with the same parameters in the same groups; raises as `ML2O`."""
+        super().load_state_dict(state_dict)
+        self.accepted_steps = state_dict["ml2o"]["accepted_steps"]
+
+    _guarded = True
+
+    _remembered = (*ML2O._remembered, "accepted_steps", "_guard")
+
+    def _rule(self, multiplier: Tensor | None) -> GuardedRule:
+        guard = self._guard_settings()
+        return GuardedRule(super()._rule(multiplier), multiplied(fallback_rule(guard), multiplier), guard)
+
+    def _guard_settings(self) -> GuardSettings:
+        if self._guard:
+            return self._guard
+        return (self._learned.settings.guard or GuardSettings()).model_copy(update={"batches": 1, "growth": 0.0})
+
+    def _fewest(self) -> int:
+        return self._guard_settings().fewest_samples
+
+    def _moved(self, rule: UpdateRule, oracle: Oracle, point: Tensor, seen: StepInfo) -> tuple[Tensor, State]:
+        assert isinstance(rule, GuardedRule)
+        moved, state, info = rule.choose(oracle, point, self._rule_state, seen)
+        self.accepted_steps += int(info.accepted)
+        return moved, state
+
+    def _check_objectives(self, objectives: int) -> None:
+        if objectives < 2:
+            raise UserError("GML2O got one loss only, it guards several: return a list of losses, or use ML2O")
+        super()._check_objectives(objectives)
