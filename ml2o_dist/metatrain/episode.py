@@ -18,6 +18,7 @@ from ml2o_dist.metatrain import metagradient
 from ml2o_dist.metatrain.evolution import evolution_strategy
 from ml2o_dist.metatrain.metagradient import Rollout
 from ml2o_dist.metatrain.recorder import Trajectory, TrajectoryRecorder
+from ml2o_dist.metatrain.second_order import exact
 from ml2o_dist.problems import Problem, ProblemContext, ProblemSpec, Rescaled
 from ml2o_dist.rules.base import Oracle, UpdateRule
 from ml2o_dist.rules.gml2o import GuardedInfo, guarded
@@ -204,7 +205,7 @@ def _estimate(
     if estimator.kind == "exact":
         oracle = Oracle(problem, generator("batches", spec.seed))
         batches = [oracle.draw() for _ in range(spec.horizon + 1)]
-        return metagradient.exact(network, problem, start, batches, estimator, recorder)
+        return exact(network, problem, start, batches, estimator, recorder)
     recorders = iter([recorder])  # of the first trial
 
     def trial(theta: Tensor) -> Tensor:

@@ -7,18 +7,16 @@ the n of each instance.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ml2o_dist.config import EstimatorSettings
 from ml2o_dist.errors import UserError
-from ml2o_dist.metatrain.recorder import TrajectoryRecorder
-from ml2o_dist.problems.base import Problem, autograd_jacobian
+from ml2o_dist.problems.base import Problem
 from ml2o_dist.rules import features
-from ml2o_dist.rules.ml2o import ML2ONetwork, ML2ORule, even_blocks
+from ml2o_dist.rules.ml2o import ML2ONetwork, even_blocks
 from ml2o_dist.rules.unrolled import Unrolled
 
 FLOOR = 1e-8
@@ -28,10 +26,6 @@ REPLAY_BLOCK = 32256
 """Columns (coordinates times objectives) times H replayed at a time: bounds the memory, which is K times a block's
 states, and keeps a step in the cache (measured: a half takes a tenth to a third longer, the double is alike; no power
 of two, see `ml2o.BLOCK`)."""
-
-EXACT_COLUMNS = 2016
-"""Of a block on a CPU under autograd: as the weights in the wheel were trained with, whose bits depend on it (the
-rule's own blocks are 1.3 to 1.6 times as fast there, for weights to come)."""
 
 GPU_REPLAY = 2**22
 """On a GPU, columns times steps: every block costs thirty kernel launches a step, every column 0.5 kB a step."""
@@ -141,48 +135,6 @@ def replay(
                 sum_ += gradient
     sums = [*unrolled.gradients.tensors(), *by_controls]
     return loss, list(torch.autograd.grad([*stacked.tensors(), *controls], list(network.parameters()), sums))
-
-
-def exact(
-    network: ML2ONetwork,
-    problem: Problem,
-    start: Tensor,
-    batches: Sequence[object],
-    settings: EstimatorSettings,
-    recorder: TrajectoryRecorder | None = None,
-) -> tuple[Tensor, list[Tensor], Tensor]:
-    """Second-order meta-gradient: autograd through the whole episode, the task's own gradients included.
-
-    Costs about 1.5 to 3 times replay's time and, since the whole graph is kept, K times a step's memory (2.5 GB at n =
-    11,000, K = 200, H = 8): for small problems, where it is free of replay's bias. Takes `start` [P, n] and the K + 1
-    batches of the episode; gamma, unroll and coordinate subsampling, which are biases or variances of replay, do not
-    apply. The weighting of steps does.
-
-    Returns:
-        L, its gradient in the order of `network.parameters()`, and the losses [K+1, P, m].
-    """
-    kind = meta_loss_kind(settings, problem)
-    point = start.detach().requires_grad_(True)
-    state = ML2ORule(network).initial_state(start.shape[0], problem.objectives, start.shape[1])
-    if start.device.type == "cpu":
-        blocks = network.initial_blocks(problem.objectives, start.numel(), columns=EXACT_COLUMNS)
-        state = replace(state, blocks=blocks)
-    seen: list[Tensor] = []
-    parameters = list(network.parameters())
-    with torch.enable_grad():
-        weights = network.stacked_weights()
-        for batch in batches[:-1]:
-            jacobian, losses = autograd_jacobian(problem.losses, point, batch, create_graph=True)
-            seen.append(losses)
-            update, state = network.advance(jacobian, state, weights)
-            before, point = point, problem.project(point + update)
-            if recorder is not None:
-                recorder.add(jacobian, losses, before, point)
-        seen.append(problem.losses(point, batches[-1]))
-        stacked = torch.stack(seen)
-        by_step = step_weights(settings.step_weights, len(batches) - 1, stacked)
-        loss = episode_loss(kind, by_step, stacked, problem.minima)
-    return loss.detach(), list(torch.autograd.grad(loss, parameters)), stacked.detach()
 
 
 def _answers(rollout: Rollout, weights: Tensor, kind: str, minima: Tensor | None, gamma: float, chunk: int) -> Tensor:

@@ -5,8 +5,9 @@ Shapes: P instances, m objectives, n parameters, R = P * n coordinates, H hidden
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -58,6 +59,25 @@ class ML2OState:
     step: int
     agreement: features.Agreement
     blocks: tuple[BlockState, ...]
+
+    def tensors(self) -> list[Tensor]:
+        """Return all that it holds, in order."""
+        cells = (tensor for block in self.blocks for tensor in (*block.memory, *chain.from_iterable(block.cells)))
+        return [*self.agreement, *cells]
+
+    def with_tensors(self, tensors: Iterable[Tensor]) -> ML2OState:
+        """Return it with others in their places."""
+        each = iter(tensors)
+        agreement = features.Agreement(*(next(each) for _ in self.agreement))
+        blocks = tuple(
+            replace(
+                block,
+                memory=features.Memory(*(next(each) for _ in block.memory)),
+                cells=tuple((next(each), next(each)) for _ in block.cells),
+            )
+            for block in self.blocks
+        )
+        return replace(self, agreement=agreement, blocks=blocks)
 
 
 class StackedWeights(NamedTuple):

@@ -5,13 +5,16 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
 from ml2o_dist.config import EstimatorSettings, GuardSettings, RuleSettings
 from ml2o_dist.errors import UserError
 from ml2o_dist.metatrain.episode import _choose, roll_out
-from ml2o_dist.metatrain.metagradient import exact, meta_loss_kind, replay, step_weights
+from ml2o_dist.metatrain.metagradient import meta_loss_kind, replay, step_weights
+from ml2o_dist.metatrain.recorder import TrajectoryRecorder
+from ml2o_dist.metatrain.second_order import exact
 from ml2o_dist.problems import ProblemContext, ProblemSpec
 from ml2o_dist.rules.aggregated import AggregatedRule
 from ml2o_dist.rules.base import Oracle
@@ -216,6 +219,25 @@ def test_exact_agrees_with_finite_differences(output, features, problem):
             slope = (ends[0] - ends[1]) / (2 * step)
             assert gradient[index].view(-1)[entry].item() == pytest.approx(slope, rel=1e-4, abs=1e-8)
     assert loss.item() == pytest.approx(exact(rule.network, built, start, batches, estimator)[0].item(), abs=1e-14)
+
+
+@pytest.mark.parametrize("meta_loss", ["log_sum", "normalised"])
+@pytest.mark.parametrize(
+    ("output", "features"), [("controlled", "agreement"), ("residual", "adam"), ("scaled", "log_sign")]
+)
+@pytest.mark.parametrize("steps", [1, 2, 3, 5])
+def test_exact_does_not_depend_on_its_stretches(monkeypatch, output, features, meta_loss, steps):
+    rule, problem = random_rule(RuleSettings(output=output, features=features, hidden=3, lr=0.1)), problem_for(3, 2)
+    _, start, batches = rolled(rule, problem)
+    estimator, recorders = EstimatorSettings(meta_loss=meta_loss), [TrajectoryRecorder(), TrajectoryRecorder()]
+    loss, whole, losses = exact(rule.network, problem, start, batches, estimator, recorders[0])
+    monkeypatch.setattr("ml2o_dist.metatrain.second_order.STEPS", steps)
+    again, stretched, same = exact(rule.network, problem, start, batches, estimator, recorders[1])
+    assert torch.equal(same, losses)
+    assert again.item() == pytest.approx(loss.item(), rel=1e-14)
+    assert_close(stretched, whole, 1e-12)
+    for left, right in zip(*(vars(each.trajectory()).values() for each in recorders), strict=True):
+        assert np.array_equal(left, right)
 
 
 def test_exact_differs_from_first_order_where_curvature_counts():
