@@ -62,7 +62,9 @@ def evaluate(source: list[str], optimizers: list[str], settings: list[str], fold
     words = ["evaluate", *source, "--run-dir", str(folder.absolute()), "--json", "--quiet"]
     words += [word for name in optimizers for word in ("--optimizer", name)]
     words += [word for setting in settings for word in ("--set", setting)]
-    done = subprocess.run([sys.executable, "-m", "ml2o_dist", *words], stdout=subprocess.PIPE, check=True)
+    done = subprocess.run([sys.executable, "-m", "ml2o_dist", *words], stdout=subprocess.PIPE)
+    if done.returncode:  # it has said why
+        sys.exit(done.returncode)
     answer: Answer = json.loads(done.stdout)
     return answer
 
@@ -71,7 +73,8 @@ def long_evaluation(short: Answer, out: Path) -> Path:
     """Write the settings of the long part, chosen by the short one's baselines alone; return the file."""
     suite = load_suite("paper")
     found = [each for each in short["summary"]["standings"] if each["role"] == "baseline"]
-    chosen = [each["optimizer"] for each in sorted(found, key=lambda each: each["ratio"]["estimate"])[:STRONGEST]]
+    found = sorted(found, key=lambda each: each["ratio"]["estimate"])[:STRONGEST]
+    chosen = sorted((each["optimizer"] for each in found), key=suite.baselines.index)  # no other file for other places
     rates = Counter(row["learning_rate"] for row in short["summary"]["rows"] if row["optimizer"] in chosen)
     ((best, _),) = rates.most_common(1)
     place = suite.learning_rates.index(best)
