@@ -24,6 +24,7 @@ class Layout:
     def __init__(self) -> None:
         self.parameters: list[Tensor] = []
         self._exact: Tensor | None = None  # [1, n], the last z that was kept, where there is a use for it
+        self._begun: tuple[torch.device, torch.dtype] | None = None  # where z, and with it the rule's state, began
 
     @property
     def dimension(self) -> int:
@@ -38,22 +39,29 @@ class Layout:
     @property
     def dtype(self) -> torch.dtype:
         """The precision of z."""
-        return torch.float64 if any(p.dtype == torch.float64 for p in self.parameters) else torch.float32
+        return _precision(self.parameters)
 
     def add(self, parameters: Sequence[Tensor]) -> None:
         """Append parameters. Raises UserError where one is neither real nor floating, or changes the precision."""
         for parameter in parameters:
             if not parameter.is_floating_point():
                 raise UserError(f"a parameter of {parameter.dtype} cannot be optimized: real floating-point ones can")
-        before = self.dtype if self.parameters else None
-        self.parameters += parameters
-        if before not in (None, self.dtype):
+        if self._begun and self._begun[1] != _precision([*self.parameters, *parameters]):
             raise UserError("a float64 parameter was added to an optimizer of float32 ones: make a new optimizer")
+        self.parameters += parameters
+        if self.parameters and not self._begun:
+            self._begun = self.device, self.dtype
         if self._exact is not None:
             self._exact = torch.cat([self._exact, self._joined(parameters)], dim=1)
 
     def read(self) -> Tensor:
-        """Return z [1, n]."""
+        """Return z [1, n]. Raises UserError where the parameters have left the device or precision they began with."""
+        if self._begun != (self.device, self.dtype):
+            device, dtype = self._begun or (None, None)
+            raise UserError(
+                f"the parameters are on {self.device} in {self.dtype}, the optimizer's states on {device} in {dtype}: "
+                "move a model, or change its precision, before the first step"
+            )
         found = self._joined(self.parameters)
         if self._exact is None:
             return found
@@ -107,3 +115,7 @@ class Layout:
 
     def _joined(self, parameters: Sequence[Tensor]) -> Tensor:
         return torch.cat([p.detach().to(self.device, self.dtype).flatten() for p in parameters]).unsqueeze(0)
+
+
+def _precision(parameters: Sequence[Tensor]) -> torch.dtype:
+    return torch.float64 if any(parameter.dtype == torch.float64 for parameter in parameters) else torch.float32

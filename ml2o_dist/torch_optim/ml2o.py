@@ -117,6 +117,7 @@ class ML2O(Optimizer):
             "objectives": self._objectives,
             "order": [place[id(parameter)] for parameter in self._layout.parameters],
             "shapes": [list(parameter.shape) for parameter in self._layout.parameters],
+            "precision": str(self._layout.dtype),
             "exact": self._layout.exact,
             "tree": json.dumps(tree),
             "tensors": tensors,
@@ -147,14 +148,17 @@ class ML2O(Optimizer):
                 raise UserError(
                     f"the state dict has a parameter of shape {shape}, where this one has {list(every[i].shape)}"
                 )
+        layout = Layout()
+        layout.add([every[i] for i in saved["order"] if i < len(every)])  # where one is missing, torch will say so
+        if layout.parameters and saved["precision"] != str(layout.dtype):
+            raise UserError(f"the state dict is in {saved['precision']}, the parameters here in {layout.dtype}")
         super().load_state_dict(state_dict)
         self.steps, self._objectives, self._rule_state = saved["steps"], saved["objectives"], None
-        self._layout = Layout()
+        self._layout = layout
         if self.steps:
-            self._layout.add([every[i] for i in saved["order"]])
-            device = self._layout.device
-            self._layout.remember(None if saved["exact"] is None else saved["exact"].to(device))
-            fresh = self._rule(None).initial_state(1, self._objectives, self._layout.dimension)
+            device = layout.device
+            layout.remember(None if saved["exact"] is None else saved["exact"].to(device))
+            fresh = self._rule(None).initial_state(1, self._objectives, layout.dimension)
             tensors = {place: tensor.clone().to(device) for place, tensor in saved["tensors"].items()}
             self._rule_state = put_together(json.loads(saved["tree"]), tensors, modules_of(fresh).__getitem__)
 

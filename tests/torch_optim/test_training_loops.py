@@ -233,6 +233,28 @@ def test_a_parameter_that_no_loss_reaches_stays(kind: str, place: Path) -> None:
     assert not torch.equal(flat(model), start)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_another_precision_than_the_first_steps_gets_one_line_again_and_again(kind: str, place: Path) -> None:
+    model, new = TwoTasks(), nn.Parameter(torch.zeros(2, dtype=torch.float64))
+    optimizer = makers(place)[kind](model)
+    take(optimizer, model, 0)
+    saved = optimizer.state_dict()
+    optimizer.add_param_group({"params": [new]})
+    for _ in range(2):
+        with pytest.raises(UserError, match="a float64 parameter was added"):
+            take(optimizer, model, 1)
+    model = TwoTasks()
+    optimizer = makers(place)[kind](model)
+    take(optimizer, model, 0)
+    model.double()
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"are on cpu in torch\.float64, .* states on cpu in torch\.float32: move"):
+            take(optimizer, model, 1)
+    with pytest.raises(UserError, match=r"the state dict is in torch\.float32, the parameters here in torch\.float64"):
+        makers(place)[kind](model).load_state_dict(saved)
+    makers(place)[kind](model).load_state_dict(makers(place)[kind](TwoTasks()).state_dict())  # of no step yet
+
+
 def test_halves_keep_what_is_smaller_than_their_rounding() -> None:
     """Steps of 1e-4 on numbers near 1 are lost in bfloat16, whose spacing there is 8e-3, unless they add up."""
     parameter = nn.Parameter(torch.full((4,), 1.0, dtype=torch.bfloat16))
