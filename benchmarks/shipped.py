@@ -74,7 +74,7 @@ def long_evaluation(short: Answer, out: Path) -> Path:
     suite = load_suite("paper")
     found = [each for each in short["summary"]["standings"] if each["role"] == "baseline"]
     found = sorted(found, key=lambda each: each["ratio"]["estimate"])[:STRONGEST]
-    chosen = sorted((each["optimizer"] for each in found), key=suite.baselines.index)  # no other file for other places
+    chosen = sorted((each["optimizer"] for each in found), key=suite.baselines.index)  # so that a swap changes nothing
     rates = Counter(row["learning_rate"] for row in short["summary"]["rows"] if row["optimizer"] in chosen)
     ((best, _),) = rates.most_common(1)
     place = suite.learning_rates.index(best)

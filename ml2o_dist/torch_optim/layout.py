@@ -19,47 +19,38 @@ class Layout:
 
     Attributes:
         parameters: in order.
+        device, dtype: of z, and with it of the rule's states; the first parameters decide.
     """
 
     def __init__(self) -> None:
         self.parameters: list[Tensor] = []
+        self.device, self.dtype = torch.device("cpu"), torch.float32
         self._exact: Tensor | None = None  # [1, n], the last z that was kept, where there is a use for it
-        self._begun: tuple[torch.device, torch.dtype] | None = None  # where z, and with it the rule's state, began
 
     @property
     def dimension(self) -> int:
         """n."""
         return sum(parameter.numel() for parameter in self.parameters)
 
-    @property
-    def device(self) -> torch.device:
-        """Where z is."""
-        return self.parameters[0].device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The precision of z."""
-        return _precision(self.parameters)
-
     def add(self, parameters: Sequence[Tensor]) -> None:
         """Append parameters. Raises UserError where one is neither real nor floating, or changes the precision."""
         for parameter in parameters:
             if not parameter.is_floating_point():
                 raise UserError(f"a parameter of {parameter.dtype} cannot be optimized: real floating-point ones can")
-        if self._begun and self._begun[1] != _precision([*self.parameters, *parameters]):
+        if parameters and not self.parameters:
+            self.device, self.dtype = parameters[0].device, _precision(parameters)
+        elif _precision([*self.parameters, *parameters]) != self.dtype:
             raise UserError("a float64 parameter was added to an optimizer of float32 ones: make a new optimizer")
         self.parameters += parameters
-        if self.parameters and not self._begun:
-            self._begun = self.device, self.dtype
         if self._exact is not None:
             self._exact = torch.cat([self._exact, self._joined(parameters)], dim=1)
 
     def read(self) -> Tensor:
         """Return z [1, n]. Raises UserError where the parameters have left the device or precision they began with."""
-        if self._begun != (self.device, self.dtype):
-            device, dtype = self._begun or (None, None)
+        device, dtype = self.parameters[0].device, _precision(self.parameters)
+        if (device, dtype) != (self.device, self.dtype):
             raise UserError(
-                f"the parameters are on {self.device} in {self.dtype}, the optimizer's states on {device} in {dtype}: "
+                f"the parameters are on {device} in {dtype}, the optimizer's states on {self.device} in {self.dtype}: "
                 "move a model, or change its precision, before the first step"
             )
         found = self._joined(self.parameters)

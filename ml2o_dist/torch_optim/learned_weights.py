@@ -22,7 +22,7 @@ class LearnedWeights:
     def __init__(self, origin: str) -> None:
         """Raises UserError for a file that cannot be read."""
         self.origin = origin
-        self._rule: ML2ORule | None = None
+        self._rules: dict[tuple[torch.device, torch.dtype], ML2ORule] = {}  # the last one that was asked for
         self._read: tuple[RuleSettings, Mapping[str, Tensor], str] | None = None
         if not (is_uri(origin) or origin.startswith("models:/")):
             self._contents()
@@ -40,9 +40,10 @@ class LearnedWeights:
     def rule(self, device: torch.device, dtype: torch.dtype) -> ML2ORule:
         """Return the rule, built once for a device and precision."""
         settings, weights, _ = self._contents()
-        if self._rule is None or self._rule.network.head.weight.device != device:
-            self._rule = ML2ORule.from_weights(settings, weights, device, dtype)
-        return self._rule
+        place = device, dtype
+        if place not in self._rules:
+            self._rules = {place: ML2ORule.from_weights(settings, weights, device, dtype)}
+        return self._rules[place]
 
     def _contents(self) -> tuple[RuleSettings, Mapping[str, Tensor], str]:
         if self._read is None:

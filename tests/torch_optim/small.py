@@ -1,19 +1,22 @@
-"""A small network of two tasks with its data, and learned weights drawn at random."""
+"""A small network of two tasks with its data, learned weights drawn at random, and every kind of optimizer for it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ml2o_dist import GML2O, ML2O
 from ml2o_dist.artifact import save_artifact
-from ml2o_dist.config import RuleSettings
+from ml2o_dist.config import GuardSettings, RuleSettings
 from ml2o_dist.rules.ml2o import ML2ONetwork
 from ml2o_dist.seeding import generator
 
 Batch = tuple[Tensor, Tensor, Tensor]
+Make = Callable[[nn.Module], ML2O]
 
 
 class TwoTasks(nn.Module):
@@ -72,3 +75,26 @@ def weights_file(folder: Path, **settings: object) -> Path:
     state = {name: 0.3 * torch.randn(t.shape, generator=draws) for name, t in network.state_dict().items()}
     save_artifact(folder, state, rule, {})
     return folder
+
+
+def makers(place: Path) -> dict[str, Make]:
+    """Return how each kind of optimizer is made with the weights at `place`."""
+    return {
+        "ml2o": lambda model: ML2O(model.parameters(), place, weight_decay=0.01),
+        "gml2o": lambda model: GML2O(model.parameters(), place, guard=GuardSettings(budget=1.0)),
+        "gml2o over mgda": lambda model: GML2O(
+            model.parameters(), place, guard=GuardSettings(fallback="mgda+adam@0.01", margin=0.5)
+        ),
+    }
+
+
+KINDS = list(makers(Path()))
+
+
+def take(optimizer: ML2O, model: nn.Module, step: int) -> Tensor:
+    """Take a step on the batch of that number, guarded by another one."""
+    batch, other = drawn(step), drawn(f"guard {step}")
+    closure = lambda: losses(model, batch, "none")  # noqa: E731
+    if isinstance(optimizer, GML2O):
+        return optimizer.step(closure, lambda: losses(model, other, "none"))
+    return optimizer.step(closure)
