@@ -74,16 +74,17 @@ BALLAST = """
 import time, ray
 from pathlib import Path
 import numpy as np
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 ray.init(log_to_driver=False)
 
-@ray.remote(num_cpus=0, scheduling_strategy="SPREAD")
+@ray.remote(num_cpus=0)
 class Holder:
     def fill(self):
         self.held = [ray.put(np.ones(10_000_000, np.uint8)) for _ in range(15)]  # 150 MB into a store of 100
-        return ray.get_runtime_context().get_node_id()
 
-holders = [Holder.remote() for _ in range(6)]
-print(len(set(ray.get([holder.fill.remote() for holder in holders]))), flush=True)
+hosts = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in ray.nodes() if node["Alive"]]
+holders = [Holder.options(scheduling_strategy=host).remote() for host in hosts * 2]
+ray.get([holder.fill.remote() for holder in holders])
 Path("/home/ray/full").touch()
 while not Path("/home/ray/over").exists():
     time.sleep(0.2)
