@@ -28,8 +28,9 @@ train: $(STAMP)
 test: $(STAMP)
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile -m "not long"
 
-test-full: $(STAMP)
-	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile
+# The long ones one after the other: two clusters of Ray side by side starve each other where cores are few.
+test-full: test
+	$(TEST_ENV) $(BIN)/python -m pytest -m long
 
 check: $(STAMP)
 	$(BIN)/ruff check .

@@ -73,7 +73,7 @@ def test_a_replayer_or_a_worker_that_is_killed_changes_nothing(pool, tmp_path):
 @pytest.mark.long
 def test_a_replayer_that_hangs_is_replaced(pool, tmp_path):
     calm, stopped = trained(tmp_path / "calm", pool(2).begin), []
-    mine = pool(2, FaultSettings(shortest_deadline_s=5, first_deadline_s=6))
+    mine = pool(2, FaultSettings(shortest_deadline_s=5, first_deadline_s=20))  # another one starts in it
 
     def on_row(step, row):
         if "meta_loss" in row and step == 2:

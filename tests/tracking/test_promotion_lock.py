@@ -46,7 +46,7 @@ def promote(registry: Registry) -> Callable[[], None]:
 
 @pytest.fixture
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(locks, "WAIT_S", 1.0)
+    monkeypatch.setattr(locks, "WAIT_S", 3.0)  # several looks, on a busy machine too
     monkeypatch.setattr(locks, "_STALE_AFTER_S", 0.3)
 
 
@@ -96,7 +96,7 @@ def test_a_lock_that_is_alive_is_waited_for_and_not_broken_and_one_of_a_killed_p
         start = time.monotonic()
         with pytest.raises(UserError) as refusal:
             promote()
-        assert 1 <= time.monotonic() - start < 5
+        assert 3 <= time.monotonic() - start < 10
         said = rf"the lock 'ml2o\.lock' at sqlite\S+ is held by \S+@\S+, process {process.pid} since 20\d\d-\S+, wai"
         assert re.match(said, str(refusal.value))
         registry.make_older("ml2o.lock", 50)
