@@ -26,7 +26,7 @@ train: $(STAMP)
 	$(BIN)/ml2o meta-train --run-dir $(RUN_DIR)
 
 test: $(STAMP)
-	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile -m "not long"
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not long"
 
 # The long ones one after the other: two clusters of Ray side by side starve each other where cores are few.
 test-full: test

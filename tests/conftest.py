@@ -22,6 +22,7 @@ os.environ.update(
     RAY_AUTH_MODE="disabled",
     RAY_worker_niceness="0",  # Ray starts workers at 15: beside any other load they would hardly run
     MLFLOW_DISABLE_TELEMETRY="true",
+    HF_HUB_OFFLINE="1",  # a name that is not on this machine is not looked for elsewhere
 )
 
 import pytest  # noqa: E402
@@ -67,7 +68,12 @@ def cluster() -> Iterator[None]:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that use `real_data_root`; skip those marked `real_data` where there is no real data."""
+    """Mark the tests of real data, and skip them where there is none; put the files that start Ray first.
+
+    Those take minutes: one that came last would have one core wait for the other (`--no-loadscope-reorder`).
+    """
+    starting = {item.path for item in items if {"cluster", "head"} & set(getattr(item, "fixturenames", ()))}
+    items.sort(key=lambda item: item.path not in starting)
     for item in items:
         if "real_data_root" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.real_data)

@@ -267,9 +267,8 @@ def test_failed_cells_are_reported_with_exit_code_3_and_the_rest_is_there(cluste
     assert [cell["seed"] for cell in strict(again.stdout)["cells"]] == [0, 1]
 
 
-@pytest.mark.parametrize(
-    ("signal_number", "code"), [pytest.param(signal.SIGINT, 130, marks=pytest.mark.long), (signal.SIGTERM, 143)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize(("signal_number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_stopped_by_a_signal_it_says_and_keeps_what_is_finished(cluster, home, monkeypatch, signal_number, code):
     shown = StepDisplay.update
 

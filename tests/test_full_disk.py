@@ -112,6 +112,7 @@ def test_a_disk_that_is_full_for_a_while_costs_a_warning_and_at_the_end_the_run_
     assert load_artifact(disk / "b").weights_sha256 == calm["weights_sha256"]
 
 
+@pytest.mark.long
 def test_a_full_disk_at_the_weights_is_exit_code_4_and_leaves_no_torn_file(cluster, home, disk, monkeypatch):
     from ml2o_dist import artifact
 

@@ -100,6 +100,9 @@ def test_a_submitted_job_leaves_run_and_version_outside_its_working_directory(he
     assert [(v["name"], v["version"], v["aliases"]) for v in versions] == [("ml2o", 1, ["candidate"])]
     assert versions[0]["tags"]["weights_sha256"] == load_artifact(tmp_path / "runs" / "job").weights_sha256
 
+
+@pytest.mark.long
+def test_a_submitted_job_that_the_cluster_cannot_hold_fails_with_the_line_that_says_so(head, tmp_path):
     failed = submit(head, tmp_path, "--config", str(REPOSITORY / "tests" / "small_run.yaml"), "--set", "workers=9")
     assert failed.returncode != 0
     assert "workers=9 needs 9 CPU (1 each), the cluster has 2: 7 missing" in failed.stdout + failed.stderr

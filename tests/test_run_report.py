@@ -32,10 +32,10 @@ def call(*words):
     return CliRunner().invoke(main, list(words))
 
 
-@pytest.fixture
-def run_dir(tmp_path) -> Path:
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
     """A finished run without Ray: trained in process, compared by hand."""
-    folder = tmp_path / "the run"
+    folder = tmp_path_factory.mktemp("trained") / "the run"
     settings = small(meta_steps=4)
     trainer = Trainer(settings, folder)
     trainer.progress.tracking_run = "the-mlflow-run"
@@ -45,6 +45,12 @@ def run_dir(tmp_path) -> Path:
     (folder / "comparison.json").write_text(json.dumps(COMPARISON.to_json(curves=True)))
     (folder / "run.log").write_text(LOG)
     return folder
+
+
+@pytest.fixture
+def run_dir(trained, tmp_path) -> Path:
+    """A copy of it."""
+    return Path(shutil.copytree(trained, tmp_path / "the run"))
 
 
 def test_everything_in_the_folder_is_in_the_page(run_dir):

@@ -53,6 +53,13 @@ def finished(cluster, tmp_path_factory):
     return home, json.loads(result.stdout), result.stderr
 
 
+def without_end(finished, run_dir):
+    """Copy the finished run to `run_dir` as if it had been killed after its last checkpoint."""
+    shutil.copytree(finished[0] / "runs" / "a", run_dir)
+    for name in ("result.json", "report.html", "weights.json", "weights.safetensors"):
+        (run_dir / name).unlink()
+
+
 def metric_steps(home, run_id, key):
     return [metric.step for metric in MlflowClient(f"sqlite:///{home}/mlflow.db").get_metric_history(run_id, key)]
 
@@ -121,12 +128,13 @@ def test_what_was_recorded_on_workers_can_be_listed_and_drawn(finished, monkeypa
     assert "'quadratic[n=6]'" in wrong.stderr
 
 
-def test_a_page_that_cannot_be_made_costs_a_line_not_the_run(cluster, home, monkeypatch):
+def test_a_page_that_cannot_be_made_costs_a_line_not_the_run(finished, home, monkeypatch):
     def broken(run_dir, place):
         raise RuntimeError("no fonts")
 
     monkeypatch.setattr("ml2o_dist.finishing.write_report", broken)
-    result = ml2o(*QUICK[:-1], "--set", "meta_steps=2", "--run-dir", "runs/h", "--json")
+    without_end(finished, home / "runs" / "h")
+    result = ml2o("--run-dir", "runs/h", "--resume", "--set", "compare=false", "--json")
     assert result.exit_code == 0, result.output
     assert "no report.html: RuntimeError: no fonts" in " ".join(result.stderr.split())
     assert not (home / "runs/h/report.html").exists()
@@ -319,9 +327,8 @@ def test_the_commit_is_that_of_the_package_wherever_it_is_run_from(tmp_path, mon
     assert len(git_commit()) in ((12,) if (root / ".git").exists() else (0,))
 
 
-def test_resume_refuses_other_image_data(cluster, home, monkeypatch):
-    assert ml2o(*QUICK, "--run-dir", "runs/f", "--set", "meta_steps=2").exit_code == 0
-    (home / "runs/f/result.json").unlink()  # else there is nothing to do, with whatever data
+def test_resume_refuses_other_image_data(finished, home, monkeypatch):
+    without_end(finished, home / "runs" / "f")  # else there is nothing to do, with whatever data
     monkeypatch.setattr("ml2o_dist.runs.check_problems", lambda settings: {"multidigits[size=0]": "0" * 64})
     assert "multidigits[size=0] has sha256 000000000000, it was" in refusal("--run-dir", "runs/f", "--resume")
 

@@ -46,18 +46,31 @@ def trained(folder, begin, on_row=lambda step, row: None, **settings):
     return trainer
 
 
+@pytest.fixture(scope="module")
+def calm(cluster, tmp_path_factory):
+    """An undisturbed run with one worker by staleness."""
+    found = {}
+    for staleness in (0, 2):
+        one = WorkerPool(1, ResourceSettings(), FAULTS, learner=LearnerSettings())
+        try:
+            found[staleness] = trained(tmp_path_factory.mktemp("calm"), one.begin, staleness=staleness)
+        finally:
+            one.close()
+    return found
+
+
 @pytest.mark.parametrize("staleness", [0, 2])
-def test_the_weights_are_those_of_backward_worker_to_rounding(pool, tmp_path, staleness):
-    calm = trained(tmp_path / "calm", later(in_process), staleness=staleness)
+def test_the_weights_are_those_of_backward_worker_to_rounding(pool, tmp_path, calm, staleness):
+    worker = trained(tmp_path / "worker", later(in_process), staleness=staleness)
     ours = trained(tmp_path / "ours", pool(2).begin, staleness=staleness)
-    for name, tensor in calm.learner.weights.items():
+    for name, tensor in worker.learner.weights.items():
         torch.testing.assert_close(ours.learner.weights[name], tensor, rtol=1e-4, atol=1e-6)
-    again = trained(tmp_path / "again", pool(1).begin, staleness=staleness)
-    assert digests(again) == digests(ours)
+    assert digests(calm[staleness]) == digests(ours)
 
 
-def test_a_replayer_or_a_worker_that_is_killed_changes_nothing(pool, tmp_path):
-    calm, victims = trained(tmp_path / "calm", pool(2).begin), []
+@pytest.mark.long
+def test_a_replayer_or_a_worker_that_is_killed_changes_nothing(pool, tmp_path, calm):
+    victims = []
     mine = pool(2)
 
     def on_row(step, row):
@@ -66,13 +79,13 @@ def test_a_replayer_or_a_worker_that_is_killed_changes_nothing(pool, tmp_path):
             victims.append(pid)
             os.kill(pid, signal.SIGKILL)
 
-    assert digests(trained(tmp_path / "killed", mine.begin, on_row)) == digests(calm)
+    assert digests(trained(tmp_path / "killed", mine.begin, on_row)) == digests(calm[0])
     assert mine.restarts == len(victims) == 2
 
 
 @pytest.mark.long
-def test_a_replayer_that_hangs_is_replaced(pool, tmp_path):
-    calm, stopped = trained(tmp_path / "calm", pool(2).begin), []
+def test_a_replayer_that_hangs_is_replaced(pool, tmp_path, calm):
+    stopped = []
     mine = pool(2, FaultSettings(shortest_deadline_s=5, first_deadline_s=20))  # another one starts in it
 
     def on_row(step, row):
@@ -80,7 +93,7 @@ def test_a_replayer_that_hangs_is_replaced(pool, tmp_path):
             stopped.append(ray.get(mine._replays._actor.where.remote())[0])
             os.kill(stopped[0], signal.SIGSTOP)
 
-    assert digests(trained(tmp_path / "hangs", mine.begin, on_row)) == digests(calm)
+    assert digests(trained(tmp_path / "hangs", mine.begin, on_row)) == digests(calm[0])
     assert mine.restarts == 1
     limit = time.monotonic() + 30
     while os.path.exists(f"/proc/{stopped[0]}"):

@@ -121,7 +121,8 @@ def test_cut_anywhere_and_resumed_ends_at_the_same_weights(calm, tmp_path, calls
     ]
 
 
-@pytest.mark.parametrize("how", ["killed after", pytest.param("killed in mid-write", marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("how", ["killed after", "killed in mid-write"])
 def test_killed_at_any_file_operation_of_a_checkpoint_and_resumed_ends_at_the_same_weights(tmp_path, monkeypatch, how):
     settings = small(meta_steps=3, checkpoint_every=1, keep_checkpoints=2, slots=2, horizon=2, validation={"every": 2})
 

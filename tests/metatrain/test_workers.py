@@ -70,6 +70,7 @@ def test_workers_are_on_nodes_with_the_labels_that_are_asked_for(pool):
     assert time.monotonic() - began < 5
 
 
+@pytest.mark.long
 def test_workers_that_others_leave_no_room_for_are_named_after_a_time(pool):
     pool(3)
     with pytest.raises(UserError, match=r"only 1 of workers=2 could be placed in resources\.start_timeout_s=12"):

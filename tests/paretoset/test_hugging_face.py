@@ -26,11 +26,6 @@ MODELS = {
 }
 
 
-@pytest.fixture(autouse=True)
-def without_network(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-
 @pytest.mark.parametrize("kind", MODELS)
 def test_a_saved_model_is_the_trunk_of_a_network_that_is_fused_and_exported(kind: str, tmp_path: Path) -> None:
     torch.manual_seed(0)

@@ -25,6 +25,7 @@ from ml2o_dist.seeding import generator
 from tests.rules.torchjd_objects import NAMES, marked
 from tests.rules.toys import Positive
 
+RESTARTS = (0, 1, 3, 23)
 GO_ON = 25  # steps after the restart: an epoch of dwa, which has 20, ends among them
 
 
@@ -82,20 +83,23 @@ def same(one: Tensor, other: Tensor) -> bool:
 
 
 def assert_goes_on(build: Callable[[], UpdateRule], dtype: torch.dtype, folder: Path, instances: int = 2) -> None:
-    problem = Noisy(instances, 3, 5, dtype)
-    begin = problem.initial_parameters(range(instances))
-    for taken in (0, 1, 3, 23):
-        rule = build()
-        z, state = advance(rule, problem, begin, rule.initial_state(instances, 3, 5), 0, taken)
-        tree, tensors = on_the_disk(*take_apart(state), folder)
-        expected, _ = advance(rule, problem, z, state, taken, taken + GO_ON)
+    problem, rule = Noisy(instances, 3, 5, dtype), build()
+    reached, state = [problem.initial_parameters(range(instances))], rule.initial_state(instances, 3, 5)
+    saved = {}
+    for step in range(RESTARTS[-1] + GO_ON):  # the run that never stops
+        if step in RESTARTS:
+            (folder / str(step)).mkdir()
+            saved[step] = on_the_disk(*take_apart(state), folder / str(step))
+        z, state = advance(rule, problem, reached[-1], state, step, step + 1)
+        reached.append(z)
+    for taken, (tree, tensors) in saved.items():
         fresh = build()
         modules = modules_of(fresh.initial_state(instances, 3, 5))
         restored = put_together(tree, tensors, modules.__getitem__)
         _, again = take_apart(restored)
         assert all(same(tensor, tensors[name]) for name, tensor in again.items())
-        ended, _ = advance(fresh, problem, z, restored, taken, taken + GO_ON)
-        assert same(ended, expected), f"restored after {taken} steps"
+        ended, _ = advance(fresh, problem, reached[taken], restored, taken, taken + GO_ON)
+        assert same(ended, reached[taken + GO_ON]), f"restored after {taken} steps"
         assert ended.isfinite().any()
 
 

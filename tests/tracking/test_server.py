@@ -68,6 +68,7 @@ def synced(run_dir: Path) -> Synced:
             time.sleep(0.5)
 
 
+@pytest.mark.long
 def test_a_server_killed_and_started_again_has_each_step_once_and_training_never_waited(
     server: MlflowServer, tmp_path: Path
 ) -> None:
