@@ -54,6 +54,15 @@ def real_data_root() -> str:
     return str(_REAL_DATA)
 
 
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A fresh ML2O_HOME; neither image data nor a tracking server is set."""
+    monkeypatch.setenv("ML2O_HOME", str(tmp_path))
+    monkeypatch.delenv("ML2O_DATA", raising=False)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return tmp_path
+
+
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[None]:
     """A local Ray with 4 CPUs, one for the whole session of this process."""

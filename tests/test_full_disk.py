@@ -37,13 +37,6 @@ def disk(tmp_path):
         subprocess.run(["umount", "-l", place], check=True)
 
 
-@pytest.fixture
-def home(tmp_path, monkeypatch):
-    monkeypatch.setenv("ML2O_HOME", str(tmp_path))
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    return tmp_path
-
-
 def fill(disk):
     """Take every byte that is left."""
     with open(disk / "filler", "ab", buffering=0) as stream:

@@ -29,13 +29,6 @@ CONFIG = str(Path(__file__).parent / "small_pareto_set.yaml")
 pytestmark = pytest.mark.timeout(600)
 
 
-@pytest.fixture
-def home(tmp_path, monkeypatch):
-    monkeypatch.setenv("ML2O_HOME", str(tmp_path))
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    return tmp_path
-
-
 @pytest.mark.parametrize("file", sorted((Path(CONFIG).parents[1] / "jobs" / "configs").glob("pareto*.yaml")))
 def test_every_shipped_config_is_valid_and_survives_a_round_trip(file, tmp_path):
     settings = read_settings(ParetoSetSettings, file, ())

@@ -21,7 +21,8 @@ __all__ = ["browser"]  # a fixture
 pytestmark = [pytest.mark.long, pytest.mark.timeout(1500)]
 CONFIG = str(Path(__file__).parent / "small_pareto_set.yaml")
 WORDS = ["--config", CONFIG, "--run-dir", "runs/k", "--json", "--set", "experts.ranks=2", "--set", "start.ranks=2",
-         "--set", "comparators=[soup,epo,phn-ls]", "--set", "divisions=2"]  # fmt: skip
+         "--set", "comparators=[soup,epo,phn-ls]", "--set", "divisions=2",
+         "--set", "start.checkpoint_every=50", "--set", "experts.checkpoint_every=20"]  # fmt: skip
 
 
 def drive(home, *words):

@@ -28,12 +28,10 @@ criticality_batches: 2
 
 
 @pytest.fixture
-def home(tmp_path, monkeypatch):
-    monkeypatch.setenv("ML2O_HOME", str(tmp_path))
-    monkeypatch.setenv("ML2O_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    (tmp_path / "gate.yaml").write_text(SUITE)
-    return tmp_path
+def home(home, monkeypatch):
+    monkeypatch.setenv("ML2O_CACHE", str(home / "cache"))
+    (home / "gate.yaml").write_text(SUITE)
+    return home
 
 
 @pytest.fixture

@@ -1,8 +1,7 @@
-"""The whole path: `ml2o meta-train` from settings to a registered version, stopped and resumed, and what it refuses."""
+"""The whole path: `ml2o meta-train` from settings to a registered version, stopped and resumed."""
 
 from __future__ import annotations
 
-import gzip
 import json
 import os
 import shutil
@@ -18,27 +17,11 @@ from mlflow.tracking import MlflowClient
 from ml2o_dist.artifact import load_artifact
 from ml2o_dist.cli import main
 from ml2o_dist.config_file import load_settings
-from ml2o_dist.errors import UserError
 from ml2o_dist.finishing import finished_answer
 from ml2o_dist.metatrain.checkpoint import newest_checkpoint
-from ml2o_dist.metatrain.pool import WorkerPool
 from ml2o_dist.metatrain.trainer import Trainer
 from ml2o_dist.tracked_run import git_commit
-
-CONFIG = Path(__file__).parent / "small_run.yaml"
-QUICK = ["--config", str(CONFIG), "--set", "compare=false", "--set", "tracking.register=false", "--quiet"]
-
-
-@pytest.fixture
-def home(tmp_path, monkeypatch):
-    monkeypatch.setenv("ML2O_HOME", str(tmp_path))
-    monkeypatch.delenv("ML2O_DATA", raising=False)
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    return tmp_path
-
-
-def ml2o(*words: str):
-    return CliRunner().invoke(main, ["meta-train", *words])
+from tests.meta_train_command import CONFIG, QUICK, ml2o, refusal
 
 
 @pytest.fixture(scope="module")
@@ -267,56 +250,10 @@ def test_stopped_by_a_signal_and_resumed_in_the_same_mlflow_run(finished, home, 
     assert run.info.status == "FINISHED"
 
 
-@pytest.mark.parametrize(
-    "error", [RuntimeError("a solver gave up"), pytest.param(UserError("a solver gave up"), marks=pytest.mark.long)]
-)
-def test_a_comparison_that_breaks_costs_neither_weights_nor_version_and_exits_with_3(cluster, home, monkeypatch, error):
-    def broken(cells, on_outcome, **options):
-        raise error
-
-    monkeypatch.setattr("ml2o_dist.benchmark_run.run_outcomes_on_ray", broken)
-    result = ml2o("--config", str(CONFIG), "--set", "meta_steps=2", "--run-dir", "runs/d", "--json")
-    assert result.exit_code == 3, result.output
-    answer = json.loads(result.stdout)
-    assert answer["comparison"] is None
-    assert answer["registered_version"] == 1
-    assert f"the comparison failed ({type(error).__name__}: a solver gave up)" in result.stderr
-    assert "a solver gave up" in (home / "runs/d/run.log").read_text()
-
-
-@pytest.mark.parametrize(
-    ("fallback", "line"),
-    [("dsmg", "unknown aggregator 'dsmg'"), ("mgda+sgd", "rule.guard.fallback='mgda+sgd' needs its learning rate")],
-)
-def test_a_wrong_fallback_of_the_guard_is_said_before_ray_is_asked_for(home, monkeypatch, fallback, line):
-    monkeypatch.setattr("ml2o_dist.runs.connected", lambda address: pytest.fail("Ray was asked for"))
-    words = ["--set", "estimator.kind=replay", "--set", f"rule.guard.fallback={fallback}", "--run-dir", "runs/f"]
-    result = ml2o("--config", str(CONFIG), *words)
-    assert result.exit_code == 2, result.output
-    assert line in result.stderr
-
-
 def test_workers_without_a_guard_import_neither_scipy_nor_torchjd():
     code = "import sys, ml2o_dist.metatrain.worker; print({'scipy.optimize', 'torchjd'} & sys.modules.keys())"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert shown.stdout.strip() == "set()"
-
-
-def test_an_error_in_mid_run_aborts_with_a_checkpoint_and_exit_code_4(cluster, home, monkeypatch):
-    real, calls = WorkerPool.begin, []
-
-    def failing(pool, items, weights):
-        calls.append(items)
-        if len(calls) == 4:
-            raise MemoryError("no memory left")
-        return real(pool, items, weights)
-
-    monkeypatch.setattr(WorkerPool, "begin", failing)
-    result = ml2o(*QUICK, "--run-dir", "runs/e")
-    assert result.exit_code == 4, result.output
-    assert "MemoryError: no memory left; checkpoint at meta-step 2 of 6 written" in result.stderr
-    assert newest_checkpoint(home / "runs/e/checkpoints")[0].meta_step == 2
-    assert "Traceback" not in result.stderr
 
 
 def test_the_commit_is_that_of_the_package_wherever_it_is_run_from(tmp_path, monkeypatch):
@@ -346,15 +283,6 @@ def test_a_resumed_run_sends_mlflow_what_it_may_have_missed(cluster, home):
     assert metric_steps(home, run.info.run_id, "validation") == [0, 3, 6]
 
 
-def test_a_tracking_server_that_is_down_costs_the_version_not_the_run(cluster, home):
-    words = ["--config", str(CONFIG), "--set", "compare=false", "--set", "meta_steps=2"]
-    result = ml2o(*words, "--run-dir", "runs/c", "--tracking-uri", "http://127.0.0.1:9", "--json")
-    assert result.exit_code == 0, result.output
-    assert json.loads(result.stdout)["registered_version"] is None
-    assert "not registered" in result.stderr
-    assert load_artifact(home / "runs/c").weights_sha256 == json.loads(result.stdout)["weights_sha256"]
-
-
 @pytest.mark.parametrize("name", ["multimnist", pytest.param("published", marks=pytest.mark.long)])
 def test_the_real_configurations_run_on_real_data(cluster, home, real_data_root, name):
     config = Path(__file__).parents[1] / "jobs" / "configs" / f"{name}.yaml"
@@ -365,61 +293,6 @@ def test_the_real_configurations_run_on_real_data(cluster, home, real_data_root,
     answer = json.loads(result.stdout)
     assert answer["weights_sha256"] == load_artifact(home / "runs/real").weights_sha256
     assert answer["meta_steps"] == 1
-
-
-def refusal(*words: str) -> str:
-    result = ml2o(*words)
-    assert result.exit_code == 2, result.output
-    lines = [line for line in result.stderr.splitlines() if line.startswith("ml2o: ")]
-    assert len(lines) == 1
-    assert "Traceback" not in result.output
-    return lines[0]
-
-
-@pytest.mark.parametrize(
-    ("words", "parts"),
-    [
-        (["--set", "meta_stps=5"], ["'meta_stps'", "did you mean 'meta_steps'?"]),
-        (["--set", "family.test=[fonsecca]"], ["'fonsecca'", "did you mean 'fonseca'?"]),
-        (["--set", "family.train=[{problem: multidigits, choices: {activation: [relu, tanhh]}}]"], ["'tanhh'", "tanh"]),
-        (["--set", "rule.output=cubic"], ["'rule.output'", "'controlled' or 'scaled'", "'cubic'"]),
-        (["--set", "rule.output=residual", "--set", "rule.warmup=2"], ["'rule'", "warmup=2.0", "output=controlled"]),
-        (["--set", "comparison.baselines=[mgdaa+adam]"], ["'mgdaa'", "did you mean 'mgda'?"]),
-        (["--set", "workers=99"], ["workers=99 needs 99 CPU (1 each), the cluster has 4: 95 missing"]),
-        (["--set", "rule.objectives=per_objective", "--set", "rule.count=3"], ["rule.count=3", "has 2 objectives"]),
-        (["--resume"], ["--resume needs --run-dir"]),
-        (["--resume", "--run-dir", "runs/none"], ["nothing to resume", "runs/none holds no config.yaml"]),
-        (["--config", "nowhere.yaml"], ["'nowhere.yaml' does not exist in the current folder"]),
-        (["--tracking-uri", "file:///tmp/x"], ["file:///tmp/x"]),
-        (["--tracking-uri", "postgresql://me:secret@db/ml"], ["me:***@db", "MLFLOW_TRACKING_URI"]),
-        (["--address", "127.0.0.1:1"], ["--address '127.0.0.1:1': no Ray cluster answers there"]),
-        (["--address", "nowhere:port"], ["--address 'nowhere:port' is not auto, local or HOST:PORT"]),
-    ],
-)
-def test_what_is_wrong_is_said_in_one_line_and_exits_with_2(cluster, home, words, parts):
-    line = refusal(*QUICK, *words) if "--config" not in words and "--resume" not in words else refusal(*words)
-    for part in parts:
-        assert part in line
-    assert "secret" not in line
-    assert not (home / "runs").exists() or "workers=99" in line
-
-
-def test_a_data_root_without_the_files_says_which_and_how_to_get_it(cluster, home):
-    line = refusal(*QUICK, "--set", "family.test=[multimnist]", "--set", f"data.root={home}")
-    for part in (str(home), "MNIST/raw/train-images-idx3-ubyte.gz", "ml2o data fetch"):
-        assert part in line
-
-
-@pytest.mark.parametrize("name", ["train-images-idx3-ubyte.gz", "t10k-labels-idx1-ubyte.gz"])
-def test_a_corrupt_gzip_is_named_before_the_run(cluster, home, real_data_root, name):
-    broken = home / "MNIST" / "raw" / name
-    broken.parent.mkdir(parents=True)
-    for file in (Path(real_data_root) / "MNIST" / "raw").iterdir():
-        if file.name != broken.name:
-            (broken.parent / file.name).symlink_to(file)
-    broken.write_bytes(gzip.compress(b"\0" * 1000)[:40])
-    line = refusal(*QUICK, "--set", "family.test=[multimnist]", "--set", f"data.root={home}")
-    assert name in line
 
 
 def test_a_run_directory_of_another_or_the_same_configuration_is_not_written_over(finished, monkeypatch):

@@ -25,13 +25,6 @@ from tests.metatrain.executing import in_process, later
 CONFIG = Path(__file__).parent / "small_sweep.yaml"
 
 
-@pytest.fixture
-def home(tmp_path, monkeypatch):
-    monkeypatch.setenv("ML2O_HOME", str(tmp_path))
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    return tmp_path
-
-
 def ml2o(*words: str):
     return CliRunner().invoke(main, [*words])
 

@@ -10,10 +10,8 @@ import pytest
 from ml2o_dist.artifact import load_artifact
 from ml2o_dist.sweeping.record import SweepRecord
 from ml2o_dist.tracking.registry import list_versions
-from tests.test_sweep import CONFIG, home, metric_steps, ml2o, runs_of
+from tests.test_sweep import CONFIG, metric_steps, ml2o, runs_of
 from tests.tracking.mlflow_server import MlflowServer
-
-__all__ = ["home"]  # a fixture
 
 pytestmark = [pytest.mark.long, pytest.mark.timeout(900)]
 
