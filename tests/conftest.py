@@ -63,6 +63,12 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Set ML2O_CACHE to an empty folder, in which no cell has run: tmp_path/cache."""
+    monkeypatch.setenv("ML2O_CACHE", str(tmp_path / "cache"))
+
+
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[None]:
     """A local Ray with 4 CPUs, one for the whole session of this process."""

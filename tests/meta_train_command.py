@@ -9,7 +9,8 @@ from click.testing import CliRunner
 from ml2o_dist.cli import main
 
 CONFIG = Path(__file__).parent / "small_run.yaml"
-QUICK = ["--config", str(CONFIG), "--set", "compare=false", "--set", "tracking.register=false", "--quiet"]
+QUICK = ["--config", str(CONFIG), "--set", "compare=false", "--set", "tracking.register=false"]
+QUIET = [*QUICK, "--quiet"]
 
 
 def ml2o(*words: str):

@@ -13,16 +13,12 @@ from ml2o_dist.rules.ml2o import ML2ONetwork
 from ml2o_dist.tracking.registry import register_version
 from tests.evaluate_command import DIGITS, QUICK, ml2o, named, strict
 
+pytestmark = pytest.mark.usefixtures("fresh_cache")
+
 OPTIMIZERS = ["initial", "runs/trained", "gml2o:models:/ml2o@candidate", "dssmg", "gml2o:ascent", "nan", "mean+sgd"]
 PROBLEMS = ["fonseca", DIGITS]
 KEYS = {"optimizer", "problem", "seed", "steps", "losses", "test_accuracy", "criticality", "acceptance",
         "evaluations", "ms_per_step", "diverged"}  # fmt: skip
-
-
-@pytest.fixture
-def home(home, monkeypatch):
-    monkeypatch.setenv("ML2O_CACHE", str(home / "cache"))
-    return home
 
 
 @pytest.fixture(scope="module")

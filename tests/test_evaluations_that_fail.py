@@ -20,11 +20,7 @@ from ml2o_dist.evaluation.cells import CellFailure
 from ml2o_dist.progress import StepDisplay
 from tests.evaluate_command import DIGITS, QUICK, ml2o, named, strict
 
-
-@pytest.fixture
-def home(home, monkeypatch):
-    monkeypatch.setenv("ML2O_CACHE", str(home / "cache"))
-    return home
+pytestmark = pytest.mark.usefixtures("fresh_cache")
 
 
 def test_failed_cells_are_reported_with_exit_code_3_and_the_rest_is_there(cluster, home, monkeypatch):
@@ -45,9 +41,7 @@ def test_failed_cells_are_reported_with_exit_code_3_and_the_rest_is_there(cluste
     assert line == (
         "ml2o: 1 cells failed, 1 did not; the first: dssmg on quadratic[n=3], seed 1: RuntimeError: a solver gave up"
     )
-    monkeypatch.undo()
-    monkeypatch.setenv("ML2O_HOME", str(home))
-    monkeypatch.setenv("ML2O_CACHE", str(home / "cache"))
+    monkeypatch.setattr(benchmark_run, "run_outcomes_on_ray", run_outcomes_on_ray)
     again = ml2o(*QUICK, "--json")
     assert again.exit_code == 0, "only what failed is run again"
     assert [cell["seed"] for cell in strict(again.stdout)["cells"]] == [0, 1]

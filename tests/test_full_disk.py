@@ -6,21 +6,16 @@ import json
 import os
 import subprocess
 from contextlib import contextmanager
-from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
-from click.testing import CliRunner
 
 from ml2o_dist.artifact import load_artifact
-from ml2o_dist.cli import main
 from ml2o_dist.errors import UserError
 from ml2o_dist.metatrain.checkpoint import newest_checkpoint
 from ml2o_dist.metatrain.pool import WorkerPool
 from ml2o_dist.run_directory import check_writable
-
-CONFIG = Path(__file__).parent / "small_run.yaml"
-QUICK = ["--config", str(CONFIG), "--set", "compare=false", "--set", "tracking.register=false"]
+from tests.meta_train_command import QUICK, ml2o
 
 
 @pytest.fixture
@@ -63,10 +58,6 @@ def filled_before(calls, disk):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(WorkerPool, "begin", begin)
         yield
-
-
-def ml2o(*words):
-    return CliRunner().invoke(main, ["meta-train", *words])
 
 
 def said(result):

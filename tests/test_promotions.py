@@ -28,8 +28,7 @@ criticality_batches: 2
 
 
 @pytest.fixture
-def home(home, monkeypatch):
-    monkeypatch.setenv("ML2O_CACHE", str(home / "cache"))
+def home(home, fresh_cache):
     (home / "gate.yaml").write_text(SUITE)
     return home
 

@@ -19,14 +19,13 @@ from ml2o_dist.run_storage import RemoteRunStorage, RunStorage, StorageError, op
 from ml2o_dist.tracking.sink import MlflowSink
 from ml2o_dist.tracking.store import connect
 from tests.faulty_store import FaultyStore
+from tests.meta_train_command import QUICK, ml2o
 from tests.metatrain.executing import Cut, cut_after, digests, in_process, later
 from tests.metatrain.faulty_disk import Killed
 from tests.metatrain.settings import small
 
 SETTINGS = small(meta_steps=4, checkpoint_every=1, keep_checkpoints=2, slots=2, horizon=2, validation={"every": 2})
 BASE = "bucket/runs/x"
-CONFIG = Path(__file__).parent / "small_run.yaml"
-QUICK = ["--config", str(CONFIG), "--set", "compare=false", "--set", "tracking.register=false"]
 
 
 class Waiting(RemoteRunStorage):
@@ -296,16 +295,11 @@ def test_a_local_run_is_a_folder_and_nothing_else(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def home(tmp_path, monkeypatch):
+def home(tmp_path, fresh_cache, monkeypatch):
     monkeypatch.setenv("ML2O_HOME", str(tmp_path / "home"))
-    monkeypatch.setenv("ML2O_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     (tmp_path / "home").mkdir()
     return tmp_path
-
-
-def ml2o(*words):
-    return CliRunner().invoke(main, ["meta-train", *words])
 
 
 def refusal(*words):

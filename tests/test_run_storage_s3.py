@@ -15,18 +15,16 @@ from ml2o_dist.errors import UserError
 from ml2o_dist.metatrain.checkpoint import newest_checkpoint
 from ml2o_dist.metatrain.trainer import Trainer
 from ml2o_dist.run_storage import open_storage, read_run
+from tests.meta_train_command import QUICK, ml2o
 from tests.metatrain.executing import Cut, cut_after, digests, in_process, later
-from tests.test_run_storage import QUICK, SETTINGS, calm, ml2o  # noqa: F401
+from tests.test_run_storage import SETTINGS, calm  # noqa: F401
 
 
 @pytest.fixture
-def s3(tmp_path, monkeypatch):
+def s3(home, fresh_cache, monkeypatch):
     """A function from a folder in a bucket to its URI; `bucket` exists."""
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "testing")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "testing")
-    monkeypatch.setenv("ML2O_HOME", str(tmp_path))
-    monkeypatch.setenv("ML2O_CACHE", str(tmp_path / "cache"))
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()

@@ -21,7 +21,7 @@ from ml2o_dist.finishing import finished_answer
 from ml2o_dist.metatrain.checkpoint import newest_checkpoint
 from ml2o_dist.metatrain.trainer import Trainer
 from ml2o_dist.tracked_run import git_commit
-from tests.meta_train_command import CONFIG, QUICK, ml2o, refusal
+from tests.meta_train_command import CONFIG, QUICK, QUIET, ml2o, refusal
 
 
 @pytest.fixture(scope="module")
@@ -218,7 +218,7 @@ def test_resuming_a_finished_run_registers_no_second_version(finished, monkeypat
 def test_stopped_by_a_signal_and_resumed_in_the_same_mlflow_run(finished, home, signal_number, code):
     """The signal is sent at the first progress line, before any meta-step is done."""
     command = [sys.executable, "-m", "ml2o_dist", "meta-train", "--run-dir", "runs/b", "--address", "local"]
-    words = [*QUICK[:-1], "--set", "checkpoint_every=100"]
+    words = [*QUICK, "--set", "checkpoint_every=100"]
     with open(home / "stderr", "w+") as errors:
         child = subprocess.Popen([*command, *words], stdout=subprocess.PIPE, stderr=errors, text=True, env=os.environ)
         try:
@@ -272,7 +272,7 @@ def test_resume_refuses_other_image_data(finished, home, monkeypatch):
 
 @pytest.mark.long
 def test_a_resumed_run_sends_mlflow_what_it_may_have_missed(cluster, home):
-    words = [*QUICK, "--run-dir", "runs/g"]
+    words = [*QUIET, "--run-dir", "runs/g"]
     assert ml2o(*words).exit_code == 0
     (home / "mlflow.db").unlink()
     (home / "runs/g/result.json").unlink()  # as if it had been killed just before its end

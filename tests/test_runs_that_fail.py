@@ -12,7 +12,7 @@ from ml2o_dist.artifact import load_artifact
 from ml2o_dist.errors import UserError
 from ml2o_dist.metatrain.checkpoint import newest_checkpoint
 from ml2o_dist.metatrain.pool import WorkerPool
-from tests.meta_train_command import CONFIG, QUICK, ml2o, refusal
+from tests.meta_train_command import CONFIG, QUIET, ml2o, refusal
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_an_error_in_mid_run_aborts_with_a_checkpoint_and_exit_code_4(cluster, h
         return real(pool, items, weights)
 
     monkeypatch.setattr(WorkerPool, "begin", failing)
-    result = ml2o(*QUICK, "--run-dir", "runs/e")
+    result = ml2o(*QUIET, "--run-dir", "runs/e")
     assert result.exit_code == 4, result.output
     assert "MemoryError: no memory left; checkpoint at meta-step 2 of 6 written" in result.stderr
     assert newest_checkpoint(home / "runs/e/checkpoints")[0].meta_step == 2
@@ -91,7 +91,7 @@ def test_a_tracking_server_that_is_down_costs_the_version_not_the_run(cluster, h
     ],
 )
 def test_what_is_wrong_is_said_in_one_line_and_exits_with_2(cluster, home, words, parts):
-    line = refusal(*QUICK, *words) if "--config" not in words and "--resume" not in words else refusal(*words)
+    line = refusal(*QUIET, *words) if "--config" not in words and "--resume" not in words else refusal(*words)
     for part in parts:
         assert part in line
     assert "secret" not in line
@@ -99,7 +99,7 @@ def test_what_is_wrong_is_said_in_one_line_and_exits_with_2(cluster, home, words
 
 
 def test_a_data_root_without_the_files_says_which_and_how_to_get_it(cluster, home):
-    line = refusal(*QUICK, "--set", "family.test=[multimnist]", "--set", f"data.root={home}")
+    line = refusal(*QUIET, "--set", "family.test=[multimnist]", "--set", f"data.root={home}")
     for part in (str(home), "MNIST/raw/train-images-idx3-ubyte.gz", "ml2o data fetch"):
         assert part in line
 
@@ -112,5 +112,5 @@ def test_a_corrupt_gzip_is_named_before_the_run(cluster, home, real_data_root, n
         if file.name != broken.name:
             (broken.parent / file.name).symlink_to(file)
     broken.write_bytes(gzip.compress(b"\0" * 1000)[:40])
-    line = refusal(*QUICK, "--set", "family.test=[multimnist]", "--set", f"data.root={home}")
+    line = refusal(*QUIET, "--set", "family.test=[multimnist]", "--set", f"data.root={home}")
     assert name in line

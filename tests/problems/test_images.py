@@ -27,8 +27,7 @@ MULTIMNIST_18_TEST_SHA256 = "2096dfa9"
 
 
 @pytest.fixture
-def fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    monkeypatch.setenv("ML2O_CACHE", str(tmp_path / "cache"))
+def fresh_cache(fresh_cache: None, tmp_path: Path) -> Iterator[Path]:
     yield tmp_path / "cache" / "pairs"
     images._cached.cache_clear()
 
