@@ -25,7 +25,7 @@ class GuardSettings(_Settings):
     budget: float = Field(
         5.0,
         ge=0,
-        description="what accepted steps may be worse in all, in units of each objective's first loss; "
+        description="what accepted steps may be worse in all, in units of what the objectives have fallen by so far; "
         "0: each step must pass by itself",
     )
     margin: float = Field(3.0, ge=0, description="standard errors of the paired differences that must be spared")

@@ -239,7 +239,7 @@ def roll_out(
     index = start.new_zeros((instances, 0), dtype=torch.long) if chosen is None else chosen
     losses = start.new_empty((horizon + 1, instances, objectives))
     gradients = start.new_empty((horizon + 1, instances, objectives, index.shape[1]))
-    agreement, accepted = start.new_empty((horizon, instances)), start.new_ones((horizon, instances))
+    agreement, total, accepted = start.new_ones((3, horizon, instances))
     everywhere = index[:, None].expand(-1, objectives, -1)
     parameters, state = start, rule.initial_state(instances, objectives, dimension)
     for step in range(horizon):
@@ -250,14 +250,14 @@ def roll_out(
         learned = state
         if isinstance(info, GuardedInfo):
             learned, accepted[step] = state.learned, info.accepted
-        losses[step], agreement[step] = info.losses, learned.agreement.value
+        losses[step], agreement[step], total[step] = info.losses, learned.agreement.value, learned.agreement.total
         torch.gather(info.jacobian, 2, everywhere, out=gradients[step])
     if chosen is None:
         losses[horizon] = oracle.losses(parameters, oracle.draw())
     else:
         jacobian, losses[horizon] = oracle.jacobian(parameters, oracle.draw())
         torch.gather(jacobian, 2, everywhere, out=gradients[horizon])
-    return Rollout(losses, gradients, agreement, accepted, dimension / max(1, index.shape[1]))
+    return Rollout(losses, gradients, agreement, total, accepted, dimension / max(1, index.shape[1]))
 
 
 def _choose(problem: Problem, share: float, seed: int) -> Tensor:

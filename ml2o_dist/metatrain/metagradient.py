@@ -33,9 +33,9 @@ GPU_REPLAY = 2**22
 
 @dataclass(frozen=True)
 class Rollout:
-    """What replay needs: losses [K+1, P, m] and the chosen coordinates' gradients [K+1, P, m, S] at z_0 .. z_K, and
-    each instance's agreement at z_0 .. z_{K-1}, [K, P]; and which of its steps were the network's own, [K, P]: all of
-    them but those that a guard rejected.
+    """What replay needs: losses [K+1, P, m] and the chosen coordinates' gradients [K+1, P, m, S] at z_0 .. z_K; each
+    instance's agreement at z_0 .. z_{K-1} and its bounded total, [K, P] each; and which of its steps were the network's
+    own, [K, P]: all of them but those that a guard rejected.
 
     `scale` = n / S makes the sum over a random subset an unbiased estimate of the sum over all coordinates.
     """
@@ -43,6 +43,7 @@ class Rollout:
     losses: Tensor
     gradients: Tensor
     agreement: Tensor
+    total: Tensor
     accepted: Tensor
     scale: float
 
@@ -109,8 +110,9 @@ def replay(
     answers = _answers(rollout, weights, kind, minima, settings.gamma, chunk if settings.truncated else horizon)
     answers *= rollout.accepted.repeat_interleave(rollout.gradients.shape[3], dim=1)
     gradients = rollout.gradients[:-1].transpose(1, 2).flatten(start_dim=2)
-    agreement = rollout.agreement.repeat_interleave(rollout.gradients.shape[3], dim=1)
-    totals = agreement.cumsum(dim=0)
+    agreement, totals = (
+        each.repeat_interleave(rollout.gradients.shape[3], dim=1) for each in (rollout.agreement, rollout.total)
+    )
     counts = torch.arange(1, horizon + 1, device=agreement.device, dtype=agreement.dtype)[:, None]
     controls = [network.control] if network.settings.output == "controlled" else []
     by_controls = [torch.zeros_like(control) for control in controls]

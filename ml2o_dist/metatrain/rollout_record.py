@@ -18,13 +18,14 @@ from ml2o_dist.metatrain.metagradient import Rollout
 
 
 def rollout_batch(replayable: Replayable) -> pa.RecordBatch:
-    """Return the batch: K + 1 rows, 4 P (m (1 + S) + 2) bytes each. Tensors on a CPU are not copied."""
+    """Return the batch: K + 1 rows, 4 P (m (1 + S) + 3) bytes each. Tensors on a CPU are not copied."""
     rollout = replayable.rollout
     points, instances, objectives, coordinates = rollout.gradients.shape
     columns = {
         "losses": ("losses of the instances' objectives at the point, P * m", rollout.losses),
         "gradients": ("gradients of the chosen coordinates, P * m * S", rollout.gradients),
         "agreement": ("agreement of the instances before the step from here, P; 0 at z_K", _padded(rollout.agreement)),
+        "total": ("sum of the agreement so far, within the controller's bounds, P; 0 at z_K", _padded(rollout.total)),
         "accepted": ("1 where the step from here was the network's own, P; 0 at z_K", _padded(rollout.accepted)),
     }
     shared = {
@@ -58,6 +59,7 @@ def read_rollout(batch: pa.RecordBatch, device: str | torch.device) -> Replayabl
         losses,
         tensor("gradients", steps + 1, instances, objectives, coordinates),
         tensor("agreement", steps, instances),
+        tensor("total", steps, instances),
         tensor("accepted", steps, instances),
         shared["scale"],
     )

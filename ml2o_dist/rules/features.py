@@ -18,11 +18,8 @@ from ml2o_dist.config import RuleSettings
 SLOW, FAST, SECOND = 0.9, 0.5, 0.999
 """Decay rates of the two momenta (Adam's beta_1, ours) and of the squared gradient (Adam's beta_2)."""
 
-EPS = 1e-8
-"""Adam's epsilon, so that the untrained residual form equals torch's Adam."""
-
-TINY = 1e-12
-"""Keeps 0 / 0 features at 0; far below Adam's epsilon, so that features stay free of the gradients' scale."""
+MOST = 4.0
+"""Most that one step adds to the averages, in units of what it promised; met on none of five networks."""
 
 LOG_SIGN_P = 10.0
 """p of Andrychowicz et al. 2016, appendix A."""
@@ -51,8 +48,10 @@ class Agreement(NamedTuple):
         value: r in [-1, 1], [P]: near 1 the steps are short beside the distance over which the gradient changes, about
             0 they end where the gradient along them vanishes, below 0 they overshoot (0 before the second step).
         total: sum of all values so far, [P].
-        kept, promised: running averages of <g_t, u_{t-1}> and <g_{t-1}, u_{t-1}>, [P]; value = kept / promised.
-        update, promise: the last update u [P, n], and <g, u> on the gradient that made it [P].
+        kept, promised: running averages of <g_t, u_{t-1}> and <g_{t-1}, u_{t-1}>, [P], each over |g_{t-1}| |u_{t-1}|;
+            value = kept / promised.
+        update, promise: u / (|g| |u|) [P, n] of the last update and the gradient that made it, and the cosine of both
+            [P]; 0 where nothing moved.
     """
 
     value: Tensor
@@ -69,16 +68,27 @@ def initial_agreement(like: Tensor) -> Agreement:
     return Agreement(zero, zero, zero, zero, torch.zeros_like(like), zero)
 
 
-def judge(agreement: Agreement, gradient: Tensor) -> Agreement:
+def judge(agreement: Agreement, gradient: Tensor, pace: Tensor | float = 0.0) -> Agreement:
     """Take in the gradient of the summed objectives [P, n] at the point that the last update led to (ours).
 
     Hypergradient descent (Baydin et al. 2018) adapts a learning rate by the sign of <g_t, u_{t-1}>; divided by what
     the step promised, it becomes a number that means the same for every network, scale and loss (measured on an MLP, a
     CNN and a LeNet: about 0.4 at a third of the best Adam step, 0.2 at the best, below 0 at three times the best).
+
+    The averages must fade faster than the controller that reads them changes the steps: else old steps, which were
+    longer, outweigh the new ones for good. So they are of directions, at the scale of the gradient that each step was
+    made from; one step adds at most `MOST` times what it promised; and what is older fades by exp(-`pace`) besides.
+    Where nothing moved the value is 0, for nothing was learned.
+
+    Args:
+        pace: [P] or a number, by how much the log of the step's size changed last.
     """
-    kept = SLOW * agreement.kept + (1 - SLOW) * (gradient * agreement.update).sum(dim=1)
-    promised = SLOW * agreement.promised + (1 - SLOW) * agreement.promise
-    descends = promised < 0
+    keep = SLOW * torch.exp(-torch.as_tensor(pace).to(gradient))
+    most = MOST * agreement.promise.abs()
+    kept = (gradient * agreement.update).sum(dim=1).clamp(-most, most)
+    kept = keep * agreement.kept + (1 - keep) * kept
+    promised = keep * agreement.promised + (1 - keep) * agreement.promise
+    descends = (promised < 0) & (agreement.promise != 0)
     ratio = kept / torch.where(descends, promised, torch.ones_like(promised))
     value = torch.where(descends, ratio.clamp(-1, 1), torch.zeros_like(ratio))
     return agreement._replace(value=value, total=agreement.total + value, kept=kept, promised=promised)
@@ -86,7 +96,22 @@ def judge(agreement: Agreement, gradient: Tensor) -> Agreement:
 
 def remember(agreement: Agreement, gradient: Tensor, update: Tensor) -> Agreement:
     """Note the update [P, n] made from the summed gradient [P, n], to be judged at the next step."""
-    return agreement._replace(update=update, promise=(gradient * update).sum(dim=1))
+    direction, _ = _direction_and_norm(update)
+    slope, size = _direction_and_norm(gradient)
+    moved = size > 0
+    return agreement._replace(
+        update=torch.where(moved, direction / torch.where(moved, size, 1.0), 0.0),
+        promise=(slope * direction).sum(dim=1),
+    )
+
+
+def _direction_and_norm(values: Tensor) -> tuple[Tensor, Tensor]:
+    """Return v / |v| [P, n], 0 where v is 0, and |v| [P, 1]; no square under- or overflows."""
+    largest = values.detach().abs().amax(dim=1, keepdim=True)
+    present = largest > 0
+    scaled = values / torch.where(present, largest, 1.0)
+    length = torch.linalg.vector_norm(torch.where(present, scaled, 1.0), dim=1, keepdim=True)
+    return scaled / length, torch.where(present, largest * length, 0.0)
 
 
 def advance(
@@ -144,24 +169,28 @@ def _averaged(values: Tensor, decay: float) -> Tensor:
 
 def _seen(settings: RuleSettings, gradients: Tensor, averages: Memory, agreement: Tensor) -> tuple[Tensor, Tensor]:
     """Return features [..., c, m, R] and direction [..., R] from bias-corrected averages of the tracked rows."""
-    objectives, roots = gradients.shape[-2], _root(averages.second)
+    objectives, inverse = gradients.shape[-2], _inverse_root(averages.second)
     if settings.features == "log_sign":
         channels = _log_sign(gradients)
     else:
-        inverse = 1 / (roots[..., :objectives, :] + TINY)
+        own = inverse[..., :objectives, :]
         momenta = averages.slow[..., :objectives, :], averages.fast[..., :objectives, :]
-        channels = [gradients * inverse, *(momentum * inverse for momentum in momenta)]
+        channels = [gradients * own, *(momentum * own for momentum in momenta)]
     if settings.features == "agreement":
         channels.append(agreement.unsqueeze(-2).expand_as(gradients))
     features = torch.stack(channels, dim=-3)
     if settings.output == "scaled":
         return features, torch.zeros_like(gradients[..., 0, :])
-    return features, averages.slow[..., -1, :] / (roots[..., -1, :] + EPS)
+    return features, averages.slow[..., -1, :] * inverse[..., -1, :]
 
 
-def _root(value: Tensor) -> Tensor:
-    """Square root whose derivative at 0 is 0, not infinite (a coordinate that never had a gradient)."""
-    return value.clamp_min(torch.finfo(value.dtype).tiny).sqrt()
+def _inverse_root(value: Tensor) -> Tensor:
+    """Return 1 / sqrt(value), and 0 with derivative 0 where it is 0: a coordinate that never had a gradient.
+
+    No epsilon is added: a factor on the gradients changes no feature. Adam has one, 1e-8.
+    """
+    smallest = torch.finfo(value.dtype).tiny
+    return torch.where(value >= smallest, value.clamp_min(smallest).rsqrt(), 0.0)
 
 
 def _log_sign(gradients: Tensor) -> list[Tensor]:

@@ -17,6 +17,7 @@ from ml2o_dist.config import GuardSettings
 from ml2o_dist.errors import UserError
 from ml2o_dist.problems.base import Batch
 from ml2o_dist.rules.base import Oracle, State, StepInfo, UpdateRule, look
+from ml2o_dist.rules.descent import Descent
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Debt:
     Attributes:
         owed: [P, k] float64, at least 0.
         variance: [P, k], of `owed` as an estimate; 0 where losses are exact.
-        limit: [P, k], the budget: `GuardSettings.budget` times the losses that the first step saw.
+        limit: [P, k], the budget: `GuardSettings.budget` times the `Descent.depth` of the run so far.
     """
 
     owed: Tensor
@@ -69,12 +70,16 @@ class Verdict:
 
 @dataclass(frozen=True)
 class GML2OState:
-    """After `step` steps: the states of both rules, and what is owed; None before the first step."""
+    """After `step` steps: the states of both rules, what is owed, and how far the objectives have fallen.
+
+    The last two are None before the first step; `descent` is None, too, in states that older versions wrote.
+    """
 
     step: int
     learned: State
     fallback: State
     debt: Debt | None = None
+    descent: Descent | None = None
 
 
 @dataclass(frozen=True)
@@ -123,10 +128,12 @@ class GML2O(UpdateRule):
     worse than the fallback's greedy one from the same point, so that the tests above refuse it. The bound needs less:
     for a fixed lambda, lambda^T F(z_{t+1}) = lambda^T F(x_D) + lambda^T d_t with d_t = F(z_{t+1}) - F(x_D), and what
     telescopes is sum_t lambda^T d_t <= max_i sum_t d_ti. So x_L is also accepted where, for every objective, the
-    differences since they last came to 0 or less add up to at most C_i = budget |f_i(z_0)|; a better step repays, but
-    nothing is saved, so that a rule which turns hostile finds no credit. DSSMG's bound then holds with max_i C_i added
-    to what it starts from: with positive losses that is at most 1 + `budget` times as much, hence Pareto criticality in
-    the limit all the same. On mini-batches the sum is an estimate, of which `margin` standard errors, that grow with
+    differences since they last came to 0 or less add up to at most C_t = budget D_t; a better step repays, but nothing
+    is saved, so that a rule which turns hostile finds no credit. D_t is by how much the objective that fell furthest
+    has fallen so far (`Descent`, from averages over several batches): a constant added to a loss changes nothing, a
+    loss that begins at 0 has the others' budget, and a rule that only climbs has none. As D_t <= max_i f_i(z_0) -
+    inf f_i, DSSMG's bound holds with `budget` times that added to what it starts from, hence Pareto criticality in the
+    limit all the same. On mini-batches the sum is an estimate, of which `margin` standard errors, that grow with
     its root only, must be spared. Half of the guard's samples decides and the other half is what is added: the
     decision does not depend on it, so that the estimate's error is a martingale. No step by itself is promised to be
     no worse; `budget: 0` promises it.
@@ -165,7 +172,7 @@ class GML2O(UpdateRule):
     def overruled(self, state: GML2OState, seen: StepInfo, update: Tensor, where: Tensor) -> GML2OState:
         """Tell both rules."""
         learned = self.learned.overruled(state.learned, seen, update, where)
-        return GML2OState(state.step, learned, self.fallback.overruled(state.fallback, seen, update, where))
+        return replace(state, learned=learned, fallback=self.fallback.overruled(state.fallback, seen, update, where))
 
     def grown(self, state: GML2OState, more: int) -> GML2OState:
         """Let both rules grow."""
@@ -181,12 +188,13 @@ class GML2O(UpdateRule):
         accepted = candidate.isfinite().all(dim=1)
         began = _now(candidate)
         point, fallback, checked = candidate, state.fallback, state.step % self.settings.every == 0
+        descent = self._descent(state, seen)
         debt = state.debt
         losses = theirs = torch.full_like(seen.losses, math.nan)
         if checked or not bool(accepted.all()):
             safe, fallback = self.fallback.propose(oracle, parameters, state.fallback, seen)
             if checked:
-                before = self._debt(state, seen)
+                before = self._debt(state, descent)
                 verdict = self._compare(oracle, candidate, safe, state.step, before)
                 accepted = accepted & verdict.passed
                 debt = verdict.debt.where(accepted, before)
@@ -205,16 +213,22 @@ class GML2O(UpdateRule):
             oracle.backwards - backwards,
             _now(candidate) - began,
         )
-        return point, GML2OState(state.step + 1, learned, fallback, debt), info
+        return point, GML2OState(state.step + 1, learned, fallback, debt, descent), info
 
-    def _debt(self, state: GML2OState, seen: StepInfo) -> Debt:
-        """Return what is owed before a step: nothing before the first one, whose losses set the budget."""
-        if state.debt is not None:
-            return state.debt
-        scale = seen.losses.detach().double().abs().nan_to_num(posinf=0.0)
-        if self.settings.criterion == "sum":
-            scale = scale.sum(dim=1, keepdim=True)
-        return Debt(torch.zeros_like(scale), torch.zeros_like(scale), self.settings.budget * scale)
+    def _descent(self, state: GML2OState, seen: StepInfo) -> Descent:
+        """Return how far the objectives have fallen, the losses of this step included."""
+        losses = seen.losses.sum(dim=1, keepdim=True) if self.settings.criterion == "sum" else seen.losses
+        descent = state.descent
+        if descent is None:
+            known = state.debt.limit.amax(dim=1) / self.settings.budget if state.debt and self.settings.budget else None
+            descent = Descent.begin(losses, known)
+        return descent.after(losses)
+
+    def _debt(self, state: GML2OState, descent: Descent) -> Debt:
+        """Return what is owed before a step, nothing before the first one, and the budget by now."""
+        zero = torch.zeros_like(descent.first)
+        debt = state.debt or Debt(zero, zero, zero)
+        return replace(debt, limit=(self.settings.budget * descent.depth)[:, None].expand_as(zero))
 
     def _compare(self, oracle: Oracle, candidate: Tensor, safe: Tensor, step: int, debt: Debt) -> Verdict:
         """Compare the candidates on guard batches, or exactly where the problem has no noise."""

@@ -5,6 +5,7 @@ Shapes: P instances, m objectives, n parameters, R = P * n coordinates, H hidden
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from itertools import chain
@@ -25,6 +26,14 @@ CONTROL = (0.12, 0.1)
 
 WARMUP_DECAY = 0.9
 """How fast a warm-up is forgotten, a step (ours; among 0.8, 0.9, 0.95 the best on four of five held-out problems)."""
+
+SMALLEST, LARGEST = -30.0, 10.0
+"""Bounds of the controller's log step size (ours): lr times 1e-13 and 2e4. Seen on the suites: -2 to 2. From the lower
+one, where a step moves hardly any parameter, the weights in the wheel need 150 steps back to 0."""
+
+USUAL = 20
+"""Gradients whose largest entry lies within 2^-20 and 2^20 at first are taken as they are. Others are multiplied by a
+power of two (ours), which rounds nothing, so that their squares neither under- nor overflow."""
 
 BLOCK = 64512
 """Columns (coordinates times objectives) times H walked at a time, so that an LSTM's gates, 1 MB, stay in the cache
@@ -54,11 +63,16 @@ class BlockState:
 
 @dataclass(frozen=True)
 class ML2OState:
-    """After `step` steps: how the instances fare, and each block of coordinates."""
+    """After `step` steps: how the instances fare, and each block of coordinates.
+
+    `unit` [P] is the power of two that the gradients are multiplied by, 0 until there was one that is not 0; None in
+    states that older versions wrote, whose gradients were taken as they are.
+    """
 
     step: int
     agreement: features.Agreement
     blocks: tuple[BlockState, ...]
+    unit: Tensor | None = None
 
     def tensors(self) -> list[Tensor]:
         """Return all that it holds, in order."""
@@ -129,7 +143,8 @@ class ML2ONetwork(nn.Module):
         """
         instances, objectives, dimension = jacobian.shape
         total = jacobian.sum(dim=1)
-        agreement = features.judge(state.agreement, total)
+        before = state.agreement
+        agreement = self.bounded(features.judge(before, total, self.pace(before.value)), state.step + 1)
         gradients = jacobian.transpose(0, 1).reshape(objectives, instances * dimension)
         value, shift = (
             each[:, None].expand(-1, dimension).reshape(-1)
@@ -147,7 +162,7 @@ class ML2ONetwork(nn.Module):
             after.append(BlockState(memory, cells, block.born))
         update = torch.cat(updates).view(instances, dimension)
         agreement = features.remember(agreement, total, update)
-        return update, ML2OState(state.step + 1, agreement, tuple(after))
+        return update, replace(state, step=state.step + 1, agreement=agreement, blocks=tuple(after))
 
     def stacked_weights(self) -> StackedWeights:
         """Return the weights as `step` takes them, attached to the parameters (see `lstm_cell.stacked_weights`)."""
@@ -213,6 +228,22 @@ class ML2ONetwork(nn.Module):
         warmup = self.settings.warmup * WARMUP_DECAY ** (count - 1)
         return 0.5 * self.control[0] * total - 0.02 * self.control[1] * count - warmup
 
+    def pace(self, value: Tensor) -> Tensor | float:
+        """Return by how much the agreement's last `value` [P] changed the log step size: 0 without a controller."""
+        return (0.5 * self.control[0] * value).abs() if self.settings.output == "controlled" else 0.0
+
+    def bounded(self, agreement: features.Agreement, count: int) -> features.Agreement:
+        """Return the agreement after `count` steps with its total where the log step size keeps within its bounds.
+
+        What lies beyond is forgotten, not only cut off: the next steps count from the bound.
+        """
+        if self.settings.output != "controlled":
+            return agreement
+        gain, drift = 0.5 * self.control[0], 0.02 * self.control[1] * count
+        ends = (SMALLEST + drift) / gain, (LARGEST + drift) / gain
+        total = agreement.total.clamp(torch.minimum(*ends), torch.maximum(*ends))
+        return agreement._replace(total=torch.where(gain == 0, agreement.total, total))
+
     def check_objectives(self, objectives: int) -> None:
         """Raise UserError where a per_objective network meets another number of objectives than it was built for."""
         if self.settings.objectives == "per_objective" and objectives != self.settings.count:
@@ -249,7 +280,8 @@ class ML2ORule(UpdateRule):
         self.network.check_objectives(objectives)
         weight = self.network.head.weight
         agreement = features.initial_agreement(weight.new_zeros(instances, dimension))
-        return ML2OState(0, agreement, self.network.initial_blocks(objectives, instances * dimension))
+        blocks = self.network.initial_blocks(objectives, instances * dimension)
+        return ML2OState(0, agreement, blocks, weight.new_zeros(instances))
 
     @torch.no_grad()
     def propose(self, oracle: Oracle, parameters: Tensor, state: ML2OState, seen: StepInfo) -> tuple[Tensor, ML2OState]:
@@ -263,8 +295,12 @@ class ML2ORule(UpdateRule):
         The gradient at the point was real whoever chose the step from it; the promise of a step that was not taken
         could only be judged wrongly.
         """
-        taken = torch.where(where[:, None], update, state.agreement.update)
-        agreement = features.remember(state.agreement, seen.jacobian.sum(dim=1), taken)
+        total = _in_unit(seen.jacobian.sum(dim=1), state.unit)
+        taken = features.remember(state.agreement, total, update)
+        agreement = state.agreement._replace(
+            update=torch.where(where[:, None], taken.update, state.agreement.update),
+            promise=torch.where(where, taken.promise, state.agreement.promise),
+        )
         return replace(state, agreement=agreement)
 
     def grown(self, state: ML2OState, more: int) -> ML2OState:
@@ -279,7 +315,46 @@ class ML2ORule(UpdateRule):
     @torch.no_grad()
     def update(self, jacobian: Tensor, state: ML2OState) -> tuple[Tensor, ML2OState]:
         """Map the Jacobian [P, m, n] to the update [P, n] and the next state."""
-        return self.network.advance(jacobian, state, self._weights)
+        state = _with_unit(state, jacobian)
+        return self.network.advance(_in_unit(jacobian, state.unit), state, self._weights)
+
+
+def _in_unit(gradients: Tensor, unit: Tensor | None) -> Tensor:
+    """Return gradients [P, ..] multiplied by their instance's `unit` [P]."""
+    return gradients if unit is None else gradients * unit.view(-1, *[1] * (gradients.dim() - 1))
+
+
+def _with_unit(state: ML2OState, jacobian: Tensor) -> ML2OState:
+    """Return the state with a unit for the Jacobian [P, m, n], and all that it remembers of gradients in this unit.
+
+    The first gradient that is not 0 decides; one that is 2^40 times as large as it was to be, later, again.
+    """
+    if state.unit is None:
+        return state
+    largest = torch.linalg.vector_norm(jacobian, ord=math.inf, dim=(1, 2))
+    known = largest * state.unit
+    begins = (state.unit == 0) & (largest > 0) & largest.isfinite()
+    outgrown = (known > 2.0 ** (2 * USUAL)) & known.isfinite()
+    if not bool((begins | outgrown).any()):
+        return state
+    exponents = torch.frexp(largest).exponent.clamp(-126, 126)
+    powers = torch.where(begins & (exponents.abs() <= USUAL), 0, -exponents)
+    found = largest.new_tensor([math.ldexp(1.0, power) for power in powers.tolist()])
+    unit = torch.where(begins | outgrown, found, state.unit)
+    ratio = torch.where(state.unit > 0, unit / state.unit, 1.0)
+    agreement = state.agreement
+    agreement = agreement._replace(
+        kept=agreement.kept * ratio, promised=agreement.promised * ratio, promise=agreement.promise * ratio
+    )
+    by_row = ratio.repeat_interleave(jacobian.shape[2])
+    blocks, begin = [], 0
+    for block in state.blocks:
+        factor = by_row[begin : begin + block.rows]
+        begin += block.rows
+        slow, fast, second = block.memory
+        memory = features.Memory(slow * factor, fast * factor, second * factor.square())
+        blocks.append(replace(block, memory=memory))
+    return replace(state, unit=unit, agreement=agreement, blocks=tuple(blocks))
 
 
 def even_blocks(rows: int, largest: int) -> list[slice]:

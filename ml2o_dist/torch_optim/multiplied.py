@@ -25,8 +25,9 @@ class _Multiplied(UpdateRule):
     def propose(self, oracle: Oracle, parameters: Tensor, state: State, seen: StepInfo) -> tuple[Tensor, State]:
         point, state = self._rule.propose(oracle, parameters, state, seen)
         update = torch.where(self._factors == 0, 0.0, self._factors * (point - parameters))
-        everywhere = torch.ones(len(parameters), dtype=torch.bool, device=parameters.device)
-        return parameters + update, self._rule.overruled(state, seen, update, everywhere)
+        # A step that is lost in the parameters' rounding was one all the same: the rule keeps its own.
+        told = (update != 0).any(dim=1) | (self._factors == 0).all()
+        return parameters + update, self._rule.overruled(state, seen, update, told)
 
     def overruled(self, state: State, seen: StepInfo, update: Tensor, where: Tensor) -> State:
         return self._rule.overruled(state, seen, update, where)
