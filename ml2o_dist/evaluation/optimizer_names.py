@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from ml2o_dist.artifact import load_artifact, located, shipped_names
+from ml2o_dist.card_guard import admitted
 from ml2o_dist.config import EvaluateSettings, GuardSettings
 from ml2o_dist.errors import UserError
 from ml2o_dist.evaluation.contestants import Adversary, Contestant, Guarded, HandDesigned, Learned, Stochastic
@@ -17,6 +19,8 @@ from ml2o_dist.files import home_folder
 from ml2o_dist.rules.adversaries import ADVERSARIES
 from ml2o_dist.rules.aggregated import parse_optimizer_name
 from ml2o_dist.rules.aggregators import AGGREGATORS
+
+log = logging.getLogger(__name__)
 
 GUARD = "gml2o:"
 REGISTRY = "models:/"
@@ -51,7 +55,8 @@ def parse_optimizers(settings: EvaluateSettings, resolve: Resolve) -> list[Entra
     `pretrained`, `initial`, the adversaries of rules/adversaries.py, `dssmg`, `smg`,
     `AGGREGATOR[+sgd|+momentum|+adam][@LR]`, `models:/NAME@ALIAS` or `models:/NAME/VERSION`, a weights file or a run
     directory (relative to ML2O_HOME, or a URI); each of them also as `gml2o:NAME`, under the guard of `settings.guard`.
-    A learned optimizer that was meta-trained under a guard has that one; `gml2o:` replaces it.
+    A learned optimizer that was meta-trained under a guard has that one, in every setting that is no looser than the
+    default guard's; `gml2o:` replaces it.
 
     Raises:
         UserError: an unknown name (the nearest valid one is given), weights that cannot be read, or a name that is not
@@ -90,7 +95,10 @@ def _always(text: str, contestant: Contestant, guard: GuardSettings | None) -> E
 
 def _learned(text: str, label: str, path: Path | str, guard: GuardSettings | None) -> Entrant:
     found = load_artifact(path)
-    rule = found.rule if guard is None else found.rule.model_copy(update={"guard": None})
+    theirs, refused = (None, "") if guard is not None else admitted(found.rule.guard, label)
+    if refused:
+        log.warning(refused)
+    rule = found.rule.model_copy(update={"guard": theirs})
     return replace(_always(text, Learned(label, rule, found.weights), guard), role="learned")
 
 

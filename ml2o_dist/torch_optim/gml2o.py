@@ -9,14 +9,17 @@ from typing import Any
 from torch import Tensor
 
 from ml2o_dist.artifact import PRETRAINED
+from ml2o_dist.card_guard import admitted
 from ml2o_dist.config import GuardSettings
 from ml2o_dist.config_file import checked
 from ml2o_dist.errors import UserError
 from ml2o_dist.rules.base import Oracle, State, StepInfo, UpdateRule
 from ml2o_dist.rules.gml2o import GML2O as GuardedRule
 from ml2o_dist.rules.gml2o import fallback_rule
+from ml2o_dist.torch_optim.layout import Layout
 from ml2o_dist.torch_optim.ml2o import ML2O, Closures
 from ml2o_dist.torch_optim.multiplied import multiplied
+from ml2o_dist.torch_optim.notices import warn
 
 
 class GML2O(ML2O):
@@ -36,8 +39,12 @@ class GML2O(ML2O):
     the bound stays for one factor that never grows and keeps above 0 (its C, which is alpha_t / gamma_t, falls with
     it), not for groups with factors of their own. A parameter that no loss reaches in a step counts as of factor 0.
 
-    A step costs four forwards and m + 1 backward passes, the first one four forwards more. The two candidates'
-    evaluations leave BatchNorm's moments as they were.
+    A step costs four forwards and m + 1 backward passes. The first one costs up to eight forwards more: it finds the
+    size of the fallback's steps, and it checks that a closure gives the same losses when it is called again. A closure
+    that does not is refused, as one is that draws a batch or numbers of a `torch.Generator` of its own. Whatever the
+    guard calls, buffers of modules (BatchNorm's moments) change as by one call of the training closure.
+
+    GML2O warns once where fewer than 3 of the last 50 learned steps passed the guard.
 
     Attributes:
         accepted_steps: how many of the `steps` were the learned rule's.
@@ -55,8 +62,8 @@ class GML2O(ML2O):
         """Take what `ML2O` takes.
 
         Args:
-            guard: settings as `GuardSettings` has them, `{"budget": 0}` for one; instead of those that the weights
-                were meta-trained under, or else the default ones.
+            guard: settings as `GuardSettings` has them, `{"budget": 0}` for one. Without it the weights have the guard
+                that they were meta-trained under, in every setting that is no looser than the default guard's.
 
         Raises:
             UserError: as `ML2O`; settings that there are not; a guard that wants more than one batch in a step.
@@ -71,8 +78,9 @@ class GML2O(ML2O):
         super().__init__(params, weights, lr=lr, weight_decay=weight_decay)
         self.accepted_steps = 0
         self._guard = guard
+        self._card_guard: GuardSettings | None = None  # what the weights may ask for, read with them
 
-    def step(self, closure: Closures, guard_closure: Closures | None = None) -> Tensor:  # type: ignore[override]
+    def step(self, closure: Closures | None = None, guard_closure: Closures | None = None) -> Tensor:  # type: ignore[override]
         """Take one step; return the losses [m] where it started, detached.
 
         Args:
@@ -97,16 +105,21 @@ class GML2O(ML2O):
 
     _guarded = True
 
-    _remembered = (*ML2O._remembered, "accepted_steps", "_guard")
+    _remembered = (*ML2O._remembered, "accepted_steps", "_guard", "_card_guard")
 
-    def _rule(self, multiplier: Tensor | None) -> GuardedRule:
+    def _rule(self, multiplier: Tensor | None, layout: Layout) -> GuardedRule:
         guard = self._guard_settings()
-        return GuardedRule(super()._rule(multiplier), multiplied(fallback_rule(guard), multiplier), guard)
+        return GuardedRule(super()._rule(multiplier, layout), multiplied(fallback_rule(guard), multiplier), guard)
 
     def _guard_settings(self) -> GuardSettings:
         if self._guard:
             return self._guard
-        return (self._learned.settings.guard or GuardSettings()).model_copy(update={"batches": 1, "growth": 0.0})
+        if self._card_guard is None:
+            asked, refused = admitted(self._learned.settings.guard, self.weights)
+            if refused:
+                warn(refused)
+            self._card_guard = (asked or GuardSettings()).model_copy(update={"batches": 1, "growth": 0.0})
+        return self._card_guard
 
     def _fewest(self) -> int:
         return self._guard_settings().fewest_samples
@@ -114,7 +127,11 @@ class GML2O(ML2O):
     def _moved(self, rule: UpdateRule, oracle: Oracle, point: Tensor, seen: StepInfo) -> tuple[Tensor, State]:
         assert isinstance(rule, GuardedRule)
         moved, state, info = rule.choose(oracle, point, self._rule_state, seen)
-        self.accepted_steps += int(info.accepted)
+        accepted = bool(info.accepted)
+        self.accepted_steps += accepted
+        if info.checked:
+            worse = [] if accepted else (~(info.learned_losses <= info.fallback_losses))[0].tolist()
+            self._notices.decided(accepted, worse)
         return moved, state
 
     def _check_objectives(self, objectives: int) -> None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 
 from ml2o_dist.errors import UserError
 
@@ -33,8 +34,22 @@ class Layout:
         return sum(parameter.numel() for parameter in self.parameters)
 
     def add(self, parameters: Sequence[Tensor]) -> None:
-        """Append parameters. Raises UserError where one is neither real nor floating, or changes the precision."""
+        """Append parameters.
+
+        Raises:
+            UserError: one has no values yet, is neither real nor floating, or changes the precision.
+        """
         for parameter in parameters:
+            if is_lazy(parameter):
+                raise UserError(
+                    "a parameter of a lazy module has no shape yet: call the model on a batch once, before the first "
+                    "step"
+                )
+            if parameter.is_meta:
+                raise UserError(
+                    f"a parameter of shape {list(parameter.shape)} is on the meta device, without values: give the "
+                    "model a device and its weights (model.to_empty(device=...)) before the optimizer is made"
+                )
             if not parameter.is_floating_point():
                 raise UserError(f"a parameter of {parameter.dtype} cannot be optimized: real floating-point ones can")
         if parameters and not self.parameters:

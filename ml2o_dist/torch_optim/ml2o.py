@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,11 +15,14 @@ from torch.optim import Optimizer
 from ml2o_dist.artifact import PRETRAINED
 from ml2o_dist.errors import UserError
 from ml2o_dist.rules.base import Oracle, State, StepInfo, UpdateRule
-from ml2o_dist.rules.saved_state import modules_of, put_together, take_apart
-from ml2o_dist.torch_optim.closures import Closure, ClosureBatch, ClosureProblem
+from ml2o_dist.rules.saved_state import StateError, modules_of, put_together, take_apart
+from ml2o_dist.torch_optim.buffers import ModuleBuffers
+from ml2o_dist.torch_optim.closure_problem import ClosureProblem
+from ml2o_dist.torch_optim.closures import Closure, ClosureBatch
 from ml2o_dist.torch_optim.layout import Layout
 from ml2o_dist.torch_optim.learned_weights import LearnedWeights
 from ml2o_dist.torch_optim.multiplied import multiplied
+from ml2o_dist.torch_optim.notices import Notices, warn
 
 Closures = Closure | Sequence[Closure]
 """One closure, or those of the parts of a batch whose losses are averaged (gradient accumulation)."""
@@ -37,17 +39,26 @@ class ML2O(Optimizer):
     every parameter as the learned rule says: the same iterates as `ml2o_dist.ML2ORule`. No `backward`, no `zero_grad`;
     the parameters' `grad` is neither read nor written.
 
-    What it needs: m is the same at every step. A parameter that no loss reaches in a step stays where it is, a frozen
-    one (`requires_grad=False`) too; one that is unfrozen, or comes by `add_param_group`, begins then. Parameters of
-    float16 and bfloat16 keep their exact values and all states in float32. Parameters may lie on several devices; the
-    states are on that of the first one, 4 (3 m + 6 + 2 H (m + 1)) bytes for each number with H hidden units, 0.24 kB
-    at m = 2 with the weights in the wheel (H = 8). Not for parameters that several processes share by
+    What it needs: m is the same at every step. A task without labels in a batch still needs a loss with a graph,
+    `(output * 0).sum()`; samples without a label have the loss 0, `torch.where(mask, loss, 0)`. Checkpoints of
+    activations have `use_reentrant=False`. Accelerate's wrapper passes on one closure only and drops the losses: write
+    `optimizer.optimizer.step(closure, guard_closure)` there. Save `state_dict()` by `torch.save`:
+    torch.distributed.checkpoint leaves out what it does not know.
+
+    A parameter that no loss reaches in a step stays where it is, a frozen one (`requires_grad=False`) too; one that is
+    unfrozen, or comes by `add_param_group`, begins then. Where no loss reaches a parameter in its first step, a warning
+    says which, by name if the optimizer was given `model.named_parameters()`. Where the forward pass writes parameters
+    in place, as that of an embedding with `max_norm`, the step starts from what it wrote.
+
+    Parameters of float16 and bfloat16 keep their exact values and all states in float32. Parameters may lie on several
+    devices; the states are on that of the first one, 4 (3 m + 6 + 2 H (m + 1)) bytes for each number with H hidden
+    units, 0.24 kB at m = 2 with the weights in the wheel (H = 8). Not for parameters that several processes share by
     DistributedDataParallel: nothing averages the losses' gradients there.
 
     `param_groups` have:
-        lr: multiplies the learned step, 1 by default. The rule adapts the length of its steps to what came of the last
-            ones, so that a smaller `lr` is made up for after some tens of steps. Schedulers of torch work, but for
-            those that also set a momentum.
+        lr: multiplies the learned step, 1 by default: it is no learning rate as Adam's. The rule adapts the length of
+            its steps to what came of the last ones, so that a smaller `lr` is made up for after some tens of steps.
+            Schedulers of torch work, but for those that also set a momentum.
         weight_decay: d adds d |z|^2 / 2 in equal parts to the losses that depend on a parameter, which is torch's
             Adam's penalty on their sum. `step` returns the losses without it.
 
@@ -87,8 +98,11 @@ class ML2O(Optimizer):
         self._layout = Layout()
         self._objectives = 0  # until the first step
         self._rule_state: State = None
+        self._inspected: set[tuple[bool, ...]] = set()  # the sets of reached parameters whose graphs were searched
+        self._notices = Notices(type(self).__name__)
+        self._notices.learning_rates([group["lr"] for group in self.param_groups])
 
-    def step(self, closure: Closures, guard_closure: Closures | None = None) -> Tensor:  # type: ignore[override]
+    def step(self, closure: Closures | None = None, guard_closure: Closures | None = None) -> Tensor:  # type: ignore[override]
         """Take one step; return the losses [m] where it started, detached.
 
         Args:
@@ -152,15 +166,22 @@ class ML2O(Optimizer):
         layout.add([every[i] for i in saved["order"] if i < len(every)])  # where one is missing, torch will say so
         if layout.parameters and saved["precision"] != str(layout.dtype):
             raise UserError(f"the state dict is in {saved['precision']}, the parameters here in {layout.dtype}")
-        super().load_state_dict(state_dict)
-        self.steps, self._objectives, self._rule_state = saved["steps"], saved["objectives"], None
-        self._layout = layout
-        if self.steps:
+        rule_state: State = None
+        if saved["steps"]:
             device = layout.device
             layout.remember(None if saved["exact"] is None else saved["exact"].to(device))
-            fresh = self._rule(None).initial_state(1, self._objectives, layout.dimension)
+            fresh = self._rule(None, layout).initial_state(1, saved["objectives"], layout.dimension)
             tensors = {place: tensor.clone().to(device) for place, tensor in saved["tensors"].items()}
-            self._rule_state = put_together(json.loads(saved["tree"]), tensors, modules_of(fresh).__getitem__)
+            try:
+                rule_state = put_together(json.loads(saved["tree"]), tensors, modules_of(fresh).__getitem__)
+            except StateError as error:
+                raise UserError(
+                    f"the state dict is not whole: {error}. torch.distributed.checkpoint fills in only what a new "
+                    "optimizer has: use torch.save and torch.load"
+                ) from error
+        super().load_state_dict(state_dict)
+        self.steps, self._objectives, self._rule_state = saved["steps"], saved["objectives"], rule_state
+        self._layout = layout
 
     def __getstate__(self) -> dict[str, Any]:
         """Return all of it, for `copy.deepcopy`; torch's own leaves out what it does not know."""
@@ -176,29 +197,76 @@ class ML2O(Optimizer):
 
     _guarded = False
 
-    _remembered: tuple[str, ...] = ("steps", "_learned", "_layout", "_objectives", "_rule_state")
+    _remembered: tuple[str, ...] = (
+        "steps",
+        "_learned",
+        "_layout",
+        "_objectives",
+        "_rule_state",
+        "_inspected",
+        "_notices",
+    )
 
-    def _stepped(self, closure: Closures, guard_closure: Closures | None) -> Tensor:
+    _new: Sequence[Tensor] = ()
+    """Parameters whose first step is still to come."""
+
+    _careful = True
+    """Whether the next step looks for mistakes in the closures: the first one of this object, and of new parameters."""
+
+    _buffers: ModuleBuffers | None = None
+    """Buffers that calls of the closure may change, from the first step on, where it is called more than once."""
+
+    def _stepped(self, closure: Closures | None, guard_closure: Closures | None) -> Tensor:
+        if closure is None:
+            raise UserError(_no_closure(type(self).__name__))
         self._take_in()
-        training = ClosureBatch(closure, "closure", traces=True)
-        guard = None if guard_closure is None else ClosureBatch(guard_closure, "guard closure", traces=False)
-        problem = ClosureProblem(self._layout, training, guard, self._decay(), self._fewest())
+        training = ClosureBatch(closure, "closure")
+        guard = None if guard_closure is None else ClosureBatch(guard_closure, "guard closure")
+        if self._guarded and self._buffers is None:
+            self._buffers = ModuleBuffers(self._layout.parameters)
+        problem = ClosureProblem(
+            self._layout, training, guard, self._decay(), fewest=self._fewest(), buffers=self._buffers
+        )
         oracle = Oracle(problem, torch.default_generator)  # which nothing draws from
-        point, batch = self._layout.read(), oracle.draw()
-        jacobian, losses = problem.jacobian(point, batch)
-        self._check_objectives(problem.objectives)
-        rule = self._rule(self._multiplier(problem.reached))
-        if self._rule_state is None:
-            self._rule_state = rule.initial_state(1, problem.objectives, problem.dimension)
-        moved, self._rule_state = self._moved(rule, oracle, point, StepInfo(losses, jacobian, batch))
+        with problem.step():
+            batch = oracle.draw()
+            point, jacobian, losses = problem.begin(self._inspected, careful=self._careful)
+            self._check_objectives(problem.objectives)
+            if self._careful and self._guarded:
+                problem.check_repeats()
+            multiplier = self._multiplier(problem.reached)
+            rule = self._rule(multiplier, self._layout)
+            if self._rule_state is None:
+                self._rule_state = rule.initial_state(1, problem.objectives, problem.dimension)
+            moved, self._rule_state = self._moved(rule, oracle, point, StepInfo(losses, jacobian, batch))
         self._layout.keep(moved)
         self._objectives = problem.objectives
         self.steps += 1
+        self._notice(problem.reached, multiplier is None or bool(multiplier.any()), point, moved, jacobian)
         return problem.plain
 
-    def _rule(self, multiplier: Tensor | None) -> UpdateRule:
-        """Return the rule, with its steps times `multiplier` [1, n]."""
-        return multiplied(self._learned.rule(self._layout.device, self._layout.dtype), multiplier)
+    def _notice(self, reached: Sequence[bool], meant: bool, point: Tensor, moved: Tensor, jacobian: Tensor) -> None:
+        """Warn of what went wrong in a step; `meant`: whether some parameter should have moved."""
+        new = {id(parameter) for parameter in self._new if parameter.requires_grad}
+        pairs = zip(self._layout.parameters, reached, strict=True)
+        self._new, self._careful = (), False
+        self._notices.unreached([self._name(p) for p, there in pairs if id(p) in new and not there])
+        if meant:
+            self._notices.moved(not torch.equal(point, moved), jacobian)
+
+    def _name(self, parameter: Tensor) -> str:
+        """Return the parameter's name, where the optimizer was given names, or else its place; and its shape."""
+        for g, group in enumerate(self.param_groups):
+            for i, each in enumerate(group["params"]):
+                if each is parameter:
+                    names = group.get("param_names")  # torch 2.6 and later take named_parameters()
+                    name = repr(names[i]) if names else f"param_groups[{g}]['params'][{i}]"
+                    return f"{name} {list(parameter.shape)}"
+        raise AssertionError
+
+    def _rule(self, multiplier: Tensor | None, layout: Layout) -> UpdateRule:
+        """Return the rule for parameters laid out so, with its steps times `multiplier` [1, n]."""
+        return multiplied(self._learned.rule(layout.device, layout.dtype), multiplier)
 
     def _fewest(self) -> int:
         """Return how many samples a batch must have."""
@@ -217,10 +285,11 @@ class ML2O(Optimizer):
         new = [p for p in self._every_parameter() if p.requires_grad and id(p) not in known]
         if new:
             self._layout.add(new)
+            self._new, self._careful, self._buffers = [*self._new, *new], True, None
         if not self._layout.parameters:
             raise UserError("no parameter of the optimizer requires a gradient")
         if new and self._rule_state is not None:
-            self._rule_state = self._rule(None).grown(self._rule_state, sum(p.numel() for p in new))
+            self._rule_state = self._rule(None, self._layout).grown(self._rule_state, sum(p.numel() for p in new))
 
     def _every_parameter(self) -> list[Tensor]:
         return [parameter for group in self.param_groups for parameter in group["params"]]
@@ -243,14 +312,21 @@ class ML2O(Optimizer):
         return [values[id(parameter)] for parameter in self._layout.parameters]
 
 
+def _no_closure(name: str) -> str:
+    return (
+        f"{name}.step needs a closure that returns the losses: optimizer.step(lambda: [loss_1, loss_2]), without "
+        "backward() and zero_grad(). A Trainer of Hugging Face calls it without one: override training_step, as "
+        "examples/hugging_face_trainer.py does; torch.distributed.checkpoint does, too: save optimizer.state_dict()"
+    )
+
+
 def _warn_of_ranks(name: str) -> None:
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         ranks = torch.distributed.get_world_size()
         if ranks > 1:
-            warnings.warn(
+            warn(
                 f"{name} in one of {ranks} ranks: it does not average the losses' gradients over them, so that a model "
-                "in DistributedDataParallel becomes another on each",
-                stacklevel=3,
+                "in DistributedDataParallel becomes another on each"
             )
 
 

@@ -87,7 +87,7 @@ def test_hand_designed_ones_are_tuned_where_no_rate_is_written(
 def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run directory `runs/a` and a file `b.safetensors` of the same weights, in a home of their own."""
     monkeypatch.setenv("ML2O_HOME", str(tmp_path))
-    settings = RuleSettings(hidden=3, guard=GuardSettings(eps=7.0))
+    settings = RuleSettings(hidden=3, guard=GuardSettings(margin=7.0))
     weights = {name: tensor + 0.5 for name, tensor in ML2ONetwork(settings).state_dict().items()}
     for place in ("runs/a", "b.safetensors", "c"):
         save_artifact(tmp_path / place, weights, settings, {})
@@ -101,7 +101,7 @@ def test_weights_by_file_folder_or_registry(trained: Path) -> None:
     for entrant in entrants:
         made = rule(entrant)
         assert isinstance(made, GML2O), "as it was meta-trained"
-        assert made.settings.eps == 7.0
+        assert made.settings.margin == 7.0
         assert isinstance(made.learned, ML2ORule)
         assert made.learned.network.head.bias[0].item() == 0.5
 

@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed import checkpoint as distributed_checkpoint
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
-from ml2o_dist import GML2O, ML2O
+from ml2o_dist import GML2O, ML2O, UserError
 from tests.torch_optim.small import KINDS, TwoTasks, drawn, flat, losses, makers, take
 
 
@@ -180,3 +182,61 @@ def test_gradients_of_others_are_left_alone(place: Path) -> None:
         parameter.grad = torch.ones_like(parameter)
     take(ML2O(model.parameters(), place), model, 0)
     assert all(bool((parameter.grad == 1).all()) for parameter in model.parameters() if parameter.grad is not None)
+
+
+@pytest.mark.parametrize("kind", [ML2O, GML2O])
+def test_a_step_without_a_closure_says_what_to_write(kind: type[ML2O]) -> None:
+    model = TwoTasks()
+    optimizer = kind(model.parameters())
+    with pytest.raises(
+        UserError, match=rf"^{kind.__name__}\.step needs a closure .*: optimizer\.step\(lambda: \[loss_1"
+    ):
+        optimizer.step()
+    optimizer.step(lambda: losses(model, drawn(0)))
+    with pytest.raises(UserError, match=r"torch\.distributed\.checkpoint does, too: save optimizer\.state_dict\(\)$"):
+        get_optimizer_state_dict(model, optimizer)
+
+
+def test_what_a_distributed_checkpoint_restores_is_refused(tmp_path: Path) -> None:
+    model = TwoTasks()
+    optimizer, other = GML2O(model.parameters()), GML2O(model.parameters())
+    for step in range(3):
+        optimizer.step(lambda step=step: losses(model, drawn(step)))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # there is one process
+        distributed_checkpoint.save({"optimizer": optimizer}, checkpoint_id=tmp_path)
+        with pytest.raises(UserError, match=r"state dict is not whole: .* use torch\.save and torch\.load"):
+            distributed_checkpoint.load({"optimizer": other}, checkpoint_id=tmp_path)
+    assert other.steps == 0
+    other.step(lambda: losses(model, drawn(0)))
+
+
+def test_the_wrapper_of_accelerate_passes_one_closure_on() -> None:
+    accelerate = pytest.importorskip("accelerate")
+    model = TwoTasks()
+    model, optimizer = accelerate.Accelerator(cpu=True).prepare(model, GML2O(model.parameters()))
+    before = flat(model)
+    assert optimizer.step(lambda: losses(model, drawn(0))) is None
+    assert not torch.equal(flat(model), before)
+    assert optimizer.optimizer.step(lambda: losses(model, drawn(0)), lambda: losses(model, drawn(1))).shape == (2,)
+    assert optimizer.optimizer.steps == 2
+    with pytest.raises(UserError, match="needs a closure"):
+        optimizer.step()
+
+
+def test_parameters_without_values_are_refused() -> None:
+    lazy = nn.Sequential(nn.LazyLinear(4), nn.LazyBatchNorm1d(), nn.LazyLinear(2))
+    optimizer = GML2O(lazy.parameters())
+    closure = lambda: list(lazy(drawn(0)[0]).square().unbind(1))  # noqa: E731
+    with pytest.raises(
+        UserError, match="a parameter of a lazy module has no shape yet: call the model on a batch once"
+    ):
+        optimizer.step(closure)
+    closure()
+    optimizer.step(closure)
+    with torch.device("meta"):
+        model = TwoTasks()
+    with pytest.raises(
+        UserError, match=r"of shape \[6, 5\] is on the meta device, without values: give the model a dev"
+    ):
+        ML2O(model.parameters()).step(lambda: losses(model, drawn(0)))
