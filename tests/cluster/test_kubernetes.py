@@ -304,6 +304,14 @@ def test_who_reaches_whom(target, port, who):
     assert {one for one in EVERYBODY if one != target and reaches(one, target, port)} == who - {target}
 
 
+def test_no_service_is_seen_outside_of_the_cluster():
+    for tree in all_manifests():
+        assert tree["kind"] not in ("Ingress", "Gateway", "HTTPRoute")
+        if tree["kind"] == "Service":
+            assert tree["spec"].get("type", "ClusterIP") == "ClusterIP"
+            assert "externalIPs" not in tree["spec"]
+
+
 def test_of_other_namespaces_the_operator_alone_reaches_the_head():
     for target, port in ((MLFLOW, 5000), (POSTGRES, 5432), ("head", 8265), ("head", 6379), ("cpu", 8076)):
         found = {one for one in EVERYBODY if reaches(one, target, port, elsewhere=True)}

@@ -14,6 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,12 @@ def test_no_file_has_a_pattern_of_hosts_or_starts_mlflow_by_itself():
             if "mlflow server" in line and file != SCRIPT:
                 assert not line.startswith("    "), line
     assert len(mlflow_servers()) == 4
+
+
+def test_outside_of_containers_it_listens_on_one_address_alone():
+    for where, command in mlflow_servers().items():
+        inside = where != "README 0"  # what a container publishes is said by compose and Kubernetes
+        assert (options(command)["host"] == "0.0.0.0") == inside, where
 
 
 def test_the_readme_makes_the_files_that_clients_and_servers_read(tmp_path):
@@ -139,7 +146,7 @@ def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[int
     database = None if request.param == "sqlite" else PostgresServer(owner="mlflow", password=password)
     port = free_port()
     (tmp_path / "a%2Fb").mkdir()
-    store = database.uri if database else f"sqlite:///{tmp_path}/a%2Fb/mlflow.db"
+    store = database.uri if database else f"sqlite:///{tmp_path}/a%252Fb/mlflow.db"
     process = start(tmp_path, store, port, secrets(tmp_path / "secrets"))
     try:
         limit = time.monotonic() + 200
@@ -153,7 +160,8 @@ def server(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[tuple[int
                 time.sleep(0.2)
         yield port, tmp_path
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
+        with suppress(ProcessLookupError):  # it has ended by itself
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait(timeout=30)
         if database:
             database.stop()
