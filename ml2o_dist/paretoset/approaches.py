@@ -214,7 +214,9 @@ def _merged(
 
     chosen: dict[str, Any] = {}
     if name == EXPERTS:
-        rays, points = torch.eye(tasks.count, dtype=torch.float64), list(experts)
+        names = vectors.names
+        points = [names.whole(names.fitted(expert, f"expert {t + 1}")) for t, expert in enumerate(experts)]
+        rays = torch.eye(tasks.count, dtype=torch.float64)
     elif name == "soup":
         points = [rewarded_soup(vectors, ray) for ray in rays]
     elif name == "average":

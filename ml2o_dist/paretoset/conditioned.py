@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ml2o_dist.errors import UserError
+from ml2o_dist.paretoset.fitted_states import TensorNames
 from ml2o_dist.paretoset.fusion import Fusion
 from ml2o_dist.paretoset.networks import MultiHead
 from ml2o_dist.paretoset.tasks import Logits
@@ -164,7 +165,8 @@ class ConditionedInput(Conditioned):
         """Widen the first layer of `network` to 1 + T channels; the new weights are drawn from `seed`.
 
         Raises:
-            UserError: it takes images of several channels, as other libraries' networks do.
+            UserError: it takes images of several channels, as other libraries' networks do, or its first layer is
+                tied to another.
         """
         super().__init__()
         self.network = copy.deepcopy(network)
@@ -176,6 +178,13 @@ class ConditionedInput(Conditioned):
                     f"COSMOS lays the preference over grey images as further channels, and layer {name} wants "
                     f"{first.in_channels} channels: leave `cosmos` out of the comparators of this network"
                 )
+            prefix = f"{name}."
+            for group in TensorNames.of(self.network).groups():
+                if any(each.startswith(prefix) for each in group):
+                    raise UserError(
+                        f"COSMOS widens the first layer, and {group[0]} is one tensor with {group[1]}: leave `cosmos` "
+                        "out of the comparators of this network"
+                    )
             self.network.set_submodule(name, _widened(first, tasks))
 
     def forward(self, preference: Tensor, images: Sequence[Tensor]) -> list[Logits]:

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ml2o_dist.errors import UserError
+from ml2o_dist.paretoset.fitted_states import State
 from ml2o_dist.paretoset.preferences import checked_preference
 from ml2o_dist.paretoset.router import Routers
-from ml2o_dist.paretoset.task_vectors import State, TaskVectors, combined
+from ml2o_dist.paretoset.task_vectors import TaskVectors, combined
 
 SCALE = 0.3
 """lambda_0, as in the paper: the usual factor of task arithmetic."""
@@ -68,14 +69,19 @@ class Fusion(nn.Module):
         super().__init__()
         vectors = TaskVectors.of(network, start, experts, heads)
         self.tasks = vectors.tasks
-        self.upscaled = upscaled_parameters(network, modules, vectors.start)
+        self.upscaled = upscaled_parameters(
+            network, modules, {name: first for name, first in vectors.names.first.items() if first in vectors.start}
+        )
         self._network = (copy.deepcopy(network).requires_grad_(False),)  # in a tuple: its parameters are not ours
         routed = [name for names in self.upscaled.values() for name in names]
         equal = torch.full((self.tasks,), float(scale), dtype=torch.float64)
         rest = {name: tensor for name, tensor in vectors.moved(equal).items() if name not in routed}
         self._start = Tensors({name: vectors.start[name] for name in routed})
         self._vectors = Tensors({name: vectors.vectors[name] for name in routed})
-        unsaved = {name: buffer.clone() for name, buffer in network.named_buffers() if name not in start}
+        self._first = vectors.names.first
+        self._own = [name for name, _ in (*network.named_parameters(), *network.named_buffers())]
+        saved = set(vectors.names.persistent)
+        unsaved = {name: tensor.clone() for name, tensor in vectors.names.tensors.items() if name not in saved}
         self._fixed = Tensors(rest)
         self._constants = Tensors(vectors.constants | unsaved)
         self._buffers_of_experts = Tensors(vectors.buffers)
@@ -87,14 +93,18 @@ class Fusion(nn.Module):
         return self._network[0]
 
     def state(self, preference: Tensor) -> dict[str, Tensor]:
-        """Return all parameters and buffers of the network for `preference` [T], differentiable in the routers."""
+        """Return all parameters and buffers of the network for `preference` [T], differentiable in the routers.
+
+        A tied tensor is there under one of its names, as `torch.func.functional_call` wants it.
+        """
         weights = self.routers(preference.to(self.routers.bias))
         start, vectors = dict(self._start.items()), dict(self._vectors.items())
         state = dict(self._fixed.items())
         state |= {name: each.clone() for name, each in self._constants.items()}  # BatchNorm counts in place
         for g, names in enumerate(self.upscaled.values()):
             state |= {name: start[name] + combined(weights[g], vectors[name]) for name in names}
-        return state | {name: combined(preference, each) for name, each in self._buffers_of_experts.items()}
+        state |= {name: combined(preference, each) for name, each in self._buffers_of_experts.items()}
+        return {name: state[self._first[name]] for name in self._own}
 
     def forward(self, preference: Sequence[float] | Tensor, *args: Any, **kwargs: Any) -> Any:
         """Return what the network of `preference` [T] returns for the other arguments.
@@ -116,14 +126,17 @@ class Fusion(nn.Module):
     def export(self, preference: Sequence[float] | Tensor) -> nn.Module:
         """Return the plain network of one preference, with parameters of its own, in evaluation mode.
 
+        What is tied in the network is tied there.
+
         Raises:
             UserError: `preference` is no point of the simplex.
         """
         state = self.state(checked_preference(preference, self.tasks))
         plain = copy.deepcopy(self.network)
-        for name, tensor in (*plain.named_parameters(), *plain.named_buffers()):
-            if name in state:
-                tensor.data = state[name].detach().clone()
+        own = {first: state[first].detach().clone() for first in self._first.values()}
+        every = (plain.named_parameters(remove_duplicate=False), plain.named_buffers(remove_duplicate=False))
+        for name, tensor in (pair for pairs in every for pair in pairs):
+            tensor.data = own[self._first[name]]
         return plain.requires_grad_(True).eval()
 
 
@@ -141,28 +154,33 @@ class Tensors(nn.Module):
         return zip(self._names, self.buffers(), strict=True)
 
 
-def upscaled_parameters(network: nn.Module, pattern: str, names: Sequence[str] | State) -> dict[str, list[str]]:
-    """Return the modules of `network` that `pattern` picks, each with those of the parameters `names` that it owns.
+def upscaled_parameters(network: nn.Module, pattern: str, names: Mapping[str, str]) -> dict[str, list[str]]:
+    """Return the modules of `network` that `pattern` picks, each with the parameters that it owns.
 
-    See `Fusion` for the patterns. Where modules that fit lie in one another, the outer one has the router.
+    See `Fusion` for the patterns. Where modules that fit lie in one another, the outer one has the router; a parameter
+    that two modules share is that of the first.
+
+    Args:
+        names: every name of a parameter that the tasks share, with the one name that stands for it.
 
     Raises:
         UserError: none fits.
     """
     if not isinstance(pattern, str):
         raise UserError(f"modules must be one pattern, not {pattern!r}: a glob picks several, as blocks.*.mlp")
-    available = set(names)
+    taken: set[str] = set()
     picked: dict[str, list[str]] = {}
-    for module_name, module in network.named_modules():
-        if pattern == "all":
-            prefix = f"{module_name}." if module_name else ""
-            own = [f"{prefix}{name}" for name, _ in module.named_parameters(recurse=False)]
-        elif _fits(module_name, pattern) and not any(_within(module_name, outer) for outer in picked):
-            own = [f"{module_name}.{name}" for name, _ in module.named_parameters()]
-        else:
+    for module_name, module in network.named_modules(remove_duplicate=False):
+        if pattern != "all" and (
+            not _fits(module_name, pattern) or any(_within(module_name, outer) for outer in picked)
+        ):
             continue
-        if own := [name for name in own if name in available]:
-            picked[module_name] = own
+        prefix = f"{module_name}." if module_name else ""
+        inside = module.named_parameters(prefix=prefix[:-1], recurse=pattern != "all", remove_duplicate=False)
+        own = dict.fromkeys(names[name] for name, _ in inside if name in names)
+        if new := [name for name in own if name not in taken]:
+            picked[module_name] = new
+            taken.update(new)
     if not picked:
         named = [name for name, module in network.named_modules() if name and any(True for _ in module.parameters())]
         shown = ", ".join(named[:8]) + (" ..." if len(named) > 8 else "")

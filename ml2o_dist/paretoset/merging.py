@@ -42,10 +42,12 @@ def ties(vectors: TaskVectors, scale: float = 1.0, keep: float = 0.2) -> dict[st
     sign of its larger total, and the mean of the entries that have this sign. The paper's keep and scale are ours.
 
     Raises:
-        UserError: `keep` is not in (0, 1].
+        UserError: `keep` is not in (0, 1], or a parameter is complex.
     """
     if not 0 < keep <= 1:
         raise UserError(f"keep {keep!r} of TIES must be a share of the entries, above 0 and at most 1")
+    if odd := [name for name, start in vectors.start.items() if start.is_complex()]:
+        raise UserError(f"TIES elects signs, and parameter {odd[0]} is {vectors.start[odd[0]].dtype}: merge otherwise")
     flat = torch.cat([tau.reshape(len(tau), -1) for tau in vectors.vectors.values()], dim=1)
     count = max(1, round(keep * flat.shape[1]))
     least = flat.abs().topk(count, dim=1).values[:, -1:]
@@ -56,7 +58,7 @@ def ties(vectors: TaskVectors, scale: float = 1.0, keep: float = 0.2) -> dict[st
     elected = agreeing.sum(dim=0) / voters
     merged, begin = {}, 0
     for name, start in vectors.start.items():
-        merged[name] = start + scale * elected[begin : begin + start.numel()].view_as(start)
+        merged[name] = start + (scale * elected[begin : begin + start.numel()].view_as(start)).to(start.dtype)
         begin += start.numel()
     return vectors.whole_state(merged | vectors.heads, _equal(vectors))
 

@@ -15,11 +15,11 @@ from torch import Tensor, nn
 
 from ml2o_dist.artifact import weights_sha256
 from ml2o_dist.errors import UserError
+from ml2o_dist.paretoset.fitted_states import State
 from ml2o_dist.paretoset.fusion import Fusion
 from ml2o_dist.paretoset.networks import MultiHead, build_multi_head
 from ml2o_dist.paretoset.settings import NetworkSettings
 from ml2o_dist.paretoset.states import save_state
-from ml2o_dist.paretoset.task_vectors import State
 
 FILE = "pareto_set.safetensors"
 FORMAT = 1

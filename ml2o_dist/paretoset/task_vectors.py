@@ -12,24 +12,29 @@ import torch
 from torch import Tensor, nn
 
 from ml2o_dist.errors import UserError
+from ml2o_dist.paretoset.fitted_states import State, TensorNames, check_finite
 
-State = Mapping[str, Tensor]
-"""What `state_dict` returns."""
+COUNTER = "num_batches_tracked"
+"""BatchNorm's count of batches. It differs between experts as their training did, and no answer depends on it."""
 
 
 @dataclass(frozen=True, eq=False)
 class TaskVectors:
     """The start and the T experts of one network, taken apart; all tensors detached, on one device.
 
+    A tensor with several names (tied weights) stands here once, under the first of them.
+
     Attributes:
         tasks: T.
         start: the parameters theta_0 that the tasks share, by name.
         vectors: tau of each of them, [T, ...]: row t is theta_t - theta_0.
         heads: the parameters of the tasks' own modules, each from the expert of its task.
-        buffers: floating-point buffers outside of heads (BatchNorm's running moments), [T, ...]: row t is expert t's.
-            They are averaged with the preference as weights, never extrapolated: a variance must not become negative.
-        constants: buffers of other kinds (BatchNorm's counter), the start's; and those of heads, their expert's.
-        aliases: further names of tied tensors, each with the name that the tensor has above.
+        buffers: floating-point buffers outside of heads that differ between experts (BatchNorm's running moments),
+            [T, ...]: row t is expert t's. They are averaged with the preference as weights, never extrapolated: a
+            variance must not become negative.
+        constants: buffers that are equal in all experts; those of heads, their expert's; BatchNorm's counters, the
+            start's where they differ.
+        names: all names of the network's tensors.
     """
 
     tasks: int
@@ -38,11 +43,13 @@ class TaskVectors:
     heads: dict[str, Tensor]
     buffers: dict[str, Tensor]
     constants: dict[str, Tensor]
-    aliases: dict[str, str]
+    names: TensorNames
 
     @classmethod
     def of(cls, network: nn.Module, start: State, experts: Sequence[State], heads: Sequence[str] = ()) -> TaskVectors:
         """Take apart the state dicts of `start` and of one expert for each task, which must fit `network`.
+
+        A state dict may have a tied tensor under one of its names or under all, as torch and safetensors write it.
 
         Args:
             network: says what the tensors are called, and which are parameters; its own values do not count.
@@ -51,39 +58,43 @@ class TaskVectors:
             heads: the name of the module that only task t uses, for each task; () where there is none.
 
         Raises:
-            UserError: a state dict that does not fit, a value that is not finite, a head that is missing, a wrong
-                number of anything.
+            UserError: a state dict that does not fit, a value that is not finite, a tied tensor with two values, a
+                buffer of integers that differs between experts, a head that is missing or shares a tensor with the
+                rest, a wrong number of anything.
         """
+        if isinstance(experts, Mapping) or not isinstance(experts, Sequence):
+            raise UserError(f"experts must be a list of state dicts, one for each task, not {type(experts).__name__}")
         if len(experts) < 2:
             raise UserError(f"a fusion needs at least 2 experts, not {len(experts)}")
+        names = TensorNames.of(network)
         _check_heads(network, heads, len(experts))
-        _check_state("the common start", start, network)
-        for t, expert in enumerate(experts):
-            _check_state(f"expert {t + 1}", expert, network)
-        owners = {
-            name: t
-            for name in (*dict(network.named_parameters()), *dict(network.named_buffers()))
-            for t, head in enumerate(heads)
-            if name.startswith(f"{head}.")
-        }
-        shared, vectors, own = {}, {}, {}
-        for name, _ in network.named_parameters():
+        owners = _owners(names, heads)
+        common = names.fitted(start, "the common start")
+        each = [
+            {name: tensor.to(common[name].device) for name, tensor in names.fitted(expert, f"expert {t + 1}").items()}
+            for t, expert in enumerate(experts)
+        ]
+        shared, vectors, buffers = {}, {}, {}
+        own: dict[str, Tensor] = {}
+        constants: dict[str, Tensor] = {}
+        for name in names.persistent:
+            kept = own if name in names.parameters else constants
             if name in owners:
-                own[name] = experts[owners[name]][name].detach().clone()
-                continue
-            shared[name] = start[name].detach().clone()
-            vectors[name] = torch.stack([expert[name].detach() - shared[name] for expert in experts])
-        buffers, constants = {}, {}
-        for name, buffer in network.named_buffers():
-            if name not in start:  # not persistent: the network makes it itself
-                continue
-            if name in owners:
-                constants[name] = experts[owners[name]][name].detach().clone()
-            elif buffer.is_floating_point():
-                buffers[name] = torch.stack([expert[name].detach() for expert in experts])
+                kept[name] = each[owners[name]][name].clone()
+            elif name in names.parameters:
+                shared[name] = common[name].clone()
+                vectors[name] = torch.stack([expert[name] - shared[name] for expert in each])
+            elif all(torch.equal(each[0][name], expert[name]) for expert in each):
+                constants[name] = each[0][name].clone()
+            elif each[0][name].is_floating_point() or each[0][name].is_complex():
+                for t, expert in enumerate(each):
+                    check_finite(expert[name], name, f"expert {t + 1}")
+                buffers[name] = torch.stack([expert[name] for expert in each])
+            elif name.rpartition(".")[2] == COUNTER:
+                constants[name] = common[name].clone()
             else:
-                constants[name] = start[name].detach().clone()
-        return cls(len(experts), shared, vectors, own, buffers, constants, _aliases(network, start))
+                raise _unequal(name, each)
+        return cls(len(experts), shared, vectors, own, buffers, constants, names)
 
     def moved(self, weights: Tensor) -> dict[str, Tensor]:
         """Return theta_0 + sum_t w_t tau_t for every shared parameter, and the heads; `weights` [T]."""
@@ -91,14 +102,13 @@ class TaskVectors:
         return moved | self.heads
 
     def averaged_buffers(self, preference: Tensor) -> dict[str, Tensor]:
-        """Return every buffer: sum_t r_t buffer_t of the floating-point ones; `preference` [T]."""
+        """Return every buffer: sum_t r_t buffer_t of those that differ between experts; `preference` [T]."""
         averaged = {name: combined(preference, buffers) for name, buffers in self.buffers.items()}
         return averaged | self.constants
 
     def whole_state(self, parameters: dict[str, Tensor], preference: Tensor) -> dict[str, Tensor]:
         """Return a state dict of the network: `parameters`, `averaged_buffers`, and tied tensors by all their names."""
-        state = parameters | self.averaged_buffers(preference)
-        return state | {alias: state[name] for alias, name in self.aliases.items()}
+        return self.names.whole(parameters | self.averaged_buffers(preference))
 
 
 def combined(weights: Tensor, tensors: Tensor) -> Tensor:
@@ -107,14 +117,29 @@ def combined(weights: Tensor, tensors: Tensor) -> Tensor:
     return total
 
 
-def _aliases(network: nn.Module, start: State) -> dict[str, str]:
-    first: dict[int, str] = {}
-    aliases = {}
-    every = (network.named_parameters(remove_duplicate=False), network.named_buffers(remove_duplicate=False))
-    for name, tensor in (pair for pairs in every for pair in pairs):
-        if name in start and first.setdefault(id(tensor), name) != name:
-            aliases[name] = first[id(tensor)]
-    return aliases
+def _owners(names: TensorNames, heads: Sequence[str]) -> dict[str, int]:
+    """Return the task of each tensor that lies in a head; raise UserError where it has a name outside of it, too."""
+
+    def task(name: str) -> int | None:
+        return next((t for t, head in enumerate(heads) if name.startswith(f"{head}.")), None)
+
+    for group in names.groups():
+        for other in group[1:]:
+            if task(group[0]) != task(other):
+                inside, outside = (group[0], other) if task(group[0]) is not None else (other, group[0])
+                raise UserError(
+                    f"{inside} of the head of task {(task(inside) or 0) + 1} is one tensor with {outside}: a head has "
+                    "nothing in common with the rest; untie them, or name no heads"
+                )
+    return {name: t for name in names.tensors if (t := task(name)) is not None}
+
+
+def _unequal(name: str, experts: Sequence[State]) -> UserError:
+    t = next(t for t, expert in enumerate(experts) if not torch.equal(experts[0][name], expert[name]))
+    return UserError(
+        f"buffer {name} ({experts[0][name].dtype}) of expert {t + 1} differs from that of expert 1, and what is no "
+        "floating-point number cannot be averaged: make it equal in all experts, or a task's own by naming heads"
+    )
 
 
 def _check_heads(network: nn.Module, heads: Sequence[str], tasks: int) -> None:
@@ -130,29 +155,3 @@ def _check_heads(network: nn.Module, heads: Sequence[str], tasks: int) -> None:
             raise UserError(f"the head of task {t + 1}, module {head!r}, has no parameter")
         if inside := [other for other in heads if other.startswith(f"{head}.")]:
             raise UserError(f"the head of task {t + 1}, module {head!r}, has another task's head {inside[0]!r} in it")
-
-
-def _check_state(what: str, state: State, network: nn.Module) -> None:
-    """Raise UserError, in one line, where `state` does not fit `network`."""
-    expected = network.state_dict()
-    missing, extra = sorted(expected.keys() - state.keys()), sorted(state.keys() - expected.keys())
-    if missing or extra:
-        parts = [f"{word} {_some(names)}" for word, names in (("lacks", missing), ("has besides", extra)) if names]
-        raise UserError(f"the state dict of {what} does not fit the network: it {' and '.join(parts)}")
-    for name, tensor in expected.items():
-        if state[name].shape != tensor.shape:
-            raise UserError(
-                f"the state dict of {what} does not fit the network: {name} has shape {list(state[name].shape)}, "
-                f"not {list(tensor.shape)}"
-            )
-        if state[name].is_floating_point() != tensor.is_floating_point():
-            raise UserError(
-                f"the state dict of {what} does not fit the network: {name} is {state[name].dtype}, not {tensor.dtype}"
-            )
-        if state[name].is_floating_point() and not state[name].isfinite().all():
-            raise UserError(f"the state dict of {what} has a value in {name} that is not finite")
-
-
-def _some(names: Sequence[str]) -> str:
-    shown = ", ".join(names[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

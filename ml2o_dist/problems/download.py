@@ -7,10 +7,11 @@ import hashlib
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
-from http.client import HTTPException
+from http.client import HTTPException, HTTPMessage
 from pathlib import Path
 from typing import IO, Literal
-from urllib.request import urlopen
+from urllib.parse import urlsplit
+from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from ml2o_dist.errors import UserError
 from ml2o_dist.files import replacing
@@ -18,12 +19,13 @@ from ml2o_dist.problems.image_files import RAW_FILES, RawFile, data_folder
 
 MIRRORS = {
     "MNIST": "https://ossci-datasets.s3.amazonaws.com/mnist/",
-    "FashionMNIST": "http://fashion-mnist.s3-website.eu-central-1.amazonaws.com/",
+    "FashionMNIST": "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
 }
-"""Source -> the address that its file names are appended to. The MD5 sums of `RAW_FILES` guard plain http."""
+"""Source -> the address that its file names are appended to: https, as all that it may redirect to."""
 
 _TIMEOUT = 30.0  # seconds without an answer; a slow download that keeps coming is not cut off
 _CHUNK = 1 << 18
+_PACKED = 1 << 16  # bytes by which gzip may make a file larger that it cannot make smaller
 
 Progress = Callable[[str, int, int | None], None]
 """Called with (path under the data root, bytes so far, bytes in all where the server says so)."""
@@ -33,8 +35,8 @@ Progress = Callable[[str, int, int | None], None]
 class FileStatus:
     """One raw file: its path under the data root, whether it is there, its size, and what its content is.
 
-    content: `official` (the published MD5), `unknown` (unpacks to something else), `damaged` (does not unpack) or
-    `missing`.
+    content: `official` (the sha256 of the published data), `unknown` (unpacks to something else), `damaged` (does not
+    unpack) or `missing`.
     """
 
     source: str
@@ -53,10 +55,12 @@ def data_status(data_root: str = "") -> list[FileStatus]:
 def fetch(data_root: str = "", progress: Progress | None = None) -> list[FileStatus]:
     """Download the raw files that are not there, or whose content is not the official one; return their state.
 
-    A file is put in place only when its unpacked content has the published MD5, and then at once.
+    A file comes by https, no redirect leads away from that, and no more of it is taken than it can have. It is put in
+    place only when its unpacked content has the sha256 of the published data, and then at once.
 
     Raises:
-        UserError: no network, no such file on the mirror, wrong content, or a folder that cannot be written.
+        UserError: no network, no such file on the mirror, wrong content or too much of it, a redirect to another
+            scheme, or a folder that cannot be written.
     """
     root = data_folder(data_root)
     for source, file in _files():
@@ -74,49 +78,78 @@ def _status(source: str, file: RawFile, root: Path) -> FileStatus:
     if not path.is_file():
         return FileStatus(source, file.path, False, 0, "missing")
     try:
-        content: Literal["official", "unknown"] = "official" if _unpacked_md5(path) == file.md5 else "unknown"
+        content: Literal["official", "unknown"]
+        content = "official" if _unpacked_sha256(path, file) == file.sha256 else "unknown"
     except (OSError, EOFError, zlib.error):
         return FileStatus(source, file.path, True, path.stat().st_size, "damaged")
     return FileStatus(source, file.path, True, path.stat().st_size, content)
 
 
-def _unpacked_md5(path: Path) -> str:
+def _unpacked_sha256(path: Path, file: RawFile) -> str:
+    """Return the sha256 of what `path` unpacks to, "" where that is more than `file` can have."""
+    digest, size = hashlib.sha256(), 0
     with gzip.open(path, "rb") as stream:
-        digest = hashlib.md5(usedforsecurity=False)
         while chunk := stream.read(_CHUNK):
             digest.update(chunk)
+            size += len(chunk)
+            if size > file.unpacked:
+                return ""
     return digest.hexdigest()
 
 
 def _download(url: str, file: RawFile, path: Path, progress: Progress | None) -> None:
     try:
         with replacing(path) as target:
-            _receive(url, target, file.path, progress)
+            _receive(url, target, file, progress)
             target.flush()
             try:
-                md5 = _unpacked_md5(Path(target.name))
+                sha256 = _unpacked_sha256(Path(target.name), file)
             except (OSError, EOFError, zlib.error) as error:
                 raise UserError(f"what {url} sent cannot be unpacked: {error}") from error
-            if md5 != file.md5:
-                raise UserError(f"what {url} sent has MD5 {md5} unpacked, not {file.md5}: it is not the published file")
+            if sha256 != file.sha256:
+                found = f"has sha256 {sha256} unpacked, not {file.sha256}" if sha256 else "is too large unpacked"
+                raise UserError(f"what {url} sent {found}: it is not the published file")
     except OSError as error:
         raise UserError(f"cannot write into {path.parent}: {error}") from error
 
 
-def _receive(url: str, target: IO[bytes], name: str, progress: Progress | None) -> None:
+class _OnlyHttps(HTTPRedirectHandler):
+    """Follows redirects to https alone."""
+
+    def redirect_request(
+        self, req: Request, fp: IO[bytes], code: int, msg: str, headers: HTTPMessage, newurl: str
+    ) -> Request | None:
+        _check_https(newurl)
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _check_https(url: str) -> None:
+    if urlsplit(url).scheme != "https":
+        raise UserError(f"{url} is not asked for the data: it must be https")
+
+
+def _receive(url: str, target: IO[bytes], file: RawFile, progress: Progress | None) -> None:
+    limit = file.unpacked + _PACKED
+    _check_https(url)
     try:
-        with urlopen(url, timeout=_TIMEOUT) as answer:
-            length = answer.headers.get("Content-Length")
-            total, received = int(length) if length else None, 0
-            while chunk := answer.read(_CHUNK):
-                target.write(chunk)
+        with build_opener(_OnlyHttps).open(url, timeout=_TIMEOUT) as answer:
+            length = answer.headers.get("Content-Length", "")
+            total, received = int(length) if length.isdecimal() else None, 0
+            while (total is None or total <= limit) and (chunk := answer.read(_CHUNK)):
                 received += len(chunk)
+                if received > limit:
+                    break
+                target.write(chunk)
                 if progress is not None:
-                    progress(name, received, total)
+                    progress(file.path, received, total)
     except (OSError, HTTPException) as error:  # URLError and timeouts are OSErrors
         raise UserError(
             f"cannot download {url}: {error}; without a network, copy the files into a folder and name it with "
             "data.root or ML2O_DATA"
         ) from error
+    if max(received, total or 0) > limit:
+        raise UserError(
+            f"{url} sends {max(received, total or 0)} bytes or more: the published file has at most {limit}"
+        )
     if total is not None and received != total:
         raise UserError(f"cannot download {url}: the connection ended after {received} of {total} bytes")

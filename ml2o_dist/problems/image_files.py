@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import math
 import os
 import zlib
 from dataclasses import dataclass
@@ -22,46 +23,51 @@ from ml2o_dist.files import cache_folder, home_folder
 
 @dataclass(frozen=True)
 class RawFile:
-    """One raw file: its path under the data root, the MD5 of its decompressed content, and its array's shape."""
+    """One raw file: its path under the data root, the sha256 of its unpacked content, and its array's shape."""
 
     path: str
-    md5: str
+    sha256: str
     shape: tuple[int, ...]
 
+    @property
+    def unpacked(self) -> int:
+        """The bytes of its unpacked content: the header of an IDX file and a byte for each value."""
+        return 4 + 4 * len(self.shape) + math.prod(self.shape)
 
-def _raw_files(folder: str, md5: tuple[str, str, str, str]) -> dict[str, tuple[RawFile, RawFile]]:
+
+def _raw_files(folder: str, sha256: tuple[str, str, str, str]) -> dict[str, tuple[RawFile, RawFile]]:
     raw = f"{folder}/raw"
     return {
         "train": (
-            RawFile(f"{raw}/train-images-idx3-ubyte.gz", md5[0], (60_000, 28, 28)),
-            RawFile(f"{raw}/train-labels-idx1-ubyte.gz", md5[1], (60_000,)),
+            RawFile(f"{raw}/train-images-idx3-ubyte.gz", sha256[0], (60_000, 28, 28)),
+            RawFile(f"{raw}/train-labels-idx1-ubyte.gz", sha256[1], (60_000,)),
         ),
         "test": (
-            RawFile(f"{raw}/t10k-images-idx3-ubyte.gz", md5[2], (10_000, 28, 28)),
-            RawFile(f"{raw}/t10k-labels-idx1-ubyte.gz", md5[3], (10_000,)),
+            RawFile(f"{raw}/t10k-images-idx3-ubyte.gz", sha256[2], (10_000, 28, 28)),
+            RawFile(f"{raw}/t10k-labels-idx1-ubyte.gz", sha256[3], (10_000,)),
         ),
     }
 
 
-# The MD5 sums are those published for the original data. They are of the decompressed content, because the same
-# content is in circulation packed in more than one way.
+# Sums of the files whose unpacked content has the MD5 that is published for the original data. They are of the unpacked
+# content, because the same content is in circulation packed in more than one way.
 RAW_FILES: dict[str, dict[str, tuple[RawFile, RawFile]]] = {
     "MNIST": _raw_files(
         "MNIST",
         (
-            "6bbc9ace898e44ae57da46a324031adb",
-            "a25bea736e30d166cdddb491f175f624",
-            "2646ac647ad5339dbf082846283269ea",
-            "27ae3e4e09519cfbb04c329615203637",
+            "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+            "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+            "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+            "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
         ),
     ),
     "FashionMNIST": _raw_files(
         "FashionMNIST",
         (
-            "f4a8712d7a061bf5bd6d2ca38dc4d50a",
-            "9018921c3c673c538a1fc5bad174d6f9",
-            "8181f5470baa50b63fa0f6fddb340f0a",
-            "15d484375f8d13e6eb1aabb0c3f46965",
+            "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+            "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+            "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+            "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
         ),
     ),
 }

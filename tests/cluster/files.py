@@ -15,6 +15,11 @@ ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "cluster"
 README = (CLUSTER / "README.md").read_text()
 LAUNCHERS = ("aws", "gcp", "onprem")
+PASSWORDS = {"mlflow-password": "a password of tests", "postgres-password": r"with : and \ in it"}
+"""The secret files that the servers get in tests."""
+
+CREDENTIALS = f"[mlflow]\nmlflow_tracking_username = ml2o\nmlflow_tracking_password = {PASSWORDS['mlflow-password']}\n"
+"""~/.mlflow/credentials, as the README makes it."""
 
 
 def pinned(name: str) -> str:
@@ -65,6 +70,23 @@ def compose(variables: Mapping[str, str]) -> dict[str, Any]:
     text = (CLUSTER / "mlflow-compose.yaml").read_text()
     tree: dict[str, Any] = yaml.safe_load(re.sub(r"\$\{(\w+)(:-|:\?)([^}]*)\}", value, text))
     return tree
+
+
+def mlflow_servers() -> dict[str, list[str]]:
+    """Return the words of each command of ours that starts MLflow, by where it stands."""
+    (container,) = manifest("mlflow", "Deployment")["spec"]["template"]["spec"]["containers"]
+    found = {
+        "compose": compose({"MLFLOW_NAME": "tracking"})["services"]["mlflow"]["command"],
+        "compose without a name": compose({})["services"]["mlflow"]["command"],
+        "kubernetes": [*container["command"], *container["args"]],
+    }
+    starting = [command for command in readme_commands() if "mlflow_server.sh --" in command]
+    return found | {f"README {i}": _slurm(command) for i, command in enumerate(starting)}
+
+
+def _slurm(command: str) -> list[str]:
+    (address,) = re.findall(r"(?m)^    ADDRESS=(\S+)$", README)
+    return shlex.split(command.removesuffix("&").replace("$ADDRESS", address))
 
 
 def options(command: str | list[str]) -> dict[str, str]:

@@ -46,6 +46,8 @@ CLUSTER_SPEC = {
                 "upscalingMode": {"enum": ["Default", "Aggressive", "Conservative"]},
                 "idleTimeoutSeconds": COUNT,
                 "resources": {"type": "object"},
+                "securityContext": {"type": "object"},
+                "volumeMounts": {"type": "array", "items": {"type": "object"}},
             },
         },
         "headGroupSpec": GROUP,
@@ -59,6 +61,7 @@ JOB_SPEC = {
     "properties": {
         "clusterSelector": {"type": "object", "additionalProperties": {"type": "string"}},
         "submissionMode": {"enum": ["K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode"]},
+        "submitterPodTemplate": {"type": "object"},
         "entrypoint": {"type": "string"},
         "runtimeEnvYAML": {"type": "string"},
     },

@@ -9,7 +9,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from tests.cluster.files import CLUSTER, ROOT, launcher, manifest
+from tests.cluster.files import CLUSTER, CREDENTIALS, ROOT, launcher, manifest
 from tests.cluster.hosts import Host, Network, until
 from tests.cluster.kuberay import ray_start
 
@@ -98,8 +98,14 @@ class RayCluster:
             for target in launcher("onprem")["file_mounts"]:
                 file = host.folder / "home" / "ray" / target.removeprefix("~/")
                 file.parent.mkdir(parents=True, exist_ok=True)
-                file.write_text(TOKEN)
+                file.write_text({"~/.ray/auth_token": TOKEN, "~/.mlflow/credentials": CREDENTIALS}[target])
             host.environment["RAY_HEAD_IP"] = f"{self._network.names['ml2o-head-svc']}"
+        if self._how == "kuberay":
+            (container,) = self._group(head)["template"]["spec"]["containers"]
+            for path in (mount["mountPath"] for mount in container["volumeMounts"] if mount["name"] == "mlflow"):
+                folder = host.folder / path.removeprefix("/")
+                folder.mkdir(parents=True)
+                (folder / "credentials").write_text(CREDENTIALS)
         if self._shared is not None:
             host.mount(self._shared, self._runs(head))
         return host

@@ -41,7 +41,7 @@ def test_the_validator_can_refuse(name):
 def test_images_are_ours_with_the_pinned_ray(name):
     config = launcher(name)
     dockers = [config["docker"], *(kind.get("docker", {}) for kind in config.get("available_node_types", {}).values())]
-    named = {docker[key] for docker in dockers for key in docker if key.endswith("image")}
+    named = {docker[key].partition("@")[0] for docker in dockers for key in docker if key.endswith("image")}
     assert named == {image("cpu"), image("gpu")} if name in CLOUDS else {image("cpu")}
     if name == "onprem":  # GPUs are commented lines
         assert "# worker_run_options: [--gpus all]" in (CLUSTER / "launcher" / "onprem.yaml").read_text()
@@ -159,7 +159,8 @@ def test_the_images_user_can_write_the_home_of_jobs_or_ray_up_ends(name, owner, 
 @pytest.mark.parametrize("name", LAUNCHERS)
 def test_ray_starts_with_the_token_on_the_same_port_everywhere(name):
     config = launcher(name)
-    assert config["file_mounts"] == {"~/.ray/auth_token": "~/.ray/auth_token"}  # where Ray looks for it
+    # Where Ray and MLflow look for them.
+    assert config["file_mounts"] == {name: name for name in ("~/.ray/auth_token", "~/.mlflow/credentials")}
     (head,) = [line for line in config["head_start_ray_commands"] if "ray start" in line]
     (worker,) = [line for line in config["worker_start_ray_commands"] if "ray start" in line]
     assert options(head)["port"] == options(worker)["address"].rpartition(":")[2] == "6379"

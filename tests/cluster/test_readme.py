@@ -139,5 +139,7 @@ def test_the_smaller_workers_have_room_for_the_smaller_job(tmp_path):
 def test_mlflow_knows_the_options_of_the_server_for_slurm():
     from mlflow.cli import cli as mlflow  # takes seconds
 
-    (command,) = [command for command in readme_commands() if " mlflow server " in command]
+    (command,) = [command for command in readme_commands() if "mlflow_server.sh --" in command]
     assert asked(shlex.split(command.removesuffix("&"))) <= options_of(mlflow.commands["server"])
+    for word in ("--uvicorn-opts", "--app-name"):
+        assert word in options_of(mlflow.commands["server"])

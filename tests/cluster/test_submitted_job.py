@@ -29,16 +29,22 @@ answer = {
 
 
 STATUS = """
-import urllib.error, urllib.request
-def status(headers):
+import base64, os, urllib.error, urllib.request
+known = f"ml2o:{os.environ['MLFLOW_TRACKING_PASSWORD']}"
+def status(headers, login=known):
     asked = urllib.request.Request("http://mlflow:5000/ajax-api/2.0/mlflow/experiments/search", b'{"max_results": 1}')
     asked.headers = {"Content-Type": "application/json", **headers}
+    if login:
+        asked.headers["Authorization"] = "Basic " + base64.b64encode(login.encode()).decode()
     try:
         return urllib.request.urlopen(asked).status
     except urllib.error.HTTPError as error:
         return error.code
 answer = {
     "a name that is not its own": status({"Host": "elsewhere.example"}),  # DNS rebinding
+    "a name that begins like its own": status({"Host": "mlflow.elsewhere.example:5000"}),
+    "nobody": status({}, ""),
+    "a wrong password": status({}, "ml2o:wrong"),
     "a page of another origin": status({"Origin": "http://elsewhere.example"}),
     "its own page": status({"Origin": "http://mlflow:5000"}),
 }
@@ -75,7 +81,7 @@ def test_a_job_runs_on_all_workers_and_leaves_run_metrics_and_version_on_the_ser
         assert seen["steps"] == list(range(1, 13))
         assert seen["version"] == [1, expected]
         assert "config.yaml" in json.dumps(seen["artifacts"])
-        assert list(server.ask(ray.workers[1], STATUS).values()) == [403, 403, 200]
+        assert list(server.ask(ray.workers[1], STATUS).values()) == [403, 403, 401, 401, 403, 200]
         with pytest.raises(AssertionError, match="AuthenticationError"):
             ray.head.sh(f"RAY_AUTH_MODE=token RAY_AUTH_TOKEN={'f' * 64} ray job list --address {ray.dashboard}")
         leaves_nothing(ray)

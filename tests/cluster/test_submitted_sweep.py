@@ -12,6 +12,7 @@ import pytest
 from ml2o_dist.artifact import load_artifact
 from tests.browser import chromium
 from tests.cluster.conftest import made_network
+from tests.cluster.files import PASSWORDS
 from tests.cluster.hosts import Host, hosts_with
 from tests.cluster.ray_cluster import RayCluster
 from tests.cluster.tracking import TrackingServer
@@ -110,7 +111,8 @@ def test_the_server_has_the_sweep_its_nested_trials_and_the_candidate(submitted)
 def page(submitted):
     """MLflow in a Chromium on a host that runs nothing else, with what it was refused."""
     with chromium(submitted.desk.enter, submitted.desk.environment) as opened:
-        page = opened.new_page(viewport={"width": 1600, "height": 1000})
+        login = {"username": "ml2o", "password": PASSWORDS["mlflow-password"]}
+        page = opened.new_page(viewport={"width": 1600, "height": 1000}, http_credentials=login)
         page.set_default_timeout(60_000)
         page.refused = []
         page.on("response", lambda got: page.refused.append(got.url) if got.status == 403 else None)

@@ -4,36 +4,38 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shlex
 import signal
 import subprocess
 
-from tests.cluster.files import compose, manifest
+from tests.cluster.files import PASSWORDS, ROOT, mlflow_servers
 from tests.cluster.hosts import Host, Network, until
 from tests.tracking.postgres_server import PostgresServer
 
-PASSWORD = "secret"
+STORE = "postgresql+psycopg2://mlflow@postgres:5432/mlflow"
+SCRIPT = "/home/ray/ml2o_dist/cluster/mlflow_server.sh"
 
 
 class TrackingServer:
-    """MLflow over PostgreSQL, which is known to all hosts as `mlflow`.
+    """MLflow over PostgreSQL, which is known to all hosts as `mlflow`; both ask for their passwords.
 
     `how`: compose, or kubernetes. The volume for artifacts is a folder of the host.
     """
 
     def __init__(self, network: Network, how: str) -> None:
         self.host = network.host("mlflow", 9, aliases=["postgres"])
-        self._command, variables = _from_compose() if how == "compose" else _from_manifest()
-        self._variables = {name: value for name, value in variables.items() if name.startswith(("MLFLOW", "POSTGRES"))}
-        store = re.fullmatch(r"\S+://(\w+):\S+@postgres:(\d+)/(\w+)", variables["MLFLOW_BACKEND_STORE_URI"])
-        assert store is not None
-        owner, port, database = store.groups()
-        assert owner == database
-        self._database = PostgresServer(self.host.enter, int(port), owner)
+        secrets = self.host.folder / "home" / "secrets"
+        secrets.mkdir()
+        for name, password in PASSWORDS.items():
+            (secrets / name).write_text(f"{password}\n")
+        self._variables = {"MLFLOW_BACKEND_STORE_URI": STORE, "ML2O_SECRETS": "/home/secrets"}
+        self._database = PostgresServer(self.host.enter, 5432, "mlflow", PASSWORDS["postgres-password"])
         network.names["postgres"] = "127.0.0.1"
         (self.host.folder / "hosts").write_text(f"127.0.0.1 localhost postgres\n{self.host.address} mlflow\n")
-        self._command = [word.replace("=/mlartifacts", "=/home/mlartifacts") for word in self._command]
+        here = {"=/mlartifacts": "=/home/mlartifacts", SCRIPT: str(ROOT / "cluster" / "mlflow_server.sh")}
+        self._command = mlflow_servers()["compose without a name" if how == "compose" else how]
+        for ours, theirs in here.items():
+            self._command = [word.replace(ours, theirs) for word in self._command]
         self._process: subprocess.Popen[bytes] | None = None
         self.start()
 
@@ -64,19 +66,7 @@ class TrackingServer:
             "import json; from mlflow.tracking import MlflowClient; client = MlflowClient('http://mlflow:5000')\n"
             f"{script}\nprint('ANSWER', json.dumps(answer))"
         )
-        answer: dict[str, object] = json.loads(host.sh(f"python -c {shlex.quote(whole)}").partition("ANSWER ")[2])
+        known = f"MLFLOW_TRACKING_USERNAME=ml2o MLFLOW_TRACKING_PASSWORD={shlex.quote(PASSWORDS['mlflow-password'])}"
+        printed = host.sh(f"{known} python -c {shlex.quote(whole)}")
+        answer: dict[str, object] = json.loads(printed.partition("ANSWER ")[2])
         return answer
-
-
-def _from_compose() -> tuple[list[str], dict[str, str]]:
-    service = compose({"POSTGRES_PASSWORD": PASSWORD})["services"]["mlflow"]
-    return service["command"], service["environment"]
-
-
-def _from_manifest() -> tuple[list[str], dict[str, str]]:
-    (container,) = manifest("mlflow", "Deployment")["spec"]["template"]["spec"]["containers"]
-    variables = {}
-    for variable in container["env"]:
-        value = variable.get("value", PASSWORD)  # the one without is of the Secret
-        variables[variable["name"]] = re.sub(r"\$\((\w+)\)", lambda match: variables[match[1]], value)
-    return [*container["command"], *container["args"]], variables

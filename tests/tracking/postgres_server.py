@@ -19,13 +19,14 @@ USER = "postgres"
 
 
 class PostgresServer:
-    """Started at once; `uri` is of its empty database.
+    """Started at once; `uri` is of its empty database, without a password.
 
     `within`: words before each of its commands, for a host of their own (tests/cluster/hosts.py); `port`: 0 for a free
-    one; `owner`: who its database belongs to and is named after, the superuser.
+    one; `owner`: who its database belongs to and is named after, the superuser; `password`: which it asks the owner
+    for, by SCRAM as the image of PostgreSQL does, or "" for nothing.
     """
 
-    def __init__(self, within: Sequence[str] = (), port: int = 0, owner: str = USER) -> None:
+    def __init__(self, within: Sequence[str] = (), port: int = 0, owner: str = USER, password: str = "") -> None:
         binaries = _binaries()
         self._as_user = [*within, *(["runuser", "-u", USER, "--"] if os.geteuid() == 0 else [])]
         self._folder = Path(tempfile.mkdtemp(prefix="ml2o-postgres-"))
@@ -33,7 +34,11 @@ class PostgresServer:
             shutil.chown(self._folder, USER)
         port = port or _free_port()
         data = self._folder / "data"
-        made = [*self._as_user, binaries / "initdb", "-D", data, "-U", owner, "-A", "trust", "--no-sync"]
+        file = self._folder / "password"
+        file.write_text(password)
+        file.chmod(0o644)
+        asked = ["-A", "scram-sha-256", f"--pwfile={file}"] if password else ["-A", "trust"]
+        made = [*self._as_user, binaries / "initdb", "-D", data, "-U", owner, *asked, "--no-sync"]
         subprocess.run(made, check=True, capture_output=True, cwd="/", timeout=120)
         command = [*self._as_user, binaries / "postgres", "-D", data, "-p", str(port), "-h", "127.0.0.1",
                    "-k", self._folder, "-c", "fsync=off"]  # fmt: skip
@@ -49,7 +54,8 @@ class PostgresServer:
             time.sleep(0.1)
         if owner != USER:
             made = [*self._as_user, binaries / "createdb", "-h", "127.0.0.1", "-p", str(port), "-U", owner, owner]
-            subprocess.run(made, check=True, capture_output=True, cwd="/", timeout=60)
+            known = os.environ | {"PGPASSWORD": password}
+            subprocess.run(made, check=True, capture_output=True, cwd="/", timeout=60, env=known)
 
     def stop(self) -> None:
         """End it and all of its processes, and remove its folder."""
