@@ -19,6 +19,7 @@ from ml2o_dist.files import replacing
 from ml2o_dist.metatrain.checkpoint import newest_checkpoint
 from ml2o_dist.run_log import BEGUN, FORM
 from ml2o_dist.run_storage import RunStorage
+from ml2o_dist.shown_text import headed
 from ml2o_dist.tracking.identity import load_identity
 from ml2o_dist.tracking.spool import SPOOL_FOLDER, unsent_values
 
@@ -149,7 +150,7 @@ class _RunLog(logging.FileHandler):
             super().handleError(record)
         elif not self._unwritable:
             self._unwritable = True
-            self._console.print(f"[yellow]{self.baseFilename} cannot be written:[/] {error.strerror}", highlight=False)
+            self._console.print(headed(f"{self.baseFilename} cannot be written:", str(error.strerror)))
 
     def close(self) -> None:
         with suppress(OSError):  # of the records that were said not to be written

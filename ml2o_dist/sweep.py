@@ -20,6 +20,7 @@ from ml2o_dist.progress import StepDisplay
 from ml2o_dist.remote_files import is_uri
 from ml2o_dist.run_directory import check_folder, check_writable, logged_to
 from ml2o_dist.runs import check_problems
+from ml2o_dist.shown_text import ForeignTextConsole, headed
 from ml2o_dist.stopping import StopRequest, own_handlers_kept, stop_on_signals
 from ml2o_dist.sweeping.outcome import (
     best_optimizer,
@@ -61,7 +62,7 @@ def sweep(
         UserError: settings, data, cluster or run directory are not as they must be (exit code 2).
         Incomplete: trials failed; Interrupted: stopped by a signal; Aborted: a disk that is full, or the like.
     """
-    console = console or Console(stderr=True)
+    console = console or ForeignTextConsole(stderr=True)
     settings = settings.model_copy(update={"meta_train": resolve_settings(settings.meta_train)})
     uri = tracking_uri_to_keep(settings.tracking.uri)
     check_search(settings)
@@ -253,9 +254,11 @@ def _tracked(
         values = sink.close(status, limit) + runs.unsent_values
         if unsent := runs.unsent + _is_unsent(sink):
             console.print(
-                f"[yellow]not sent to MLflow:[/] {values} values, and more, of {unsent} runs; when {redacted(uri)} "
-                f"answers: {resume_command(folder)}",
-                highlight=False,
+                headed(
+                    "not sent to MLflow:",
+                    f"{values} values, and more, of {unsent} runs; when {redacted(uri)} answers: "
+                    f"{resume_command(folder)}",
+                ),
                 soft_wrap=True,
             )
 
