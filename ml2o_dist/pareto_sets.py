@@ -35,6 +35,7 @@ from ml2o_dist.run_report import write_report
 from ml2o_dist.shown_text import ForeignTextConsole, headed
 from ml2o_dist.stopping import StopRequest, own_handlers_kept, stop_on_signals
 from ml2o_dist.tracked_run import CLOSE_LIMIT_S, STOP_LIMIT_S, git_commit
+from ml2o_dist.tracking.named_servers import check_resumed, remember
 from ml2o_dist.tracking.records import Status
 from ml2o_dist.tracking.sink import MlflowSink
 from ml2o_dist.tracking.store import redacted, tracking_uri_to_keep
@@ -48,6 +49,9 @@ def settings_for(run_dir: str, config: Path | None, overrides: Sequence[str], *,
         config = set_folder(run_dir) / SETTINGS
         if not config.exists():
             raise UserError(f"nothing to resume: {config.parent} holds no {SETTINGS}")
+        settings = read_settings(ParetoSetSettings, config, overrides, SETTINGS)
+        check_resumed(settings.tracking.uri, overrides, config)
+        return settings
     return read_settings(ParetoSetSettings, config, overrides, SETTINGS)
 
 
@@ -98,6 +102,7 @@ def train_set(
     ):
         console.print(f"Ray            {where}", highlight=False, soft_wrap=True)
         stop.at_once = False
+        remember(uri)  # before the folder can be resumed
         with replacing(folder / SETTINGS) as stream:
             stream.write(dump_settings(settings).encode())
         with _tracked(settings, folder, uri, console, stop, resume) as sink:

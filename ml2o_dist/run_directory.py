@@ -21,7 +21,9 @@ from ml2o_dist.run_log import BEGUN, FORM
 from ml2o_dist.run_storage import RunStorage
 from ml2o_dist.shown_text import headed
 from ml2o_dist.tracking.identity import load_identity
+from ml2o_dist.tracking.named_servers import check_resumed, remember
 from ml2o_dist.tracking.spool import SPOOL_FOLDER, unsent_values
+from ml2o_dist.tracking.store import resolve_tracking_uri
 
 
 def resumed_settings(storage: RunStorage, overrides: Sequence[str]) -> MetaTrainSettings:
@@ -30,7 +32,9 @@ def resumed_settings(storage: RunStorage, overrides: Sequence[str]) -> MetaTrain
     file = storage.folder / "config.yaml"
     if not file.exists():
         raise UserError(f"nothing to resume: {storage.name} holds no config.yaml")
-    return load_settings(file, overrides)
+    settings = load_settings(file, overrides)
+    check_resumed(settings.tracking.uri, overrides, file)
+    return settings
 
 
 def check_fresh(run_dir: Path, settings: MetaTrainSettings) -> bool:
@@ -86,6 +90,7 @@ def check_writable(run_dir: Path) -> None:
 @contextmanager
 def written_to(run_dir: Path, settings: MetaTrainSettings, console: Console) -> Iterator[None]:
     """Write config.yaml and log as `logged_to` does, for the time of a `with` block."""
+    remember(resolve_tracking_uri(settings.tracking.uri))  # before the folder can be resumed
     try:
         with replacing(run_dir / "config.yaml") as stream:
             stream.write(dump_settings(settings).encode())

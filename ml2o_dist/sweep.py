@@ -37,6 +37,7 @@ from ml2o_dist.sweeping.space import SETTINGS, load_sweep, sweep_difference, tri
 from ml2o_dist.sweeping.tuning import Watcher, run_trials
 from ml2o_dist.tracked_run import CLOSE_LIMIT_S, STOP_LIMIT_S, git_commit
 from ml2o_dist.tracking.identity import load_identity
+from ml2o_dist.tracking.named_servers import check_resumed, remember
 from ml2o_dist.tracking.records import Status
 from ml2o_dist.tracking.sink import MlflowSink
 from ml2o_dist.tracking.store import redacted, tracking_uri_to_keep
@@ -95,6 +96,7 @@ def sweep(
         _check_room(settings, cluster_total, "the cluster")
         _check_labels(settings)
         stop.at_once = False
+        remember(uri)  # before the folder can be resumed
         _write_settings(folder, settings)
         if record.trials:
             console.print(f"resuming       {record.so_far(settings.count)}", highlight=False, soft_wrap=True)
@@ -144,7 +146,9 @@ def resumed_sweep(run_dir: str, overrides: Sequence[str]) -> SweepSettings:
     file = sweep_folder(run_dir) / SETTINGS
     if not file.exists():
         raise UserError(f"nothing to resume: {file.parent} holds no {SETTINGS}")
-    return load_sweep(file, overrides)
+    settings = load_sweep(file, overrides)
+    check_resumed(settings.tracking.uri, overrides, file)
+    return settings
 
 
 def _write_settings(folder: Path, settings: SweepSettings) -> None:

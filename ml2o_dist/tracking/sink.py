@@ -17,6 +17,7 @@ from typing import Any
 
 from ml2o_dist.tracking.backlog import Backlog
 from ml2o_dist.tracking.identity import RunIdentity, load_identity, save_identity
+from ml2o_dist.tracking.named_servers import remember
 from ml2o_dist.tracking.records import End, Params, Point, Record, Status, Tags, Upload, Version
 from ml2o_dist.tracking.run import MlflowRun, Run, RunGone, send_records
 from ml2o_dist.tracking.spool import SPOOL_FOLDER, Spool
@@ -118,9 +119,10 @@ class MlflowSink:
             if run_dir and run_id != identity.run_id:
                 save_identity(run_dir, replace(identity, run_id=run_id))
 
+        remember(uri)
         if run_dir and identity != known:
             save_identity(run_dir, identity)
-        sink = cls(MlflowRun(uri, identity), redacted(uri), spool, on_begun=note)
+        sink = cls(MlflowRun(uri, identity, run_dir), redacted(uri), spool, on_begun=note)
         if params:
             sink.log_params(params)
         if tags:
@@ -272,11 +274,14 @@ class MlflowSink:
         if not self._tried:
             self._first_error = error
         if not self._away and (self._tried or is_temporary(error)):  # else `open` raises it
-            _log.warning(
-                "MLflow at %s does not answer; the run goes on, its figures are kept and sent later: %s",
-                self._place,
-                one_line(error),
-            )
+            if isinstance(error, RunGone):
+                said, why = f"MLflow at {self._place} lost the run", one_line(error)
+            elif is_temporary(error):
+                said, why = f"MLflow at {self._place} does not answer", one_line(error)
+            else:
+                said, why = f"MLflow at {self._place} was sent nothing", str(refused(self._place, error))
+                _log.info("sending to MLflow failed", exc_info=error)
+            _log.warning("%s; the run goes on, its figures are kept and sent later: %s", said, why)
         self._away = True
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -63,7 +64,7 @@ class SweepRuns:
         )
         spool = Spool(self._folder / trial)
         self._begun[trial] = name, values
-        sink = self._open[trial] = MlflowSink(MlflowRun(self._uri, identity), redacted(self._uri), spool)
+        sink = self._open[trial] = MlflowSink(MlflowRun(self._uri, identity, self._folder), redacted(self._uri), spool)
         sink.log_params(values)
         sink.set_tags({"trial": name, "sweep": self._experiment})
         self._nest(trial)
@@ -128,4 +129,4 @@ class SweepRuns:
 
 def run_key(sweep: str, trial: str) -> str:
     """Return the tag by which a trial's run is found again."""
-    return f"{sweep}-{trial}"
+    return re.sub(r"[^\w.-]", "-", f"{sweep}-{trial}")
