@@ -34,13 +34,16 @@ def opened(file: Path, run_dir: Path) -> Iterator[IO[bytes]]:
         raise FileNotFoundError(error.errno, "it is gone", str(file)) from error
     except OSError as error:
         raise UserError(f"{str(file)!r} cannot be read, and is not sent: {error.strerror or error}") from error
-    with open(handle, "rb") as stream:
-        about = os.fstat(stream.fileno())
+    try:
+        about = os.fstat(handle)
         if not stat.S_ISREG(about.st_mode):
             raise UserError(f"{str(file)!r} is not a regular file and is not sent")
         if about.st_size > LIMIT:
             raise UserError(f"{str(file)!r} is larger than {LIMIT >> 20} MiB and is not sent")
-        yield stream
+        with open(handle, "rb", closefd=False) as stream:
+            yield stream
+    finally:
+        os.close(handle)
 
 
 def copied(file: Path, run_dir: Path, target: Path) -> None:

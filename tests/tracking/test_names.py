@@ -1,0 +1,65 @@
+"""Names of models and experiments: what MLflow or a lock would refuse later is refused where settings are read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from mlflow.exceptions import MlflowException
+
+from ml2o_dist.config_file import load_settings
+from ml2o_dist.errors import UserError
+from ml2o_dist.sweeping.settings import SweepTracking
+from ml2o_dist.tracking.names import checked_experiment_name, checked_model_name
+from ml2o_dist.tracking.store import connect
+
+REFUSED = [
+    "",
+    " ",
+    "a/b",
+    "a:b",
+    "x.lock",
+    "x.LOCK",
+    "a.b",
+    "a%2Fb",
+    "a'b",
+    'a"b',
+    "a@b",
+    "a\nb",
+    "\x1b",
+    "..",
+    " a",
+    "x" * 300,
+]
+TAKEN = ["ml2o", "my-model_2", "Größe", "a b", "a#b?c", "[x]", "x" * 200]
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_such_a_model_is_refused_before_training(name: str) -> None:
+    with pytest.raises(UserError, match=r"^tracking\.model: model ") as refusal:
+        load_settings(None, [f"tracking.model={json.dumps(name)}"])
+    assert "\n" not in str(refusal.value)
+
+
+@pytest.mark.parametrize("name", ["", "..", "/", ".", "a\nb", " a", "x" * 501])
+def test_such_an_experiment_is_refused(name: str) -> None:
+    with pytest.raises(UserError, match=r"^experiment "):
+        checked_experiment_name(name)
+
+
+def test_sweeps_check_their_model_too() -> None:
+    with pytest.raises(ValueError, match="may not contain '/'"):
+        SweepTracking(model="a/b")
+
+
+def test_mlflow_takes_every_name_that_passes(tmp_path: Path) -> None:
+    client = connect(f"sqlite:///{tmp_path}/mlflow.db")
+    experiment = client.create_experiment("ml2o/a b", artifact_location=tmp_path.as_uri())
+    for name in TAKEN:
+        assert checked_model_name(name) == name
+        client.create_registered_model(name)
+        client.create_registered_model(f"{name}.lock.lock")
+        client.create_logged_model(experiment, name=name)
+    with pytest.raises(MlflowException, match="Invalid model name"):  # why a dot is refused
+        client.create_logged_model(experiment, name="a.b")
