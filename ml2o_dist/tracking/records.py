@@ -46,7 +46,7 @@ class Upload:
     """A file for the run's artifacts, into `folder` ("": the top)."""
 
     path: Path
-    folder: str
+    folder: Annotated[str, Field(pattern=r"^([\w-]+(/[\w-]+)*)?$")]
 
 
 @dataclass(frozen=True)

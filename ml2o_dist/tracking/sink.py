@@ -21,7 +21,7 @@ from ml2o_dist.tracking.named_servers import remember
 from ml2o_dist.tracking.records import End, Params, Point, Record, Status, Tags, Upload, Version
 from ml2o_dist.tracking.run import MlflowRun, Run, RunGone, send_records
 from ml2o_dist.tracking.spool import SPOOL_FOLDER, Spool
-from ml2o_dist.tracking.store import is_temporary, one_line, redacted, refused
+from ml2o_dist.tracking.store import is_temporary, one_line, redacted, refused, shortened
 
 _CAPACITY = 100_000
 """Records kept in memory where the disk takes nothing: a day of a run that logs one a second, some 20 MB."""
@@ -267,7 +267,7 @@ class MlflowSink:
     def _refuse(self, record: Record, error: Exception) -> None:
         self.refused += 1
         if self.refused == 1:
-            _log.warning("MLflow at %s does not take %s: %s", self._place, record, one_line(error))
+            _log.warning("MLflow at %s does not take %s: %s", self._place, shortened(record), one_line(error))
 
     def _missed(self, error: Exception) -> None:
         """Say once per outage that the server is away."""

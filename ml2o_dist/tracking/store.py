@@ -209,7 +209,12 @@ def is_refusal(error: Exception) -> bool:
 
 def one_line(error: Exception) -> str:
     """Return what `error` says as one line; of a long one the beginning and the end, where the cause is."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    return shortened(" ".join(str(error).split()) or type(error).__name__)
+
+
+def shortened(said: object) -> str:
+    """Return `said` as text; of a long one the beginning and the end."""
+    text = str(said)
     return text if len(text) <= 240 else f"{text[:120]} ... {text[-115:]}"
 
 
@@ -268,10 +273,9 @@ def _quoted(folder: Path) -> str:
 def _check_quoting(source: str, uri: str, path: str) -> None:
     """Raise UserError where a `?` or `%` that belongs to a folder's name would be read as a part of the URI."""
     path, question, query = path.partition("?")
-    plain, meant = Path(path).parent, Path(unquote(path)).parent
-    if (question and not re.fullmatch(r"([^/=]+=[^/]*)(&[^/=]+=[^/]*)*", query)) or (
-        plain != meant and plain.is_dir() and not meant.is_dir()
-    ):
+    plain, meant = Path(path), Path(unquote(path))
+    other_folder = plain != meant and plain.parent.is_dir() and not meant.exists()
+    if other_folder or (question and not re.fullmatch(r"([^/=]+=[^/]*)(&[^/=]+=[^/]*)*", query)):
         raise UserError(f"{source} is {uri!r}: in an sqlite URI a '?' of a folder's name is %3F, a '%' is %25")
 
 

@@ -16,7 +16,7 @@ from ml2o_dist.tracking.named_servers import check_known, remember
 from ml2o_dist.tracking.records import End, Point, Record, Status
 from ml2o_dist.tracking.run import METRICS_PER_CALL, MlflowRun, RunGone, send_records
 from ml2o_dist.tracking.spool import SPOOL_FOLDER, Spool
-from ml2o_dist.tracking.store import one_line, redacted, refused, resolve_tracking_uri
+from ml2o_dist.tracking.store import one_line, redacted, refused, resolve_tracking_uri, shortened
 
 _log = logging.getLogger("ml2o_dist.tracking")
 
@@ -89,7 +89,7 @@ def _send(run_dir: Path, spool: Spool, identity: RunIdentity, uri: str) -> Synce
     def refuse(record: Record, error: Exception) -> None:
         nonlocal left_out
         left_out += 1
-        _log.warning("MLflow at %s does not take %s: %s", redacted(uri), record, one_line(error))
+        _log.warning("MLflow at %s does not take %s: %s", redacted(uri), shortened(record), one_line(error))
 
     try:
         if run.start():
