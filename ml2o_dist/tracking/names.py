@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import posixpath
+import re
 from typing import Annotated
 
 from pydantic import AfterValidator
@@ -13,6 +15,9 @@ LOCK_SUFFIX = ".lock"
 
 _NOT_IN_MODELS = "/:.%\"'@\\"
 """MLflow takes none of them in the name of a logged model, or in `models:/NAME@ALIAS`."""
+
+_LONGEST_KEY = 250
+"""Characters that MLflow keeps of a key."""
 
 _LONGEST_MODEL, _LONGEST_EXPERIMENT = 200, 200
 """Characters. MLflow keeps 256 of a registered model's name and 500 of an experiment's; locks and folders add some."""
@@ -39,6 +44,12 @@ def checked_experiment_name(name: str) -> str:
             "slashes, without a space at its ends"
         )
     return name
+
+
+def mlflow_key(name: str) -> str:
+    """Return `name` as MLflow takes it for the key of a parameter or a tag: what it does not take becomes `-`."""
+    key = re.sub(r"[^\w.\- :/]", "-", name).strip("/.")[:_LONGEST_KEY] or "-"
+    return key if posixpath.normpath(key) == key else key.replace("/", "-")
 
 
 ModelName = Annotated[str, AfterValidator(checked_model_name)]

@@ -137,7 +137,7 @@ def find_version(uri: str, reference: str) -> ModelVersion:
         UserError: bad syntax, an unknown model, alias or version (it names those that exist), or a store that does
             not answer.
     """
-    match = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))", reference)
+    match = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/(\d{1,18}))", reference)
     if match is None:
         raise UserError(f"{reference!r} is not of the form models:/NAME@ALIAS or models:/NAME/VERSION")
     name, alias, number = match.groups()

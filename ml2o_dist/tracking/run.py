@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 from ml2o_dist.artifact import WEIGHTS_FILE
 from ml2o_dist.tracking.identity import RUN_KEY_TAG, RunIdentity
+from ml2o_dist.tracking.names import mlflow_key
 from ml2o_dist.tracking.records import End, Params, Point, Record, Tags, Upload, Version, Words
 from ml2o_dist.tracking.registry import register_version
 from ml2o_dist.tracking.run_files import copied
@@ -143,11 +144,13 @@ class MlflowRun:
 
         match words:
             case Params(values):
-                for part in _parts([Param(key, value) for key, value in values.items() if key not in self._params]):
+                named = {mlflow_key(key): value for key, value in values.items()}
+                fresh = {key: value for key, value in named.items() if key not in self._params}
+                for part in _parts([Param(key, value) for key, value in fresh.items()]):
                     self._client.log_batch(self._run_id, params=part)
-                self._params |= values.keys()
+                self._params |= fresh.keys()
             case Tags(values):
-                for part in _parts([RunTag(key, value) for key, value in values.items()]):
+                for part in _parts([RunTag(mlflow_key(key), value) for key, value in values.items()]):
                     self._client.log_batch(self._run_id, tags=part)
             case Upload(path, folder):
                 with self._staged(path) as staged:

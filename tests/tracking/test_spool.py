@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import zlib
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -245,6 +246,7 @@ POINT = b'{"kind":"point","key":"a","value":1.0,"step":%s,"timestamp_ms":1}'
         b'{"kind":"upload","path":3,"folder":""}', b'{"kind":"upload","path":"x","folder":null}',
         b'{"kind":"end","status":"SAD","timestamp_ms":1}', b'{"kind":"version","path":"x"}', b'{"kind":"__class__"}',
     ],
+    ids=count(),
 )  # fmt: skip
 def test_a_forged_line_is_left_out(folder: Path, text: bytes) -> None:
     spool = Spool(folder)

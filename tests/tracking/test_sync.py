@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -221,6 +222,7 @@ def test_a_link_in_a_run_directory_is_not_sent_by_a_run_that_goes_on_in_it(uri: 
      '{"uri": "http://x", "experiment": "x", "run_key": "\' OR 1=1"}',
      '{"uri": "http://x", "experiment": "x", "run_id": "../../x"}',
      '{"uri": "http://x", "experiment": "x", "created_ms": 1e300}'],
+    ids=count(),
 )  # fmt: skip
 def test_an_identity_that_is_none_is_one_line(run_dir: Path, content: str) -> None:
     (run_dir / "mlflow.json").write_text(content)
