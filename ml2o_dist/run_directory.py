@@ -19,7 +19,7 @@ from ml2o_dist.files import replacing
 from ml2o_dist.metatrain.checkpoint import newest_checkpoint
 from ml2o_dist.run_log import BEGUN, FORM
 from ml2o_dist.run_storage import RunStorage
-from ml2o_dist.shown_text import headed
+from ml2o_dist.shown_text import headed, visible
 from ml2o_dist.tracking.identity import load_identity
 from ml2o_dist.tracking.named_servers import check_resumed, remember
 from ml2o_dist.tracking.spool import SPOOL_FOLDER, unsent_values
@@ -108,7 +108,7 @@ def logged_to(run_dir: Path, console: Console) -> Iterator[None]:
         file = _RunLog(run_dir / "run.log", console)
     except OSError as error:
         raise _unwritable(run_dir, error) from error
-    file.setFormatter(logging.Formatter(FORM))
+    file.setFormatter(_Letters(FORM))
     screen = _Screen(logging.WARNING, console)
     ours = logging.getLogger("ml2o_dist")
     level = ours.level
@@ -123,6 +123,13 @@ def logged_to(run_dir: Path, console: Console) -> Iterator[None]:
             ours.removeHandler(handler)
             handler.close()
         ours.setLevel(level)
+
+
+class _Letters(logging.Formatter):
+    """Escapes the control characters of names and messages: a log is read in a terminal, too."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record), lines=True)
 
 
 class _Screen(logging.Handler):

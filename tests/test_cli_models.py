@@ -424,3 +424,17 @@ def test_nothing_of_a_version_is_run_or_unpickled_when_it_is_loaded(registry: Re
     assert answer("export", "ml2o/2", "--output", "out")["reference"] == "models:/ml2o/2"
     assert resolve_model(registry.uri, "models:/ml2o/2").exists()
     assert not ran.exists()
+
+
+def test_numbers_from_elsewhere_that_are_none_are_one_line(registry: Registry) -> None:
+    assert "is not of the form models:/NAME@ALIAS" in refusal("show", "ml2o/" + "9" * 5000)
+    registry.make_versions("odd", 1)
+    registry.client.set_registered_model_alias("odd", "champion", "1")
+    for said in ("x", "9" * 5000, "-1", "\x1b[2J"):
+        registry.client.set_model_version_tag("odd", "1", "promoted_over", said)
+        assert refusal("rollback", "--name", "odd").endswith("version 1 is the champion, and none was before it")
+
+
+def test_an_output_that_is_no_file_is_not_read(registry: Registry, home: Path) -> None:
+    os.mkfifo(home / "pipe.safetensors")
+    assert "is there already" in refusal("export", "ml2o/2", "--output", "pipe.safetensors")

@@ -174,7 +174,7 @@ class MlflowRun:
         """Copy files of the run directory where only this user can exchange them; gives the first one's copy."""
         with tempfile.TemporaryDirectory(prefix="ml2o-send-") as folder:
             for file in files:
-                copied(file, self._run_dir or file.parent, Path(folder) / file.name)
+                copied(file, self._run_dir or file.resolve().parent, Path(folder) / file.name)
             yield Path(folder) / files[0].name
 
     def _by_id(self, run_id: str) -> Any:
