@@ -57,7 +57,7 @@ def test_a_damaged_mlflow_json_says_that_a_new_run_begins(no_ray, tmp_path, monk
     monkeypatch.setattr("ray.is_initialized", lambda: False)
     assert "workers=9999" in ml2o("--run-dir", "x", "--address", "local", "--set", "workers=9999").stderr
     (said,) = [record.getMessage() for record in caplog.records if "mlflow.json" in record.getMessage()]
-    assert said.startswith(f"{tmp_path}/x/mlflow.json cannot be read: ")
+    assert said.startswith(f"file '{tmp_path}/x/mlflow.json' is not JSON: ")
     assert said.endswith("; a new MLflow run begins")
 
 

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
 from ml2o_dist.errors import UserError
 from ml2o_dist.files import home_folder
@@ -265,40 +265,44 @@ def _kind(uri: str) -> str:
     return scheme.partition("+")[0].lower() if colon else ""
 
 
-def _quoted(folder: Path) -> str:
-    """Return a folder as the URI of an sqlite file has it: only what would mean something else is quoted."""
-    return re.sub(r"%(?=[0-9A-Fa-f]{2})|[?]", lambda found: f"%{ord(found[0]):02X}", str(folder))
+def _quoted(home: Path) -> str:
+    """Return a folder as the URI of an sqlite file in it has it: only what would mean something else is quoted.
+
+    Raises:
+        UserError: the version of SQLAlchemy reaches no such folder (before 2.1 it unquotes nothing).
+    """
+    plain = str(home)
+    quoted = re.sub(r"%(?=[0-9A-Fa-f]{2})|[?]", lambda found: f"%{ord(found[0]):02X}", plain)
+    for text in (plain, quoted):
+        if "?" not in text and _database(_SQLITE + text) == plain:
+            return text
+    raise UserError(
+        f"ML2O_HOME {plain!r}: the installed SQLAlchemy reaches no sqlite file in a folder with a '?' in its name: "
+        "name another folder, or install sqlalchemy>=2.1"
+    )
+
+
+def _database(uri: str) -> str:
+    """Return the path that MLflow opens for the URI of an sqlite file."""
+    path = uri.removeprefix(_SQLITE).partition("?")[0]
+    if "%" not in path:
+        return path
+    from sqlalchemy import make_url  # late: only such a path needs it
+
+    return make_url(uri).database or ""
 
 
 def _check_quoting(source: str, uri: str, path: str) -> None:
     """Raise UserError where a `?` or `%` that belongs to a folder's name would be read as a part of the URI."""
     path, question, query = path.partition("?")
-    plain, meant = Path(path), Path(unquote(path))
+    plain, meant = Path(path), Path(_database(uri))
     other_folder = plain != meant and plain.parent.is_dir() and not meant.exists()
     if other_folder or (question and not re.fullmatch(r"([^/=]+=[^/]*)(&[^/=]+=[^/]*)*", query)):
         raise UserError(f"{source} is {uri!r}: in an sqlite URI a '?' of a folder's name is %3F, a '%' is %25")
 
 
 def _sqlite_file(uri: str) -> Path | None:
-    """Return the file that MLflow opens for `uri`; None where it is no sqlite URI.
-
-    Raises:
-        UserError: SQLAlchemy reads quoted URIs otherwise (before 2.1 it does not unquote the path).
-    """
-    if not uri.startswith(_SQLITE):
-        return None
-    path = uri.removeprefix(_SQLITE).partition("?")[0]
-    if "%" not in path:
-        return Path(path)
-    from sqlalchemy import make_url  # late: only such a path needs it
-
-    found = make_url(uri).database or ""
-    if found != unquote(path):
-        raise UserError(
-            f"tracking.uri {uri!r}: this version of SQLAlchemy reaches no folder with '?' or '%' in its name: set "
-            "ML2O_HOME to another folder, or install sqlalchemy>=2.1"
-        )
-    return Path(found)
+    return Path(_database(uri)) if uri.startswith(_SQLITE) else None
 
 
 def _check_sqlite(file: Path) -> None:
