@@ -274,6 +274,7 @@ def problems_show(console: Console, name: str, data_root: str) -> dict[str, Any]
     The sizes of a problem of images are known only where its data is.
     """
     from ml2o_dist.problems import ProblemContext, ProblemSpec, problem_description, problem_settings
+    from ml2o_dist.shown_text import headed
 
     spec = ProblemSpec.parse(name)
     settings = {**problem_settings(spec.name), **dict(spec.settings)}
@@ -286,7 +287,7 @@ def problems_show(console: Console, name: str, data_root: str) -> dict[str, Any]
         problem = spec.build(ProblemContext(data_root=data_root))
     except MissingData as error:
         answer["missing"] = str(error)
-        console.print(f"[bold]{spec}[/]: its sizes are not known: {error}", highlight=False, soft_wrap=True)
+        console.print(headed(f"{spec}:", f"its sizes are not known: {error}", "bold"), soft_wrap=True)
     else:
         answer |= {
             "objectives": problem.objectives,
@@ -295,7 +296,7 @@ def problems_show(console: Console, name: str, data_root: str) -> dict[str, Any]
             "reference_point": None if problem.reference_point is None else problem.reference_point.tolist(),
         }
         sizes = f"{problem.objectives} objectives, {problem.dimension:,} parameters"
-        console.print(f"[bold]{spec}[/]: {sizes}", highlight=False)
+        console.print(headed(f"{spec}:", sizes, "bold"))
     console.print(", ".join(f"{key}={value}" for key, value in settings.items()), markup=False, highlight=False)
     console.print(problem_description(spec.name), markup=False, highlight=False)
     return answer

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from ml2o_dist.command import command, say
 from ml2o_dist.errors import UserError
+from ml2o_dist.shown_text import visible
 
 if TYPE_CHECKING:
     from ml2o_dist.artifact import Artifact
@@ -194,12 +195,17 @@ def versions_table(versions: Sequence[ModelVersion], title: str) -> Table:
     for version in versions:
         tags = version["tags"]
         table.add_row(
-            Text(f"{version['name']}/{version['version']}", overflow="fold"),
-            Text("\n".join(version["aliases"])),
+            Text(visible(f"{version['name']}/{version['version']}"), overflow="fold"),
+            Text("\n".join(map(visible, version["aliases"]))),
             version["created"][:10],
-            tags.get("validation_score", "")[:7],
-            f"{tags.get('best_meta_step', '?')}/{tags.get('meta_steps', '?')}",
-            tags.get("weights_sha256", "")[:8],
+            *(
+                Text(visible(text))
+                for text in (
+                    tags.get("validation_score", "")[:7],
+                    f"{tags.get('best_meta_step', '?')[:9]}/{tags.get('meta_steps', '?')[:9]}",
+                    tags.get("weights_sha256", "")[:8],
+                )
+            ),
         )
     return table
 
@@ -226,17 +232,17 @@ def _show_version(console: Console, uri: str, version: ModelVersion) -> dict[str
         _fact(console, "file", str(artifact.path))
         _fact(console, "architecture", _architecture(artifact))
     for title, lines in (
-        ("tags", [f"{key}: {value}" for key, value in sorted(version["tags"].items())]),
+        ("tags", [visible(f"{key}: {value}") for key, value in sorted(version["tags"].items())]),
         ("description", version["description"].splitlines()),
     ):
         _fact(console, title, "" if lines else "none")
         for line in lines:
-            console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
+            console.print(f"  {visible(line)}", markup=False, highlight=False, soft_wrap=True)
     return answer
 
 
 def _fact(console: Console, name: str, text: str) -> None:
-    console.print(f"{name:<15}{text}".rstrip(), markup=False, highlight=False, soft_wrap=True)
+    console.print(f"{name:<15}{visible(text)}".rstrip(), markup=False, highlight=False, soft_wrap=True)
 
 
 def _aliases(version: ModelVersion) -> str:

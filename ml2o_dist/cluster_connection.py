@@ -19,6 +19,7 @@ import ray
 from ray._private.services import find_bootstrap_address  # what ray.init looks for; no public name has it
 
 from ml2o_dist.errors import UserError
+from ml2o_dist.files import private_folder
 from ml2o_dist.process_tree import descendants
 from ml2o_dist.stopping import own_handlers_kept, sigterm_kept_from_children
 
@@ -66,6 +67,8 @@ def connected(address: str = "auto") -> Iterator[str]:
                 log.warning("Ray did not start: %s; once more, as on a busy machine", _first_line(error))
                 _end(mark)
                 context = _init(target, mark)
+        except UserError:
+            raise
         except (ConnectionError, ValueError, RuntimeError) as error:
             raise UserError(f"--address {address!r}: no Ray cluster answers there ({_first_line(error)})") from error
         except Exception as error:
@@ -140,11 +143,25 @@ def one_start_at_a_time() -> Iterator[None]:
     """Wait until no other `with` block of this user on this machine is open.
 
     Two Rays that start at once take each other's ports: each looks for free ones, and listens there only later (Ray
-    2.60).
+    2.60). The lock lies in a folder that only this user can write to: a link that another user left in its place would
+    otherwise have a file of this user's opened.
+
+    Raises:
+        UserError: another user has made that folder.
     """
-    with open(Path(tempfile.gettempdir()) / f"ml2o-ray-start-{os.getuid()}.lock", "a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # let go by the kernel when the process ends, however it ends
+    folder = Path(tempfile.gettempdir()) / f"ml2o-{os.getuid()}"
+    try:
+        handle = os.open(
+            private_folder(folder) / "ray-start.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600
+        )
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{str(folder)!r} cannot hold the lock of Ray's start: {reason}; set TMPDIR") from error
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)  # let go by the kernel when the process ends, however it ends
         yield
+    finally:
+        os.close(handle)
 
 
 @contextmanager

@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import click
-from rich.console import Console
 
 from ml2o_dist.errors import Aborted, Incomplete, Interrupted, Refused, UserError
+from ml2o_dist.shown_text import ForeignTextConsole, visible
 from ml2o_dist.stopping import exit_on_signals, stop_on_signals
 
 USAGE, INCOMPLETE, ABORTED, REFUSED = 2, 3, 4, 5
@@ -26,7 +26,7 @@ def command(body: Callable[..., Any]) -> Callable[..., None]:
     @click.option("--quiet", is_flag=True, help="No progress, no tables; errors only.")
     @functools.wraps(body)
     def run(*args: Any, as_json: bool, quiet: bool, **kwargs: Any) -> None:
-        console = Console(stderr=as_json, quiet=quiet, width=None if sys.stdout.isatty() else 120)
+        console = ForeignTextConsole(stderr=as_json, quiet=quiet, width=None if sys.stdout.isatty() else 120)
         try:
             # Ray's driver prints what its hosts say of a process that died, and libraries print what they like.
             with redirect_stdout(sys.stderr if as_json else sys.stdout), stop_on_signals(at_once=True):
@@ -67,7 +67,7 @@ def run_options(*, config: str, run_dir: str, seed: str) -> Callable[[Callable[.
 
 def say(message: str) -> None:
     """Print one line on stderr: what went wrong, whether or not the command goes on."""
-    click.echo(f"ml2o: {' '.join(message.split())}", err=True)
+    click.echo(f"ml2o: {visible(' '.join(message.split()))}", err=True)
 
 
 def _fail(message: str, code: int) -> None:

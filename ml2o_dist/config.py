@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 
 from ml2o_dist.errors import UserError
 from ml2o_dist.problems import FamilyMember, ProblemFamily, ProblemSpec
+from ml2o_dist.tracking.names import ExperimentName, ModelName
 
 Scalar = bool | int | float | str
 
@@ -236,7 +237,7 @@ class ExperimentSettings(_Settings):
     """Where MLflow keeps runs."""
 
     uri: str = Field("", description='MLflow tracking URI; "": MLFLOW_TRACKING_URI, else sqlite in ML2O_HOME')
-    experiment: str = "ml2o/evaluate"
+    experiment: ExperimentName = "ml2o/evaluate"
 
 
 class TrackingSettings(ExperimentSettings):
@@ -244,8 +245,8 @@ class TrackingSettings(ExperimentSettings):
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
 
-    experiment: str = "ml2o/meta-train"
-    model: str = Field("ml2o", description="name of the registered model")
+    experiment: ExperimentName = "ml2o/meta-train"
+    model: ModelName = Field("ml2o", description="name of the registered model")
     register_version: bool = Field(True, alias="register", description="register the result as a version")
 
 

@@ -28,6 +28,7 @@ from ml2o_dist.files import replacing
 from ml2o_dist.run_directory import check_writable, logged_to
 from ml2o_dist.run_report import write_report
 from ml2o_dist.run_storage import RunStorage, StorageError, open_storage
+from ml2o_dist.shown_text import ForeignTextConsole, headed
 from ml2o_dist.stopping import stop_on_signals
 from ml2o_dist.tracked_run import git_commit
 from ml2o_dist.tracking.evaluation_runs import Version, log_evaluation
@@ -55,7 +56,7 @@ def evaluate(
         UserError: settings, weights, data, cluster or folder are not as they must be (exit code 2).
         Incomplete: cells failed; Interrupted: stopped by a signal. What was done is kept.
     """
-    console = console or Console(stderr=True)
+    console = console or ForeignTextConsole(stderr=True)
     evaluation, answer, lacking = run_evaluation(settings, run_dir, address=address, console=console)
     wrong = [*failures(evaluation), *lacking]
     if wrong:
@@ -218,8 +219,7 @@ def _track(
         _describe(uri, evaluation, registered, runs)
     except UserError as error:
         console.print(
-            f"[yellow]not in MLflow:[/] {error}; the finished cells are kept: the same command sends them later",
-            highlight=False,
+            headed("not in MLflow:", f"{error}; the finished cells are kept: the same command sends them later"),
             soft_wrap=True,
         )
         return {}

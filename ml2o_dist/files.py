@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import os
-import tempfile
+import stat
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -21,21 +23,57 @@ def cache_folder() -> Path:
     return (Path(given) if given else Path.home() / ".cache" / "ml2o_dist").expanduser().absolute()
 
 
+def state_folder() -> Path:
+    """Return the folder of what this user's machine must remember: ML2O_STATE, else `~/.config/ml2o_dist`."""
+    given = os.environ.get("ML2O_STATE", "")
+    return (Path(given) if given else Path.home() / ".config" / "ml2o_dist").expanduser().resolve()
+
+
+def private_folder(folder: Path) -> Path:
+    """Make `folder`, mode 0700, where it is missing; return it.
+
+    Raises:
+        PermissionError: it is a link, belongs to another user, or others may write to it; OSError: it cannot be made.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    try:
+        handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.ENOTDIR):
+            raise PermissionError(errno.EPERM, "it is no folder, but a file or a link", str(folder)) from error
+        raise
+    try:
+        about = os.fstat(handle)
+        if about.st_uid != os.geteuid():
+            raise PermissionError(errno.EPERM, "it belongs to another user", str(folder))
+        if about.st_mode & 0o022:
+            raise PermissionError(errno.EPERM, "others may write to it", str(folder))
+    finally:
+        os.close(handle)
+    return folder
+
+
 @contextmanager
 def replacing(file: Path) -> Iterator[IO[bytes]]:
     """Open a new file for the `with` block; where the block ends well it takes the place of `file`, else it is removed.
 
-    Its `name` is where it is until then; the folder of `file` is made. Raises OSError where it cannot be written.
+    Its `name` is where it is until then; the folder of `file` is made. Its permissions are those that the umask leaves.
+    Raises OSError where it cannot be written, and where `file` is a device, a pipe or a folder, which is left alone.
     """
+    with suppress(FileNotFoundError):
+        if not stat.S_ISREG(os.stat(file).st_mode):
+            raise FileExistsError(errno.EEXIST, "it is not a regular file", str(file))
     file.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=file.parent, prefix=f".{file.name}.", delete=False) as stream:
+    written = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}")
+    with open(str(written), "xb") as stream:
         try:
             yield stream
             flush_to_disk(stream)
-            os.chmod(stream.name, 0o644)  # its 0600 would hide a file on a shared disk from other users
-            os.replace(stream.name, file)
+            os.replace(written, file)
         except BaseException:
-            Path(stream.name).unlink(missing_ok=True)
+            written.unlink(missing_ok=True)
             raise
     flush_folder(file.parent)
 

@@ -28,6 +28,7 @@ from ml2o_dist.metatrain.workers import Stopped
 from ml2o_dist.run_log import COMPARISON_FAILED
 from ml2o_dist.run_report import write_report
 from ml2o_dist.run_storage import RunStorage
+from ml2o_dist.shown_text import headed
 from ml2o_dist.stopping import StopRequest
 from ml2o_dist.tracked_run import git_commit, say_unsent
 from ml2o_dist.tracking.registry import register_version
@@ -73,7 +74,7 @@ def finish(
     plots = run_dir / "plots"
     if progress.best_step <= 0:
         before = settings.begin or "the untrained network"
-        console.print(f"[yellow]no validation was better than that of {before}, which is what is kept[/]")
+        console.print(f"no validation was better than that of {before}, which is what is kept", style="yellow")
     comparison: Evaluation | None = None
     failure = ""
     try:
@@ -238,7 +239,7 @@ def _register(
         if isinstance(error, StoreAway):
             sink.register_later(tracking.model, trainer.run_dir, description)
             later = "; done with what is sent later"
-        console.print(f"[yellow]not registered:[/] {error}{later}", highlight=False, soft_wrap=True)
+        console.print(headed("not registered:", f"{error}{later}"), soft_wrap=True)
         return None
     console.print(f"registered     {tracking.model} version {version}, alias candidate", highlight=False)
     return version

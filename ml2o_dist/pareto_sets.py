@@ -32,8 +32,10 @@ from ml2o_dist.progress import StepDisplay
 from ml2o_dist.remote_files import is_uri
 from ml2o_dist.run_directory import check_folder, check_writable, logged_to
 from ml2o_dist.run_report import write_report
+from ml2o_dist.shown_text import ForeignTextConsole, headed
 from ml2o_dist.stopping import StopRequest, own_handlers_kept, stop_on_signals
 from ml2o_dist.tracked_run import CLOSE_LIMIT_S, STOP_LIMIT_S, git_commit
+from ml2o_dist.tracking.named_servers import check_resumed, remember
 from ml2o_dist.tracking.records import Status
 from ml2o_dist.tracking.sink import MlflowSink
 from ml2o_dist.tracking.store import redacted, tracking_uri_to_keep
@@ -47,6 +49,9 @@ def settings_for(run_dir: str, config: Path | None, overrides: Sequence[str], *,
         config = set_folder(run_dir) / SETTINGS
         if not config.exists():
             raise UserError(f"nothing to resume: {config.parent} holds no {SETTINGS}")
+        settings = read_settings(ParetoSetSettings, config, overrides, SETTINGS)
+        check_resumed(settings.tracking.uri, overrides, config)
+        return settings
     return read_settings(ParetoSetSettings, config, overrides, SETTINGS)
 
 
@@ -75,7 +80,7 @@ def train_set(
         UserError: settings, data, cluster or run directory are not as they must be (exit code 2).
         Incomplete: comparators failed; Interrupted: stopped by a signal; Aborted: ours failed, a disk that is full.
     """
-    console = console or Console(stderr=True)
+    console = console or ForeignTextConsole(stderr=True)
     settings = resolved(settings)
     uri = tracking_uri_to_keep(settings.tracking.uri)
     folder = set_folder(run_dir)
@@ -97,6 +102,7 @@ def train_set(
     ):
         console.print(f"Ray            {where}", highlight=False, soft_wrap=True)
         stop.at_once = False
+        remember(uri)  # before the folder can be resumed
         with replacing(folder / SETTINGS) as stream:
             stream.write(dump_settings(settings).encode())
         with _tracked(settings, folder, uri, console, stop, resume) as sink:
@@ -241,7 +247,7 @@ def _publish(
         version = register_set(uri, settings.tracking.model, folder / FILE, sink.run_id, settings.tracking.experiment,
                                description)  # fmt: skip
     except UserError as error:
-        console.print(f"[yellow]not registered:[/] {error}", highlight=False, soft_wrap=True)
+        console.print(headed("not registered:", str(error)), soft_wrap=True)
         return None
     console.print(f"registered     {settings.tracking.model} version {version}", highlight=False)
     return version
@@ -283,8 +289,9 @@ def _tracked(
     finally:
         if unsent := sink.close(status, STOP_LIMIT_S if stop() else CLOSE_LIMIT_S):
             console.print(
-                f"[yellow]not sent to MLflow:[/] {unsent} values; when {redacted(uri)} answers: "
-                f"{resume_command(folder)}",
-                highlight=False,
+                headed(
+                    "not sent to MLflow:",
+                    f"{unsent} values; when {redacted(uri)} answers: {resume_command(folder)}",
+                ),
                 soft_wrap=True,
             )

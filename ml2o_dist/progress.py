@@ -32,7 +32,7 @@ class StepDisplay:
         self._live: Progress | None = None
         if console.is_terminal and not console.quiet:
             self._live = _LiveLines(
-                TextColumn("{task.description}", table_column=Column(no_wrap=True)),
+                TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
                 BarColumn(bar_width=24),
                 MofNCompleteColumn(table_column=Column(no_wrap=True)),
                 TimeElapsedColumn(table_column=Column(no_wrap=True)),

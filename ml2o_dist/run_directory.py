@@ -19,8 +19,11 @@ from ml2o_dist.files import replacing
 from ml2o_dist.metatrain.checkpoint import newest_checkpoint
 from ml2o_dist.run_log import BEGUN, FORM
 from ml2o_dist.run_storage import RunStorage
+from ml2o_dist.shown_text import headed, visible
 from ml2o_dist.tracking.identity import load_identity
+from ml2o_dist.tracking.named_servers import check_resumed, remember
 from ml2o_dist.tracking.spool import SPOOL_FOLDER, unsent_values
+from ml2o_dist.tracking.store import resolve_tracking_uri
 
 
 def resumed_settings(storage: RunStorage, overrides: Sequence[str]) -> MetaTrainSettings:
@@ -29,7 +32,9 @@ def resumed_settings(storage: RunStorage, overrides: Sequence[str]) -> MetaTrain
     file = storage.folder / "config.yaml"
     if not file.exists():
         raise UserError(f"nothing to resume: {storage.name} holds no config.yaml")
-    return load_settings(file, overrides)
+    settings = load_settings(file, overrides)
+    check_resumed(settings.tracking.uri, overrides, file)
+    return settings
 
 
 def check_fresh(run_dir: Path, settings: MetaTrainSettings) -> bool:
@@ -85,6 +90,7 @@ def check_writable(run_dir: Path) -> None:
 @contextmanager
 def written_to(run_dir: Path, settings: MetaTrainSettings, console: Console) -> Iterator[None]:
     """Write config.yaml and log as `logged_to` does, for the time of a `with` block."""
+    remember(resolve_tracking_uri(settings.tracking.uri))  # before the folder can be resumed
     try:
         with replacing(run_dir / "config.yaml") as stream:
             stream.write(dump_settings(settings).encode())
@@ -102,7 +108,7 @@ def logged_to(run_dir: Path, console: Console) -> Iterator[None]:
         file = _RunLog(run_dir / "run.log", console)
     except OSError as error:
         raise _unwritable(run_dir, error) from error
-    file.setFormatter(logging.Formatter(FORM))
+    file.setFormatter(_Letters(FORM))
     screen = _Screen(logging.WARNING, console)
     ours = logging.getLogger("ml2o_dist")
     level = ours.level
@@ -117,6 +123,13 @@ def logged_to(run_dir: Path, console: Console) -> Iterator[None]:
             ours.removeHandler(handler)
             handler.close()
         ours.setLevel(level)
+
+
+class _Letters(logging.Formatter):
+    """Escapes the control characters of names and messages: a log is read in a terminal, too."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return visible(super().format(record), lines=True)
 
 
 class _Screen(logging.Handler):
@@ -149,7 +162,7 @@ class _RunLog(logging.FileHandler):
             super().handleError(record)
         elif not self._unwritable:
             self._unwritable = True
-            self._console.print(f"[yellow]{self.baseFilename} cannot be written:[/] {error.strerror}", highlight=False)
+            self._console.print(headed(f"{self.baseFilename} cannot be written:", str(error.strerror)))
 
     def close(self) -> None:
         with suppress(OSError):  # of the records that were said not to be written

@@ -30,6 +30,7 @@ from ml2o_dist.rules.gml2o import fallback_rule
 from ml2o_dist.run_directory import check_folder, check_fresh, check_writable, written_to
 from ml2o_dist.run_gauges import RunGauges
 from ml2o_dist.run_storage import RunStorage, StorageError, open_storage
+from ml2o_dist.shown_text import ForeignTextConsole
 from ml2o_dist.stopping import StopRequest, stop_on_signals
 from ml2o_dist.tracked_run import tracked_run
 from ml2o_dist.tracking.sink import MlflowSink
@@ -58,7 +59,7 @@ def meta_train(
         UserError: settings, data, cluster or run directory are not as they must be (exit code 2).
         Aborted, Interrupted: see there; `--resume` goes on from the checkpoint.
     """
-    console = console or Console(stderr=True)
+    console = console or ForeignTextConsole(stderr=True)
     settings = resolve_settings(settings)
     uri = tracking_uri_to_keep(settings.tracking.uri)
     storage = run_dir if isinstance(run_dir, RunStorage) else open_storage(run_dir, resume=resume)

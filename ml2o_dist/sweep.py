@@ -20,6 +20,7 @@ from ml2o_dist.progress import StepDisplay
 from ml2o_dist.remote_files import is_uri
 from ml2o_dist.run_directory import check_folder, check_writable, logged_to
 from ml2o_dist.runs import check_problems
+from ml2o_dist.shown_text import ForeignTextConsole, headed
 from ml2o_dist.stopping import StopRequest, own_handlers_kept, stop_on_signals
 from ml2o_dist.sweeping.outcome import (
     best_optimizer,
@@ -36,6 +37,7 @@ from ml2o_dist.sweeping.space import SETTINGS, load_sweep, sweep_difference, tri
 from ml2o_dist.sweeping.tuning import Watcher, run_trials
 from ml2o_dist.tracked_run import CLOSE_LIMIT_S, STOP_LIMIT_S, git_commit
 from ml2o_dist.tracking.identity import load_identity
+from ml2o_dist.tracking.named_servers import check_resumed, remember
 from ml2o_dist.tracking.records import Status
 from ml2o_dist.tracking.sink import MlflowSink
 from ml2o_dist.tracking.store import redacted, tracking_uri_to_keep
@@ -61,7 +63,7 @@ def sweep(
         UserError: settings, data, cluster or run directory are not as they must be (exit code 2).
         Incomplete: trials failed; Interrupted: stopped by a signal; Aborted: a disk that is full, or the like.
     """
-    console = console or Console(stderr=True)
+    console = console or ForeignTextConsole(stderr=True)
     settings = settings.model_copy(update={"meta_train": resolve_settings(settings.meta_train)})
     uri = tracking_uri_to_keep(settings.tracking.uri)
     check_search(settings)
@@ -94,6 +96,7 @@ def sweep(
         _check_room(settings, cluster_total, "the cluster")
         _check_labels(settings)
         stop.at_once = False
+        remember(uri)  # before the folder can be resumed
         _write_settings(folder, settings)
         if record.trials:
             console.print(f"resuming       {record.so_far(settings.count)}", highlight=False, soft_wrap=True)
@@ -143,7 +146,9 @@ def resumed_sweep(run_dir: str, overrides: Sequence[str]) -> SweepSettings:
     file = sweep_folder(run_dir) / SETTINGS
     if not file.exists():
         raise UserError(f"nothing to resume: {file.parent} holds no {SETTINGS}")
-    return load_sweep(file, overrides)
+    settings = load_sweep(file, overrides)
+    check_resumed(settings.tracking.uri, overrides, file)
+    return settings
 
 
 def _write_settings(folder: Path, settings: SweepSettings) -> None:
@@ -253,9 +258,11 @@ def _tracked(
         values = sink.close(status, limit) + runs.unsent_values
         if unsent := runs.unsent + _is_unsent(sink):
             console.print(
-                f"[yellow]not sent to MLflow:[/] {values} values, and more, of {unsent} runs; when {redacted(uri)} "
-                f"answers: {resume_command(folder)}",
-                highlight=False,
+                headed(
+                    "not sent to MLflow:",
+                    f"{values} values, and more, of {unsent} runs; when {redacted(uri)} answers: "
+                    f"{resume_command(folder)}",
+                ),
                 soft_wrap=True,
             )
 

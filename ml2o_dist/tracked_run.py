@@ -13,6 +13,7 @@ from ml2o_dist.config import MetaTrainSettings
 from ml2o_dist.config_file import flat_settings, settings_hash
 from ml2o_dist.errors import Interrupted
 from ml2o_dist.run_storage import RunStorage
+from ml2o_dist.shown_text import headed
 from ml2o_dist.stopping import StopRequest
 from ml2o_dist.tracking.records import Status
 from ml2o_dist.tracking.sink import MlflowSink
@@ -70,9 +71,11 @@ def tracked_run(
 def say_unsent(console: Console, values: int, run_dir: Path, uri: str) -> None:
     """Say what waits in the spool of `run_dir`, and how to send it."""
     console.print(
-        f"[yellow]not sent to MLflow:[/] {values} values wait in {run_dir / SPOOL_FOLDER}; when {redacted(uri)} "
-        f"answers: {sync_command(run_dir, uri)}",
-        highlight=False,
+        headed(
+            "not sent to MLflow:",
+            f"{values} values wait in {run_dir / SPOOL_FOLDER}; when {redacted(uri)} answers: "
+            f"{sync_command(run_dir, uri)}",
+        ),
         soft_wrap=True,
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -352,3 +353,88 @@ def test_a_version_whose_tag_was_altered_is_refused_by_the_tag(registry: Registr
     finally:
         registry.client.set_model_version_tag("ml2o", "2", tag, before)
     assert f"has {tag} {before[:12]}..., the registered version's tag says 000000000000..." in line
+
+
+HOSTILE = "[/] [bold]x \x1b[31mred\x1b]8;;http://evil\x07link\u202eabc\u2066 \x9b2J\r\nml2o: all is well"
+
+
+def test_a_version_with_markup_and_escapes_is_listed_and_shown_like_any_other(
+    registry: Registry, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copyfile(registry.folder / "mlflow.db", tmp_path / "mlflow.db")
+    hostile = Registry(tmp_path)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", hostile.uri)
+    hostile.make_versions("[bold", 1)
+    hostile.make_versions("good", 1)
+    for key in ("validation_score", "best_meta_step", "meta_steps", "weights_sha256", "note"):
+        hostile.client.set_model_version_tag("[bold", "1", key, HOSTILE)
+    hostile.client.update_model_version("[bold", "1", description=HOSTILE)
+    listed, shown = models("list"), models("show", "[bold/1")
+    assert (listed.exit_code, shown.exit_code) == (0, 0)
+    assert {"[bold/1", "good/1"} <= set(listed.stdout.split())
+    note = "  note: [/] [bold]x \\x1b[31mred\\x1b]8;;http://evil\\x07link\\u202eabc\\u2066 \\x9b2J\\x0d\\x0aml2o"
+    assert note in shown.stdout
+    for text in (listed.stdout, shown.stdout, shown.stderr, models("show", "[bold").stdout):
+        assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]", text)
+        assert not re.search("^ml2o: all is well", text, re.MULTILINE)
+    assert answer("show", "[bold/1")["tags"]["note"] == HOSTILE
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_weights_that_are_not_finite_are_not_registered(registry: Registry, home: Path, value: float) -> None:
+    shutil.copytree(registry.artifact(9).parent, home / "run")
+    tensors = load_file(home / "run" / "weights.safetensors")
+    tensors["head.bias"][0] = value
+    replace_tensors(home / "run", tensors)
+    line = refusal("import", "run", "--name", "refused")
+    assert re.search(r"weights\.safetensors' is not registered: 1 of \d+ values of head\.bias are not finite$", line)
+    with pytest.raises(UserError, match="are not finite"):
+        register_version(registry.uri, "refused", home / "run")
+    assert list_versions(registry.uri, "refused") == []
+
+
+@pytest.mark.parametrize("name", ["a/b", "x.lock", "a.b", " "])
+def test_a_name_that_mlflow_or_a_lock_cannot_take_is_refused(registry: Registry, name: str) -> None:
+    assert refusal("import", str(registry.artifact(1)), "--name", name).startswith(f"ml2o: model {name!r}")
+
+
+@pytest.mark.parametrize("tag", ["weights_sha256", "card_sha256"])
+def test_a_version_without_a_digest_is_not_loaded(registry: Registry, tag: str) -> None:
+    before = registry.tags("ml2o", 2)[tag]
+    registry.client.delete_model_version_tag("ml2o", "2", tag)
+    try:
+        line = refusal("export", "ml2o/2", "--output", "out")
+    finally:
+        registry.client.set_model_version_tag("ml2o", "2", tag, before)
+    assert f"the registered version has no tag {tag}" in line
+
+
+def test_nothing_of_a_version_is_run_or_unpickled_when_it_is_loaded(registry: Registry, kept: Path, home: Path) -> None:
+    """MLflow's own `mlflow.pyfunc.load_model` would run it."""
+    ran = home / "ran"
+    code = f"open({str(ran)!r}, 'w').close()\n"
+    source = kept.parent  # `kept` is its folder `artifacts`
+    for file in source.rglob("*.py"):
+        file.write_text(code)
+    (source / "python_model.pkl").write_bytes(b"cbuiltins\nexec\n(V" + code.encode() + b"tR.")
+    model = "flavors: {python_function: {loader_module: code, python_model: python_model.pkl}}\n"
+    (source / "MLmodel").write_text(model)
+    (source / "code.py").write_text(code)
+    assert answer("show", "ml2o/2")["path"] is not None
+    assert answer("export", "ml2o/2", "--output", "out")["reference"] == "models:/ml2o/2"
+    assert resolve_model(registry.uri, "models:/ml2o/2").exists()
+    assert not ran.exists()
+
+
+def test_numbers_from_elsewhere_that_are_none_are_one_line(registry: Registry) -> None:
+    assert "is not of the form models:/NAME@ALIAS" in refusal("show", "ml2o/" + "9" * 5000)
+    registry.make_versions("odd", 1)
+    registry.client.set_registered_model_alias("odd", "champion", "1")
+    for said in ("x", "9" * 5000, "-1", "\x1b[2J"):
+        registry.client.set_model_version_tag("odd", "1", "promoted_over", said)
+        assert refusal("rollback", "--name", "odd").endswith("version 1 is the champion, and none was before it")
+
+
+def test_an_output_that_is_no_file_is_not_read(registry: Registry, home: Path) -> None:
+    os.mkfifo(home / "pipe.safetensors")
+    assert "is there already" in refusal("export", "ml2o/2", "--output", "pipe.safetensors")

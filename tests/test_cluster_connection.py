@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import socket
+import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from types import SimpleNamespace
@@ -125,3 +127,34 @@ def test_rays_start_one_after_the_other(tmp_path):
         assert not begun.exists()
     other.communicate(timeout=30)
     assert begun.exists()
+
+
+def test_the_lock_of_a_start_is_no_link_that_another_user_has_left(tmp_path, monkeypatch):
+    """Its name in a folder that all users share is known to all of them."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / "precious").write_text("precious")
+    folder = tmp_path / f"ml2o-{os.getuid()}"
+    folder.symlink_to(tmp_path)
+    with pytest.raises(UserError, match=r"cannot hold the lock of Ray's start: .*; set TMPDIR"), one_start_at_a_time():
+        pytest.fail("it was opened")
+    folder.unlink()
+    with one_start_at_a_time():
+        (lock,) = folder.iterdir()
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+        assert stat.S_IMODE(lock.stat().st_mode) == 0o600
+    lock.unlink()
+    lock.symlink_to(tmp_path / "precious")
+    with pytest.raises(UserError, match="cannot hold the lock of Ray's start"), one_start_at_a_time():
+        pytest.fail("it was opened")
+    lock.unlink()
+    folder.chmod(0o777)
+    with pytest.raises(UserError, match="others may write to it; set TMPDIR"), one_start_at_a_time():
+        pytest.fail("it was opened")
+    assert sorted(path.name for path in tmp_path.iterdir()) == [folder.name, "precious"]
+
+
+def test_a_lock_that_cannot_be_had_is_one_line_of_its_own(no_ray, tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    (tmp_path / f"ml2o-{os.getuid()}").write_text("a file")
+    with pytest.raises(UserError, match=r"^'.*' cannot hold the lock of Ray's start"), connected("local"):
+        pytest.fail("Ray was started")

@@ -13,6 +13,7 @@ from rich.console import Console
 from ml2o_dist.cli import main
 from ml2o_dist.config_file import load_settings
 from ml2o_dist.run_directory import written_to
+from ml2o_dist.shown_text import ForeignTextConsole
 
 CONFIG = Path(__file__).parent / "small_run.yaml"
 
@@ -56,7 +57,7 @@ def test_a_damaged_mlflow_json_says_that_a_new_run_begins(no_ray, tmp_path, monk
     monkeypatch.setattr("ray.is_initialized", lambda: False)
     assert "workers=9999" in ml2o("--run-dir", "x", "--address", "local", "--set", "workers=9999").stderr
     (said,) = [record.getMessage() for record in caplog.records if "mlflow.json" in record.getMessage()]
-    assert said.startswith(f"{tmp_path}/x/mlflow.json cannot be read: ")
+    assert said.startswith(f"file '{tmp_path}/x/mlflow.json' is not JSON: ")
     assert said.endswith("; a new MLflow run begins")
 
 
@@ -68,3 +69,12 @@ def test_a_warning_is_one_line_that_nothing_pads(tmp_path):
         log.info("not shown")
     assert stream.getvalue() == f"WARNING a worker [1, 2] died: {'word ' * 20}".rstrip() + "\n"
     assert "WARNING ml2o_dist.metatrain.pool: a worker" in (tmp_path / "run.log").read_text()
+
+
+def test_warnings_and_the_log_show_control_characters_as_letters(tmp_path):
+    stream = io.StringIO()
+    with written_to(tmp_path, load_settings(CONFIG), ForeignTextConsole(file=stream, width=300)):
+        logging.getLogger("ml2o_dist").warning("file %s is gone", "[x] \x1b[2J\u202e[/]")
+    for text in (stream.getvalue(), (tmp_path / "run.log").read_text()):
+        assert "file [x] \\x1b[2J\\u202e[/] is gone" in text
+        assert "\x1b" not in text

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import html
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ml2o_dist import shown_text
 from ml2o_dist.evaluation.evaluation_figures import Shown, heading
 
 LONGEST_LINE = 30
@@ -94,6 +94,5 @@ def missing(why: str) -> str:
     return f'<p class="missing">{text(why)}</p>' if why else ""
 
 
-def text(value: str) -> str:
-    """Return `value` as HTML that shows it."""
-    return html.escape(value)
+text = shown_text.html
+"""Whatever comes from a run is shown by it."""

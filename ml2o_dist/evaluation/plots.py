@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import html
 import io
 import math
 import re
@@ -11,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from ml2o_dist import shown_text
 from ml2o_dist.evaluation.statistics import exponential_average
 from ml2o_dist.files import replacing
 
@@ -171,4 +171,4 @@ def _embedded(svg: str, label: str, identity: str) -> str:
     body = re.sub(r' d="[^"]*"', lambda data: re.sub(r"(\.\d)\d+", r"\1", data.group()), body)  # tenths of a point
     for colour, name in PAGE_COLOURS.items():
         body = body.replace(colour, f"var(--{name})")
-    return f'<svg role="img" aria-label="{html.escape(label)}" {box.group()}>' + re.sub(r"\s+", " ", body)
+    return f'<svg role="img" aria-label="{shown_text.html(label)}" {box.group()}>' + re.sub(r"\s+", " ", body)

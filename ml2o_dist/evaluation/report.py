@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 
 from rich import box
@@ -26,6 +27,7 @@ from ml2o_dist.evaluation.evaluation_figures import (
     standing_figures,
     verdicts,
 )
+from ml2o_dist.shown_text import markdown, markdown_row, visible
 
 WIDTH = 80
 """Columns of a terminal that everything fits in; what does not stands in a further table below."""
@@ -72,11 +74,11 @@ def evaluation_markdown(evaluation: Evaluation) -> str:
         lines += _head(columns)
         for i, each in enumerate(standings):
             figures = standing_figures(each)
-            lines.append(_line([_label(figures, best=i == 0), *(figures[name].text for name in columns[1:])]))
+            lines.append(markdown_row([_label(figures, best=i == 0), *_cells(figures, columns[1:])]))
         lines.append("")
     if said := caption(standings_lead(evaluation), standing_terms(evaluation)):
-        lines += [_plain(said), ""]
-    lines += [_plain(caption(rows_lead(evaluation), row_terms(evaluation))), ""]
+        lines += [markdown(said), ""]
+    lines += [markdown(caption(rows_lead(evaluation), row_terms(evaluation))), ""]
     columns = row_columns(evaluation, evaluation.rows) if evaluation.rows else [OPTIMIZER, LOSS]
     lines += _head(["problem", *columns])
     sentences = []
@@ -85,20 +87,21 @@ def evaluation_markdown(evaluation: Evaluation) -> str:
         for i, row in enumerate(rows):
             figures = row_figures(row)
             name = code(problem) if i == 0 else ""
-            lines.append(_line([name, _label(figures, best=i == 0), *(figures[column].text for column in columns[1:])]))
+            lines.append(markdown_row([name, _label(figures, best=i == 0), *_cells(figures, columns[1:])]))
         said_of = [
             *verdicts(evaluation, problem),
             *(f"{STAR[1:]} {row.label}: {note(row)}" for row in rows if note(row)),
         ]
-        sentences += [f"- {code(problem)}: {_plain('; '.join(said_of))}"] if said_of else []
+        sentences += [f"- {code(problem)}: {markdown('; '.join(said_of))}"] if said_of else []
     return "\n".join([*lines, "", *sentences]).rstrip() + "\n"
 
 
 def code(name: str) -> str:
     """Return a name as Markdown shows it letter by letter, in a table too."""
-    fence = "``" if "`" in name else "`"
-    room = " " if "`" in name else ""
-    return f"{fence}{room}{name}{room}{fence}".replace("|", "\\|")
+    shown = visible(name)
+    fence = "`" * (1 + max(map(len, re.findall("`+", shown)), default=0))
+    room = " " if "`" in shown else ""
+    return f"{fence}{room}{shown}{room}{fence}".replace("|", "\\|")
 
 
 def _styled(figures: Mapping[str, Shown], place: int, role: str) -> tuple[str, Mapping[str, Shown]]:
@@ -153,19 +156,14 @@ def _width(name: str, cells: Sequence[str]) -> int:
 
 def _head(columns: Sequence[str]) -> list[str]:
     left = columns.index(OPTIMIZER) + 1
-    return [_line(columns), "|" + "---|" * left + "---:|" * (len(columns) - left)]
+    return [markdown_row(columns), "|" + "---|" * left + "---:|" * (len(columns) - left)]
 
 
-def _line(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
+def _cells(figures: Mapping[str, Shown], columns: Sequence[str]) -> list[str]:
+    return [markdown(figures[name].text) for name in columns]
 
 
 def _label(figures: Mapping[str, Shown], *, best: bool) -> str:
     text = figures[OPTIMIZER].text
     shown = code(text.removesuffix(STAR)) + (STAR if text.endswith(STAR) else "")
     return f"**{shown}**" if best else shown
-
-
-def _plain(text: str) -> str:
-    """Return text that holds names as Markdown that no name can turn into HTML."""
-    return text.replace("&", "&amp;").replace("<", "&lt;")

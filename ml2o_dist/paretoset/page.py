@@ -7,7 +7,6 @@ the network itself is not in the page.
 from __future__ import annotations
 
 import base64
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -19,6 +18,7 @@ from ml2o_dist.paretoset.approaches import OURS
 from ml2o_dist.paretoset.fronts import Front
 from ml2o_dist.paretoset.results import ApproachResult, best_first, cells, columns
 from ml2o_dist.paretoset.settings import ParetoSetSettings
+from ml2o_dist.shown_text import script_json
 
 DIAL = """
 const data = JSON.parse(document.getElementById('front').textContent);
@@ -121,7 +121,6 @@ def _dial(record: SetPageRecord) -> Section:
     plane = ""
     if len(record.names) == 2:
         plane, data["x"], data["y"] = _plane(record, front)
-    json_text = json.dumps(data).replace("<", "\\u003c")
     note = (
         f"<p>Expected from the {len(front.rays)} preferences that were measured; between them it is their average, "
         "weighted by distance. <code>ml2o pareto-set query</code> gives the network itself, and measures it.</p>"
@@ -130,7 +129,7 @@ def _dial(record: SetPageRecord) -> Section:
         "dial",
         title,
         f'{note}<table class="words">{head}{rows}</table>{plane}'
-        f'<script type="application/json" id="front">{json_text}</script>',
+        f'<script type="application/json" id="front">{script_json(data)}</script>',
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from ml2o_dist import shown_text
 from ml2o_dist.evaluation.metrics import igd_plus
 from ml2o_dist.paretoset.approaches import OURS, Outcome
 from ml2o_dist.paretoset.fronts import REFERENCE, Front, front_from_json
@@ -128,11 +129,11 @@ def cells(result: ApproachResult) -> list[str]:
 
 def markdown(results: Sequence[ApproachResult], title: str) -> str:
     """Return the table as Markdown; ours is bold."""
-    lines = [f"# {title}", "", "| " + " | ".join(columns()) + " |", "|---" * len(columns()) + "|"]
+    lines = [f"# {shown_text.markdown(title)}", "", shown_text.markdown_row(columns()), "|---" * len(columns()) + "|"]
     for result in best_first(results):
-        row = cells(result)
+        row = [shown_text.markdown(cell) for cell in cells(result)]
         row[0] = f"**{row[0]}**" if result.approach == OURS else row[0]
-        lines.append("| " + " | ".join(row) + " |")
+        lines.append(shown_text.markdown_row(row))
     return "\n".join(lines) + "\n"
 
 

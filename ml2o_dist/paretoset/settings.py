@@ -9,6 +9,7 @@ from pydantic import BaseModel, Field, field_validator, model_validator
 from ml2o_dist.config import DataSettings, Device, MetaTrainSettings, ShareSettings, TrackingSettings, check_device
 from ml2o_dist.errors import unknown
 from ml2o_dist.paretoset.image_tasks import TASK_SETS
+from ml2o_dist.tracking.names import ExperimentName, ModelName
 
 MERGED = ("average", "arithmetic", "ties", "soup")
 """Comparators without training."""
@@ -91,8 +92,8 @@ class RouterSettings(_Settings):
 class ParetoTracking(TrackingSettings):
     """Where MLflow keeps runs and versions."""
 
-    experiment: str = "ml2o/pareto-set"
-    model: str = "ml2o-pareto-set"
+    experiment: ExperimentName = "ml2o/pareto-set"
+    model: ModelName = "ml2o-pareto-set"
 
 
 class ParetoSetSettings(_Settings):

@@ -20,6 +20,7 @@ from ml2o_dist.errors import UserError
 from ml2o_dist.files import replacing
 from ml2o_dist.metatrain.checkpoint import load_checkpoint
 from ml2o_dist.run_report import write_report
+from ml2o_dist.shown_text import headed
 from ml2o_dist.sweeping.importance import importance
 from ml2o_dist.sweeping.plots import plot_sweep
 from ml2o_dist.sweeping.record import SweepRecord, Trial, markdown, shown, shown_step, write_table
@@ -199,7 +200,7 @@ def _register(
         )
     except UserError as error:
         again = f"to try again: {resume_command(folder)}"
-        console.print(f"[yellow]not registered:[/] {error}; {again}", highlight=False, soft_wrap=True)
+        console.print(headed("not registered:", f"{error}; {again}"), soft_wrap=True)
         return None
     console.print(f"registered     {tracking.model} version {version}, alias candidate", highlight=False)
     return version

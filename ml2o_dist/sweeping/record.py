@@ -13,6 +13,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from ml2o_dist import shown_text
 from ml2o_dist.files import replacing
 
 FILE, TABLE = "trials.jsonl", "results.parquet"
@@ -213,22 +214,22 @@ def markdown(record: SweepRecord, name: str, scheduler: str) -> str:
     """Return the trials as a Markdown table, the best first, and what is to be said of it."""
     ranked = record.ranked()
     keys = list(dict.fromkeys(key for trial in ranked for key in trial.values))
-    head = ["trial", "state", "meta-steps", "best at", "validation", *keys, "folder"]
+    head = ["trial", "state", "meta-steps", "best at", "validation", *map(shown_text.markdown, keys), "folder"]
     rows = [
         [
             str(each.number),
-            each.state,
+            shown_text.markdown(each.state),
             str(each.meta_steps),
             shown_step(each.best_at),
             shown(each.score),
-            *(shown(each.values.get(k)) for k in keys),
-            each.folder,
+            *(shown_text.markdown(shown(each.values.get(k))) for k in keys),
+            shown_text.markdown(each.folder),
         ]
         for each in ranked
     ]
     lines = [f"Sweep `{name}`: {len(ranked)} trials, validation of the kept weights (lower is better).", ""]
-    lines += ["| " + " | ".join(cells) + " |" for cells in (head, ["---"] * len(head), *rows)]
-    lines += [line for note in record.notes(scheduler) for line in ("", note)]
+    lines += [shown_text.markdown_row(cells) for cells in (head, ["---"] * len(head), *rows)]
+    lines += [line for note in record.notes(scheduler) for line in ("", shown_text.markdown(note))]
     return "\n".join(lines) + "\n"
 
 

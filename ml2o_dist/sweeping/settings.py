@@ -18,6 +18,7 @@ from pydantic import (
 )
 
 from ml2o_dist.config import MetaTrainSettings, TrackingSettings
+from ml2o_dist.tracking.names import ModelName
 
 DEFAULT_TRIALS = 10
 
@@ -120,7 +121,7 @@ class SweepTracking(_Settings):
     model_config = TrackingSettings.model_config
 
     uri: str = Field("", description='MLflow tracking URI; "": MLFLOW_TRACKING_URI, else sqlite in ML2O_HOME')
-    model: str = Field("ml2o", description="name of the registered model")
+    model: ModelName = Field("ml2o", description="name of the registered model")
     register_version: bool = Field(True, alias="register", description="register the best trial as a version")
 
 

@@ -19,6 +19,7 @@ from typing import Any
 from ml2o_dist.config_file import flat_settings, settings_hash
 from ml2o_dist.evaluation.evaluated import EvaluatedCell, Evaluation, Row, Standing
 from ml2o_dist.tracking.identity import RUN_KEY_TAG
+from ml2o_dist.tracking.names import mlflow_key
 from ml2o_dist.tracking.store import connect, ensure_experiment, refused
 
 LONGEST_NAME = 80
@@ -182,7 +183,7 @@ def _log_params(client: Any, run_id: str, evaluation: Evaluation, optimizer: str
     left_out = ("optimizers", "about", "suite")
     settings = {key: value for key, value in flat_settings(evaluation.settings).items() if key not in left_out}
     settings["optimizer"] = optimizer
-    params = [Param(key, str(value)[:500]) for key, value in settings.items()]
+    params = [Param(mlflow_key(key), str(value)[:500]) for key, value in settings.items()]
     for start in range(0, len(params), WORDS_PER_CALL):
         client.log_batch(run_id, params=params[start : start + WORDS_PER_CALL])
 
@@ -192,7 +193,7 @@ def _log_inputs(client: Any, run_id: str, evaluation: Evaluation) -> None:
 
     inputs = [
         DatasetInput(
-            Dataset(name=name, digest=digest[:36], source_type="code", source=json.dumps({"sha256": digest})),
+            Dataset(name=name[:500], digest=digest[:36], source_type="code", source=json.dumps({"sha256": digest})),
             [InputTag("mlflow.data.context", "evaluation")],
         )
         for name, digest in evaluation.data_sha256.items()

@@ -13,12 +13,19 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import Field, TypeAdapter, ValidationError
+
+from ml2o_dist.errors import UserError
 from ml2o_dist.files import replacing
+from ml2o_dist.reading import MIB, read_json_object
 
 IDENTITY_FILE = "mlflow.json"
 RUN_KEY_TAG = "ml2o.run_key"
+
+_LIMIT = 4 * MIB
+"""Bytes that are read of an identity, most of which is the run's configuration."""
 
 _log = logging.getLogger("ml2o_dist.tracking")
 
@@ -34,13 +41,16 @@ class RunIdentity:
         config: the configuration that the run is of, to tell it from another run in the same directory.
     """
 
-    uri: str
-    experiment: str
-    run_name: str = ""
-    run_id: str = ""
-    run_key: str = field(default_factory=lambda: uuid.uuid4().hex)
-    created_ms: int = field(default_factory=lambda: time.time_ns() // 1_000_000)
+    uri: Annotated[str, Field(max_length=2000)]
+    experiment: Annotated[str, Field(max_length=500)]
+    run_name: Annotated[str, Field(max_length=500)] = ""
+    run_id: Annotated[str, Field(pattern=r"^[\w-]{0,200}$")] = ""
+    run_key: Annotated[str, Field(pattern=r"^[\w.-]{1,200}$")] = field(default_factory=lambda: uuid.uuid4().hex)
+    created_ms: Annotated[int, Field(ge=0, lt=2**62)] = field(default_factory=lambda: time.time_ns() // 1_000_000)
     config: Mapping[str, Any] = field(default_factory=dict)
+
+
+_IDENTITY = TypeAdapter(RunIdentity)
 
 
 def load_identity(run_dir: Path, otherwise: str = "") -> RunIdentity | None:
@@ -50,12 +60,16 @@ def load_identity(run_dir: Path, otherwise: str = "") -> RunIdentity | None:
     """
     file = run_dir / IDENTITY_FILE
     try:
-        return RunIdentity(**json.loads(file.read_text(encoding="utf-8")))
+        return _IDENTITY.validate_python(read_json_object(file, "file", _LIMIT, within=run_dir))
     except FileNotFoundError:
         return None
-    except (OSError, ValueError, TypeError) as error:
-        _log.warning("%s cannot be read: %s%s", file, error, otherwise and f"; {otherwise}")
-        return None
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        why = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+        _log.warning("%s is of no run: %s%s", file, why, otherwise and f"; {otherwise}")
+    except UserError as error:
+        _log.warning("%s%s", error, otherwise and f"; {otherwise}")
+    return None
 
 
 def save_identity(run_dir: Path, identity: RunIdentity) -> None:

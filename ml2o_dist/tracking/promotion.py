@@ -10,6 +10,7 @@ half-way leaves the old champion, whom it can be repeated against, and no champi
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -17,6 +18,7 @@ from typing import Any
 
 from ml2o_dist.errors import UserError, unknown
 from ml2o_dist.tracking.description import with_suite_line
+from ml2o_dist.tracking.names import mlflow_key
 from ml2o_dist.tracking.promotion_lock import PromotionLock, promotion_lock, this_user
 from ml2o_dist.tracking.registry import CHAMPION, PREVIOUS, ModelVersion, model_versions
 from ml2o_dist.tracking.store import answering, connect, redacted
@@ -123,7 +125,7 @@ def describe_version(uri: str, model: str, version: int, suite: str, line: str) 
         text = with_suite_line(found["description"], suite, said, suites)
         lock.confirm()
         client.update_model_version(model, str(version), description=text)
-        _tag(client, model, version, {_SUITE + suite: said})
+        _tag(client, model, version, {mlflow_key(_SUITE + suite): said})
 
 
 @contextmanager
@@ -153,7 +155,8 @@ def _tag(client: Any, model: str, version: int, tags: dict[str, str]) -> None:
 
 def _no_previous(uri: str, versions: list[ModelVersion], champion: ModelVersion, previous: int | None) -> UserError:
     numbers = [entry["version"] for entry in versions]
-    before = [int(text) for key in ("rolled_back_from", "promoted_over") if (text := champion["tags"].get(key))]
+    said = [champion["tags"].get(key, "") for key in ("rolled_back_from", "promoted_over")]
+    before = [int(text) for text in said if re.fullmatch(r"\d{1,18}", text)]
     deleted = [number for number in before if number not in numbers]
     if previous is not None:
         why = "so is its alias, after a promotion or rollback that was cut short"

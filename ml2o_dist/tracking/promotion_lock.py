@@ -33,10 +33,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 from ml2o_dist.errors import UserError
+from ml2o_dist.tracking.names import LOCK_SUFFIX
 from ml2o_dist.tracking.store import answering, connect, one_line, redacted
-
-LOCK_SUFFIX = ".lock"
-"""What the name of a lock ends in; no model may be called so."""
 
 STALE_S = 60.0
 """Seconds after which a lock is taken for that of a killed process."""

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
+
+import torch
+from torch import Tensor
 
 from ml2o_dist.artifact import WEIGHTS_FILE, Artifact, load_artifact, package_version
 from ml2o_dist.errors import UserError
@@ -46,6 +50,13 @@ def save_model(folder: Path, artifact: Artifact) -> None:
         )
 
 
+def check_finite(tensors: Mapping[str, Tensor], file: str) -> None:
+    """Raise UserError where a tensor of `file` holds NaN or an infinity: what is registered, others load."""
+    for name, tensor in sorted(tensors.items()):
+        if bad := int((~torch.isfinite(tensor)).sum()):
+            raise UserError(f"{file!r} is not registered: {bad} of {tensor.numel()} values of {name} are not finite")
+
+
 def version_file(uri: str, source: str, tags: Mapping[str, str], reference: str) -> Path:
     """Return the verified local .safetensors file of a version.
 
@@ -77,7 +88,9 @@ def version_file(uri: str, source: str, tags: Mapping[str, str], reference: str)
 def _check_tags(artifact: Artifact, tags: Mapping[str, str]) -> None:
     for key in DIGEST_TAGS:
         said, found = tags.get(key, ""), artifact.card[key]
-        if said and said != found:
+        if not said:
+            raise UserError(f"the registered version has no tag {key}, so that nothing says which file was registered")
+        if said != found:
             raise UserError(
                 f"{str(artifact.path)!r} has {key} {found[:12]}..., the registered version's tag says {said[:12]}..."
             )
@@ -91,20 +104,22 @@ def _local_path(source: str) -> Path | None:
 
 
 def _download(uri: str, source: str, tags: Mapping[str, str]) -> Path:
-    """Download into a cache folder named by the card's digest: equal weights may have cards of different origin."""
+    """Download weights and card into a cache folder named by the card's digest: equal weights may have other cards."""
     import mlflow.artifacts
 
     cache = cache_folder() / "models"
     digest = tags.get("card_sha256", "")
-    if digest and _is_whole(cache / digest, digest):
+    if re.fullmatch("[0-9a-f]{64}", digest) and _is_whole(cache / digest, digest):
         found = load_artifact(cache / digest)
         _check_tags(found, tags)
         return found.path
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache, prefix=".download-") as folder:
-        with answering(uri):
-            path = mlflow.artifacts.download_artifacts(f"{source}/artifacts", dst_path=folder, tracking_uri=uri)
-        found = load_artifact(Path(path))
+        path = Path(folder) / "downloaded"
+        for name in (WEIGHTS_FILE, Path(WEIGHTS_FILE).with_suffix(".json").name):  # and nothing else that lies there
+            with answering(uri):
+                mlflow.artifacts.download_artifacts(f"{source}/artifacts/{name}", dst_path=str(path), tracking_uri=uri)
+        found = load_artifact(path)
         _check_tags(found, tags)
         target = cache / str(found.card["card_sha256"])
         if not _is_whole(target, target.name):

@@ -18,8 +18,8 @@ from urllib.parse import urlsplit
 from ml2o_dist.artifact import Artifact, load_artifact
 from ml2o_dist.errors import UserError, unknown
 from ml2o_dist.tracking.description import within_limit
-from ml2o_dist.tracking.promotion_lock import LOCK_SUFFIX
-from ml2o_dist.tracking.registered_files import DIGEST_TAGS, save_model, version_file
+from ml2o_dist.tracking.names import checked_model_name
+from ml2o_dist.tracking.registered_files import DIGEST_TAGS, check_finite, save_model, version_file
 from ml2o_dist.tracking.store import answering, connect, ensure_experiment, store_exists
 
 CANDIDATE = "candidate"
@@ -73,12 +73,12 @@ def register_version(
         tags: further tags; the digests, config_hash, git, seed and meta_steps come from the card.
 
     Raises:
-        UserError: a broken artifact, an unknown run, a name that is kept for locks, or a store that refuses or does
-            not answer.
+        UserError: a broken artifact, one with weights that are NaN or infinite, an unknown run, a name that MLflow or
+            the locks of promotions cannot take, or a store that refuses or does not answer.
     """
-    if model.endswith(LOCK_SUFFIX):
-        raise UserError(f"model {model!r}: names that end in {LOCK_SUFFIX} are kept for the locks of promotions")
+    checked_model_name(model)
     loaded = load_artifact(artifact)
+    check_finite(loaded.weights, str(loaded.path))
     with answering(uri):
         client = connect(uri)
         known = _same_version(client, model, loaded, run_id)
@@ -137,7 +137,7 @@ def find_version(uri: str, reference: str) -> ModelVersion:
         UserError: bad syntax, an unknown model, alias or version (it names those that exist), or a store that does
             not answer.
     """
-    match = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/(\d+))", reference)
+    match = re.fullmatch(r"models:/([^/@]+)(?:@([^/@]+)|/(\d{1,18}))", reference)
     if match is None:
         raise UserError(f"{reference!r} is not of the form models:/NAME@ALIAS or models:/NAME/VERSION")
     name, alias, number = match.groups()

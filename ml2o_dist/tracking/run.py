@@ -6,13 +6,19 @@ Every call may be made again: what the run holds already is not written twice.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterable, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, Protocol
 
+from ml2o_dist.artifact import WEIGHTS_FILE
 from ml2o_dist.tracking.identity import RUN_KEY_TAG, RunIdentity
+from ml2o_dist.tracking.names import mlflow_key
 from ml2o_dist.tracking.records import End, Params, Point, Record, Tags, Upload, Version, Words
 from ml2o_dist.tracking.registry import register_version
-from ml2o_dist.tracking.store import connect, ensure_experiment, is_temporary, redacted
+from ml2o_dist.tracking.run_files import copied
+from ml2o_dist.tracking.store import connect, ensure_experiment, is_refusal, redacted
 
 METRICS_PER_CALL = 1000
 """MLflow's limit for one `log_batch`; its other limit, for params and tags, is `_WORDS_PER_CALL`."""
@@ -50,11 +56,17 @@ class MlflowRun:
         version: the last version that was registered from it.
     """
 
-    def __init__(self, uri: str, identity: RunIdentity) -> None:
-        """`uri` may carry a password, which `identity` does not."""
+    def __init__(self, uri: str, identity: RunIdentity, run_dir: Path | None = None) -> None:
+        """Name the run; MLflow is not asked yet.
+
+        Args:
+            uri: may carry a password, which `identity` does not.
+            run_dir: the only folder that files are sent from; None: whatever file the caller names is sent.
+        """
         self.version: int | None = None
         self._uri = uri
         self._identity = identity
+        self._run_dir = run_dir
         self._run_id: str | None = None
         self._client: Any = None
         self._is_new = False
@@ -125,33 +137,45 @@ class MlflowRun:
         """Write params that the run does not have yet, tags, a file, a version, or the run's end.
 
         Raises:
-            FileNotFoundError: the file is gone; UserError: the artifact cannot be registered.
+            FileNotFoundError: the file is gone; UserError: it is none of the run directory's, or the artifact cannot be
+                registered.
         """
         from mlflow.entities import Param, RunTag
 
         match words:
             case Params(values):
-                for part in _parts([Param(key, value) for key, value in values.items() if key not in self._params]):
+                named = {mlflow_key(key): value for key, value in values.items()}
+                fresh = {key: value for key, value in named.items() if key not in self._params}
+                for part in _parts([Param(key, value) for key, value in fresh.items()]):
                     self._client.log_batch(self._run_id, params=part)
-                self._params |= values.keys()
+                self._params |= fresh.keys()
             case Tags(values):
-                for part in _parts([RunTag(key, value) for key, value in values.items()]):
+                for part in _parts([RunTag(mlflow_key(key), value) for key, value in values.items()]):
                     self._client.log_batch(self._run_id, tags=part)
             case Upload(path, folder):
-                if not path.exists():
-                    raise FileNotFoundError(f"{path} is gone")
-                self._client.log_artifact(self._run_id, str(path), folder or None)
+                with self._staged(path) as staged:
+                    self._client.log_artifact(self._run_id, str(staged), folder or None)
             case Version(path, model, description):
-                self.version = register_version(
-                    self._uri,
-                    model,
-                    path,
-                    run_id=self._run_id,
-                    experiment=self._identity.experiment,
-                    description=description,
-                )
+                weights = path if path.suffix == ".safetensors" else path / WEIGHTS_FILE
+                with self._staged(weights, weights.with_suffix(".json")) as staged:
+                    self.version = register_version(
+                        self._uri,
+                        model,
+                        staged,
+                        run_id=self._run_id,
+                        experiment=self._identity.experiment,
+                        description=description,
+                    )
             case End(status, timestamp_ms):
                 self._client.set_terminated(self._run_id, status, end_time=timestamp_ms)
+
+    @contextmanager
+    def _staged(self, *files: Path) -> Iterator[Path]:
+        """Copy files of the run directory where only this user can exchange them; gives the first one's copy."""
+        with tempfile.TemporaryDirectory(prefix="ml2o-send-") as folder:
+            for file in files:
+                copied(file, self._run_dir or file.resolve().parent, Path(folder) / file.name)
+            yield Path(folder) / files[0].name
 
     def _by_id(self, run_id: str) -> Any:
         from mlflow.exceptions import MlflowException
@@ -186,7 +210,7 @@ def send_records(run: Run, records: Sequence[Record], refused: Callable[[Record,
     """Write one call's worth of records to `run`: at most METRICS_PER_CALL points, or one other record.
 
     What MLflow refuses for good is halved until the culprit is alone, which is given to `refused` and left out.
-    Raises whatever is temporary; the call can then be made again.
+    Raises whatever is no refusal, as a store that does not answer; the call can then be made again.
     """
     points = [record for record in records if isinstance(record, Point)]
     try:
@@ -196,7 +220,7 @@ def send_records(run: Run, records: Sequence[Record], refused: Callable[[Record,
             if not isinstance(record, Point):
                 run.send(record)
     except Exception as error:  # MLflow lets its database's and requests' errors through
-        if is_temporary(error):
+        if not is_refusal(error):
             raise
         if len(records) == 1:
             refused(records[0], error)

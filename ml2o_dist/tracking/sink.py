@@ -17,10 +17,11 @@ from typing import Any
 
 from ml2o_dist.tracking.backlog import Backlog
 from ml2o_dist.tracking.identity import RunIdentity, load_identity, save_identity
+from ml2o_dist.tracking.named_servers import remember
 from ml2o_dist.tracking.records import End, Params, Point, Record, Status, Tags, Upload, Version
 from ml2o_dist.tracking.run import MlflowRun, Run, RunGone, send_records
 from ml2o_dist.tracking.spool import SPOOL_FOLDER, Spool
-from ml2o_dist.tracking.store import is_temporary, one_line, redacted, refused
+from ml2o_dist.tracking.store import is_temporary, one_line, redacted, refused, shortened
 
 _CAPACITY = 100_000
 """Records kept in memory where the disk takes nothing: a day of a run that logs one a second, some 20 MB."""
@@ -118,9 +119,10 @@ class MlflowSink:
             if run_dir and run_id != identity.run_id:
                 save_identity(run_dir, replace(identity, run_id=run_id))
 
+        remember(uri)
         if run_dir and identity != known:
             save_identity(run_dir, identity)
-        sink = cls(MlflowRun(uri, identity), redacted(uri), spool, on_begun=note)
+        sink = cls(MlflowRun(uri, identity, run_dir), redacted(uri), spool, on_begun=note)
         if params:
             sink.log_params(params)
         if tags:
@@ -265,18 +267,21 @@ class MlflowSink:
     def _refuse(self, record: Record, error: Exception) -> None:
         self.refused += 1
         if self.refused == 1:
-            _log.warning("MLflow at %s does not take %s: %s", self._place, record, one_line(error))
+            _log.warning("MLflow at %s does not take %s: %s", self._place, shortened(record), one_line(error))
 
     def _missed(self, error: Exception) -> None:
         """Say once per outage that the server is away."""
         if not self._tried:
             self._first_error = error
         if not self._away and (self._tried or is_temporary(error)):  # else `open` raises it
-            _log.warning(
-                "MLflow at %s does not answer; the run goes on, its figures are kept and sent later: %s",
-                self._place,
-                one_line(error),
-            )
+            if isinstance(error, RunGone):
+                said, why = f"MLflow at {self._place} lost the run", one_line(error)
+            elif is_temporary(error):
+                said, why = f"MLflow at {self._place} does not answer", one_line(error)
+            else:
+                said, why = f"MLflow at {self._place} was sent nothing", str(refused(self._place, error))
+                _log.info("sending to MLflow failed", exc_info=error)
+            _log.warning("%s; the run goes on, its figures are kept and sent later: %s", said, why)
         self._away = True
 
 

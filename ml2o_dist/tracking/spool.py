@@ -10,11 +10,13 @@ some records are sent again: writing a record to MLflow twice must do no harm (s
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import logging
 import os
 import shutil
+import stat
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -22,10 +24,18 @@ from pathlib import Path
 
 from ml2o_dist.errors import UserError
 from ml2o_dist.files import replacing
+from ml2o_dist.reading import MIB, read_json_object
 from ml2o_dist.tracking.records import End, Point, Record, Upload, Version, from_line, to_line
+from ml2o_dist.tracking.run_files import copied
 
 SPOOL_FOLDER = "spool"
 """The spool's name in a run directory."""
+
+LIMIT = 4 * 1024 * MIB
+"""Bytes of records in a spool: weeks of a run that nobody answers."""
+
+_LINE = 16 * MIB
+"""Bytes of one record; a longer line is none."""
 
 _RECORDS, _SENT, _FILES = "records.jsonl", "sent.json", "files"
 
@@ -60,7 +70,8 @@ class Spool:
         """Open the spool in `folder`, or begin one there.
 
         Raises:
-            UserError: another process has it open; OSError: it can neither be read nor made.
+            UserError: another process has it open, it is a link, its records are no regular file or larger than
+                `LIMIT`; OSError: it can neither be read nor made.
         """
         self.folder = folder
         self.removed = False
@@ -68,7 +79,7 @@ class Spool:
         shutil.rmtree(_removed_name(folder), ignore_errors=True)  # of a process that was killed while removing it
         folder.mkdir(parents=True, exist_ok=True)
         self._records = folder / _RECORDS
-        self._file: int | None = os.open(self._records, os.O_RDWR | os.O_CREAT, 0o644)
+        self._file: int | None = _opened(self._records)
         try:
             _claim(self._file, folder)
             self._end = _end_of_whole_lines(self._records)
@@ -89,6 +100,8 @@ class Spool:
             content = bytearray()
             for record in records:
                 content += to_line(self._kept(record, self._end + len(content)))
+            if self._end + len(content) > LIMIT:
+                raise OSError(errno.EFBIG, "the spool is full")
             try:
                 os.ftruncate(self._file, self._end)  # a torn line, of a process that was killed or of a full disk
                 _write_all(self._file, content, self._end)
@@ -182,11 +195,15 @@ class Spool:
 
     def _kept(self, record: Record, position: int) -> Record:
         """Return `record` as it is written at byte `position`: its file copied here, its path relative to the spool."""
-        if isinstance(record, Upload) and record.path.exists():
+        if isinstance(record, Upload):
             target = self.folder / _FILES / str(position) / record.path.name
-            target.parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(record.path, target)
-            return replace(record, path=target.relative_to(self.folder))
+            shutil.rmtree(target.parent, ignore_errors=True)  # of a line that was torn
+            try:
+                target.parent.mkdir(parents=True)
+                copied(record.path, self.folder.parent, target)
+                return replace(record, path=target.relative_to(self.folder))
+            except (FileNotFoundError, UserError) as error:  # it is left out, with this reason, when its turn comes
+                _log.info("not kept in the spool: %s", error)
         if isinstance(record, Upload | Version):
             return replace(record, path=Path(os.path.relpath(record.path, self.folder)))
         return record
@@ -218,12 +235,32 @@ def _claim(file: int, folder: Path) -> None:
         _log.info("%s cannot be locked: %s", folder, error.strerror)
 
 
+def _opened(file: Path) -> int:
+    """Return a handle of the spool's records, which are made where there are none; raises UserError and OSError."""
+    for folder in (file.parent, file.parent / _FILES):
+        if folder.is_symlink():
+            raise UserError(f"{str(folder)!r} is a link: a spool lies in its run directory")
+    try:
+        # A link would have another file written over; a FIFO would block.
+        handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    except OSError as error:
+        if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):
+            raise UserError(f"{str(file)!r} is not a regular file") from error
+        raise
+    about = os.fstat(handle)
+    if not stat.S_ISREG(about.st_mode) or about.st_size > LIMIT:
+        os.close(handle)
+        what = f"larger than {LIMIT // MIB} MiB" if stat.S_ISREG(about.st_mode) else "not a regular file"
+        raise UserError(f"{str(file)!r} is {what}")
+    return handle
+
+
 def _lines(file: Path, start: int) -> Iterator[tuple[Record | None, int]]:
     """Yield for each line from byte `start`: its record (None: torn or altered), and the byte where it ends."""
     with file.open("rb") as stream:
         stream.seek(start)
         position = start
-        for line in stream:
+        while line := stream.readline(_LINE):
             position += len(line)
             yield from_line(line), position
 
@@ -241,9 +278,10 @@ def _end_of_whole_lines(file: Path) -> int:
 
 def _bytes_sent(folder: Path) -> int:
     try:
-        return int(json.loads((folder / _SENT).read_bytes())["bytes"])
-    except (OSError, ValueError, KeyError, TypeError):
+        sent = read_json_object(folder / _SENT, "file", MIB, within=folder).get("bytes")
+    except (FileNotFoundError, UserError):
         return 0  # sent again, which does no harm
+    return sent if type(sent) is int and sent > 0 else 0
 
 
 def _write_all(file: int, content: bytes | bytearray, position: int) -> None:

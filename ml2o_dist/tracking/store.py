@@ -5,13 +5,16 @@ MLflow is imported only when a store is opened: saying where it is costs nothing
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import re
 import socket
+import ssl
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -38,8 +41,38 @@ _TEMPORARY = frozenset(
     ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "DEADLINE_EXCEEDED", "REQUEST_LIMIT_EXCEEDED", "ABORTED")
 )
 
+_CODE_ERRORS = (
+    ArithmeticError,
+    AssertionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    NameError,
+    RecursionError,
+    NotImplementedError,
+    TypeError,
+)
+"""What MLflow wraps as INTERNAL_ERROR, too, where its own code or a database's driver is at fault."""
+
+_NETWORK_ERRNOS = frozenset(
+    getattr(errno, name)
+    for name in ("ENETDOWN", "ENETUNREACH", "ENETRESET", "EHOSTDOWN", "EHOSTUNREACH", "EADDRNOTAVAIL", "ESTALE")
+    if hasattr(errno, name)
+)
+
+_NETWORKS = frozenset(("requests", "urllib3", "http", "httpx", "botocore", "boto3", "google", "azure", "pyarrow"))
+"""Packages that MLflow reaches servers and object stores by: their errors are those of the place."""
+
+_DATABASES = frozenset(("sqlalchemy", "sqlite3", "psycopg2", "psycopg", "pymysql", "MySQLdb", "pyodbc"))
+
+_CONNECTION_NAMES = frozenset(("OperationalError", "InterfaceError", "TimeoutError", "DisconnectionError"))
+"""Errors of a database that is away or locked; its other ones are of what it was asked."""
+
 _SECRET = re.compile(r"(?<=[?&])([^=&]*(?:password|passwd|pwd|token|secret)[^=&]*)=[^&]*", re.IGNORECASE)
 """A parameter of a URI that must not be shown, nor written down."""
+
+
+_log = logging.getLogger("ml2o_dist.tracking")
 
 
 class StoreAway(UserError):
@@ -62,7 +95,8 @@ def resolve_tracking_uri(setting: str = "", home: Path | None = None) -> str:
         path = uri.removeprefix(_SQLITE)
         if not path or path == ":memory:":
             raise UserError(f"{source} is {uri!r}: name a file, sqlite:///mlflow.db")
-        return _SQLITE + str(home / path)
+        _check_quoting(source, uri, path)
+        return _SQLITE + (path if path.startswith("/") else str(PurePosixPath(_quoted(home), path)))
     kind = _kind(uri)
     if uri == "databricks" or kind == "databricks" or ("://" in uri and (kind in _SERVERS or kind in _DATABASE_PORTS)):
         return uri
@@ -140,26 +174,66 @@ def ensure_experiment(client: Any, uri: str, name: str) -> str:
 
 
 def is_temporary(error: Exception) -> bool:
-    """Tell whether asking again later may help: nobody answered, or the server failed, rather than refused."""
+    """Tell whether asking again later may help: nobody answered, or the server failed, rather than refused.
+
+    That is so for errors of networks, databases and object stores, and for nothing else: an error of code in MLflow's
+    client or in this package is no silence of the server.
+    """
     from mlflow.exceptions import MlflowException
 
     if isinstance(error, MlflowException):
-        return error.error_code in _TEMPORARY
+        cause = error.__cause__ or error.__context__
+        return error.error_code in _TEMPORARY and not isinstance(cause, _CODE_ERRORS)
+    if isinstance(error, ConnectionError | TimeoutError | socket.gaierror | ssl.SSLError | StoreAway):
+        return True
+    if isinstance(error, OSError) and error.errno in _NETWORK_ERRNOS:
+        return True
+    names = {(kind.__module__.partition(".")[0], kind.__name__) for kind in type(error).__mro__}
+    packages = {package for package, _ in names}
+    if packages & _DATABASES:
+        return bool({name for _, name in names} & _CONNECTION_NAMES)
+    # A ValueError of theirs is a wrong URL or header, except where an answer is no JSON.
+    malformed = isinstance(error, ValueError) and type(error).__name__ != "JSONDecodeError"
+    return bool(packages & _NETWORKS) and not malformed
+
+
+def is_refusal(error: Exception) -> bool:
+    """Tell whether a store, or this package, has refused for good what it was asked."""
+    from mlflow.exceptions import MlflowException
+
+    if isinstance(error, MlflowException):
+        return error.error_code not in _TEMPORARY
     # A permission that is lacking is a server's artifact folder on another machine's disk: it will not come.
-    return isinstance(error, StoreAway) or not isinstance(error, UserError | FileNotFoundError | PermissionError)
+    return isinstance(error, UserError | FileNotFoundError | PermissionError) and not isinstance(error, StoreAway)
 
 
 def one_line(error: Exception) -> str:
     """Return what `error` says as one line; of a long one the beginning and the end, where the cause is."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    return shortened(" ".join(str(error).split()) or type(error).__name__)
+
+
+def shortened(said: object) -> str:
+    """Return `said` as text; of a long one the beginning and the end."""
+    text = str(said)
     return text if len(text) <= 240 else f"{text[:120]} ... {text[-115:]}"
 
 
 def refused(uri: str, error: Exception) -> UserError:
     """Build the one-line error for a store at `uri` that could not do what it was asked."""
+    shown = redacted(uri)
     if is_temporary(error):
-        return StoreAway(f"MLflow at {redacted(uri)} does not answer: {one_line(error)}")
-    return UserError(f"MLflow at {redacted(uri)} refused: {one_line(error)}")
+        return StoreAway(f"MLflow at {shown} does not answer: {one_line(error)}")
+    if is_refusal(error):
+        return UserError(f"MLflow at {shown} refused: {one_line(error)}")
+    if isinstance(error, OSError):
+        return UserError(f"this machine could not do what MLflow at {shown} needs: {one_line(error)}")
+    _log.info("an error of code, not of the store", exc_info=error)
+    where = traceback.extract_tb(error.__traceback__)[-1:]
+    place = "".join(f" in {Path(frame.filename).name}, line {frame.lineno}" for frame in where)
+    return UserError(
+        f"{type(error).__name__}{place}: {one_line(error)}: a fault of ml2o_dist or of MLflow's client, not of MLflow "
+        f"at {shown}; please report it"
+    )
 
 
 @contextmanager
@@ -169,7 +243,7 @@ def answering(uri: str) -> Iterator[None]:
         yield
     except UserError:
         raise
-    except Exception as error:  # MLflow lets SQLAlchemy's, requests' and its own errors through: all mean the same here
+    except Exception as error:  # MLflow lets SQLAlchemy's, requests' and its own errors through
         raise refused(uri, error) from error
 
 
@@ -191,8 +265,44 @@ def _kind(uri: str) -> str:
     return scheme.partition("+")[0].lower() if colon else ""
 
 
+def _quoted(home: Path) -> str:
+    """Return a folder as the URI of an sqlite file in it has it: only what would mean something else is quoted.
+
+    Raises:
+        UserError: the version of SQLAlchemy reaches no such folder (before 2.1 it unquotes nothing).
+    """
+    plain = str(home)
+    quoted = re.sub(r"%(?=[0-9A-Fa-f]{2})|[?]", lambda found: f"%{ord(found[0]):02X}", plain)
+    for text in (plain, quoted):
+        if "?" not in text and _database(_SQLITE + text) == plain:
+            return text
+    raise UserError(
+        f"ML2O_HOME {plain!r}: the installed SQLAlchemy reaches no sqlite file in a folder with a '?' in its name: "
+        "name another folder, or install sqlalchemy>=2.1"
+    )
+
+
+def _database(uri: str) -> str:
+    """Return the path that MLflow opens for the URI of an sqlite file."""
+    path = uri.removeprefix(_SQLITE).partition("?")[0]
+    if "%" not in path:
+        return path
+    from sqlalchemy import make_url  # late: only such a path needs it
+
+    return make_url(uri).database or ""
+
+
+def _check_quoting(source: str, uri: str, path: str) -> None:
+    """Raise UserError where a `?` or `%` that belongs to a folder's name would be read as a part of the URI."""
+    path, question, query = path.partition("?")
+    plain, meant = Path(path), Path(_database(uri))
+    other_folder = plain != meant and plain.parent.is_dir() and not meant.exists()
+    if other_folder or (question and not re.fullmatch(r"([^/=]+=[^/]*)(&[^/=]+=[^/]*)*", query)):
+        raise UserError(f"{source} is {uri!r}: in an sqlite URI a '?' of a folder's name is %3F, a '%' is %25")
+
+
 def _sqlite_file(uri: str) -> Path | None:
-    return Path(uri.removeprefix(_SQLITE).partition("?")[0]) if uri.startswith(_SQLITE) else None
+    return Path(_database(uri)) if uri.startswith(_SQLITE) else None
 
 
 def _check_sqlite(file: Path) -> None:

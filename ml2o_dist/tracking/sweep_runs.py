@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -61,9 +62,9 @@ class SweepRuns:
             name,
             run_key=run_key(self.key, trial),
         )
-        spool = Spool(self._folder / trial)
+        spool = Spool(self._folder_of(trial))
         self._begun[trial] = name, values
-        sink = self._open[trial] = MlflowSink(MlflowRun(self._uri, identity), redacted(self._uri), spool)
+        sink = self._open[trial] = MlflowSink(MlflowRun(self._uri, identity, self._folder), redacted(self._uri), spool)
         sink.log_params(values)
         sink.set_tags({"trial": name, "sweep": self._experiment})
         self._nest(trial)
@@ -107,7 +108,7 @@ class SweepRuns:
         """Delete the runs of trials that a kill made Tune forget; where MLflow is away they stay, with a warning."""
         for trial in trials:
             self._unsent.pop(trial, None)
-            shutil.rmtree(self._folder / trial, ignore_errors=True)
+            shutil.rmtree(self._folder_of(trial), ignore_errors=True)
         try:
             with answering(self._uri):
                 client = connect(self._uri)
@@ -119,6 +120,12 @@ class SweepRuns:
         except UserError as error:
             _log.warning("the runs of trials %s, which were lost, may stay in MLflow: %s", ", ".join(trials), error)
 
+    def _folder_of(self, trial: str) -> Path:
+        """Return the folder of a trial's spool; raises UserError for an id, or a link, that leads elsewhere."""
+        if self._folder.is_symlink() or not re.fullmatch(r"[\w-][\w. -]*", trial):
+            raise UserError(f"the spool of trial {trial!r} would not lie in {str(self._folder)!r}")
+        return self._folder / trial
+
     def _nest(self, trial: str) -> None:
         """Put the trial below the sweep as soon as that has a run."""
         if trial not in self._nested and self._parent.run_id:
@@ -128,4 +135,4 @@ class SweepRuns:
 
 def run_key(sweep: str, trial: str) -> str:
     """Return the tag by which a trial's run is found again."""
-    return f"{sweep}-{trial}"
+    return re.sub(r"[^\w.-]", "-", f"{sweep}-{trial}")

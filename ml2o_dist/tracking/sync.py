@@ -12,10 +12,11 @@ from typing import TypedDict
 
 from ml2o_dist.errors import UserError
 from ml2o_dist.tracking.identity import IDENTITY_FILE, RunIdentity, load_identity, save_identity
+from ml2o_dist.tracking.named_servers import check_known, remember
 from ml2o_dist.tracking.records import End, Point, Record, Status
-from ml2o_dist.tracking.run import METRICS_PER_CALL, MlflowRun, send_records
+from ml2o_dist.tracking.run import METRICS_PER_CALL, MlflowRun, RunGone, send_records
 from ml2o_dist.tracking.spool import SPOOL_FOLDER, Spool
-from ml2o_dist.tracking.store import one_line, redacted, refused, resolve_tracking_uri
+from ml2o_dist.tracking.store import one_line, redacted, refused, resolve_tracking_uri, shortened
 
 _log = logging.getLogger("ml2o_dist.tracking")
 
@@ -40,7 +41,8 @@ def sync(run_dir: Path, tracking_uri: str = "") -> Synced:
     this is cut short: the next call goes on from there.
 
     Args:
-        tracking_uri: where, as `resolve_tracking_uri` takes it; "": where the run was tracked.
+        tracking_uri: where, as `resolve_tracking_uri` takes it; "": where the run was tracked, which must be a server
+            that the environment or a run on this machine has named.
 
     Raises:
         UserError: there is no run, it is still going on, or MLflow does not answer or refuses.
@@ -62,7 +64,7 @@ def sync(run_dir: Path, tracking_uri: str = "") -> Synced:
         )
     if identity is None:
         raise UserError(f"{run_dir / IDENTITY_FILE} is missing: it names the MLflow run that {folder} belongs to")
-    uri = _tracking_uri(identity, tracking_uri)
+    uri = _tracking_uri(identity, tracking_uri, run_dir)
     try:
         spool = Spool(folder)
     except OSError as error:
@@ -80,18 +82,19 @@ def sync_command(run_dir: Path, uri: str) -> str:
 
 
 def _send(run_dir: Path, spool: Spool, identity: RunIdentity, uri: str) -> Synced:
-    run, left_out = MlflowRun(uri, identity), 0
+    run, left_out = MlflowRun(uri, identity, run_dir), 0
     status: Status | None = None
     records = values = 0
 
     def refuse(record: Record, error: Exception) -> None:
         nonlocal left_out
         left_out += 1
-        _log.warning("MLflow at %s does not take %s: %s", redacted(uri), record, one_line(error))
+        _log.warning("MLflow at %s does not take %s: %s", redacted(uri), shortened(record), one_line(error))
 
     try:
         if run.start():
             spool.rewind()
+        remember(uri)
         save_identity(run_dir, replace(identity, run_id=run.run_id or ""))
         while (batch := spool.read(METRICS_PER_CALL)).records:
             send_records(run, batch.records, refuse)
@@ -102,6 +105,8 @@ def _send(run_dir: Path, spool: Spool, identity: RunIdentity, uri: str) -> Synce
         if status is None:
             status = "KILLED"
             run.send(End(status, time.time_ns() // 1_000_000))
+    except RunGone as error:
+        raise UserError(f"MLflow at {redacted(uri)}: {error}; the same command begins another run") from error
     except Exception as error:  # MLflow lets its database's and requests' errors through
         raise error if isinstance(error, UserError) else refused(uri, error) from error
     spool.remove()
@@ -117,11 +122,12 @@ def _send(run_dir: Path, spool: Spool, identity: RunIdentity, uri: str) -> Synce
     )
 
 
-def _tracking_uri(identity: RunIdentity, given: str) -> str:
+def _tracking_uri(identity: RunIdentity, given: str, run_dir: Path) -> str:
     """Return where to send: `given`, else where the run was tracked, whose password only the environment may know."""
     if given:
         return resolve_tracking_uri(given)
     if "***" not in identity.uri:
+        check_known(identity.uri, run_dir / IDENTITY_FILE)
         return identity.uri
     from_environment = resolve_tracking_uri() if os.environ.get("MLFLOW_TRACKING_URI") else ""
     if redacted(from_environment) == identity.uri:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 from pathlib import Path
 
 from ml2o_dist.artifact import WEIGHTS_FILE, Artifact, load_artifact
@@ -28,7 +29,7 @@ def export_version(uri: str, reference: str, output: Path) -> Artifact:
     try:
         copies = [(target.with_suffix(suffix), weights.with_suffix(suffix)) for suffix in (".safetensors", ".json")]
         for file, source in copies:
-            if file.exists() and file.read_bytes() != source.read_bytes():
+            if file.exists() and not (file.is_file() and filecmp.cmp(file, source, shallow=False)):
                 raise UserError(f"{str(file)!r} is there already and is not that of {reference}: name another --output")
         for file, source in copies:
             if not file.exists():

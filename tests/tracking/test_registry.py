@@ -13,10 +13,12 @@ import mlflow.pyfunc
 import numpy as np
 import pytest
 import torch
+from mlflow.exceptions import MlflowException
 
 from ml2o_dist.artifact import load_artifact, save_artifact
 from ml2o_dist.errors import UserError
 from ml2o_dist.rules.ml2o import ML2ONetwork, ML2ORule
+from ml2o_dist.tracking.names import checked_model_name
 from ml2o_dist.tracking.registry import list_versions, register_version, resolve_model
 from ml2o_dist.tracking.transfer import import_version
 from tests.tracking.filled_registry import RULE, Registry
@@ -190,3 +192,13 @@ def test_mlflow_loads_a_version_without_pickle(registry: Registry, monkeypatch: 
     files = list((registry.folder / "mlartifacts").rglob("*"))
     assert files
     assert not [file for file in files if file.suffix in pickled]
+
+
+def test_mlflow_takes_every_name_that_passes_and_not_one_with_a_dot(registry: Registry) -> None:
+    for name in ("my-model_2", "Größe", "a b", "a#b?c", "[x]", "x" * 200):
+        assert checked_model_name(name) == name
+        registry.client.create_registered_model(f"{name}.lock.lock")
+        assert register_version(registry.uri, name, registry.artifact(1)) == 1
+        assert resolve_model(registry.uri, f"models:/{name}/1").exists()
+    with pytest.raises(MlflowException, match="Invalid model name"):
+        registry.client.create_logged_model(registry.experiment_id, name="a.b")

@@ -96,6 +96,24 @@ def test_an_outage_is_said_once_and_nothing_is_lost(run: FakeRun, caplog: pytest
     ]
 
 
+def test_an_error_of_code_is_said_as_one_and_its_figures_are_kept(
+    run: FakeRun, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    sink = sink_of(run)
+    sink.log({"a": 0}, 0)
+    assert sink.flush()
+    with monkeypatch.context() as patch:
+        patch.setattr(FakeRun, "send_points", lambda self, points: points.nothing)
+        sink.log({"a": 1}, 1)
+        assert not sink.flush(limit_s=0.5)
+    assert "does not answer" not in caplog.text
+    assert "MLflow at nowhere was sent nothing; the run goes on, its figures are kept and sent later" in caplog.text
+    assert "AttributeError in test_sink.py, line " in caplog.text
+    assert sink.flush()
+    assert sink.close() == 0
+    assert values(run, "a") == [(0, 0.0), (1, 1.0)]
+
+
 def test_a_server_that_comes_late_gets_it_all(run: FakeRun) -> None:
     run.away = True
     sink = sink_of(run)

@@ -8,11 +8,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import zlib
+from itertools import count
 from pathlib import Path
 
 import pytest
 
 from ml2o_dist.errors import UserError
+from ml2o_dist.tracking import spool as spool_module
 from ml2o_dist.tracking.records import End, Params, Point, Record, Tags, Upload, Version, to_line
 from ml2o_dist.tracking.spool import Spool, unsent_values
 
@@ -223,3 +226,91 @@ def test_a_closed_spool_takes_no_notes(folder: Path) -> None:
     assert not (folder / "sent.json").exists()
     assert drained(other) == points(0, 1)
     assert json.loads((folder / "sent.json").read_text()) == {"bytes": (folder / "records.jsonl").stat().st_size}
+
+
+def forged(text: bytes) -> bytes:
+    """A line whose checksum is right, as anybody can write it."""
+    return b"%08x %s\n" % (zlib.crc32(text), text)
+
+
+POINT = b'{"kind":"point","key":"a","value":1.0,"step":%s,"timestamp_ms":1}'
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        b"3", b"null", b"[]", b"{}", b"[" * 100_000, b'{"kind":["point"]}', b'{"kind":"point"}', b"\xff", b"",
+        POINT % b'"x"', POINT % b"null", POINT % b"[1]", POINT % (b"9" * 5000), POINT % b"9223372036854775808",
+        POINT % b"1e400", b'{"kind":"point","key":3,"value":1.0,"step":1,"timestamp_ms":1}',
+        b'{"kind":"tags","values":[]}', b'{"kind":"tags","values":{"a":{}}}', b'{"kind":"params","values":{"a":1}}',
+        b'{"kind":"upload","path":3,"folder":""}', b'{"kind":"upload","path":"x","folder":null}',
+        b'{"kind":"end","status":"SAD","timestamp_ms":1}', b'{"kind":"version","path":"x"}', b'{"kind":"__class__"}',
+    ],
+    ids=count(),
+)  # fmt: skip
+def test_a_forged_line_is_left_out(folder: Path, text: bytes) -> None:
+    spool = Spool(folder)
+    spool.append(points(0))
+    spool.close()
+    with (folder / "records.jsonl").open("ab") as stream:
+        stream.write(forged(text) + to_line(points(1)[0]))
+    assert drained(Spool(folder)) == points(0, 1)
+
+
+@pytest.mark.parametrize("said", ["-1", "1e300", '"x"', "null", "true", "[1]", "9" * 5000, "1" * 30])
+def test_a_note_of_what_was_sent_that_cannot_be_is_not_believed(folder: Path, said: str) -> None:
+    spool = Spool(folder)
+    spool.append(points(0, 1))
+    spool.close()
+    (folder / "sent.json").write_text(f'{{"bytes": {said}}}')
+    assert drained(Spool(folder)) == points(0, 1)
+
+
+def test_a_spool_writes_through_no_link_and_waits_for_no_pipe(folder: Path, tmp_path: Path) -> None:
+    """Records are cut where the last whole one ends: through a link this would empty a file of the user's."""
+    target = tmp_path / "precious"
+    target.write_text("precious")
+    folder.mkdir(parents=True)
+    (folder / "records.jsonl").symlink_to(target)
+    with pytest.raises(UserError, match=r"records\.jsonl' is not a regular file"):
+        Spool(folder)
+    (folder / "records.jsonl").unlink()
+    os.mkfifo(folder / "records.jsonl")
+    with pytest.raises(UserError, match=r"records\.jsonl' is not a regular file"):
+        Spool(folder)
+    (folder / "records.jsonl").unlink()
+    (tmp_path / "other").mkdir()
+    (folder / "files").symlink_to(tmp_path / "other")
+    with pytest.raises(UserError, match=r"files' is a link"):
+        Spool(folder)
+    shutil.rmtree(folder)
+    folder.symlink_to(tmp_path / "other")
+    with pytest.raises(UserError, match=r"spool' is a link"):
+        Spool(folder)
+    assert target.read_text() == "precious"
+    assert list((tmp_path / "other").iterdir()) == []
+
+
+def test_a_spool_has_a_limit_that_a_run_keeps_and_a_reader_checks(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(spool_module, "LIMIT", 500)
+    spool = Spool(folder)
+    spool.append(points(0, 1))
+    with pytest.raises(OSError, match="the spool is full"):
+        spool.append(points(*range(2, 20)))
+    assert drained(spool) == points(0, 1)
+    spool.close()
+    with (folder / "records.jsonl").open("ab") as stream:
+        stream.truncate(501)
+    with pytest.raises(UserError, match="is larger than"):
+        Spool(folder)
+
+
+def test_a_line_without_an_end_takes_no_memory(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(spool_module, "_LINE", 4096)
+    folder.mkdir(parents=True)
+    with (folder / "records.jsonl").open("wb") as stream:
+        stream.write(to_line(points(0)[0]))
+        stream.truncate(1 << 20)
+    assert drained(Spool(folder)) == points(0)

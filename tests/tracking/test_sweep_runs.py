@@ -7,9 +7,11 @@ from typing import Any
 
 import pytest
 
+from ml2o_dist.errors import UserError
 from ml2o_dist.tracking.sink import MlflowSink
 from ml2o_dist.tracking.store import connect
 from ml2o_dist.tracking.sweep_runs import PARENT_TAG, SweepRuns
+from tests.tracking.fake_run import FakeRun
 from tests.tracking.mlflow_server import MlflowServer
 
 EXPERIMENT = "ml2o/sweep/x"
@@ -111,3 +113,16 @@ def test_what_could_not_be_sent_when_a_trial_ended_is_sent_when_the_server_answe
         assert not (tmp_path / "run" / "spools").exists()
     finally:
         server.kill()
+
+
+@pytest.mark.parametrize("trial", ["../../precious", "..", "", "a/b", "/tmp", "a\0b"])
+def test_the_id_of_a_trial_leads_out_of_no_folder(tmp_path: Path, trial: str) -> None:
+    """Ids are read back from a file of the sweep."""
+    (tmp_path / "precious").mkdir()
+    parent = MlflowSink(FakeRun(), "nowhere")
+    runs = SweepRuns(f"sqlite:///{tmp_path}/mlflow.db", EXPERIMENT, parent, "key", tmp_path / "sweep" / "spools")
+    for call in (lambda: runs.forget([trial]), lambda: runs.begin(trial, "x", {})):
+        with pytest.raises(UserError, match="would not lie in"):
+            call()
+    parent.close()
+    assert [path.name for path in tmp_path.iterdir()] == ["precious"]

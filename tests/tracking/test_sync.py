@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
+from itertools import count
 from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from mlflow import MlflowClient
 
 from ml2o_dist.artifact import save_artifact
 from ml2o_dist.cli import main
 from ml2o_dist.config import RuleSettings
 from ml2o_dist.errors import UserError
 from ml2o_dist.rules.ml2o import ML2ONetwork
-from ml2o_dist.tracking.identity import RUN_KEY_TAG, load_identity
+from ml2o_dist.tracking.identity import RUN_KEY_TAG, RunIdentity, load_identity, save_identity
+from ml2o_dist.tracking.records import End, Record, Upload, Version, to_line
 from ml2o_dist.tracking.registry import list_versions
 from ml2o_dist.tracking.sink import MlflowSink
 from ml2o_dist.tracking.spool import Spool
@@ -148,3 +152,108 @@ def test_a_password_is_on_no_disk_and_comes_from_the_environment(
     with pytest.raises(UserError, match=r"does not answer: 127\.0\.0\.1:9") as refusal:
         sync(tmp_path)
     assert "s3cret" not in str(refusal.value)
+
+
+def forge(folder: Path, *records: Record) -> None:
+    """Add lines to the spool in `folder`, as somebody may whose folder it is."""
+    with (folder / "records.jsonl").open("ab") as stream:
+        for record in records:
+            stream.write(to_line(record))
+
+
+def uploaded(uri: str, run_id: str) -> list[str]:
+    return sorted(file.path for file in connect(uri).list_artifacts(run_id))
+
+
+def test_only_files_of_the_run_directory_are_sent_whatever_its_spool_names(uri: str, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_text("secret")
+    run_dir = tmp_path / "run"
+    save_identity(run_dir, RunIdentity(uri, EXPERIMENT))
+    folder = run_dir / "spool"
+    (folder / "files" / "0").mkdir(parents=True)
+    (run_dir / "good.txt").write_text("good")
+    (folder / "files" / "0" / "kept.txt").write_text("kept")
+    (run_dir / "link").symlink_to(tmp_path / "secret")
+    (run_dir / "out").symlink_to(tmp_path)
+    os.mkfifo(run_dir / "fifo")
+    paths = ["/etc/hostname", str(tmp_path / "secret"), "../../secret", "../link", "../out/secret", "../fifo", "..",
+             "../plots", "/dev/zero", "../../../../../../../../etc/passwd", "a\0b", "", "x" * 300]  # fmt: skip
+    forge(folder, *(Upload(Path(path), "") for path in paths))
+    forge(folder, Upload(Path("../good.txt"), "../../out"), Upload(Path("../good.txt"), "/etc"))
+    forge(folder, Version(Path("../.."), "stolen", ""), Version(Path("../out"), "stolen", ""))
+    forge(folder, Upload(Path("../good.txt"), ""), Upload(Path("files/0/kept.txt"), ""), End("FINISHED", 1))
+    answer = sync(run_dir, uri)
+    assert uploaded(uri, answer["run_id"]) == ["good.txt", "kept.txt"]
+    assert answer["refused"] == len(paths) + 2  # folders outside are no record
+    assert not list_versions(uri, "stolen")
+    store = Path(uri.removeprefix("sqlite:///")).parent / "mlartifacts"
+    assert not [path for path in store.rglob("*") if path.is_file() and b"secret" in path.read_bytes()]
+
+
+def test_weights_of_another_run_are_not_registered(uri: str, run_dir: Path, tmp_path: Path) -> None:
+    other = tmp_path / "hostile"
+    save_identity(other, RunIdentity(uri, EXPERIMENT))
+    (other / "spool").mkdir()
+    (other / "mine").symlink_to(run_dir)
+    forge(other / "spool", Version(Path("../../run"), "stolen", ""), Version(Path("../mine"), "stolen", ""))
+    assert sync(other, uri)["refused"] == 2
+    assert not list_versions(uri, "stolen")
+
+
+def test_a_link_in_a_run_directory_is_not_sent_by_a_run_that_goes_on_in_it(uri: str, tmp_path: Path) -> None:
+    """A resumed run uploads the pictures that it finds."""
+    (tmp_path / "secret").write_text("secret")
+    run_dir = tmp_path / "run"
+    (run_dir / "plots").mkdir(parents=True)
+    (run_dir / "plots" / "a.png").symlink_to(tmp_path / "secret")
+    (run_dir / "plots" / "b.png").write_text("picture")
+    sink = MlflowSink.open(uri, EXPERIMENT, run_dir=run_dir)
+    for name in ("a.png", "b.png"):
+        sink.log_artifact(run_dir / "plots" / name, "plots")
+    sink.close()
+    assert sink.refused == 1
+    client = connect(uri)
+    assert [file.path for file in client.list_artifacts(str(sink.run_id), "plots")] == ["plots/b.png"]
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["[]", "{", "null", '{"uri": 3, "experiment": "x"}', '{"uri": "x"}', "[" * 100_000, '"\\ud800"',
+     '{"uri": "http://x", "experiment": "x", "run_key": "\' OR 1=1"}',
+     '{"uri": "http://x", "experiment": "x", "run_id": "../../x"}',
+     '{"uri": "http://x", "experiment": "x", "created_ms": 1e300}'],
+    ids=count(),
+)  # fmt: skip
+def test_an_identity_that_is_none_is_one_line(run_dir: Path, content: str) -> None:
+    (run_dir / "mlflow.json").write_text(content)
+    code, _, error = ml2o_sync(run_dir)
+    assert code == 2
+    assert "Traceback" not in error
+    assert [line for line in error.splitlines() if line.startswith("ml2o: ")][-1].count("mlflow.json is missing") == 1
+
+
+def test_an_identity_that_is_no_file_is_not_waited_for(run_dir: Path, tmp_path: Path) -> None:
+    (run_dir / "mlflow.json").rename(tmp_path / "mlflow.json")
+    (run_dir / "mlflow.json").symlink_to(tmp_path / "mlflow.json")
+    assert ml2o_sync(run_dir)[0] == 2
+    (run_dir / "mlflow.json").unlink()
+    os.mkfifo(run_dir / "mlflow.json")
+    assert ml2o_sync(run_dir)[0] == 2
+
+
+def test_an_error_of_code_is_not_the_servers_silence_and_keeps_the_spool(
+    uri: str, run_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(self: MlflowClient, *words: object, **options: object) -> None:
+        raise AttributeError("'NoneType' object has no attribute 'info'")
+
+    monkeypatch.setattr(MlflowClient, "log_batch", broken)
+    code, _, error = ml2o_sync(run_dir, "--tracking-uri", uri)
+    assert code == 2
+    (line,) = [line for line in error.splitlines() if line.startswith("ml2o: ")]
+    assert "AttributeError in test_sync.py, line " in line
+    assert "a fault of ml2o_dist or of MLflow's client" in line
+    assert "does not answer" not in error
+    assert (run_dir / "spool" / "records.jsonl").exists()
+    monkeypatch.undo()
+    assert ml2o_sync(run_dir, "--tracking-uri", uri)[0] == 0
