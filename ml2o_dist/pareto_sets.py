@@ -43,11 +43,13 @@ log = logging.getLogger(__name__)
 
 def settings_for(run_dir: str, config: Path | None, overrides: Sequence[str], *, resume: bool) -> ParetoSetSettings:
     """Read the settings: of the file, or of what lies in `run_dir` where that is gone on with. Raises UserError."""
+    within = None
     if resume and config is None:
-        config = set_folder(run_dir) / SETTINGS
+        within = set_folder(run_dir)
+        config = within / SETTINGS
         if not config.exists():
             raise UserError(f"nothing to resume: {config.parent} holds no {SETTINGS}")
-    return read_settings(ParetoSetSettings, config, overrides, SETTINGS)
+    return read_settings(ParetoSetSettings, config, overrides, SETTINGS, within)
 
 
 def set_folder(run_dir: str) -> Path:

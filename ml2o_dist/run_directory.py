@@ -29,7 +29,7 @@ def resumed_settings(storage: RunStorage, overrides: Sequence[str]) -> MetaTrain
     file = storage.folder / "config.yaml"
     if not file.exists():
         raise UserError(f"nothing to resume: {storage.name} holds no config.yaml")
-    return load_settings(file, overrides)
+    return load_settings(file, overrides, within=storage.folder)
 
 
 def check_fresh(run_dir: Path, settings: MetaTrainSettings) -> bool:

@@ -92,7 +92,7 @@ def test_a_file_that_is_missing_or_a_folder_is_refused_by_name(two, name):
     file.unlink()
     assert "No such file" in refused_for(two, name)
     file.mkdir()
-    assert "Is a directory" in refused_for(two, name)
+    assert "is not a regular file" in refused_for(two, name)
     assert load_checkpoint(save_checkpoint(two, some(4), keep=3)).meta_step == 4
 
 
