@@ -192,7 +192,7 @@ def load_artifact(path: Path | str) -> Artifact:
     file = _weights_file(path)
     content = _read(file, "weights", WEIGHTS_LIMIT)
     card_file = _card_file(file)
-    card = _parse_card(card_file, _read(card_file, "card", CARD_LIMIT))
+    card = parse_card(card_file, _read(card_file, "card", CARD_LIMIT))
     found = hashlib.sha256(content).hexdigest()
     if found != card["file_sha256"]:
         raise UserError(
@@ -267,7 +267,8 @@ def _read(file: Path, what: str, limit: int) -> bytes:
         raise UserError(f"{what} file {str(file)!r} is missing{hint if unfinished else ''}") from error
 
 
-def _parse_card(file: Path, content: bytes) -> dict[str, Any]:
+def parse_card(file: Path, content: bytes) -> dict[str, Any]:
+    """Return a card whose digest of itself holds; raises UserError, which names `file`."""
     card = parse_json(content, f"card file {str(file)!r}", CARD_LIMIT, finite=True)
     if not isinstance(card, dict) or not isinstance(card.get("format"), int):
         raise UserError(f"card file {str(file)!r} is no card of ml2o_dist: it names no format")

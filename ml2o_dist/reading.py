@@ -48,12 +48,13 @@ _LONGEST_NUMBER = 1000
 """Characters of a number in YAML: `1:59:59:...`, a number to the base 60, takes a time that grows as their square."""
 
 
-def read_bytes(file: Path, what: str, limit: int, within: Path | None = None) -> bytes:
+def read_bytes(file: Path, what: str, limit: int, within: Path | None = None, *, first: int | None = None) -> bytes:
     """Return the contents of a regular file of at most `limit` bytes.
 
     Args:
         what: what the file is to the reader, for the message: "weights file", "card".
         within: a folder that the file must lie in once all links are followed.
+        first: how many bytes of its beginning are returned; None: all.
 
     Raises:
         FileNotFoundError: it is missing.
@@ -73,7 +74,7 @@ def read_bytes(file: Path, what: str, limit: int, within: Path | None = None) ->
                 raise UserError(f"{shown} is not a regular file")
             if about.st_size > limit:
                 raise _too_large(shown, limit)
-            content = stream.read(limit + 1)
+            content = stream.read(limit + 1 if first is None else first)
     except FileNotFoundError:
         raise
     except UserError:

@@ -41,6 +41,15 @@ def read_tensors(
     return parse_tensors(read_bytes(file, what, limit, within), f"{what} {str(file)!r}")
 
 
+def read_texts(file: Path, what: str, limit: int) -> dict[str, str]:
+    """Return the texts in a safetensors file's header, without its tensors; raises as `read_tensors`."""
+    shown = f"{what} {str(file)!r}"
+    length = int.from_bytes(read_bytes(file, what, limit, first=8), "little")
+    if length > HEADER_LIMIT:
+        raise UserError(f"{shown} is not a safetensors file: its header is not whole")
+    return _texts(_header(read_bytes(file, what, limit, first=8 + length), shown), shown)
+
+
 def parse_tensors(content: bytes, shown: str) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Return the tensors in a safetensors file's content by name, on the CPU, and the texts in its header.
 
@@ -52,9 +61,7 @@ def parse_tensors(content: bytes, shown: str) -> tuple[dict[str, Tensor], dict[s
             that are not read.
     """
     header = _header(content, shown)
-    about = header.pop("__metadata__", {})
-    if not isinstance(about, dict) or not all(isinstance(text, str) for text in about.values()):
-        raise UserError(f"{shown} is not a safetensors file: its header's texts are no texts")
+    about = _texts(header, shown)
     for name, entry in header.items():
         _check_entry(name, entry, shown)
     try:
@@ -81,6 +88,14 @@ def _header(content: bytes, shown: str) -> dict[str, Any]:
     if not isinstance(header, dict):
         raise UserError(f"{shown} is not a safetensors file: its header is no JSON object")
     return header
+
+
+def _texts(header: dict[str, Any], shown: str) -> dict[str, str]:
+    """Take the texts out of a header."""
+    about = header.pop("__metadata__", {})
+    if not isinstance(about, dict) or not all(isinstance(text, str) for text in about.values()):
+        raise UserError(f"{shown} is not a safetensors file: its header's texts are no texts")
+    return about
 
 
 def _check_entry(name: str, entry: Any, shown: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import zlib
 from collections.abc import Callable
@@ -14,7 +13,7 @@ from urllib.request import urlopen
 
 from ml2o_dist.errors import UserError
 from ml2o_dist.files import replacing
-from ml2o_dist.problems.image_files import RAW_FILES, RawFile, data_folder
+from ml2o_dist.problems.image_files import PACKED_LIMIT, RAW_FILES, RawFile, data_folder, unpacked
 
 MIRRORS = {
     "MNIST": "https://ossci-datasets.s3.amazonaws.com/mnist/",
@@ -74,18 +73,14 @@ def _status(source: str, file: RawFile, root: Path) -> FileStatus:
     if not path.is_file():
         return FileStatus(source, file.path, False, 0, "missing")
     try:
-        content: Literal["official", "unknown"] = "official" if _unpacked_md5(path) == file.md5 else "unknown"
-    except (OSError, EOFError, zlib.error):
+        content: Literal["official", "unknown"] = "official" if _unpacked_md5(path, file) == file.md5 else "unknown"
+    except (OSError, EOFError, zlib.error, UserError):
         return FileStatus(source, file.path, True, path.stat().st_size, "damaged")
     return FileStatus(source, file.path, True, path.stat().st_size, content)
 
 
-def _unpacked_md5(path: Path) -> str:
-    with gzip.open(path, "rb") as stream:
-        digest = hashlib.md5(usedforsecurity=False)
-        while chunk := stream.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+def _unpacked_md5(path: Path, file: RawFile) -> str:
+    return hashlib.md5(unpacked(path, file.shape), usedforsecurity=False).hexdigest()
 
 
 def _download(url: str, file: RawFile, path: Path, progress: Progress | None) -> None:
@@ -94,7 +89,7 @@ def _download(url: str, file: RawFile, path: Path, progress: Progress | None) ->
             _receive(url, target, file.path, progress)
             target.flush()
             try:
-                md5 = _unpacked_md5(Path(target.name))
+                md5 = _unpacked_md5(Path(target.name), file)
             except (OSError, EOFError, zlib.error) as error:
                 raise UserError(f"what {url} sent cannot be unpacked: {error}") from error
             if md5 != file.md5:
@@ -107,10 +102,12 @@ def _receive(url: str, target: IO[bytes], name: str, progress: Progress | None) 
     try:
         with urlopen(url, timeout=_TIMEOUT) as answer:
             length = answer.headers.get("Content-Length")
-            total, received = int(length) if length else None, 0
+            total, received = int(length) if length and length.isdecimal() else None, 0
             while chunk := answer.read(_CHUNK):
                 target.write(chunk)
                 received += len(chunk)
+                if received > PACKED_LIMIT:
+                    raise UserError(f"cannot download {url}: it sends more than {PACKED_LIMIT:,} bytes")
                 if progress is not None:
                     progress(name, received, total)
     except (OSError, HTTPException) as error:  # URLError and timeouts are OSErrors
