@@ -6,9 +6,9 @@ import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
-from pydantic import TypeAdapter
+from pydantic import BaseModel, TypeAdapter
 from rich.console import Console
 
 from ml2o_dist import artifact
@@ -41,7 +41,7 @@ RESULT_FILE = "result.json"
 """What `ml2o meta-train --json` printed, and what it was asked for: where this is, the run is finished."""
 
 
-class _Answer(TypedDict):
+class _Answer(BaseModel):
     run_dir: str
     meta_steps: int
     weights_sha256: str
@@ -50,7 +50,7 @@ class _Answer(TypedDict):
     comparison: dict[str, Any] | None
 
 
-class _Result(TypedDict):
+class _Result(BaseModel):
     answer: _Answer
     asked: dict[str, Any]
 
@@ -145,8 +145,9 @@ def finished_answer(trainer: Trainer) -> dict[str, Any] | None:
     """
     settings, run_dir = trainer.settings, trainer.run_dir
     try:
-        kept = validated(_RESULT, read_json(run_dir / RESULT_FILE, "result", within=run_dir, finite=True), RESULT_FILE)
-        answer: dict[str, Any] = dict(kept["answer"])
+        kept = read_json(run_dir / RESULT_FILE, "result", within=run_dir, finite=True)
+        validated(_RESULT, kept, RESULT_FILE)
+        answer: dict[str, Any] = kept["answer"]
         if answer["comparison"] is not None:
             Evaluation.from_json(answer["comparison"])
         same = (kept["asked"], answer["meta_steps"], answer["weights_sha256"]) == (

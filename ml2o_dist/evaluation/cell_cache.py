@@ -11,10 +11,10 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict
+from typing import Any
 
 import torch
-from pydantic import TypeAdapter
+from pydantic import BaseModel, TypeAdapter
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
@@ -39,11 +39,11 @@ CELL_LIMIT = 4 * 1024 * MIB
 """Bytes of a cell: of a hundred instances of ten objectives over a hundred thousand steps there are 800 million."""
 
 
-class _Record(TypedDict):
+class _Record(BaseModel):
     key: str
     forwards: int
     backwards: int
-    guard_share: NotRequired[float]
+    guard_share: float | None = None
 
 
 _RECORD = TypeAdapter(_Record)
@@ -111,7 +111,7 @@ class CellCache:
             record = validated(_RECORD, parse_json(written, "a cell's record"), "a cell's record")
         except UserError:
             return None
-        return _result(tensors, record) if record["key"] == key and _is_result(tensors, record) else None
+        return _result(tensors, record) if record.key == key and _is_result(tensors, record) else None
 
     def keep(self, key: str, result: CellResult) -> None:
         """Write down a finished cell, whole or not at all; a disk that takes nothing costs one warning."""
@@ -195,7 +195,7 @@ def _is_result(tensors: Mapping[str, Tensor], record: _Record) -> bool:
     shapes |= {name: both for name in tensors if name.startswith("test.")}
     if "accepted" in tensors:
         shapes["accepted"] = (steps, instances)
-        if record.get("guard_share") is None:
+        if record.guard_share is None:
             return False
     if "conflicting" in tensors:
         ends = {f"end.{name}": both if name in ("weights", "losses") else each for name in _END}
@@ -209,7 +209,7 @@ def _is_result(tensors: Mapping[str, Tensor], record: _Record) -> bool:
 def _result(tensors: Mapping[str, Tensor], record: _Record) -> CellResult:
     guard = measured = None
     if "accepted" in tensors:
-        guard = GuardRecord(tensors["accepted"], record["guard_share"])
+        guard = GuardRecord(tensors["accepted"], record.guard_share or 0.0)
     if "conflicting" in tensors:
         end = Criticality(*(tensors[f"end.{name}"] for name in _END))
         measured = Measured(end, tensors["conflicting"], tensors["mean_cosine"])
@@ -217,8 +217,8 @@ def _result(tensors: Mapping[str, Tensor], record: _Record) -> CellResult:
         losses=tensors["losses"],
         test_metrics={name.removeprefix("test."): value for name, value in tensors.items() if name.startswith("test.")},
         diverged=tensors["diverged"],
-        forwards=record["forwards"],
-        backwards=record["backwards"],
+        forwards=record.forwards,
+        backwards=record.backwards,
         evaluations=tensors["evaluations"],
         seconds=tensors["seconds"],
         guard=guard,

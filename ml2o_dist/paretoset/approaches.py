@@ -19,10 +19,10 @@ import resource
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
 import torch
-from pydantic import TypeAdapter
+from pydantic import BaseModel, TypeAdapter
 from torch import Tensor
 from torch.func import functional_call
 
@@ -66,7 +66,7 @@ Outcome = dict[str, Any]
 """What a piece of work came to, as JSON values."""
 
 
-class _OutcomeJson(TypedDict):
+class _OutcomeJson(BaseModel):
     name: str
     approach: str
     steps: int

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal, TypedDict
+from typing import Any
 
 import torch
-from pydantic import TypeAdapter
+from pydantic import BaseModel, TypeAdapter
 from torch import Tensor
 
 from ml2o_dist.errors import UserError
@@ -22,14 +22,14 @@ MOST_TASKS, MOST_POINTS, MOST_POINTS_OF_MANY = 16, 2000, 64
 of most preferences has 1326, the preferences of eight tasks are 25."""
 
 
-class _FrontJson(TypedDict):
+class _FrontJson(BaseModel):
     rays: list[list[float]]
     losses: list[list[float]]
     accuracies: list[list[float]]
 
 
 _FRONT = TypeAdapter(_FrontJson)
-_PARTS: tuple[Literal["rays", "losses", "accuracies"], ...] = ("rays", "losses", "accuracies")
+_PARTS = ("rays", "losses", "accuracies")
 
 
 @dataclass(frozen=True, eq=False)
@@ -76,7 +76,9 @@ def front_from_json(value: Any) -> Front:
         UserError: it is something else, or larger than any that is made.
     """
     found = validated(_FRONT, value, "the front")
-    parts = {key: torch.tensor(found[key], dtype=torch.float64) for key in _PARTS if _even(found[key])}
+    parts = {
+        key: torch.tensor(getattr(found, key), dtype=torch.float64) for key in _PARTS if _even(getattr(found, key))
+    }
     shapes = {part.shape for part in parts.values()}
     if len(parts) < len(_PARTS) or len(shapes) > 1:
         raise UserError(f"the front cannot be used: {', '.join(_PARTS)} are no tables of one shape")

@@ -6,10 +6,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, NotRequired, TypedDict
+from typing import Annotated, Any
 
 import torch
-from pydantic import Field, TypeAdapter
+from pydantic import BaseModel, Field, TypeAdapter
 
 from ml2o_dist.errors import UserError
 from ml2o_dist.evaluation.metrics import igd_plus
@@ -53,7 +53,7 @@ _Count = Annotated[int, Field(ge=0, lt=2**60)]
 _Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
-class _ApproachJson(TypedDict):
+class _ApproachJson(BaseModel):
     approach: str
     steps: _Count
     seconds: _Amount
@@ -61,10 +61,10 @@ class _ApproachJson(TypedDict):
     peak_mb: _Amount
     failures: _Count
     diverged: _Count
-    igd_plus: NotRequired[_Amount | None]
+    igd_plus: _Amount | None = None
 
 
-class _FrontsJson(TypedDict):
+class _FrontsJson(BaseModel):
     tasks: tuple[str, ...]
     data_sha256: dict[str, str]
     git: str | None
@@ -107,21 +107,21 @@ def read_fronts(file: Path) -> Fronts:
     shown = f"fronts {str(file)!r}"
     found = validated(_FRONTS, read_json(file, "fronts", within=file.parent, finite=True), shown)
     try:
-        approaches = [from_json(each) for each in found["approaches"]]
+        approaches = [from_json(each) for each in found.approaches]
     except UserError as error:
         raise UserError(f"{shown} cannot be used: {error}") from error
     names = [each.approach for each in approaches]
     fronts = [front for each in approaches for front in each.fronts.values()]
-    if len(set(names)) < len(names) or any(front.losses.shape[1] != len(found["tasks"]) for front in fronts):
+    if len(set(names)) < len(names) or any(front.losses.shape[1] != len(found.tasks) for front in fronts):
         raise UserError(f"{shown} cannot be used: an approach stands there twice, or has other tasks")
-    return Fronts(found["tasks"], approaches, found["data_sha256"], found["git"])
+    return Fronts(found.tasks, approaches, found.data_sha256, found.git)
 
 
 def from_json(value: dict[str, Any]) -> ApproachResult:
     """Return the result that `ApproachResult.to_json` wrote; raises UserError where it is something else."""
     fronts = {split: front_from_json(value[split]) for split in SPLITS if split in value}
     rest = validated(_APPROACH, {key: each for key, each in value.items() if key not in SPLITS}, "an approach")
-    return ApproachResult(fronts=fronts, **rest)
+    return ApproachResult(fronts=fronts, **rest.model_dump())
 
 
 def nondominated(points: torch.Tensor) -> torch.Tensor:

@@ -8,9 +8,9 @@ import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any
 
-from pydantic import TypeAdapter
+from pydantic import BaseModel, TypeAdapter
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -36,14 +36,14 @@ BEST, RESULT, LIST = RUN_CONFIG, "result.json", "trials.md"
 """The best trial's settings (for `ml2o meta-train --config`), the answer, and the trials as a table."""
 
 
-class _Answer(TypedDict):
+class _Answer(BaseModel):
     run_dir: str
     trials: list[dict[str, Any]]
     best: dict[str, Any] | None
     registered_version: int | None
 
 
-class _Result(TypedDict):
+class _Result(BaseModel):
     answer: _Answer
     tracking: dict[str, Any]
     unsent: int
@@ -168,10 +168,11 @@ def resume_command(folder: Path) -> str:
 def finished_answer(folder: Path, settings: SweepSettings) -> dict[str, Any] | None:
     """Return what a sweep that left nothing to do has answered; None: there is something to do, or to send."""
     try:
-        kept = validated(_RESULT, read_json(folder / RESULT, "result", within=folder), RESULT)
+        kept = read_json(folder / RESULT, "result", within=folder)
+        validated(_RESULT, kept, RESULT)
     except (FileNotFoundError, UserError):  # not there, or not whole: it can be had again
         return None
-    answer: dict[str, Any] = dict(kept["answer"])
+    answer: dict[str, Any] = kept["answer"]
     whole = not kept["unsent"] and all(trial.get("state") != "failed" for trial in answer["trials"])
     same = kept["tracking"] == settings.tracking.model_dump(mode="json", by_alias=True)
     registered = answer["registered_version"] is not None or not settings.tracking.register_version
