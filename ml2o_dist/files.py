@@ -50,9 +50,14 @@ def replacing(file: Path) -> Iterator[IO[bytes]]:
 
 
 def _check_replaceable(file: Path) -> None:
-    """Raise OSError where something else than a regular file, or a link to something else, is at `file`."""
+    """Raise OSError where something else than a regular file, or a link to something else, is at `file`.
+
+    Also in the folders of devices: /dev/stdout is a link that may lead to a regular file.
+    """
     if "\0" in str(file):
         raise OSError(errno.EINVAL, "a name cannot have a NUL character", str(file))
+    if f"{os.path.realpath(file.parent)}/".startswith(("/proc/", "/sys/")) or os.path.realpath(file.parent) == "/dev":
+        raise OSError(errno.EPERM, "it is in a folder of devices", str(file))
     try:
         kind = os.stat(file).st_mode
     except OSError as error:

@@ -74,15 +74,18 @@ def read_bytes(file: Path, what: str, limit: int, within: Path | None = None, *,
                 raise UserError(f"{shown} is not a regular file")
             if about.st_size > limit:
                 raise _too_large(shown, limit)
-            content = stream.read(limit + 1 if first is None else first)
+            wanted = limit if first is None else min(first, limit)
+            content = stream.read(min(about.st_size + 1, wanted))  # no more: Python makes room for as many bytes first
+            while len(content) < wanted and (more := stream.read(min(MIB, wanted - len(content)))):
+                content += more  # it grew meanwhile, or has no size, as the files in /proc
+            if first is None and len(content) == limit and stream.read(1):
+                raise _too_large(shown, limit)
     except FileNotFoundError:
         raise
     except UserError:
         raise
     except (OSError, ValueError) as error:  # ValueError: a NUL or a lone surrogate in the name
         raise _unreadable(shown, error) from error
-    if len(content) > limit:  # it grew meanwhile, or has no size, as the files in /proc
-        raise _too_large(shown, limit)
     return content
 
 

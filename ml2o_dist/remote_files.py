@@ -64,9 +64,10 @@ def connect(place: str, what: str) -> tuple[str, FileSystem, str]:
 def read_remote(filesystem: FileSystem, path: str, shown: str, limit: int) -> bytes:
     """Return the content of a file of at most `limit` bytes; `shown` is what an error calls it. Raises UserError."""
     with answering(f"{shown} cannot be read"):
-        check_remote(filesystem.get_file_info(path), shown, limit)
+        info = filesystem.get_file_info(path)
+        check_remote(info, shown, limit)
         with filesystem.open_input_stream(path) as stream:
-            content: bytes = stream.read(limit + 1)
+            content: bytes = stream.read(info.size + 1 if info.size is not None else limit + 1)
     if len(content) > limit:  # it grew meanwhile
         raise UserError(f"{shown} is larger than {limit / MIB:g} MiB")
     return content

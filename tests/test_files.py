@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-from ml2o_dist.files import replacing
+from ml2o_dist.files import expanded, replacing
 
 
 def test_a_file_is_replaced_when_the_block_ends_and_not_before(tmp_path):
@@ -37,3 +39,65 @@ def test_a_block_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, error
         torn()
     assert file.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["a.bin"]
+
+
+def device(place: Path) -> Path:
+    try:
+        os.mknod(place / "it", stat.S_IFCHR | 0o666, os.makedev(1, 3))  # another /dev/null
+    except PermissionError:
+        pytest.skip("only root makes devices")
+    return place / "it"
+
+
+def linked(target: Path) -> Callable[[Path], Path]:
+    def make(place: Path) -> Path:
+        (place / "it").symlink_to(target)
+        return place / "it"
+
+    return make
+
+
+def fifo(place: Path) -> Path:
+    os.mkfifo(place / "it")
+    return place / "it"
+
+
+def folder(place: Path) -> Path:
+    (place / "it").mkdir()
+    return place / "it"
+
+
+@pytest.mark.parametrize(
+    "make", [device, fifo, folder, linked(Path("/dev/null")), linked(Path("/")), lambda place: Path("/dev/stdout")]
+)
+def test_nothing_but_a_regular_file_is_replaced(make: Callable[[Path], Path], tmp_path: Path) -> None:
+    file = make(tmp_path)
+    before = file.lstat()
+    with pytest.raises(OSError, match="it is") as caught, replacing(file):
+        pytest.fail("nothing is written")
+    assert caught.value.filename == str(file)
+    assert (file.lstat().st_mode, file.lstat().st_ino) == (before.st_mode, before.st_ino)
+    assert os.listdir(tmp_path) in ([], ["it"])
+
+
+def test_a_link_is_replaced_and_what_it_leads_to_is_not_written(tmp_path: Path) -> None:
+    (tmp_path / "other").write_bytes(b"other")
+    for target in ("other", "nowhere"):
+        (tmp_path / "it").unlink(missing_ok=True)
+        (tmp_path / "it").symlink_to(target)
+        with replacing(tmp_path / "it") as stream:
+            stream.write(b"new")
+        assert not (tmp_path / "it").is_symlink()
+        assert (tmp_path / "it").read_bytes() == b"new"
+    assert (tmp_path / "other").read_bytes() == b"other"
+
+
+def test_a_name_that_no_file_can_have_is_an_error_of_the_file(tmp_path: Path) -> None:
+    for name in ("a\0b", "a" * 300):
+        with pytest.raises(OSError, match=r"NUL|too long"), replacing(tmp_path / name):
+            pytest.fail("nothing is written")
+
+
+def test_the_home_of_a_user_who_is_not_there_is_a_name_like_any_other() -> None:
+    assert expanded("~nobody-at-all/x") == Path("~nobody-at-all/x")
+    assert expanded("~/x") == Path.home() / "x"
