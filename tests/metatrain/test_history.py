@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 
 import duckdb
@@ -114,3 +115,33 @@ def test_the_rows_say_where_the_time_of_a_run_went(tmp_path):
     assert busy == pytest.approx(sum(worked[:-1]))  # the last validation is after the last row
     assert busy < sum((1 - row["learner_share"]) * row["seconds"] for row in rows) < total
     assert {row["result_bytes"] for row in rows} == {4 * 4 * sum(t.numel() for t in trainer.learner.weights.values())}
+
+
+def test_a_file_that_claims_too_much_is_not_read(tmp_path):
+    """A million equal values take no room: a hundred columns of a million lists are a bomb of a few kilobytes."""
+    column = pa.chunked_array([pa.nulls(1_000_000, pa.float64())] * 101)
+    pq.write_table(pa.table({"meta_step": column.fill_null(0.0)}), tmp_path / FILE)
+    assert (tmp_path / FILE).stat().st_size < 1_000_000
+    with pytest.raises(UserError, match=r"metrics\.parquet cannot be read: it claims to hold 101,000,000 values"):
+        read_history(tmp_path / FILE)
+
+
+@pytest.mark.parametrize(
+    ("table", "why"),
+    [
+        ({"meta_step": ["a"]}, "column meta_step is of string, not int64"),
+        ({"meta_step": [None, 1]}, "a row has no meta_step"),
+        ({"meta_step": [0.5]}, "Float value 0.5 was truncated"),
+        ({"meta_step": [1], "meta_loss": [[1.0]]}, "column meta_loss is of list<element: double>, not double"),
+    ],
+)
+def test_columns_of_other_kinds_are_named(table, why, tmp_path):
+    pq.write_table(pa.table(table), tmp_path / FILE)
+    with pytest.raises(UserError, match=why):
+        read_history(tmp_path / FILE)
+
+
+def test_what_is_no_regular_file_does_not_hang(tmp_path):
+    os.mkfifo(tmp_path / FILE)
+    with pytest.raises(UserError, match=r"metrics\.parquet cannot be read: is not a regular file"):
+        read_history(tmp_path / FILE)
