@@ -270,6 +270,7 @@ def test_a_card_of_wrong_types_or_sizes_is_one_line(kind: str, folder: Path) -> 
         ("[1]", "names no format"),
         ("9" * 5000, "an integer of 5000 digits"),
     ],
+    ids=range(6),
 )
 def test_a_card_that_is_no_card_is_one_line(content: str, why: str, folder: Path) -> None:
     (folder / "weights.json").write_text(content)
@@ -314,7 +315,9 @@ def test_what_is_no_regular_file_is_refused_at_once_also_at_a_uri(name: str, fol
             load_artifact(place)
 
 
-@pytest.mark.parametrize("name", ["a" * 300, f"{'a' * 300}/x", "a\0b", "~nobody-at-all/x", "/dev/null", "/dev/zero"])
+@pytest.mark.parametrize(
+    "name", ["a" * 300, f"{'a' * 300}/x", "a\0b", "~nobody-at-all/x", "/dev/null", "/dev/zero"], ids=range(6)
+)
 def test_a_name_that_no_weights_have_is_one_line(name: str) -> None:
     with pytest.raises(UserError) as caught:
         load_artifact(name)

@@ -226,6 +226,7 @@ def forge(path, tensors=None, state=None, hashes=None):
         ({"tensors": b"\xff" * 8 + b"{}"}, "tensors.safetensors", "its header is not whole"),
         ({"tensors": b"\x02" + bytes(7) + b"[]"}, "tensors.safetensors", "no JSON object"),
     ],
+    ids=range(9),
 )
 def test_a_forged_checkpoint_is_refused_by_what_is_wrong(two, content, blamed, why):
     forge(two / "step_000004", **content)
