@@ -172,7 +172,8 @@ def _build(
         ("columns", columns, 0, 2**63 - 1),
     ):
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-            raise UserError(f"{name} {value!r} of tabular is not an integer from {least} to {most}")
+            shown = f"from {least} to {most}" if most == MOST_TASKS else f">= {least} (and <= {most})"
+            raise UserError(f"{name} {value!r} of tabular is not an integer {shown}")
     if isinstance(init, bool) or not isinstance(init, int | float) or not 0 < init < math.inf:
         raise UserError(f"init {init!r} of tabular is not a positive number")
     sizes = widths("hidden", hidden)
