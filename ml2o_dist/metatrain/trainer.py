@@ -159,13 +159,16 @@ class Trainer:
         if checkpoint is None:
             why = f"; refused: {'; '.join(refused)}" if refused else ""
             raise UserError(f"nothing to resume: {self.run_dir / 'checkpoints'} holds no valid checkpoint{why}")
-        difference = first_difference(self.settings, parse_settings(checkpoint.state.get("config")))
-        if difference:
+        step = f"checkpoints/step_{checkpoint.meta_step:06d}"
+        try:
+            settings = parse_settings(checkpoint.state.get("config"))
+        except UserError as error:
+            raise UserError(f"cannot resume {self.run_dir}: the configuration in {step}: {error}") from error
+        if difference := first_difference(self.settings, settings):
             raise UserError(f"cannot resume {self.run_dir} with another configuration: {difference}")
         try:
             self.take_over(checkpoint)
         except UserError as error:
-            step = f"checkpoints/step_{checkpoint.meta_step:06d}"
             raise UserError(f"cannot resume {self.run_dir}: {step} cannot be used: {error}") from error
         return refused
 

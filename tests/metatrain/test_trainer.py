@@ -326,8 +326,11 @@ FORGED = {
     "progress of texts": (lambda t, s: s["progress"].update(inner_steps="many"), "a inner_steps of the wrong type"),
     "progress of more": (lambda t, s: s["progress"].update(more=1), "its progress is something else"),
     "hashes that are numbers": (lambda t, s: s["progress"].update(data_sha256={"a": 1}), "a data_sha256 of the wrong"),
-    "no configuration": (lambda t, s: s.pop("config"), "should be"),
-    "a configuration that is a list": (lambda t, s: s.update(config=[]), "should be"),
+    "no configuration": (
+        lambda t, s: s.pop("config"),
+        "the configuration in checkpoints/step_000012: settings: must be",
+    ),
+    "a configuration that is a list": (lambda t, s: s.update(config=[]), "settings: must be a valid dictionary"),
     "no weights": (lambda t, s: t.pop("theta"), "it lacks the tensor theta"),
     "one weight for all": (lambda t, s: t.update(theta=torch.zeros(1)), r"its tensor theta has shape \[1\], not \["),
     "weights of nothing": (lambda t, s: t.update(average=t["average"] * math.nan), "average has values that are not f"),
