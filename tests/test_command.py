@@ -51,7 +51,7 @@ SETTINGS = [
     (("problems", "show", f"fonseca[n={'9' * 5000}]"), "fonseca"),
     (("problems", "show", "zdt1[n=1000000000]"), "n is 1000000000"),
     (("problems", "show", "dtlz2[m=1000000000]"), "m is 1000000000"),
-    (("problems", "show", "multidigits[net=mlp,hidden=999999999]"), "hidden '999999999' is not a width"),
+    (("problems", "show", "multidigits[net=mlp,hidden=999999999]"), "hidden 999999999 is not a width"),
     (("problems", "show", "multidigits[net=mlp,hidden=60000-60000]"), "parameters (allowed: 100,000,000)"),
     (("problems", "show", f"multidigits[net=mlp,hidden={'9' * 5000}]"), "is not a width"),
     (("problems", "show", "multidigits[net=cnn,channels=²]"), "is not a width"),

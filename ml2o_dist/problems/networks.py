@@ -253,11 +253,11 @@ def widths(setting: str, value: str | int) -> tuple[int, ...]:
     """Read `24` or `40-40`; raises UserError where a width is no positive integer."""
     parts = str(value).split("-")
     if not all(part.strip().isascii() and part.strip().isdecimal() and len(part) < 20 for part in parts):
-        raise UserError(f"{setting} {str(value)[:200]!r} is not a width or widths joined by '-', as in 24 or 40-40")
+        raise UserError(f"{setting} {repr(value)[:200]} is not a width or widths joined by '-', as in 24 or 40-40")
     found = tuple(int(part) for part in parts)
     if not all(1 <= width <= WIDEST for width in found) or len(found) > DEEPEST:
         raise UserError(
-            f"{setting} {str(value)[:200]!r} is not a width or widths joined by '-', as in 24 or 40-40, "
+            f"{setting} {repr(value)[:200]} is not a width or widths joined by '-', as in 24 or 40-40, "
             f"each from 1 to {WIDEST}, at most {DEEPEST}"
         )
     return found
