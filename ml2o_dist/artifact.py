@@ -9,6 +9,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -18,15 +20,15 @@ from typing import Any
 
 import torch
 from pydantic import ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from ml2o_dist.config import RuleSettings
 from ml2o_dist.errors import UserError, unknown
-from ml2o_dist.files import cache_folder, home_folder, replacing
-from ml2o_dist.remote_files import answering, connect, is_uri
+from ml2o_dist.files import cache_folder, expanded, home_folder, replacing
+from ml2o_dist.reading import MIB, one_line, parse_json, read_bytes
+from ml2o_dist.reading_tensors import check_floats, parse_tensors
+from ml2o_dist.remote_files import answering, connect, is_uri, read_remote
 
 FORMAT = 1
 """Version of the layout. A reader refuses a newer one and reads every older one."""
@@ -41,17 +43,24 @@ PRETRAINED = "pretrained"
 
 _DEFAULT = "ml2o-small"
 
-_OWN_KEYS = (
-    "format",
-    "package_version",
-    "created",
-    "rule",
-    "parameters",
-    "weights_sha256",
-    "file_sha256",
-    "provenance",
-    "card_sha256",
-)
+WEIGHTS_LIMIT = 1024 * MIB
+"""Bytes of a file of weights: twice what the largest network of `RuleSettings` has."""
+
+CARD_LIMIT = 4 * MIB
+"""Bytes of a card: a thousand times what a usual one has."""
+
+_OWN_KEYS: dict[str, type] = {
+    "format": int,
+    "package_version": str,
+    "created": str,
+    "rule": dict,
+    "parameters": int,
+    "weights_sha256": str,
+    "file_sha256": str,
+    "provenance": dict,
+    "card_sha256": str,
+}
+"""What every card has, and of which type it is."""
 
 
 @dataclass(frozen=True)
@@ -153,7 +162,7 @@ def located(reference: str) -> str:
     """Return what `load_artifact` takes, a relative path resolved against ML2O_HOME, all else and "" as it is."""
     if not reference or reference in shipped_names() or reference.startswith("models:/") or is_uri(reference):
         return reference
-    return str(home_folder() / Path(reference).expanduser())
+    return str(home_folder() / expanded(reference))
 
 
 def load_artifact(path: Path | str) -> Artifact:
@@ -165,8 +174,8 @@ def load_artifact(path: Path | str) -> Artifact:
             or `models:/NAME/VERSION`, of the registry that `resolve_tracking_uri` names.
 
     Raises:
-        UserError: a file is missing or altered, the format is newer, or the tensors do not fit the card's rule;
-            the line names the file and what differs.
+        UserError: a file is missing, altered, too large or no regular file, the format is newer, the tensors do not
+            fit the card's rule, or a weight is not finite; the line names the file and what differs.
     """
     if str(path).startswith("models:/"):
         from ml2o_dist.tracking.registry import resolve_model  # late: only who asks for a registry needs MLflow
@@ -177,22 +186,19 @@ def load_artifact(path: Path | str) -> Artifact:
         path = SHIPPED / f"{_DEFAULT if str(path) == PRETRAINED else path}.safetensors"
     elif is_uri(path):
         path = _fetched(str(path))
-    elif _is_word(str(path)) and not Path(path).exists():
+    elif _is_word(str(path)) and not os.path.exists(path):
         allowed = [*shipped_names(), "a run directory", "a weights file", "models:/NAME@ALIAS"]
         raise unknown("weights", str(path), allowed)
     file = _weights_file(path)
-    content = _read(file, "weights")
+    content = _read(file, "weights", WEIGHTS_LIMIT)
     card_file = _card_file(file)
-    card = _parse_card(card_file, _read(card_file, "card"))
+    card = parse_card(card_file, _read(card_file, "card", CARD_LIMIT))
     found = hashlib.sha256(content).hexdigest()
     if found != card["file_sha256"]:
         raise UserError(
             f"{str(file)!r} was altered: its sha256 is {found[:12]}..., the card says {card['file_sha256'][:12]}..."
         )
-    try:
-        weights = load_tensors(content)
-    except SafetensorError as error:
-        raise UserError(f"{str(file)!r} is not a safetensors file: {error}") from error
+    weights, _ = parse_tensors(content, f"weights file {str(file)!r}")
     found = weights_sha256(weights)
     if found != card["weights_sha256"]:
         said = card["weights_sha256"][:12]
@@ -202,8 +208,9 @@ def load_artifact(path: Path | str) -> Artifact:
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(str(part) for part in ("rule", *first["loc"]))
-        raise UserError(f"{str(card_file)!r}: {place}: {first['msg']}") from error
+        raise UserError(f"{str(card_file)!r}: {one_line(place)}: {one_line(first['msg'])}") from error
     _check_fit(weights, rule, file)
+    check_floats(weights, f"weights file {str(file)!r}")
     return Artifact(weights, rule, card, file)
 
 
@@ -214,9 +221,12 @@ def _fetched(place: str) -> Path:
     if not path.endswith(".safetensors"):
         path += f"/{WEIGHTS_FILE}"
     file = folder / path.rpartition("/")[2]
-    for source, target in ((path, file), (path.removesuffix(".safetensors") + ".json", _card_file(file))):
-        with answering(f"{target.name} of {uri!r} cannot be read"), filesystem.open_input_stream(source) as stream:
-            content = stream.read()
+    files = (
+        (path, file, WEIGHTS_LIMIT),
+        (path.removesuffix(".safetensors") + ".json", _card_file(file), CARD_LIMIT),
+    )
+    for source, target, limit in files:
+        content = read_remote(filesystem, source, f"{target.name} of {uri!r}", limit)
         with answering(f"the copy {str(target)!r} of {uri!r} cannot be written"), replacing(target) as copy:
             copy.write(content)
     return file
@@ -236,7 +246,7 @@ def _is_word(text: str) -> bool:
 
 
 def _weights_file(path: Path | str) -> Path:
-    path = Path(path).expanduser().absolute()
+    path = expanded(path).absolute()
     return path if path.suffix == ".safetensors" else path / WEIGHTS_FILE
 
 
@@ -244,9 +254,9 @@ def _card_file(file: Path) -> Path:
     return file.with_suffix(".json")
 
 
-def _read(file: Path, what: str) -> bytes:
+def _read(file: Path, what: str, limit: int) -> bytes:
     try:
-        return file.read_bytes()
+        return read_bytes(file, f"{what} file", limit)
     except FileNotFoundError as error:
         if (file.parent / "pareto_set.yaml").is_file():
             raise UserError(
@@ -255,15 +265,11 @@ def _read(file: Path, what: str) -> bytes:
         unfinished = (file.parent / "checkpoints").is_dir()
         hint = f": the run is not finished, go on with: ml2o meta-train --run-dir {file.parent} --resume"
         raise UserError(f"{what} file {str(file)!r} is missing{hint if unfinished else ''}") from error
-    except OSError as error:
-        raise UserError(f"{what} file {str(file)!r} cannot be read: {error.strerror or error}") from error
 
 
-def _parse_card(file: Path, content: bytes) -> dict[str, Any]:
-    try:
-        card = json.loads(content)
-    except ValueError as error:
-        raise UserError(f"card file {str(file)!r} is not JSON: {error}") from error
+def parse_card(file: Path, content: bytes) -> dict[str, Any]:
+    """Return a card whose digest of itself holds; raises UserError, which names `file`."""
+    card = parse_json(content, f"card file {str(file)!r}", CARD_LIMIT, finite=True)
     if not isinstance(card, dict) or not isinstance(card.get("format"), int):
         raise UserError(f"card file {str(file)!r} is no card of ml2o_dist: it names no format")
     if card["format"] > FORMAT:
@@ -273,6 +279,12 @@ def _parse_card(file: Path, content: bytes) -> dict[str, Any]:
     missing = [key for key in _OWN_KEYS if key not in card]
     if missing:
         raise UserError(f"card file {str(file)!r} lacks {', '.join(missing)}")
+    for key, kind in _OWN_KEYS.items():
+        if type(card[key]) is not kind:
+            raise UserError(f"card file {str(file)!r}: {key} is a {type(card[key]).__name__}, not a {kind.__name__}")
+    for key in ("weights_sha256", "file_sha256", "card_sha256"):
+        if not re.fullmatch("[0-9a-f]{64}", card[key]):
+            raise UserError(f"card file {str(file)!r}: {key} is no sha256")
     if card["card_sha256"] != _card_sha256(card):
         raise UserError(f"card file {str(file)!r} was altered: its content does not agree with its card_sha256")
     return card
@@ -286,7 +298,8 @@ def _card_sha256(card: Mapping[str, Any]) -> str:
 def _check_fit(weights: Mapping[str, Tensor], rule: RuleSettings, file: Path) -> None:
     from ml2o_dist.rules.ml2o import ML2ONetwork  # late: a rule may itself be built from an artifact
 
-    expected = {name: tuple(tensor.shape) for name, tensor in ML2ONetwork(rule).state_dict().items()}
+    with torch.device("meta"):  # shapes alone: of a network that the tensors do not have, nothing is made
+        expected = {name: tuple(tensor.shape) for name, tensor in ML2ONetwork(rule).state_dict().items()}
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     misfit = f"the tensors of {str(file)!r} do not fit its rule settings"
@@ -296,7 +309,8 @@ def _check_fit(weights: Mapping[str, Tensor], rule: RuleSettings, file: Path) ->
     if differing:
         misfit += f" ({'; '.join(differing)})"
     if missing or extra:
-        parts = [f"without {', '.join(missing)}"] * bool(missing) + [f"with {', '.join(extra)}"] * bool(extra)
+        parts = [f"without {', '.join(missing[:9])}"] * bool(missing)
+        parts += [f"with {one_line(', '.join(extra[:9]))}"] * bool(extra)
         raise UserError(f"{misfit}: they come {' and '.join(parts)}")
     for name, shape in expected.items():
         if found[name] != shape:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
@@ -30,9 +31,15 @@ def command(body: Callable[..., Any]) -> Callable[..., None]:
         try:
             # Ray's driver prints what its hosts say of a process that died, and libraries print what they like.
             with redirect_stdout(sys.stderr if as_json else sys.stdout), stop_on_signals(at_once=True):
+                _check_words(kwargs)
                 answer = body(*args, console=console, **kwargs)
         except UserError as error:
             _fail(str(error), USAGE)
+        except OSError as error:
+            # What no reader or writer has put into words: a name that is too long, links in a circle, a full disk.
+            if error.errno == errno.EPIPE:
+                raise  # click's: who reads the answer has gone
+            _fail(_file_error(error), USAGE)
         except Interrupted as error:
             exit_on_signals(128 + error.signal_number)
             _fail(str(error), 128 + error.signal_number)
@@ -48,6 +55,20 @@ def command(body: Callable[..., Any]) -> Callable[..., None]:
             click.echo(json.dumps(answer))
 
     return run
+
+
+def _check_words(words: Mapping[str, Any]) -> None:
+    """Raise UserError for a name with a control character: no file, run or model is called so on purpose."""
+    for option, value in words.items():
+        for each in value if isinstance(value, tuple) else (value,):
+            allowed = "\n\t" if option == "overrides" else ""  # YAML may have them
+            if isinstance(each, str | Path) and any(c < " " or c == "\x7f" for c in str(each) if c not in allowed):
+                raise UserError(f"{option.replace('_', '-')} {str(each)!r} has a control character in it")
+
+
+def _file_error(error: OSError) -> str:
+    why = error.strerror or " ".join(str(error).split()) or type(error).__name__
+    return f"{str(error.filename)!r}: {why}" if error.filename is not None else why
 
 
 def run_options(*, config: str, run_dir: str, seed: str) -> Callable[[Callable[..., Any]], Callable[..., Any]]:

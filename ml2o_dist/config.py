@@ -13,8 +13,37 @@ from ml2o_dist.tracking.names import ExperimentName, ModelName
 Scalar = bool | int | float | str
 
 
+LONGEST_TEXT = 4096
+"""Characters of a text: of the longest path that Linux takes."""
+LARGEST_SEED = 2**63 - 1
+MOST_STEPS = 10_000_000
+"""Inner steps of a run or of an episode: each leaves its losses in memory."""
+MOST_META_STEPS = 10**9
+MOST_SEEDS = 10_000
+MOST_NAMES = 10_000
+"""Entries of a list of problems, optimizers or values."""
+MOST_CELLS = 1_000_000
+"""Cells of an evaluation: optimizers times problems times seeds, each a Ray task."""
+LONGEST_WAIT_S = 1e7
+"""Seconds, some four months: a clock may not take much more."""
+
+MOST_WORKERS, MOST_SLOTS = 100_000, 100_000
+
+_Name = Annotated[str, Field(max_length=250, pattern=r"^[^\x00-\x1f\x7f]*$")]
+"""The name of a run, an experiment or a file: one line, as long as a file's name may be."""
+
+
 class _Settings(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, str_max_length=LONGEST_TEXT)
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _no_nul(cls, value: Any) -> Any:
+        """Refuse texts that no file, run or server can be called by."""
+        for each in value if isinstance(value, tuple) else (value,):
+            if isinstance(each, str) and "\0" in each:
+                raise ValueError(f"a text cannot have a NUL character, as {each!r}")
+        return value
 
 
 class GuardSettings(_Settings):
@@ -30,9 +59,9 @@ class GuardSettings(_Settings):
         "0: each step must pass by itself",
     )
     margin: float = Field(3.0, ge=0, description="standard errors of the paired differences that must be spared")
-    batches: int = Field(1, ge=1, description="guard batches a step, each of the problem's batch size")
+    batches: int = Field(1, ge=1, le=10_000, description="guard batches a step, each of the problem's batch size")
     growth: float = Field(0.0, ge=0, le=2, description="guard batches grow as (t + 1)^growth")
-    every: int = Field(1, ge=1, description="check every so many steps; above 1 without a theorem")
+    every: int = Field(1, ge=1, le=MOST_META_STEPS, description="check every so many steps; above 1 without a theorem")
     criterion: Literal["each", "sum"] = Field(
         "each", description="every objective must pass, or (without a theorem) their sum"
     )
@@ -49,7 +78,7 @@ class RuleSettings(_Settings):
     features: Literal["adam", "agreement", "log_sign"] = "adam"
     output: Literal["residual", "controlled", "scaled"] = "residual"
     objectives: Literal["tied", "per_objective"] = "tied"
-    count: int = Field(2, ge=1, description="m of a per_objective network; a tied one takes any m")
+    count: int = Field(2, ge=1, le=1000, description="m of a per_objective network; a tied one takes any m")
     hidden: int = Field(16, ge=1, le=1024, description="H, width of every LSTM")
     lr: float = Field(0.01, gt=0, description="scale of a residual or controlled step: Adam's learning rate")
     scale: float = Field(0.01, gt=0, description="scale of a `scaled` step, u = scale * out")
@@ -62,6 +91,8 @@ class RuleSettings(_Settings):
     def _warmup_needs_a_controller(self) -> RuleSettings:
         if self.warmup and self.output != "controlled":
             raise ValueError(f"warmup={self.warmup} needs output=controlled, not {self.output}")
+        if self.objectives == "per_objective" and self.count * self.hidden**2 > 2**24:
+            raise ValueError(f"count={self.count} modules of hidden={self.hidden}: count * hidden^2 is above 2^24")
         return self
 
 
@@ -75,21 +106,21 @@ class EstimatorSettings(_Settings):
     truncated: bool = Field(False, description="a step answers only for the losses of its own chunk of `unroll` steps")
     meta_loss: Literal["auto", "log_sum", "normalised", "log_gap"] = "auto"
     sigma: float = Field(0.01, gt=0, description="es: standard deviation of the weights' perturbation")
-    pairs: int = Field(1, ge=1, description="es: antithetic pairs of episodes")
+    pairs: int = Field(1, ge=1, le=10_000, description="es: antithetic pairs of episodes")
     clip: float = Field(1.0, gt=0, description="largest norm of one slot's meta-gradient")
 
 
 class ShareSettings(_Settings):
     """What one process asks of Ray."""
 
-    num_cpus: float = Field(1.0, gt=0)
-    num_gpus: float = Field(0.0, ge=0, description="a fraction shares one GPU between processes")
+    num_cpus: float = Field(1.0, gt=0, le=1e6)
+    num_gpus: float = Field(0.0, ge=0, le=1e6, description="a fraction shares one GPU between processes")
 
 
 class PlacementSettings(ShareSettings):
     """What one process asks of Ray, and of the node that it is on."""
 
-    custom: dict[str, Annotated[float, Field(gt=0)]] = Field(
+    custom: dict[str, Annotated[float, Field(gt=0, le=1e12)]] = Field(
         default_factory=dict, description="Ray resources of your own that it takes, as {big_memory: 1}"
     )
     labels: dict[str, str] = Field(
@@ -105,7 +136,10 @@ class LearnerSettings(_Settings):
     clip: float = Field(1.0, gt=0, description="largest norm of the reduced meta-gradient")
     ema: float = Field(0.9, ge=0, lt=1, description="decay of the average that is validated and shipped; 0: none")
     rollouts: int = Field(
-        16, ge=1, description="backward=learner: with so many rollouts not replayed yet, workers begin no more"
+        16,
+        ge=1,
+        le=100_000,
+        description="backward=learner: with so many rollouts not replayed yet, workers begin no more",
     )
     resources: PlacementSettings = Field(
         PlacementSettings(), description="backward=learner: of the process that replays"
@@ -125,8 +159,12 @@ class MemberSettings(_Settings):
         choices: dict[str, tuple[Scalar, ...]] = {key: (value,) for key, value in base.settings}
         choices.update(self.choices)
         for key, values in choices.items():
-            if not values:
-                raise UserError(f"family.train: {self.problem}: choices.{key} is empty; give at least one value")
+            if not 0 < len(values) <= MOST_NAMES:
+                raise UserError(
+                    f"family.train: {self.problem}: choices.{key} has {len(values)} values; give 1 to {MOST_NAMES}"
+                    if values
+                    else f"family.train: {self.problem}: choices.{key} is empty; give at least one value"
+                )
         ProblemSpec.of(base.name, {key: values[0] for key, values in choices.items()})
         return FamilyMember(base.name, self.weight, tuple(sorted(choices.items())))
 
@@ -134,9 +172,9 @@ class MemberSettings(_Settings):
 class FamilySettings(_Settings):
     """Which problems are trained on, validated on (choosing the weights) and compared on (seen by neither)."""
 
-    train: tuple[MemberSettings, ...] = Field(min_length=1)
-    validation: tuple[str, ...] = Field(min_length=1)
-    test: tuple[str, ...] = Field(min_length=1)
+    train: tuple[MemberSettings, ...] = Field(min_length=1, max_length=MOST_NAMES)
+    validation: tuple[str, ...] = Field(min_length=1, max_length=MOST_NAMES)
+    test: tuple[str, ...] = Field(min_length=1, max_length=MOST_NAMES)
     rescale: float = Field(
         1.0, ge=1, description="parameters of training problems are scaled by up to this, or 1 / this"
     )
@@ -164,12 +202,12 @@ class FamilySettings(_Settings):
 class ValidationSettings(_Settings):
     """When and how candidates are scored on `family.validation`."""
 
-    every: int = Field(10, ge=1, description="meta-steps between two validations")
-    horizon: int = Field(200, ge=1)
-    instances: int = Field(2, ge=1, description="paired instances of each validation problem")
+    every: int = Field(10, ge=1, le=MOST_META_STEPS, description="meta-steps between two validations")
+    horizon: int = Field(200, ge=1, le=MOST_STEPS)
+    instances: int = Field(2, ge=1, le=100_000, description="paired instances of each validation problem")
 
 
-Grid = Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1)]
+Grid = Annotated[tuple[Annotated[float, Field(gt=0)], ...], Field(min_length=1, max_length=1000)]
 GRID = (0.001, 0.003, 0.01, 0.03, 0.1)
 """The learning rates that a hand-designed method is tuned over."""
 
@@ -178,9 +216,9 @@ class ComparisonSettings(_Settings):
     """The comparison at the end of a run: a suite's baselines, seeds and budget on the problems of `family.test`."""
 
     suite: str = Field("quick", description="name of a suite, or a YAML file")
-    steps: int | None = Field(None, ge=1, description="null: as the suite has it, and so all below")
-    seeds: int | None = Field(None, ge=1)
-    tuning_seeds: int | None = Field(None, ge=1)
+    steps: int | None = Field(None, ge=1, le=MOST_STEPS, description="null: as the suite has it, and so all below")
+    seeds: int | None = Field(None, ge=1, le=MOST_SEEDS)
+    tuning_seeds: int | None = Field(None, ge=1, le=MOST_SEEDS)
     learning_rates: Grid | None = None
     baselines: tuple[str, ...] | None = Field(
         None, description="AGGREGATOR[+sgd|+momentum|+adam][@LR], tuned without @LR, and all that `ml2o evaluate` takes"
@@ -190,11 +228,18 @@ class ComparisonSettings(_Settings):
 class ResourceSettings(PlacementSettings):
     """What each rollout worker asks of Ray, and what is done while it cannot be had."""
 
-    start_timeout_s: float = Field(60.0, gt=0, description="how long to wait for the workers to be placed")
-    max_restarts: int = Field(20, ge=0, description="how many workers may be replaced within an hour")
-    min_workers: int = Field(1, ge=1, description="with fewer up the run waits start_timeout_s for more, then gives up")
+    start_timeout_s: float = Field(
+        60.0, gt=0, le=LONGEST_WAIT_S, description="how long to wait for the workers to be placed"
+    )
+    max_restarts: int = Field(20, ge=0, le=10**9, description="how many workers may be replaced within an hour")
+    min_workers: int = Field(
+        1, ge=1, le=MOST_WORKERS, description="with fewer up the run waits start_timeout_s for more, then gives up"
+    )
     start_workers: int | None = Field(
-        None, ge=1, description="with so many up the run begins, others join once there is room for them; null: all"
+        None,
+        ge=1,
+        le=MOST_WORKERS,
+        description="with so many up the run begins, others join once there is room for them; null: all",
     )
 
     def at_start(self, workers: int) -> int:
@@ -206,10 +251,15 @@ class FaultSettings(_Settings):
     """What is done about an episode that does not end or that raises."""
 
     deadline_factor: float = Field(
-        20.0, ge=2, description="an episode may take so many times what its kind took; doubled each time it is overdue"
+        20.0,
+        ge=2,
+        le=1e6,
+        description="an episode may take so many times what its kind took; doubled each time it is overdue",
     )
-    shortest_deadline_s: float = Field(30.0, gt=0, description="no episode is given less")
-    first_deadline_s: float = Field(600.0, gt=0, description="for an episode whose kind was not measured yet")
+    shortest_deadline_s: float = Field(30.0, gt=0, le=LONGEST_WAIT_S, description="no episode is given less")
+    first_deadline_s: float = Field(
+        600.0, gt=0, le=LONGEST_WAIT_S, description="for an episode whose kind was not measured yet"
+    )
     on_error: Literal["abort", "skip"] = Field(
         "abort", description="an episode raised twice: end the run with a checkpoint, or go on without it"
     )
@@ -222,9 +272,12 @@ class TrajectorySettings(_Settings):
     """
 
     meta_steps: int = Field(
-        20, ge=0, description="how many meta-steps are kept, evenly spaced from the first to the last; 0: none"
+        20,
+        ge=0,
+        le=100_000,
+        description="how many meta-steps are kept, evenly spaced from the first to the last; 0: none",
     )
-    slots: int = Field(8, ge=1, description="how many slots of each of them, from slot 0 on")
+    slots: int = Field(8, ge=1, le=MOST_SLOTS, description="how many slots of each of them, from slot 0 on")
 
 
 class DataSettings(_Settings):
@@ -243,7 +296,7 @@ class ExperimentSettings(_Settings):
 class TrackingSettings(ExperimentSettings):
     """Where MLflow keeps runs and versions."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, str_max_length=LONGEST_TEXT)
 
     experiment: ExperimentName = "ml2o/meta-train"
     model: ModelName = Field("ml2o", description="name of the registered model")
@@ -257,24 +310,31 @@ Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
 class MetaTrainSettings(_Settings):
     """All of one meta-training run."""
 
-    seed: int = Field(0, ge=0)
-    meta_steps: int = Field(100, ge=1)
-    workers: int = Field(2, ge=1)
-    slots: int = Field(8, ge=1, description="episodes per meta-step")
-    instances: int = Field(1, ge=1, description="P, problem instances advanced together in one slot")
-    horizon: tuple[int, ...] = Field((50, 100, 200), min_length=1, description="K; one is drawn for each meta-step")
-    unroll: int = Field(0, ge=0, description="LSTM back-propagation in chunks of so many steps; 0: the whole episode")
+    seed: int = Field(0, ge=0, le=LARGEST_SEED)
+    meta_steps: int = Field(100, ge=1, le=MOST_META_STEPS)
+    workers: int = Field(2, ge=1, le=MOST_WORKERS)
+    slots: int = Field(8, ge=1, le=MOST_SLOTS, description="episodes per meta-step")
+    instances: int = Field(1, ge=1, le=100_000, description="P, problem instances advanced together in one slot")
+    horizon: tuple[int, ...] = Field(
+        (50, 100, 200), min_length=1, max_length=MOST_NAMES, description="K; one is drawn for each meta-step"
+    )
+    unroll: int = Field(
+        0, ge=0, le=MOST_STEPS, description="LSTM back-propagation in chunks of so many steps; 0: the whole episode"
+    )
     staleness: int = Field(
         0,
         ge=0,
+        le=1000,
         description="S: rollouts go on beside updates, under weights S updates old; 0: they take turns",
     )
     backward: Literal["worker", "learner"] = Field(
         "worker",
         description="where rollouts are replayed: worker: where they ran; learner: in one process, with a GPU perhaps",
     )
-    checkpoint_every: int = Field(0, ge=0, description="meta-steps; 0: as many as take about half a minute")
-    keep_checkpoints: int = Field(3, ge=1)
+    checkpoint_every: int = Field(
+        0, ge=0, le=MOST_META_STEPS, description="meta-steps; 0: as many as take about half a minute"
+    )
+    keep_checkpoints: int = Field(3, ge=1, le=100_000)
     compare: bool = True
     begin: str = Field("", description="weights to go on from: a run directory, a file, a name, models:/NAME@ALIAS")
     device: Device = "auto"
@@ -298,8 +358,9 @@ class MetaTrainSettings(_Settings):
     @field_validator("horizon")
     @classmethod
     def _positive(cls, value: tuple[int, ...]) -> tuple[int, ...]:
-        if min(value) < 1:
-            raise ValueError("every horizon must be at least 1")
+        if min(value) < 1 or max(value) > MOST_STEPS:
+            wrong = next(each for each in value if not 1 <= each <= MOST_STEPS)
+            raise ValueError(f"every horizon must be at least 1 and at most {MOST_STEPS}, not {wrong}")
         return value
 
     @model_validator(mode="after")
@@ -331,20 +392,26 @@ class EvaluateSettings(_Settings):
     A suite is a YAML file of these settings that leaves `optimizers` to whoever uses it.
     """
 
-    suite: str = Field("", description="name of the suite that this is")
+    suite: _Name = Field("", description="name of the suite that this is")
     about: str = Field("", description="what the suite is for, in a sentence")
-    optimizers: tuple[str, ...] = Field((), description="names as evaluation/optimizer_names.py reads them")
+    optimizers: tuple[str, ...] = Field(
+        (), max_length=MOST_NAMES, description="names as evaluation/optimizer_names.py reads them"
+    )
     baselines: tuple[str, ...] = Field(
-        (), description="what the optimizers are measured against; names of the same kind"
+        (), max_length=MOST_NAMES, description="what the optimizers are measured against; names of the same kind"
     )
     reference: str = Field("mean+adam", description="the baseline whose losses all ratios are of, where it takes part")
-    problems: tuple[str, ...] = Field((), description="NAME[key=value,...], with @STEPS where a problem has its own")
-    seed: int = Field(0, ge=0, description="the first of the `seeds` consecutive seeds")
-    seeds: int = Field(5, ge=1)
-    steps: int = Field(200, ge=1)
-    tuning_seeds: int = Field(1, ge=1, description="apart from the seeds that are reported")
+    problems: tuple[str, ...] = Field(
+        (), max_length=MOST_NAMES, description="NAME[key=value,...], with @STEPS where a problem has its own"
+    )
+    seed: int = Field(0, ge=0, le=2**62, description="the first of the `seeds` consecutive seeds")
+    seeds: int = Field(5, ge=1, le=MOST_SEEDS)
+    steps: int = Field(200, ge=1, le=MOST_STEPS)
+    tuning_seeds: int = Field(1, ge=1, le=MOST_SEEDS, description="apart from the seeds that are reported")
     learning_rates: Grid = GRID
-    criticality_batches: int = Field(64, ge=1, description="batches that are averaged to measure an end point")
+    criticality_batches: int = Field(
+        64, ge=1, le=100_000, description="batches that are averaged to measure an end point"
+    )
     device: Device = "auto"
     rule: RuleSettings = Field(RuleSettings(), description="the network of `initial`")
     guard: GuardSettings = Field(GuardSettings(), description="of gml2o:NAME; its p is also that of dssmg and smg")
@@ -363,6 +430,14 @@ class EvaluateSettings(_Settings):
     def _fits(self) -> EvaluateSettings:
         if self.rule.guard is not None:
             raise ValueError("rule.guard is for meta-training; evaluate gml2o:initial, whose settings are guard.*")
+        entered = len(self.optimizers) + len(self.baselines)
+        cells = entered * len(self.problems) * (self.seeds + self.tuning_seeds * len(self.learning_rates))
+        if cells > MOST_CELLS:
+            raise ValueError(
+                f"{entered} optimizers on {len(self.problems)} problems with seeds={self.seeds}, tuning_seeds="
+                f"{self.tuning_seeds} and {len(self.learning_rates)} learning_rates are up to {cells} cells; "
+                f"at most {MOST_CELLS}"
+            )
         check_device(self.device, self.resources)
         return self
 
@@ -372,8 +447,10 @@ def split_steps(text: str) -> tuple[ProblemSpec, int | None]:
     problem, at, steps = text.rpartition("@")
     if not at:
         return ProblemSpec.parse(text), None
-    if not steps.isdigit() or int(steps) < 1:
-        raise UserError(f"problem {text!r}: after @ stands how many steps are taken, not {steps!r}")
+    if not (steps.isascii() and steps.isdecimal() and len(steps) < 20 and 1 <= int(steps) <= MOST_STEPS):
+        raise UserError(
+            f"problem {text!r}: after @ stands how many steps are taken, from 1 to {MOST_STEPS}, not {steps!r}"
+        )
     return ProblemSpec.parse(problem), int(steps)
 
 

@@ -17,6 +17,7 @@ from ml2o_dist.config import DataSettings, EvaluateSettings, MetaTrainSettings
 from ml2o_dist.errors import UserError, unknown
 from ml2o_dist.files import home_folder
 from ml2o_dist.problems.image_files import data_folder
+from ml2o_dist.reading import one_line, parse_yaml, read_yaml
 
 Settings = TypeVar("Settings", bound=BaseModel)
 Job = TypeVar("Job", MetaTrainSettings, EvaluateSettings)
@@ -26,6 +27,15 @@ DEFAULT_CONFIG = Path(__file__).parent / "configs" / "digits.yaml"
 
 RUN_CONFIG = "config.yaml"
 """What a run directory calls the settings of a meta-training; of a sweep, those of its best trial."""
+
+MOST_EXTENDED = 20
+"""How many files may stand behind `extends`, one extending the next."""
+
+MOST_GROUPS = 20
+"""Dots in a key: `rule.guard.budget` has two."""
+
+LONGEST_SHOWN = 300
+"""Characters of a wrong setting or value that are shown."""
 
 _PROBLEMS = ("train", "validation", "test")
 """The keys of `family` that name problems."""
@@ -45,28 +55,40 @@ _OPERATIONAL = (
 """Keys that change how a run is carried out but not the weights it ends with; a resumed run may change them."""
 
 
-def load_settings(file: Path | None = None, overrides: Iterable[str] = ()) -> MetaTrainSettings:
+def load_settings(
+    file: Path | None = None, overrides: Iterable[str] = (), within: Path | None = None
+) -> MetaTrainSettings:
     """Read settings from a YAML `file` (None: the embedded default), then apply `key=value` overrides in order.
 
     A file may begin with `extends: other.yaml` (a path beside it): its mappings are laid over that file's. It is
     looked for as `found_file` says.
 
+    Args:
+        within: the folder that all these files must lie in, links followed; None where the user named the file.
+
     Raises:
         UserError: an unreadable file, a misspelt key or a wrong value, in one line that says what is allowed.
     """
-    return read_settings(MetaTrainSettings, file or DEFAULT_CONFIG, overrides)
+    return read_settings(MetaTrainSettings, file or DEFAULT_CONFIG, overrides, within=within)
 
 
-def load_evaluation(file: Path | None = None, overrides: Iterable[str] = ()) -> EvaluateSettings:
+def load_evaluation(
+    file: Path | None = None, overrides: Iterable[str] = (), within: Path | None = None
+) -> EvaluateSettings:
     """Read the settings of an evaluation as `load_settings` does; without a `file` from the overrides alone."""
-    return read_settings(EvaluateSettings, file, overrides, "evaluate.yaml")
+    return read_settings(EvaluateSettings, file, overrides, "evaluate.yaml", within)
 
 
 def read_settings(
-    kind: type[Settings], file: Path | None, overrides: Iterable[str], of_run: str = RUN_CONFIG
+    kind: type[Settings],
+    file: Path | None,
+    overrides: Iterable[str],
+    of_run: str = RUN_CONFIG,
+    within: Path | None = None,
 ) -> Settings:
     """Read settings of any `kind`; `of_run` is what a run directory calls them. Raises UserError as `load_settings`."""
-    return checked(kind, overridden(read_tree(found_file(file, of_run)) if file else {}, overrides))
+    tree = read_tree(found_file(file, of_run), within=within) if file else {}
+    return checked(kind, overridden(tree, overrides))
 
 
 def found_file(given: Path, of_run: str = RUN_CONFIG) -> Path:
@@ -99,7 +121,7 @@ def overridden(tree: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]
     return tree
 
 
-def parse_settings(tree: Mapping[str, Any]) -> MetaTrainSettings:
+def parse_settings(tree: Any) -> MetaTrainSettings:
     """Check a nested mapping of settings; raises UserError as `load_settings` does."""
     return checked(MetaTrainSettings, tree)
 
@@ -165,7 +187,7 @@ def changed_settings(settings: MetaTrainSettings) -> tuple[str, dict[str, Any]]:
     return ("the embedded default" if shared else "the defaults of config.py"), changed
 
 
-def checked(kind: type[Settings], tree: Mapping[str, Any]) -> Settings:
+def checked(kind: type[Settings], tree: Any) -> Settings:
     """Check a nested mapping of settings of any `kind`; raises UserError as `load_settings` does."""
     try:
         return kind.model_validate(tree)
@@ -173,26 +195,33 @@ def checked(kind: type[Settings], tree: Mapping[str, Any]) -> Settings:
         raise _one_line(kind, error) from None
 
 
-def read_tree(source: Path, extended: tuple[Path, ...] = ()) -> dict[str, Any]:
-    """Read a YAML file, laid over the one that it extends; raises UserError."""
+def read_tree(source: Path, extended: tuple[Path, ...] = (), within: Path | None = None) -> dict[str, Any]:
+    """Read a YAML file, laid over the one that it extends; both lie in `within`, if that is given. Raises UserError."""
     try:
-        tree = yaml.safe_load(source.read_text(encoding="utf-8"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"config file {str(source)!r} is not UTF-8 text") from error
-    except OSError as error:
+        tree = read_yaml(source, "config file", within)
+    except FileNotFoundError as error:
         raise UserError(f"config file {str(source)!r} cannot be read: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"config file {str(source)!r} is not YAML: {' '.join(str(error).split())}") from error
     if not isinstance(tree, dict):
         raise UserError(f"config file {str(source)!r} must hold `key: value` lines, not {type(tree).__name__}")
     base = tree.pop("extends", None)
     if base is None:
         return tree
-    chain = (*extended, source.resolve())
-    below = (source.parent / str(base)).resolve()
-    if below in chain:
+    if not isinstance(base, str):
+        raise UserError(f"config file {str(source)!r}: extends must name a file, not {one_line(repr(base))}")
+    chain = (*extended, source.absolute())
+    below = source.absolute().parent / base
+    if any(_is_same_file(below, each) for each in chain):
         raise UserError(f"config file {str(source)!r} extends itself")
-    return laid_over(read_tree(below, chain), tree)
+    if len(chain) > MOST_EXTENDED:
+        raise UserError(f"config file {str(source)!r} extends more than {MOST_EXTENDED} files, one after the other")
+    return laid_over(read_tree(below, chain, within), tree)
+
+
+def _is_same_file(first: Path, second: Path) -> bool:
+    try:
+        return first.samefile(second)
+    except (OSError, ValueError):  # why it cannot be read is said by what reads it
+        return False
 
 
 def laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -206,20 +235,18 @@ def laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
 
 def _override(tree: dict[str, Any], override: str) -> None:
     key, equals, text = override.partition("=")
+    shown = f"--set {_short(override)!r}"
     if not equals or not key.strip():
-        raise UserError(f"--set {override!r} is not of the form dotted.key=value")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise UserError(f"--set {override!r}: the value is not YAML: {' '.join(str(error).split())}") from error
-    if text == "":
-        value = ""
-    put(tree, key.strip(), value, f"--set {override!r}")
+        raise UserError(f"{shown} is not of the form dotted.key=value")
+    value = "" if text == "" else parse_yaml(text, f"{shown}: the value")
+    put(tree, key.strip(), value, shown)
 
 
 def put(tree: dict[str, Any], key: str, value: Any, source: str) -> None:
     """Put `value` into a nested mapping at a dotted `key`; raises UserError, which names the `source` of both."""
     *path, last = key.split(".")
+    if len(path) > MOST_GROUPS:
+        raise UserError(f"{source}: no setting lies {len(path)} groups deep")
     node: Any = tree
     for part in path:
         if node.get(part) is None:  # a group that is off, as a written-out configuration has it
@@ -230,10 +257,14 @@ def put(tree: dict[str, Any], key: str, value: Any, source: str) -> None:
     node[last] = value
 
 
+def _short(text: str) -> str:
+    return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
+
+
 def _one_line(kind: type[BaseModel], error: ValidationError) -> UserError:
     errors = error.errors(include_url=False)
     first = min(errors, key=lambda each: each["type"] == "missing")  # last: it may be there, but misspelt
-    place = ".".join(str(part) for part in first["loc"])
+    place = one_line(".".join(str(part) for part in first["loc"]))
     if first["type"] == "extra_forbidden":
         model = _model_at(kind, first["loc"][:-1])
         return unknown("setting", place, [_join(first["loc"][:-1], key) for key in _keys(model)])
@@ -247,7 +278,7 @@ def _one_line(kind: type[BaseModel], error: ValidationError) -> UserError:
             f"another file that it only changes, as {DEFAULT_CONFIG}"
         )
     message = first["msg"].removeprefix("Value error, ").removeprefix("Input should ")
-    given = "" if first["type"] == "value_error" else f", not {first['input']!r}"
+    given = "" if first["type"] == "value_error" else f", not {_short(repr(first['input']))}"
     message = message.replace("a valid tuple", "a list, as [a, b]")
     verb = "must " if message.startswith("be ") else ""
     return UserError(f"{where}: {verb}{message[0].lower()}{message[1:]}{given}")

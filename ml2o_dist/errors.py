@@ -6,6 +6,9 @@ import difflib
 from collections.abc import Iterable
 from typing import Any
 
+LONGEST_NAME = 200
+"""Characters of a wrong name that are shown."""
+
 
 class UserError(ValueError):
     """Wrong words, a wrong setting or missing input: one clear line, exit code 2, no traceback."""
@@ -45,6 +48,8 @@ def unknown(kind: str, name: str, allowed: Iterable[str]) -> UserError:
     The line names the kind, the value, the nearest valid name and what is allowed.
     """
     names = sorted(allowed)
+    if len(name) > LONGEST_NAME:  # no name is near, and looking for one takes a time that grows as its square
+        return UserError(f"unknown {kind} {f'{name[:LONGEST_NAME]}...'!r} (allowed: {', '.join(names) or 'none'})")
     near = [match for text in (name, name.lower()) for match in difflib.get_close_matches(text, names, n=1, cutoff=0.5)]
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return UserError(f"unknown {kind} {name!r}{hint} (allowed: {', '.join(names) or 'none'})")

@@ -25,6 +25,7 @@ from ml2o_dist.evaluation.evaluation_plots import plot_evaluation
 from ml2o_dist.evaluation.optimizer_names import GUARD, REGISTRY, Entrant, parse_optimizers
 from ml2o_dist.evaluation.report import evaluation_markdown, evaluation_table
 from ml2o_dist.files import replacing
+from ml2o_dist.reading import YAML_LIMIT, read_bytes
 from ml2o_dist.run_directory import check_writable, logged_to
 from ml2o_dist.run_report import write_report
 from ml2o_dist.run_storage import RunStorage, StorageError, open_storage
@@ -156,8 +157,9 @@ def _check_free(storage: RunStorage, settings: EvaluateSettings) -> None:
     if not (storage.folder / RESULT).exists():
         return
     try:
-        same = (storage.folder / CONFIG).read_text() == dump_settings(settings)
-    except OSError:
+        written = read_bytes(storage.folder / CONFIG, "config file", YAML_LIMIT, storage.folder)
+        same = written == dump_settings(settings).encode()
+    except (FileNotFoundError, UserError):
         same = False
     if not same:
         raise UserError(f"{storage.name} holds another evaluation; choose another --run-dir for this one")

@@ -14,13 +14,18 @@ from typing import IO
 
 def home_folder() -> Path:
     """Return the folder that relative paths are resolved against: ML2O_HOME, else the current one."""
-    return Path(os.environ.get("ML2O_HOME") or ".").expanduser().absolute()
+    return expanded(os.environ.get("ML2O_HOME") or ".").absolute()
 
 
 def cache_folder() -> Path:
     """Return the folder of everything that can be built again: ML2O_CACHE, else `~/.cache/ml2o_dist`."""
     given = os.environ.get("ML2O_CACHE", "")
-    return (Path(given) if given else Path.home() / ".cache" / "ml2o_dist").expanduser().absolute()
+    return expanded(given or "~/.cache/ml2o_dist").absolute()
+
+
+def expanded(path: Path | str) -> Path:
+    """Return `path` with the home of a user for a `~` or `~name` at its beginning, where there is such a user."""
+    return Path(os.path.expanduser(path))
 
 
 def state_folder() -> Path:
@@ -60,11 +65,10 @@ def replacing(file: Path) -> Iterator[IO[bytes]]:
     """Open a new file for the `with` block; where the block ends well it takes the place of `file`, else it is removed.
 
     Its `name` is where it is until then; the folder of `file` is made. Its permissions are those that the umask leaves.
-    Raises OSError where it cannot be written, and where `file` is a device, a pipe or a folder, which is left alone.
+    A link at `file` is replaced, not followed. Raises OSError where it cannot be written, or `file` is a folder, a
+    device or anything else than a regular file.
     """
-    with suppress(FileNotFoundError):
-        if not stat.S_ISREG(os.stat(file).st_mode):
-            raise FileExistsError(errno.EEXIST, "it is not a regular file", str(file))
+    _check_replaceable(file)
     file.parent.mkdir(parents=True, exist_ok=True)
     written = file.with_name(f".{file.name}.{uuid.uuid4().hex[:8]}")
     with open(str(written), "xb") as stream:
@@ -76,6 +80,25 @@ def replacing(file: Path) -> Iterator[IO[bytes]]:
             written.unlink(missing_ok=True)
             raise
     flush_folder(file.parent)
+
+
+def _check_replaceable(file: Path) -> None:
+    """Raise OSError where something else than a regular file, or a link to something else, is at `file`.
+
+    Also in the folders of devices: /dev/stdout is a link that may lead to a regular file.
+    """
+    if "\0" in str(file):
+        raise OSError(errno.EINVAL, "a name cannot have a NUL character", str(file))
+    if f"{os.path.realpath(file.parent)}/".startswith(("/proc/", "/sys/")) or os.path.realpath(file.parent) == "/dev":
+        raise OSError(errno.EPERM, "it is in a folder of devices", str(file))
+    try:
+        kind = os.stat(file).st_mode
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+            return  # a link that leads nowhere is replaced; that its folder is a file is said when that is made
+        raise
+    if not stat.S_ISREG(kind):
+        raise OSError(errno.EEXIST, "it is a folder" if stat.S_ISDIR(kind) else "it is not a regular file", str(file))
 
 
 def flush_to_disk(stream: IO[bytes]) -> None:

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, TypeAdapter
 from rich.console import Console
 
 from ml2o_dist import artifact
@@ -25,6 +26,7 @@ from ml2o_dist.evaluation.suites import comparison_settings
 from ml2o_dist.files import replacing
 from ml2o_dist.metatrain.trainer import Trainer
 from ml2o_dist.metatrain.workers import Stopped
+from ml2o_dist.reading import read_json, validated
 from ml2o_dist.run_log import COMPARISON_FAILED
 from ml2o_dist.run_report import write_report
 from ml2o_dist.run_storage import RunStorage
@@ -38,6 +40,24 @@ from ml2o_dist.tracking.store import StoreAway
 
 RESULT_FILE = "result.json"
 """What `ml2o meta-train --json` printed, and what it was asked for: where this is, the run is finished."""
+
+
+class _Answer(BaseModel):
+    run_dir: str
+    meta_steps: int
+    weights_sha256: str
+    inner_steps_per_s: float
+    registered_version: int | None
+    comparison: dict[str, Any] | None
+
+
+class _Result(BaseModel):
+    answer: _Answer
+    asked: dict[str, Any]
+
+
+_RESULT = TypeAdapter(_Result)
+"""What `RESULT_FILE` holds."""
 
 log = logging.getLogger(__name__)
 
@@ -126,16 +146,19 @@ def finished_answer(trainer: Trainer) -> dict[str, Any] | None:
     """
     settings, run_dir = trainer.settings, trainer.run_dir
     try:
-        kept = json.loads((run_dir / RESULT_FILE).read_bytes())
+        kept = read_json(run_dir / RESULT_FILE, "result", within=run_dir, finite=True)
+        validated(_RESULT, kept, RESULT_FILE)
         answer: dict[str, Any] = kept["answer"]
+        if answer["comparison"] is not None:
+            Evaluation.from_json(answer["comparison"])
         same = (kept["asked"], answer["meta_steps"], answer["weights_sha256"]) == (
             _asked(settings),
             trainer.learner.version,
             artifact.load_artifact(run_dir).weights_sha256,
         )
-        lacks_version = settings.tracking.register_version and answer["registered_version"] is None
-    except (OSError, ValueError, TypeError, KeyError):  # not there, or not whole: it can be had again
+    except (FileNotFoundError, UserError):  # not there, or not whole: it can be had again
         return None
+    lacks_version = settings.tracking.register_version and answer["registered_version"] is None
     if not same or settings.meta_steps != trainer.learner.version:
         return None
     return None if lacks_version and not (run_dir / SPOOL_FOLDER).exists() else answer

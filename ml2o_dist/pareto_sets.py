@@ -46,10 +46,11 @@ log = logging.getLogger(__name__)
 def settings_for(run_dir: str, config: Path | None, overrides: Sequence[str], *, resume: bool) -> ParetoSetSettings:
     """Read the settings: of the file, or of what lies in `run_dir` where that is gone on with. Raises UserError."""
     if resume and config is None:
-        config = set_folder(run_dir) / SETTINGS
+        within = set_folder(run_dir)
+        config = within / SETTINGS
         if not config.exists():
             raise UserError(f"nothing to resume: {config.parent} holds no {SETTINGS}")
-        settings = read_settings(ParetoSetSettings, config, overrides, SETTINGS)
+        settings = read_settings(ParetoSetSettings, config, overrides, SETTINGS, within)
         check_resumed(settings.tracking.uri, overrides, config)
         return settings
     return read_settings(ParetoSetSettings, config, overrides, SETTINGS)

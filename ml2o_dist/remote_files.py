@@ -9,9 +9,10 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pyarrow as pa
-from pyarrow.fs import FileSystem
+from pyarrow.fs import FileInfo, FileSystem, FileType
 
 from ml2o_dist.errors import UserError
+from ml2o_dist.reading import MIB
 
 GS_RETRY_S = 30
 """How long Google's client asks again before it fails, unless the URI says so; its own default is 15 minutes."""
@@ -58,6 +59,26 @@ def connect(place: str, what: str) -> tuple[str, FileSystem, str]:
     if not path:
         raise UserError(f"{what} {uri!r} names no folder, as in {parts.scheme}://bucket/runs/first")
     return uri, filesystem, path
+
+
+def read_remote(filesystem: FileSystem, path: str, shown: str, limit: int) -> bytes:
+    """Return the content of a file of at most `limit` bytes; `shown` is what an error calls it. Raises UserError."""
+    with answering(f"{shown} cannot be read"):
+        info = filesystem.get_file_info(path)
+        check_remote(info, shown, limit)
+        with filesystem.open_input_stream(path) as stream:
+            content: bytes = stream.read(info.size + 1 if info.size is not None else limit + 1)
+    if len(content) > limit:  # it grew meanwhile
+        raise UserError(f"{shown} is larger than {limit / MIB:g} MiB")
+    return content
+
+
+def check_remote(info: FileInfo, shown: str, limit: int) -> None:
+    """Raise UserError where something is there that is no regular file of at most `limit` bytes."""
+    if info.type not in (FileType.File, FileType.NotFound):
+        raise UserError(f"{shown} is not a regular file")
+    if info.size is not None and info.size > limit:
+        raise UserError(f"{shown} is larger than {limit / MIB:g} MiB")
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import stat
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -32,7 +33,7 @@ def resumed_settings(storage: RunStorage, overrides: Sequence[str]) -> MetaTrain
     file = storage.folder / "config.yaml"
     if not file.exists():
         raise UserError(f"nothing to resume: {storage.name} holds no config.yaml")
-    settings = load_settings(file, overrides)
+    settings = load_settings(file, overrides, within=storage.folder)
     check_resumed(settings.tracking.uri, overrides, file)
     return settings
 
@@ -49,7 +50,10 @@ def check_fresh(run_dir: Path, settings: MetaTrainSettings) -> bool:
     checkpoint, _ = newest_checkpoint(run_dir / "checkpoints")
     if checkpoint is None:
         return _holds_start_of(run_dir, settings)
-    difference = first_difference(settings, parse_settings(checkpoint.state["config"]))
+    try:
+        difference = first_difference(settings, parse_settings(checkpoint.state.get("config")))
+    except UserError as error:  # of another version, or no run's
+        difference = str(error)
     if difference:
         raise UserError(f"{run_dir} holds a run of another configuration ({difference}); choose another --run-dir")
     raise UserError(f"{run_dir} holds a run of this configuration; add --resume to go on, or choose another --run-dir")
@@ -72,8 +76,13 @@ def _holds_start_of(run_dir: Path, settings: MetaTrainSettings) -> bool:
 
 
 def check_folder(run_dir: Path) -> None:
-    """Raise UserError where `run_dir`, or something above it, is a file."""
-    there = next(path for path in (run_dir, *run_dir.parents) if path.exists())
+    """Raise UserError where `run_dir`, or something above it, is a file, or no folder can be called so."""
+    try:
+        there = next(path for path in (run_dir, *run_dir.parents) if path.exists())
+    except OSError as error:
+        raise _unwritable(run_dir, error) from error
+    if "\0" in str(run_dir):  # `exists` answers no
+        raise UserError(f"run directory {str(run_dir)!r} has a NUL character in its name")
     if not there.is_dir():
         raise UserError(f"run directory {str(run_dir)!r}: {str(there)!r} is a file; choose another --run-dir")
 
@@ -105,6 +114,7 @@ def logged_to(run_dir: Path, console: Console) -> Iterator[None]:
     """Log to run.log in `run_dir`, which is made, warnings to the console too, for the time of a `with` block."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
+        check_own_file(run_dir / "run.log")
         file = _RunLog(run_dir / "run.log", console)
     except OSError as error:
         raise _unwritable(run_dir, error) from error
@@ -130,6 +140,16 @@ class _Letters(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return visible(super().format(record), lines=True)
+
+
+def check_own_file(file: Path) -> None:
+    """Raise UserError where `file`, which is to be written on, is a link, a FIFO or anything else than a file."""
+    try:
+        kind = file.lstat().st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISREG(kind):
+        raise UserError(f"{file} cannot be written: it is a link, or no regular file")
 
 
 class _Screen(logging.Handler):

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import re
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
+
+from ml2o_dist.reading import MIB, read_bytes
 
 FORM = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 BEGUN = "this process begins the run, or goes on with it"
 """The first line of each process that writes to the log; what stood there before is another one's."""
 COMPARISON_FAILED = "the comparison failed"
+
+LOG_LIMIT = 256 * MIB
+"""Bytes of a log: of a run that says something each second, for a month."""
+MOST_WARNINGS = 1000
+"""Warnings that are shown, the newest ones."""
 
 _LINE = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)\S* ([A-Z]+) \S+: (.*)")
 _END = re.compile(rf"stopped by \w+|aborted|{COMPARISON_FAILED}.*")
@@ -38,9 +46,14 @@ class RunLog:
 
 
 def read_log(file: Path) -> RunLog:
-    """Read a log as `written_to` of run_directory.py has it written; raises OSError."""
-    warnings, ended = [], ""
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines():
+    """Read a log as `written_to` of run_directory.py has it written.
+
+    Raises:
+        FileNotFoundError: there is none.  UserError: it is no regular file, too large, or a link out of its folder.
+    """
+    warnings: deque[Warned] = deque(maxlen=MOST_WARNINGS)
+    ended = ""
+    for line in read_bytes(file, "log", LOG_LIMIT, file.parent).decode(errors="replace").splitlines():
         match = _LINE.fullmatch(line)
         if match is None:  # of a traceback
             continue

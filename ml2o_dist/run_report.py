@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Callable, Sequence
 from pathlib import Path, PurePosixPath
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
-import pyarrow as pa
-from pydantic import ValidationError
-
+from ml2o_dist.artifact import CARD_LIMIT, parse_card
 from ml2o_dist.config_file import load_evaluation, load_settings, read_settings
 from ml2o_dist.errors import UserError
 from ml2o_dist.evaluation.evaluated import Evaluation
@@ -21,10 +19,12 @@ from ml2o_dist.files import replacing
 from ml2o_dist.metatrain.checkpoint import newest_checkpoint
 from ml2o_dist.metatrain.history import FILE as HISTORY
 from ml2o_dist.metatrain.history import read_history
+from ml2o_dist.metatrain.trainer import checked_progress
 from ml2o_dist.metatrain.trajectories import FOLDER, Recorded, read_trajectories
 from ml2o_dist.paretoset.page import SetPageRecord, render_set, set_page_sections
-from ml2o_dist.paretoset.results import from_json
+from ml2o_dist.paretoset.results import read_fronts
 from ml2o_dist.paretoset.settings import ParetoSetSettings
+from ml2o_dist.reading import MIB, read_bytes, read_json
 from ml2o_dist.remote_files import is_uri
 from ml2o_dist.run_log import RunLog, read_log
 from ml2o_dist.sweeping.page import SweepPageRecord, read_pictures, render_sweep, sweep_page_sections
@@ -39,6 +39,8 @@ SWEEP = "sweep.yaml"
 """What `ml2o sweep` leaves in its folder first of all: its settings."""
 PARETO_SET = "pareto_set.yaml"
 """What `ml2o pareto-set train` leaves in its folder first of all: its settings."""
+PICTURE_LIMIT = 16 * MIB
+"""Bytes of a picture that is put into a page."""
 Found = TypeVar("Found")
 
 
@@ -100,12 +102,14 @@ def load_record(run_dir: Path, place: str = "") -> RunRecord:
     return RunRecord(
         name=files.name,
         path=files.place,
-        settings=files.read("config.yaml", load_settings),
-        history=files.read(HISTORY, read_history) or (),
+        settings=files.read("config.yaml", lambda file: load_settings(file, within=run_dir)),
+        history=files.read(HISTORY, lambda file: read_history(file, within=run_dir)) or (),
         comparison=files.read("comparison.json", _evaluation),
         card=files.read("weights.json", _card),
         checkpoint_step=checkpoint.meta_step if checkpoint else None,
-        progress=checkpoint.state.get("progress", {}) if checkpoint else {},
+        progress=files.checked("checkpoints", lambda: checked_progress(checkpoint.state.get("progress"))) or {}
+        if checkpoint
+        else {},
         trajectories=recorded.rows if recorded else None,
         log=files.read("run.log", read_log) or RunLog(),
         unread=files.unread,
@@ -116,7 +120,7 @@ def load_evaluation_record(folder: Path, place: str = "") -> EvaluationRecord:
     """Read back an evaluation: what is not there is None, and what cannot be read is noted in `unread`."""
     files = _Files(folder, place)
     evaluation = files.read(EVALUATION[0], _evaluation)
-    settings = files.read(EVALUATION[1], load_evaluation)
+    settings = files.read(EVALUATION[1], lambda file: load_evaluation(file, within=folder))
     return EvaluationRecord(
         name=files.name,
         path=files.place,
@@ -133,7 +137,7 @@ def load_sweep_record(folder: Path, place: str = "") -> SweepPageRecord:
     return SweepPageRecord(
         name=files.name,
         path=files.place,
-        settings=files.read(SWEEP, load_sweep),
+        settings=files.read(SWEEP, lambda file: load_sweep(file, within=folder)),
         trials=files.read(TRIALS, lambda file: SweepRecord(file.parent)),
         pictures=files.read("plots", read_pictures) or {},
         log=files.read("run.log", read_log) or RunLog(),
@@ -144,16 +148,16 @@ def load_sweep_record(folder: Path, place: str = "") -> SweepPageRecord:
 def load_set_record(folder: Path, place: str = "") -> SetPageRecord:
     """Read back a Pareto set: what is not there is left out, and what cannot be read is noted in `unread`."""
     files = _Files(folder, place)
-    fronts = files.read("fronts.json", lambda file: dict(json.loads(file.read_bytes()))) or {}
+    fronts = files.read("fronts.json", read_fronts)
     picture = folder / "plots" / "fronts.png"
     return SetPageRecord(
         name=files.name,
         path=files.place,
-        settings=files.read(PARETO_SET, lambda file: read_settings(ParetoSetSettings, file, ())),
-        names=fronts.get("tasks", ()),
-        results=[from_json(each) for each in fronts.get("approaches", ())],
-        provenance={"git": str(fronts.get("git", ""))} | fronts.get("data_sha256", {}),
-        picture=files.read("plots", lambda _: picture.read_bytes()) or b"",
+        settings=files.read(PARETO_SET, lambda file: read_settings(ParetoSetSettings, file, (), within=folder)),
+        names=fronts.tasks if fronts else (),
+        results=fronts.approaches if fronts else (),
+        provenance={"git": fronts.git or ""} | fronts.data_sha256 if fronts else {},
+        picture=files.read("plots", lambda _: read_bytes(picture, "picture", PICTURE_LIMIT, folder)) or b"",
         log=files.read("run.log", read_log) or RunLog(),
         unread=files.unread,
     )
@@ -176,37 +180,33 @@ class _Files:
     def read(self, name: str, reader: Callable[[Path], Found]) -> Found | None:
         """Return what `reader` makes of a file or folder; None where it is not there or cannot be read."""
         path = self.folder / name
-        if not path.exists():
+        if not os.path.lexists(path):
             return None
+        return self.checked(name, lambda: reader(path))
+
+    def checked(self, name: str, reader: Callable[[], Found]) -> Found | None:
+        """Return what `reader` returns, or note under `name` why it cannot."""
         try:
-            return reader(path)
+            return reader()
         except UserError as error:
             self.note(name, [str(error)])
-        except (OSError, pa.ArrowException, ValueError, TypeError, KeyError) as error:
-            self.note(name, [f"{path} cannot be read: {type(error).__name__}: {' '.join(str(error).split())}"])
+        except OSError as error:  # a file that is not there, in a folder that is
+            self.note(name, [f"{self.folder / name} cannot be read: {error.strerror or error}"])
         return None
 
 
 def _evaluation(path: Path) -> Evaluation:
-    """Read an evaluation; raises UserError for another format, and what reading JSON raises."""
-    tree = json.loads(path.read_bytes())
+    """Read an evaluation; raises UserError for another format."""
+    tree = read_json(path, "evaluation", within=path.parent, finite=True)
     try:
         return Evaluation.from_json(tree)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        place = ".".join(map(str, first["loc"]))
-        raise UserError(
-            f"{path} cannot be read: it holds no evaluation of this version: {place}: {first['msg']}"
-        ) from error
-    except (TypeError, KeyError) as error:
-        raise UserError(f"{path} cannot be read: it holds no evaluation of this version") from error
+    except UserError as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
 
 
 def _card(path: Path) -> dict[str, Any]:
-    card = json.loads(path.read_bytes())
-    if not isinstance(card, dict):
-        raise ValueError("not a JSON object")
-    return card
+    """Read a card as far as the page shows it; raises UserError."""
+    return parse_card(path, read_bytes(path, "card file", CARD_LIMIT, path.parent))
 
 
 def _recorded(folder: Path) -> Recorded | None:

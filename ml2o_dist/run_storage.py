@@ -25,10 +25,14 @@ from ml2o_dist.config_file import dump_settings, first_difference, parse_setting
 from ml2o_dist.errors import UserError
 from ml2o_dist.files import cache_folder, home_folder, replacing
 from ml2o_dist.metatrain.checkpoint import Checkpoint, newest_checkpoint
-from ml2o_dist.remote_files import answering, bare, connect, is_uri, reason
+from ml2o_dist.reading import MIB, YAML_LIMIT, read_bytes
+from ml2o_dist.remote_files import answering, bare, check_remote, connect, is_uri, reason
 
 LOCAL_ONLY = "spool"
 """The folder of a working copy that is neither committed nor replaced: what this machine has yet to send to MLflow."""
+
+FILE_LIMIT = 16 * 1024 * MIB
+"""Bytes of a file that is fetched: that of the largest checkpoint."""
 
 _CHECKPOINT = re.compile(r"checkpoints/(step_(\d{6,}))/(.+)")
 
@@ -171,7 +175,7 @@ class RemoteRunStorage(RunStorage):
         self._committed = stamps
         if there is not None:
             with replacing(self.folder / "config.yaml") as stream:
-                stream.write(dump_settings(parse_settings(there.state["config"])).encode())
+                stream.write(dump_settings(parse_settings(there.state.get("config"))).encode())
 
     def download(self, folder: Path) -> dict[str, Stamp]:
         """Fetch the run's files into `folder`; return their stamps by relative path. Raises UserError."""
@@ -181,6 +185,8 @@ class RemoteRunStorage(RunStorage):
             for info in self._filesystem.get_file_info(selector):
                 path = PurePosixPath(info.path).relative_to(self._base)
                 name = path.as_posix()
+                if ".." in path.parts or "\0" in name:  # an object's name may be anything
+                    raise UserError(f"run directory {self.name!r} has a file {name!r}, which lies outside of it")
                 if found := re.match(r"checkpoints/(step_\d{6,})", name):
                     self._remote_steps.add(found[1])
                 ours = path.parts[0] != LOCAL_ONLY and not any(part.startswith(".") for part in path.parts)
@@ -188,8 +194,9 @@ class RemoteRunStorage(RunStorage):
                     continue
                 target = folder / name
                 target.parent.mkdir(parents=True, exist_ok=True)
-                with self._filesystem.open_input_stream(info.path) as stream:
-                    target.write_bytes(stream.read())
+                check_remote(info, f"file {name!r} of run directory {self.name!r}", FILE_LIMIT)
+                with self._filesystem.open_input_stream(info.path) as stream, target.open("xb") as copy:
+                    shutil.copyfileobj(stream, copy, MIB)
                 stamps[name] = _stamp(target)
         return stamps
 
@@ -295,14 +302,15 @@ def _is_further(here: Path, there: Path, whole: Checkpoint | None, resume: bool)
         first, second = here / "config.yaml", there / "config.yaml"
         if not second.is_file():
             return resume
-        return first.is_file() and first.read_bytes() == second.read_bytes()
+        return first.is_file() and len({read_bytes(each, "config file", YAML_LIMIT) for each in (first, second)}) == 1
     if ours.meta_step <= whole.meta_step or _tracking_run(ours) != _tracking_run(whole):
         return False
-    return not first_difference(*(parse_settings(checkpoint.state["config"]) for checkpoint in (ours, whole)))
+    return not first_difference(*(parse_settings(checkpoint.state.get("config")) for checkpoint in (ours, whole)))
 
 
 def _tracking_run(checkpoint: Checkpoint) -> str:
-    return str(checkpoint.state["progress"]["tracking_run"])
+    progress = checkpoint.state.get("progress")
+    return str(progress.get("tracking_run")) if isinstance(progress, dict) else ""
 
 
 def _commit_order(name: str) -> tuple[bool, int, int, str]:

@@ -146,7 +146,7 @@ def resumed_sweep(run_dir: str, overrides: Sequence[str]) -> SweepSettings:
     file = sweep_folder(run_dir) / SETTINGS
     if not file.exists():
         raise UserError(f"nothing to resume: {file.parent} holds no {SETTINGS}")
-    settings = load_sweep(file, overrides)
+    settings = load_sweep(file, overrides, within=file.parent)
     check_resumed(settings.tracking.uri, overrides, file)
     return settings
 
@@ -169,7 +169,7 @@ def _check_fresh(folder: Path, settings: SweepSettings) -> None:
             if (folder / name).exists():
                 raise UserError(f"{folder} holds {what}; choose another --run-dir for the sweep")
         return
-    difference = sweep_difference(settings, load_sweep(folder / SETTINGS))
+    difference = sweep_difference(settings, load_sweep(folder / SETTINGS, within=folder))
     if difference:
         raise UserError(f"{folder} holds another sweep ({difference}); choose another --run-dir")
     raise UserError(f"{folder} holds this sweep; add --resume to go on, or choose another --run-dir")
@@ -178,7 +178,7 @@ def _check_fresh(folder: Path, settings: SweepSettings) -> None:
 def _check_same(folder: Path, settings: SweepSettings) -> None:
     if not (folder / SETTINGS).exists():
         raise UserError(f"nothing to resume: {folder} holds no {SETTINGS}")
-    difference = sweep_difference(settings, load_sweep(folder / SETTINGS))
+    difference = sweep_difference(settings, load_sweep(folder / SETTINGS, within=folder))
     if difference.startswith("trials "):
         difference += "; to add trials, begin another sweep, with another seed, or it draws the same ones"
     if difference:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -229,3 +231,94 @@ def test_figures_that_are_not_finite_become_null(tmp_path: Path) -> None:
     save_artifact(tmp_path, ML2ONetwork(RULE).state_dict(), RULE, card)
     expected = {"score": None, "range": [1.0, None], "nested": {"low": None}}
     assert load_artifact(tmp_path).card["provenance"] == expected
+
+
+WRONG_CARDS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
+    "a digest that is a number": (lambda card: card.update(file_sha256=7), "file_sha256 is a int, not a str"),
+    "a digest that is no digest": (lambda card: card.update(weights_sha256="x"), "weights_sha256 is no sha256"),
+    "a rule that is a list": (lambda card: card.update(rule=[]), "rule is a list, not a dict"),
+    "provenance that is null": (lambda card: card.update(provenance=None), "provenance is a NoneType"),
+    "a format that is true": (lambda card: card.update(format=True), "format is a bool, not a int"),
+    "a width of a thousand million": (lambda card: card["rule"].update(hidden=10**9), "rule.hidden: Input should be"),
+    "as many modules": (lambda card: card["rule"].update(count=10**9), "rule.count: Input should be"),
+    "a huge network": (lambda card: card["rule"].update(hidden=1024, count=1000), "count \\* hidden\\^2 is above"),
+    "another network": (lambda card: card["rule"].update(hidden=1024, count=1), "do not fit its rule settings"),
+    "a rate that is no number": (lambda card: card["rule"].update(lr="fast"), "rule.lr: Input should be"),
+    "41 digits": (lambda card: card.update(parameters=10**40), "integer of more than 40 digits"),
+    "half a character": (lambda card: card.update(created="\ud800"), "half a character"),
+    "a key with an escape": (lambda card: card["rule"].update({"\x1b[31m": 1}), r"rule\.\\x1b\[31m: Extra inputs"),
+}
+
+
+@pytest.mark.parametrize("kind", WRONG_CARDS)
+def test_a_card_of_wrong_types_or_sizes_is_one_line(kind: str, folder: Path) -> None:
+    change, why = WRONG_CARDS[kind]
+    edit_card(folder, change)
+    with pytest.raises(UserError, match=why) as caught:
+        load_artifact(folder)
+    assert str(folder) in str(caught.value)
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        ("[" * 100_000, "is nested deeper than 64 levels"),
+        ('{"format": 1, "format": 2}', "has the key 'format' twice"),
+        ('{"format": NaN}', "is not finite"),
+        ('{"format": 1e400}', "is not finite"),
+        ("[1]", "names no format"),
+        ("9" * 5000, "an integer of 5000 digits"),
+    ],
+    ids=range(6),
+)
+def test_a_card_that_is_no_card_is_one_line(content: str, why: str, folder: Path) -> None:
+    (folder / "weights.json").write_text(content)
+    with pytest.raises(UserError, match=why):
+        load_artifact(folder)
+
+
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda t: t * float("nan"), "has values that are not finite"),
+        (lambda t: t + float("inf"), "has values that are not finite"),
+        (lambda t: t.to(torch.int64), "is of int64; weights are float32 or float64"),
+        (lambda t: t.to(torch.bool), "is of bool; weights"),
+        (lambda t: t.half(), "is of float16; weights"),
+        (lambda t: t[:0], "has shape"),
+        (lambda t: t.flatten(), "has shape"),
+    ],
+)
+def test_weights_that_are_no_finite_floats_are_refused(
+    change: Callable[[torch.Tensor], torch.Tensor], why: str, folder: Path
+) -> None:
+    tensors = load_file(folder / "weights.safetensors")
+    replace_tensors(folder, tensors | {"shared.weight_hh_l0": change(tensors["shared.weight_hh_l0"])})
+    with pytest.raises(UserError, match=why):
+        load_artifact(folder)
+
+
+@pytest.mark.parametrize("name", ["weights.json", "weights.safetensors"])
+def test_what_is_no_regular_file_is_refused_at_once_also_at_a_uri(name: str, folder: Path) -> None:
+    uri = folder.as_uri()
+    (folder / name).unlink()
+    os.mkfifo(folder / name)
+    for place in (folder, uri):
+        with pytest.raises(UserError, match="is not a regular file"):
+            load_artifact(place)
+    (folder / name).unlink()
+    with (folder / name).open("wb") as stream:
+        stream.truncate(2**40)
+    for place in (folder, uri):
+        with pytest.raises(UserError, match=r"is larger than \d+ MiB"):
+            load_artifact(place)
+
+
+@pytest.mark.parametrize(
+    "name", ["a" * 300, f"{'a' * 300}/x", "a\0b", "~nobody-at-all/x", "/dev/null", "/dev/zero"], ids=range(6)
+)
+def test_a_name_that_no_weights_have_is_one_line(name: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_artifact(name)
+    assert len(str(caught.value).splitlines()) == 1

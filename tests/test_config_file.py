@@ -231,3 +231,37 @@ def test_an_evaluation_is_read_with_the_names_of_its_own_settings(tmp_path):
 def test_what_a_guard_decides_cannot_be_differentiated():
     with pytest.raises(UserError, match=r"estimator\.kind=exact cannot differentiate .* use replay or es"):
         load_settings(None, ["rule.guard={}", "estimator.kind=exact"])
+
+
+def test_what_an_alias_stands_for_is_changed_alone(tmp_path: Path) -> None:
+    """An override of one place must not change the others that were written with the same alias."""
+    text = (tmp_path / "small.yaml").write_text
+    text(f"extends: {DEFAULT_CONFIG}\nresources: &r {{num_cpus: 0.5}}\nlearner: {{resources: *r}}\n")
+    settings = load_settings(tmp_path / "small.yaml", ["resources.num_cpus=2"])
+    assert (settings.resources.num_cpus, settings.learner.resources.num_cpus) == (2, 0.5)
+
+
+def test_files_that_extend_each_other_end_in_one_line(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("extends: b.yaml")
+    (tmp_path / "b.yaml").write_text("extends: ../link/a.yaml")
+    (tmp_path.parent / "link").unlink(missing_ok=True)
+    (tmp_path.parent / "link").symlink_to(tmp_path)
+    for i in range(40):
+        (tmp_path / f"c{i}.yaml").write_text(f"extends: c{i + 1}.yaml")
+    for name, why in (
+        ("a", "extends itself"),
+        ("c0", "extends more than 20 files"),
+        ("d", "extends must name a file, not"),
+    ):
+        (tmp_path / "d.yaml").write_text("extends: [a.yaml]")
+        with pytest.raises(UserError, match=why):
+            load_settings(tmp_path / f"{name}.yaml")
+
+
+def test_a_folder_of_trust_is_not_left(tmp_path: Path) -> None:
+    (tmp_path / "secret.yaml").write_text("the secret: 1")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("extends: ../secret.yaml")
+    with pytest.raises(UserError, match="is a link out of") as caught:
+        load_settings(tmp_path / "run" / "config.yaml", within=tmp_path / "run")
+    assert "the secret" not in str(caught.value)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
-from ml2o_dist.files import private_folder, replacing
+from ml2o_dist.files import expanded, private_folder, replacing
 
 
 def test_a_file_is_replaced_when_the_block_ends_and_not_before(tmp_path):
@@ -53,26 +55,6 @@ def test_files_and_folders_honour_the_umask(tmp_path, umask, mode):
     assert stat.S_IMODE((tmp_path / "folder").stat().st_mode) == mode | (mode & 0o444) >> 2
 
 
-def test_what_is_no_regular_file_is_not_replaced(tmp_path):
-    os.mkfifo(tmp_path / "fifo")
-    (tmp_path / "link").symlink_to(tmp_path / "fifo")
-    (tmp_path / "folder").mkdir()
-    for name in ("fifo", "link", "folder"):
-        with pytest.raises(OSError, match="it is"), replacing(tmp_path / name) as stream:
-            stream.write(b"x")
-    assert stat.S_ISFIFO((tmp_path / "fifo").stat().st_mode)
-    assert sorted(os.listdir(tmp_path)) == ["fifo", "folder", "link"]
-
-
-def test_a_link_is_replaced_and_what_it_led_to_stays(tmp_path):
-    (tmp_path / "precious").write_bytes(b"precious")
-    (tmp_path / "link").symlink_to(tmp_path / "precious")
-    with replacing(tmp_path / "link") as stream:
-        stream.write(b"new")
-    assert (tmp_path / "precious").read_bytes() == b"precious"
-    assert not (tmp_path / "link").is_symlink()
-
-
 def test_a_private_folder_is_this_users_alone(tmp_path):
     before = os.umask(0)
     try:
@@ -97,3 +79,65 @@ def test_a_folder_of_another_user_is_not_private(tmp_path):
     os.chown(tmp_path / "theirs", 12345, 12345)
     with pytest.raises(PermissionError, match="belongs to another user"):
         private_folder(tmp_path / "theirs")
+
+
+def device(place: Path) -> Path:
+    try:
+        os.mknod(place / "it", stat.S_IFCHR | 0o666, os.makedev(1, 3))  # another /dev/null
+    except PermissionError:
+        pytest.skip("only root makes devices")
+    return place / "it"
+
+
+def linked(target: Path) -> Callable[[Path], Path]:
+    def make(place: Path) -> Path:
+        (place / "it").symlink_to(target)
+        return place / "it"
+
+    return make
+
+
+def fifo(place: Path) -> Path:
+    os.mkfifo(place / "it")
+    return place / "it"
+
+
+def folder(place: Path) -> Path:
+    (place / "it").mkdir()
+    return place / "it"
+
+
+@pytest.mark.parametrize(
+    "make", [device, fifo, folder, linked(Path("/dev/null")), linked(Path("/")), lambda place: Path("/dev/stdout")]
+)
+def test_nothing_but_a_regular_file_is_replaced(make: Callable[[Path], Path], tmp_path: Path) -> None:
+    file = make(tmp_path)
+    before = file.lstat()
+    with pytest.raises(OSError, match="it is") as caught, replacing(file):
+        pytest.fail("nothing is written")
+    assert caught.value.filename == str(file)
+    assert (file.lstat().st_mode, file.lstat().st_ino) == (before.st_mode, before.st_ino)
+    assert os.listdir(tmp_path) in ([], ["it"])
+
+
+def test_a_link_is_replaced_and_what_it_leads_to_is_not_written(tmp_path: Path) -> None:
+    (tmp_path / "other").write_bytes(b"other")
+    for target in ("other", "nowhere"):
+        (tmp_path / "it").unlink(missing_ok=True)
+        (tmp_path / "it").symlink_to(target)
+        with replacing(tmp_path / "it") as stream:
+            stream.write(b"new")
+        assert not (tmp_path / "it").is_symlink()
+        assert (tmp_path / "it").read_bytes() == b"new"
+    assert (tmp_path / "other").read_bytes() == b"other"
+
+
+def test_a_name_that_no_file_can_have_is_an_error_of_the_file(tmp_path: Path) -> None:
+    for name in ("a\0b", "a" * 300):
+        with pytest.raises(OSError, match=r"NUL|too long"), replacing(tmp_path / name):
+            pytest.fail("nothing is written")
+
+
+def test_the_home_of_a_user_who_is_not_there_is_a_name_like_any_other() -> None:
+    assert expanded("~nobody-at-all/x") == Path("~nobody-at-all/x")
+    assert expanded("~/x") == Path.home() / "x"

@@ -229,7 +229,7 @@ def test_an_evaluation_that_is_not_done_says_so(evaluation_dir):
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ("{", "evaluation.json cannot be read: JSONDecodeError"),
+        ("{", "evaluation.json' is not JSON: "),
         ("[]", "evaluation.json cannot be read: it holds no evaluation of this version"),
         ('{"steps": 60, "problems": []}', "evaluation.json cannot be read: it holds no evaluation of this version"),
         ('{"cells": [], "summary": {"rows": 1}}', "it holds no evaluation of this version: settings: Field required"),

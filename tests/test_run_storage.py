@@ -9,10 +9,12 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 from click.testing import CliRunner
+from pyarrow.fs import FileInfo, FileType
 
 from ml2o_dist.artifact import load_artifact
 from ml2o_dist.cli import main
 from ml2o_dist.config_file import dump_settings, load_settings
+from ml2o_dist.errors import UserError
 from ml2o_dist.metatrain.checkpoint import newest_checkpoint
 from ml2o_dist.metatrain.trainer import Trainer
 from ml2o_dist.run_storage import RemoteRunStorage, RunStorage, StorageError, open_storage, read_run, working_copy
@@ -416,3 +418,26 @@ def test_nothing_to_resume_at_a_uri(home):
     result = ml2o("--run-dir", f"file://{home}/remote/none", "--resume")
     assert result.exit_code == 2
     assert f"nothing to resume: file://{home}/remote/none holds no config.yaml" in result.stderr
+
+
+def test_a_remote_file_whose_name_leads_out_is_not_written(tmp_path):
+    """Names in an object store may have any parts."""
+
+    class Store:
+        def get_file_info(self, selector):
+            return [FileInfo(f"{BASE}/../../evil", FileType.File, size=1)]
+
+    storage = RemoteRunStorage("store://x", Store(), BASE, tmp_path / "copy")
+    with pytest.raises(UserError, match="which lies outside of it"):
+        storage.download(tmp_path / "copy")
+    assert not list(tmp_path.rglob("evil"))
+
+
+def test_a_remote_file_that_is_too_large_is_not_fetched(tmp_path):
+    class Store:
+        def get_file_info(self, selector):
+            return [FileInfo(f"{BASE}/run.log", FileType.File, size=2**40)]
+
+    storage = RemoteRunStorage("store://x", Store(), BASE, tmp_path / "copy")
+    with pytest.raises(UserError, match=r"file 'run.log' of run directory 'store://x' is larger than"):
+        storage.download(tmp_path / "copy")

@@ -14,15 +14,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load as load_tensors
+from pydantic import BaseModel, TypeAdapter
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from ml2o_dist.artifact import weights_sha256
+from ml2o_dist.errors import UserError
 from ml2o_dist.evaluation.cells import Cell, CellResult, GuardRecord, Measured, Outcome
 from ml2o_dist.evaluation.criticality import Criticality
 from ml2o_dist.files import cache_folder, replacing
+from ml2o_dist.reading import MIB, parse_json, validated
+from ml2o_dist.reading_tensors import read_tensors
 
 FORMAT = 1
 """Version of the files; others are not found."""
@@ -32,6 +34,19 @@ _CODE = ("rules", "problems", "evaluation/cells.py", "evaluation/criticality.py"
 """The code that a cell runs: where it changes, no cell of before is found."""
 
 _END = ("absolute", "relative", "gap", "weights", "losses")
+
+CELL_LIMIT = 4 * 1024 * MIB
+"""Bytes of a cell: of a hundred instances of ten objectives over a hundred thousand steps there are 800 million."""
+
+
+class _Record(BaseModel):
+    key: str
+    forwards: int
+    backwards: int
+    guard_share: float | None = None
+
+
+_RECORD = TypeAdapter(_Record)
 
 log = logging.getLogger(__name__)
 
@@ -83,18 +98,20 @@ class CellCache:
     def find(self, key: str) -> CellResult | None:
         """Return the finished cell of this key; None where there is none, or what is there is not whole."""
         try:
-            content = self._file(key).read_bytes()
-        except OSError:
+            tensors, _ = read_tensors(self._file(key), "cell", CELL_LIMIT)
+        except (FileNotFoundError, UserError):
+            return None
+        texts = [tensors.pop(name, torch.empty(0)) for name in ("sha256", "record")]
+        if any(text.dtype != torch.uint8 or text.dim() != 1 for text in texts):
+            return None
+        digest, written = (bytes(text.tolist()) for text in texts)
+        if digest != weights_sha256(tensors | {"record": texts[1]}).encode():
             return None
         try:
-            tensors = load_tensors(content)
-            digest = bytes(tensors.pop("sha256").tolist()).decode()
-            if digest != weights_sha256(tensors):
-                return None
-            record = json.loads(bytes(tensors.pop("record").tolist()))
-            return _result(tensors, record) if record["key"] == key else None
-        except (SafetensorError, ValueError, KeyError, TypeError):
+            record = validated(_RECORD, parse_json(written, "a cell's record"), "a cell's record")
+        except UserError:
             return None
+        return _result(tensors, record) if record.key == key and _is_result(tensors, record) else None
 
     def keep(self, key: str, result: CellResult) -> None:
         """Write down a finished cell, whole or not at all; a disk that takes nothing costs one warning."""
@@ -167,10 +184,32 @@ def _parts(result: CellResult) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return {name: tensor.clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()}, record
 
 
-def _result(tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> CellResult:
+def _is_result(tensors: Mapping[str, Tensor], record: _Record) -> bool:
+    """Tell whether the tensors have the names, kinds and shapes of a `CellResult`'s."""
+    losses = tensors.get("losses")
+    if losses is None or losses.dim() != 3:
+        return False
+    steps, instances, objectives = losses.shape
+    each, both = (instances,), (instances, objectives)
+    shapes = {"losses": (steps, *both), "diverged": each, "evaluations": (steps,), "seconds": (steps,)}
+    shapes |= {name: both for name in tensors if name.startswith("test.")}
+    if "accepted" in tensors:
+        shapes["accepted"] = (steps, instances)
+        if record.guard_share is None:
+            return False
+    if "conflicting" in tensors:
+        ends = {f"end.{name}": both if name in ("weights", "losses") else each for name in _END}
+        shapes |= {"conflicting": each, "mean_cosine": each, **ends}
+    kinds = {"diverged": torch.bool, "accepted": torch.bool, "evaluations": torch.int64}
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()} == shapes and all(
+        tensor.dtype == kinds[name] if name in kinds else tensor.is_floating_point() for name, tensor in tensors.items()
+    )
+
+
+def _result(tensors: Mapping[str, Tensor], record: _Record) -> CellResult:
     guard = measured = None
     if "accepted" in tensors:
-        guard = GuardRecord(tensors["accepted"], record["guard_share"])
+        guard = GuardRecord(tensors["accepted"], record.guard_share or 0.0)
     if "conflicting" in tensors:
         end = Criticality(*(tensors[f"end.{name}"] for name in _END))
         measured = Measured(end, tensors["conflicting"], tensors["mean_cosine"])
@@ -178,8 +217,8 @@ def _result(tensors: Mapping[str, Tensor], record: Mapping[str, Any]) -> CellRes
         losses=tensors["losses"],
         test_metrics={name.removeprefix("test."): value for name, value in tensors.items() if name.startswith("test.")},
         diverged=tensors["diverged"],
-        forwards=record["forwards"],
-        backwards=record["backwards"],
+        forwards=record.forwards,
+        backwards=record.backwards,
         evaluations=tensors["evaluations"],
         seconds=tensors["seconds"],
         guard=guard,

@@ -8,12 +8,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from typing import Any, Literal
 
-from pydantic import TypeAdapter
+from pydantic import TypeAdapter, ValidationError
 
 from ml2o_dist.config import EvaluateSettings
+from ml2o_dist.errors import UserError
 from ml2o_dist.evaluation.statistics import Figure, Interval
+from ml2o_dist.reading import one_line
 
 Role = Literal["learned", "baseline", "other"]
 """What an optimizer is in an evaluation: meta-trained weights, one of the settings' baselines, or anything else."""
@@ -256,14 +259,52 @@ class Evaluation:
         return plain
 
     @classmethod
-    def from_json(cls, tree: Mapping[str, Any]) -> Evaluation:
-        """Read what `to_json` returned.
+    def from_json(cls, tree: Any) -> Evaluation:
+        """Read what `to_json` returned, as JSON has it.
 
         Raises:
-            ValueError, TypeError, KeyError: `tree` is something else.
+            UserError: `tree` is something else.
         """
-        summary = dict(tree["summary"])
-        return _EVALUATION.validate_python({"fronts": {}, **summary, "cells": tree["cells"]})
+        other = "it holds no evaluation of this version"
+        if not (isinstance(tree, dict) and isinstance(tree.get("summary"), dict) and "cells" in tree):
+            raise UserError(other)
+        try:
+            found = _EVALUATION.validate_python({"fronts": {}, **tree["summary"], "cells": tree["cells"]})
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            raise UserError(f"{other}: {one_line('.'.join(map(str, first['loc'])) + ': ' + first['msg'])}") from error
+        if wrong := _disagreement(found):
+            raise UserError(f"{other}: {one_line(wrong)}")
+        return found
+
+
+def _disagreement(found: Evaluation) -> str:
+    """Say what in an evaluation does not go together; "" where all does."""
+    pairs = [(row.optimizer, row.problem) for row in found.rows]
+    if len(set(pairs)) < len(pairs):
+        return "an optimizer has two rows on one problem"
+    tasks: dict[str, tuple[int, int | None]] = {}
+    for row in found.rows:
+        where = f"{row.optimizer} on {row.problem}"
+        size = len(row.losses), None if row.test_accuracy is None else len(row.test_accuracy)
+        if not row.losses or tasks.setdefault(row.problem, size) != size:
+            return f"{where} has another number of objectives than the others there"
+        curve = row.curve
+        lengths = {len(curve.steps), len(curve.loss), len(curve.error)}
+        lengths |= set() if curve.acceptance is None else {len(curve.acceptance)}
+        if len(lengths) > 1 or len(curve.steps) > CURVE_POINTS:
+            return f"the curve of {where} has parts of different lengths, or more than {CURVE_POINTS} points"
+        if any(later <= earlier for earlier, later in pairwise((0, *curve.steps))):
+            return f"the curve of {where} goes back"
+    for problem, front in found.fronts.items():
+        if len({len(point) for point in front}) > 1 or any(not point for point in front):
+            return f"the front of {problem} has points of different lengths"
+        if problem in tasks and front and len(front[0]) != tasks[problem][0]:
+            return f"the front of {problem} has another number of objectives"
+    for cell in found.cells:
+        if cell.problem in tasks and len(cell.losses) != tasks[cell.problem][0]:
+            return f"a cell of {cell.optimizer} on {cell.problem} has another number of objectives"
+    return ""
 
 
 _EVALUATION = TypeAdapter(Evaluation)

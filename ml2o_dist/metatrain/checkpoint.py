@@ -18,14 +18,19 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import save
 from torch import Tensor
 
+from ml2o_dist.errors import UserError
 from ml2o_dist.files import flush_folder, flush_to_disk
+from ml2o_dist.reading import JSON_LIMIT, MIB, parse_json, read_bytes
+from ml2o_dist.reading_tensors import parse_tensors
 
 FORMAT = 2
-MANIFEST = "manifest.json"
+MANIFEST, TENSORS, STATE = "manifest.json", "tensors.safetensors", "state.json"
+
+LIMITS = {TENSORS: 16 * 1024 * MIB, STATE: JSON_LIMIT}
+"""Bytes of each file that a manifest lists. An expert's checkpoint has its network three times, with Adam's moments."""
 _NAME = re.compile(r"step_(\d{6,})")
 
 
@@ -72,8 +77,8 @@ def _write_folder(target: Path, checkpoint: Checkpoint) -> None:
     temporary.mkdir()
     try:
         files = {
-            "tensors.safetensors": save({name: t.contiguous() for name, t in checkpoint.tensors.items()}),
-            "state.json": _json({"meta_step": checkpoint.meta_step, **checkpoint.state}),
+            TENSORS: save({name: t.contiguous() for name, t in checkpoint.tensors.items()}),
+            STATE: _json({"meta_step": checkpoint.meta_step, **checkpoint.state}),
         }
         hashes = {name: hashlib.sha256(content).hexdigest() for name, content in files.items()}
         files[MANIFEST] = _json({"format": FORMAT, "sha256": hashes})
@@ -92,26 +97,28 @@ def _write_folder(target: Path, checkpoint: Checkpoint) -> None:
 
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read one checkpoint folder; raises CheckpointError, naming the file, unless every hash in it holds."""
-    manifest = _parsed(path / MANIFEST, _read(path / MANIFEST))
+    manifest = _parsed(path / MANIFEST, _read(path / MANIFEST, MIB))
     if manifest.get("format") != FORMAT:
         raise CheckpointError(f"{path / MANIFEST}: format {manifest.get('format')!r}, this version reads {FORMAT}")
     hashes = manifest.get("sha256")
     if not isinstance(hashes, dict):
         raise CheckpointError(f"{path / MANIFEST}: lists no sha256")
     contents = {}
-    for name, expected in hashes.items():
-        contents[name] = _read(path / name)
-        if hashlib.sha256(contents[name]).hexdigest() != expected:
+    for name, limit in LIMITS.items():
+        if name not in hashes:
+            raise CheckpointError(f"{path / MANIFEST}: names no {name}")
+        contents[name] = _read(path / name, limit)
+        if hashlib.sha256(contents[name]).hexdigest() != hashes[name]:
             raise CheckpointError(f"{path / name}: its sha256 differs from the manifest's; the file was cut or altered")
-    missing = {"tensors.safetensors", "state.json"} - contents.keys()
-    if missing:
-        raise CheckpointError(f"{path / MANIFEST}: names no {sorted(missing)[0]}")
     try:
-        tensors = load(contents["tensors.safetensors"])
-    except SafetensorError as error:
-        raise CheckpointError(f"{path / 'tensors.safetensors'}: {error}") from error
-    state = _parsed(path / "state.json", contents["state.json"])
-    return Checkpoint(state.pop("meta_step"), tensors, state)
+        tensors, _ = parse_tensors(contents[TENSORS], f"{path / TENSORS}:")
+    except UserError as error:
+        raise CheckpointError(str(error)) from error
+    state = _parsed(path / STATE, contents[STATE])
+    meta_step = state.pop("meta_step", None)
+    if type(meta_step) is not int or not 0 <= meta_step < 10**15:
+        raise CheckpointError(f"{path / STATE}: its meta_step is no count")
+    return Checkpoint(meta_step, tensors, state)
 
 
 def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
@@ -159,19 +166,21 @@ def _json(value: Mapping[str, Any]) -> bytes:
 
 def _parsed(path: Path, content: bytes) -> dict[str, Any]:
     try:
-        value = json.loads(content)
-    except ValueError as error:
-        raise CheckpointError(f"{path}: not JSON ({error})") from error
+        value = parse_json(content, f"{path}:")
+    except UserError as error:
+        raise CheckpointError(str(error)) from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: not a JSON object")
     return value
 
 
-def _read(path: Path) -> bytes:
+def _read(path: Path, limit: int) -> bytes:
     try:
-        return path.read_bytes()
-    except OSError as error:
+        return read_bytes(path, "file", limit, within=path.parent)
+    except FileNotFoundError as error:
         raise CheckpointError(f"{path}: {error.strerror}") from error
+    except UserError as error:
+        raise CheckpointError(f"{path}: {str(error).removeprefix(f'file {str(path)!r} ')}") from error
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 
 from ml2o_dist.errors import UserError
 from ml2o_dist.files import replacing
+from ml2o_dist.reading_tables import read_table
 
 FILE = "metrics.parquet"
 
@@ -101,19 +102,19 @@ def write_history(run_dir: Path, history: History) -> None:
         pq.write_table(table, stream)
 
 
-def read_history(file: Path) -> list[dict[str, Any]]:
+def read_history(file: Path, within: Path | None = None) -> list[dict[str, Any]]:
     """Return the rows of a file, keyed as in `SCHEMA`; what is not there is None.
 
     Raises:
-        UserError: it is something else.
-        OSError, pyarrow.ArrowException: it cannot be read.
+        UserError: it is something else, torn, or too large.
     """
-    table = pq.ParquetFile(file).read()
+    table = read_table(file, SCHEMA, within)
     if "meta_step" not in table.column_names:
         raise UserError(f"{file} cannot be read: no column meta_step")
+    if table["meta_step"].null_count:
+        raise UserError(f"{file} cannot be read: a row has no meta_step")
     columns = [
-        table[field.name].cast(field.type) if field.name in table.column_names else pa.nulls(len(table), field.type)
-        for field in SCHEMA
+        table[field.name] if field.name in table.column_names else pa.nulls(len(table), field.type) for field in SCHEMA
     ]
     rows: list[dict[str, Any]] = pa.Table.from_arrays(columns, schema=SCHEMA).to_pylist()
     return rows

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor
 
 from ml2o_dist.config import MetaTrainSettings
+from ml2o_dist.errors import UserError
 from ml2o_dist.metatrain.episode import EpisodeResult
+from ml2o_dist.reading_tensors import check_floats
 from ml2o_dist.rules.ml2o import ML2ONetwork
 
 
@@ -104,6 +106,21 @@ class Learner:
             "adam_step": torch.as_tensor(state.get("step", 0.0)).float().reshape(1).clone(),
             **{f"earlier/{back}": theta for back, theta in enumerate(reversed(self._earlier), start=1)},
         }
+
+    def check(self, tensors: Mapping[str, Tensor], best: Mapping[str, Tensor], version: int) -> None:
+        """Raise UserError unless `restore` can take `tensors` over, and `best` is a state dict of the network."""
+        earlier = [f"earlier/{back}" for back in range(1, min(version, self.settings.staleness) + 1)]
+        shapes = dict.fromkeys(("theta", "average", "exp_avg", "exp_avg_sq", *earlier), self._theta.shape)
+        wanted = {**shapes, "adam_step": torch.Size([1]), **{f"best/{name}": s for name, s in self._shapes.items()}}
+        found = {**tensors, **{f"best/{name}": tensor for name, tensor in best.items()}}
+        if missing := sorted(wanted.keys() - found.keys()):
+            raise UserError(f"it lacks the tensor {missing[0]}")
+        if best.keys() != self._shapes.keys():
+            raise UserError("its best weights have tensors that the network has not")
+        for name, shape in wanted.items():
+            if found[name].shape != shape:
+                raise UserError(f"its tensor {name} has shape {list(found[name].shape)}, not {list(shape)}")
+        check_floats({name: found[name] for name in wanted}, "its tensors")
 
     def restore(self, tensors: Mapping[str, Tensor], version: int) -> None:
         """Take over the state that `tensors()` returned at `version`."""

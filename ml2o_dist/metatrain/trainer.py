@@ -89,9 +89,26 @@ class Progress:
         return {name: torch.from_numpy(np.array(column)) for name, column in self.history.columns.items()}
 
     @classmethod
-    def restored(cls, values: Mapping[str, Any], columns: Mapping[str, Tensor]) -> Progress:
-        """Return what `values` and `columns` came from."""
-        return cls(**values, history=History({name: column.tolist() for name, column in columns.items()}))
+    def restored(cls, values: Any, columns: Mapping[str, Tensor]) -> Progress:
+        """Return what `values` and `columns` came from; raises UserError where they are something else."""
+        lengths = {column.shape if column.dtype == torch.float64 else None for column in columns.values()}
+        if "meta_step" not in columns or len(lengths) != 1 or len(next(iter(lengths)) or ()) != 1:
+            raise UserError("its history is no columns of one length, meta_step among them")
+        history = History({name: column.tolist() for name, column in columns.items()})
+        return cls(**checked_progress(values), history=history)
+
+
+def checked_progress(values: Any) -> dict[str, Any]:
+    """Return what `Progress.values` returned, as it was read back; raises UserError where it is something else."""
+    defaults = Progress().values()
+    if not isinstance(values, dict) or not values.keys() <= defaults.keys():
+        raise UserError(f"its progress is something else than {', '.join(defaults)}")
+    for name, value in values.items():
+        kinds = (int, float) if isinstance(defaults[name], float) else type(defaults[name])
+        texts = isinstance(value, dict) and not all(isinstance(each, str) for each in value.values())
+        if isinstance(value, bool) or not isinstance(value, kinds) or texts:
+            raise UserError(f"its progress has a {name} of the wrong type")
+    return values
 
 
 class TrainingError(Exception):
@@ -142,18 +159,31 @@ class Trainer:
         if checkpoint is None:
             why = f"; refused: {'; '.join(refused)}" if refused else ""
             raise UserError(f"nothing to resume: {self.run_dir / 'checkpoints'} holds no valid checkpoint{why}")
-        difference = first_difference(self.settings, parse_settings(checkpoint.state["config"]))
-        if difference:
+        step = f"checkpoints/step_{checkpoint.meta_step:06d}"
+        try:
+            settings = parse_settings(checkpoint.state.get("config"))
+        except UserError as error:
+            raise UserError(f"cannot resume {self.run_dir}: the configuration in {step}: {error}") from error
+        if difference := first_difference(self.settings, settings):
             raise UserError(f"cannot resume {self.run_dir} with another configuration: {difference}")
-        self.take_over(checkpoint)
+        try:
+            self.take_over(checkpoint)
+        except UserError as error:
+            raise UserError(f"cannot resume {self.run_dir}: {step} cannot be used: {error}") from error
         return refused
 
     def take_over(self, checkpoint: Checkpoint) -> None:
-        """Go on from `checkpoint`, be it of another configuration, as long as that has the same rule."""
+        """Go on from `checkpoint`, be it of another configuration, as long as that has the same rule.
+
+        Raises:
+            UserError: it holds something else than a state of such a run; nothing has changed.
+        """
         tensors = checkpoint.tensors
+        best = _below("best/", tensors)
+        self.learner.check(tensors, best, checkpoint.meta_step)
+        progress = Progress.restored(checkpoint.state.get("progress"), _below("history/", tensors))
         self.learner.restore(tensors, checkpoint.meta_step)
-        self.best_weights = _below("best/", tensors)
-        self.progress = Progress.restored(checkpoint.state["progress"], _below("history/", tensors))
+        self.best_weights, self.progress = best, progress
         self._saved = (checkpoint.meta_step, self.progress.validated_step)
 
     def run(self, begin: Begin, on_row: Callable[[int, Row], None] = lambda step, row: None) -> None:

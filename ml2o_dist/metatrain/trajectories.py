@@ -26,6 +26,8 @@ from ml2o_dist.metatrain.episode import EpisodeResult
 from ml2o_dist.metatrain.recorder import Trajectory
 from ml2o_dist.metatrain.schedule import WorkItem
 from ml2o_dist.problems import ProblemSpec
+from ml2o_dist.reading import one_line
+from ml2o_dist.reading_tables import read_table
 
 FOLDER = "trajectories"
 _NAME = re.compile(r"step_(\d{6,})\.parquet")
@@ -217,16 +219,32 @@ def _files(folder: Path) -> list[tuple[int, Path]]:
 
 
 def _read(file: Path) -> pa.Table:
-    try:
-        table = pq.ParquetFile(file).read()
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise UserError(f"{file} cannot be read: {' '.join(str(error).split())}") from error
+    table = read_table(file, SCHEMA, file.parent)
     if not table.schema.equals(SCHEMA):
         raise UserError(f"{file} cannot be read: it has other columns than this version of ml2o_dist writes")
     if (written := (table.schema.metadata or {}).get(b"format")) != SCHEMA.metadata[b"format"]:
-        given, wanted = (written or b"?").decode(errors="replace"), SCHEMA.metadata[b"format"].decode()
+        given, wanted = one_line((written or b"?").decode(errors="replace")), SCHEMA.metadata[b"format"].decode()
         raise UserError(f"{file} cannot be read: its format is {given}, this version of ml2o_dist reads {wanted}")
+    if not _are_episodes(table):
+        raise UserError(f"{file} cannot be read: its rows are no inner steps of episodes")
     return table
+
+
+def _are_episodes(table: pa.Table) -> bool:
+    """Tell whether there are rows, each an inner step with one list entry for each objective of its problem."""
+    problems = table["problem"].cast(pa.string())
+    if not len(table) or problems.null_count or any(table[name].null_count for name in SCHEMA.names):
+        return False
+    losses, norms, cosines = (
+        pc.list_value_length(table[name]).to_numpy() for name in ("losses", "gradient_norms", "gradient_cosines")
+    )
+    if (losses < 1).any() or (norms != losses).any() or (cosines != losses * (losses - 1) // 2).any():
+        return False
+    numbers = np.array([table[name].to_numpy() for name in ("meta_step", "slot", "instance", "step")])
+    begins, goes_on = numbers[3] == 0, (np.diff(numbers[:3]) == 0).all(axis=0) & (np.diff(numbers[3]) == 1)
+    codes = np.unique(np.array(problems.to_pylist(), dtype=object), return_inverse=True)[1]
+    same = len(np.unique(np.stack([codes, losses]), axis=1).T) == len(np.unique(codes))
+    return bool((numbers >= 0).all() and begins[0] and (begins[1:] | goes_on).all() and same)
 
 
 def _episode_table(item: WorkItem, trajectory: Trajectory) -> pa.Table:

@@ -22,10 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, TypeAdapter
 from torch import Tensor
 from torch.func import functional_call
 
 from ml2o_dist.artifact import weights_sha256
+from ml2o_dist.errors import UserError
 from ml2o_dist.evaluation.contestants import Contestant, HandDesigned
 from ml2o_dist.files import replacing
 from ml2o_dist.paretoset.conditioned import (
@@ -38,7 +40,7 @@ from ml2o_dist.paretoset.conditioned import (
     trainable,
 )
 from ml2o_dist.paretoset.experts import network_of
-from ml2o_dist.paretoset.fronts import Front
+from ml2o_dist.paretoset.fronts import Front, front_from_json
 from ml2o_dist.paretoset.fusion import Fusion
 from ml2o_dist.paretoset.image_tasks import load_tasks
 from ml2o_dist.paretoset.merging import rewarded_soup, simple_average, task_arithmetic, ties
@@ -51,6 +53,7 @@ from ml2o_dist.paretoset.states import read_state
 from ml2o_dist.paretoset.task_vectors import TaskVectors
 from ml2o_dist.paretoset.tasks import TaskSet
 from ml2o_dist.paretoset.training import Diverged, train
+from ml2o_dist.reading import read_bytes, read_json_object, validated
 
 OURS, EXPERTS = "pwe", "experts"
 LAMBDAS = tuple(round(0.1 * i, 1) for i in range(1, 16))
@@ -61,6 +64,20 @@ TOLD_EVERY = 50
 
 Outcome = dict[str, Any]
 """What a piece of work came to, as JSON values."""
+
+
+class _OutcomeJson(BaseModel):
+    name: str
+    approach: str
+    steps: int
+    seconds: float
+    trained_parameters: int
+    peak_mb: float
+    failures: int
+    diverged: str
+
+
+_OUTCOME = TypeAdapter(_OutcomeJson)
 
 
 @dataclass(frozen=True)
@@ -103,7 +120,7 @@ class Work:
     def done(self, tasks: int, finished: bool) -> int:
         """Return how many of its steps are done, as far as it has told."""
         try:
-            return self.steps(tasks) if finished else int(self.told.read_text())
+            return self.steps(tasks) if finished else int(read_bytes(self.told, "count", 20, self.told.parent))
         except (OSError, ValueError):  # not begun, or just being written
             return 0
 
@@ -171,10 +188,16 @@ def finished(works: Sequence[Work]) -> dict[str, Outcome]:
 def kept_outcome(file: Path, mark: Mapping[str, Any] | None = None) -> Outcome | None:
     """Return the outcome in `file`; None where there is none, a torn one, or with `mark` one of something else."""
     try:
-        outcome: Outcome = json.loads(file.read_bytes())
-    except (OSError, ValueError):
+        outcome: Outcome = read_json_object(file, "outcome", within=file.parent)
+        if mark is not None and outcome.get("fingerprint") != mark:
+            return None
+        validated(_OUTCOME, outcome, "the outcome")
+        if not outcome["diverged"]:
+            for split in ("validation", "test"):
+                front_from_json(outcome.get(split))
+    except (FileNotFoundError, UserError):
         return None
-    return outcome if mark is None or outcome.get("fingerprint") == mark else None
+    return outcome
 
 
 def _fingerprint(work: Work, states: list[dict[str, Tensor]]) -> dict[str, Any]:
@@ -318,7 +341,8 @@ def _front(rays: Tensor, measured: list[tuple[Tensor, Tensor]]) -> dict[str, obj
 def _told(work: Work) -> Callable[[int, Tensor, float], bool]:
     def told(step: int, parameters: Tensor, seconds: float) -> bool:
         if step % TOLD_EVERY == 0:
-            work.told.write_text(str(step))
+            with replacing(work.told) as stream:
+                stream.write(str(step).encode())
         return True
 
     return told

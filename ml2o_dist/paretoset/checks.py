@@ -44,7 +44,7 @@ def check_place(folder: Path, settings: ParetoSetSettings, resume: bool) -> None
         if resume:
             raise UserError(f"nothing to resume: {folder} holds no {SETTINGS}")
         return
-    difference = _difference(settings, read_settings(ParetoSetSettings, folder / SETTINGS, ()))
+    difference = _difference(settings, read_settings(ParetoSetSettings, folder / SETTINGS, (), within=folder))
     if difference:
         other = "leave it out to go on, or choose" if resume else "choose"
         raise UserError(f"{folder} holds a Pareto set of other settings ({difference}); {other} another --run-dir")

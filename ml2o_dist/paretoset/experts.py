@@ -17,8 +17,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from ml2o_dist.errors import UserError
 from ml2o_dist.metatrain.checkpoint import Checkpoint, newest_checkpoint, newest_manifest, save_checkpoint
 from ml2o_dist.paretoset.image_tasks import load_tasks
 from ml2o_dist.paretoset.networks import MultiHead, build_multi_head
@@ -26,6 +27,7 @@ from ml2o_dist.paretoset.settings import FineTuning, NetworkSettings, ParetoSetS
 from ml2o_dist.paretoset.states import about_state, read_state, save_state
 from ml2o_dist.paretoset.tasks import TaskSet, sample_losses
 from ml2o_dist.paretoset.training import annealed
+from ml2o_dist.reading import one_line
 from ml2o_dist.seeding import generator
 
 
@@ -123,8 +125,7 @@ def fit_stage(stage: Stage, folder: Path, *, num_cpus: float = 1.0, num_gpus: fl
         raise RuntimeError(f"training {stage.name} left no whole checkpoint of its end: {'; '.join(refused)}")
     weights = {name.removeprefix("model/"): t for name, t in checkpoint.tensors.items() if name[:6] == "model/"}
     save_state(folder / f"{stage.name}.safetensors", weights, {"stage": fingerprint(stage)})
-    seconds: float = checkpoint.state["seconds"]
-    return seconds
+    return float(checkpoint.state["seconds"])
 
 
 def fingerprint(stage: Stage) -> dict[str, Any]:
@@ -191,16 +192,37 @@ def _save(
 def _resume(
     folder: Path, mark: Mapping[str, Any], network: nn.Module, optimizer: torch.optim.Adam
 ) -> tuple[int, float]:
-    """Go on from the newest checkpoint of the same stage; return the steps done and the seconds they took."""
+    """Go on from the newest checkpoint of the same stage; return the steps done and the seconds they took.
+
+    Raises:
+        UserError: it says that it is of this stage, but its tensors are of something else.
+    """
     saved, _ = newest_checkpoint(folder)
-    if saved is None or saved.state["fingerprint"] != json.loads(json.dumps(mark)):
+    if saved is None or saved.state.get("fingerprint") != json.loads(json.dumps(mark)):
         return 0, 0.0
-    network.load_state_dict({name[6:]: tensor for name, tensor in saved.tensors.items() if name[:6] == "model/"})
+    shown = f"checkpoint {str(folder / f'step_{saved.meta_step:06d}')!r}"
+    seconds = saved.state.get("seconds")
+    if isinstance(seconds, bool) or not isinstance(seconds, int | float):
+        raise UserError(f"{shown} cannot be gone on with: its seconds are no number")
+    weights = {name[6:]: tensor for name, tensor in saved.tensors.items() if name[:6] == "model/"}
+    _check_alike(shown, weights, network.state_dict())
     state = optimizer.state_dict()
-    for name, tensor in saved.tensors.items():
-        kind, _, rest = name.partition("/")
-        if kind == "adam":
-            i, _, moment = rest.partition("/")
-            state["state"].setdefault(int(i), {})[moment] = tensor
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    fresh = {f"{i}/{moment}": p for i, p in enumerate(parameters) for moment in ("exp_avg", "exp_avg_sq")}
+    fresh |= {f"{i}/step": torch.zeros(()) for i in range(len(parameters))}
+    moments = {name[5:]: tensor for name, tensor in saved.tensors.items() if name[:5] == "adam/"}
+    _check_alike(shown, moments, {name: tensor for name, tensor in fresh.items() if saved.meta_step})
+    for name, tensor in moments.items():
+        i, _, moment = name.partition("/")
+        state["state"].setdefault(int(i), {})[moment] = tensor
+    network.load_state_dict(weights)
     optimizer.load_state_dict(state)
-    return saved.meta_step, float(saved.state["seconds"])
+    return saved.meta_step, float(seconds)
+
+
+def _check_alike(shown: str, found: Mapping[str, Tensor], wanted: Mapping[str, Tensor]) -> None:
+    """Raise UserError unless both have tensors of the same names, shapes and kinds."""
+    kinds, ours = ({name: (t.shape, t.dtype) for name, t in each.items()} for each in (found, wanted))
+    if kinds != ours:
+        name = min(key for key in kinds.keys() | ours.keys() if kinds.get(key) != ours.get(key))
+        raise UserError(f"{shown} cannot be gone on with: its tensor {one_line(name)!r} is missing, or another's")

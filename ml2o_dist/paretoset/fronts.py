@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pydantic import BaseModel, TypeAdapter
 from torch import Tensor
 
+from ml2o_dist.errors import UserError
 from ml2o_dist.evaluation.metrics import hypervolume
+from ml2o_dist.reading import validated
 
 REFERENCE = 2.0
 """Of the hypervolume, in each task's cross-entropy: that of the published figures."""
+
+
+MOST_TASKS, MOST_POINTS, MOST_POINTS_OF_MANY = 16, 2000, 64
+"""What a front that is read may have: points up to three tasks and for more, where a hypervolume takes long. The grid
+of most preferences has 1326, the preferences of eight tasks are 25."""
+
+
+class _FrontJson(BaseModel):
+    rays: list[list[float]]
+    losses: list[list[float]]
+    accuracies: list[list[float]]
+
+
+_FRONT = TypeAdapter(_FrontJson)
+_PARTS = ("rays", "losses", "accuracies")
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,9 +69,26 @@ class Front:
         }
 
 
-def front_from_json(value: Mapping[str, Any]) -> Front:
-    """Return the front that `Front.to_json` wrote."""
-    rays, losses, accuracies = (
-        torch.tensor(value[key], dtype=torch.float64) for key in ("rays", "losses", "accuracies")
-    )
-    return Front(rays, losses, accuracies)
+def front_from_json(value: Any) -> Front:
+    """Return the front that `Front.to_json` wrote.
+
+    Raises:
+        UserError: it is something else, or larger than any that is made.
+    """
+    found = validated(_FRONT, value, "the front")
+    parts = {
+        key: torch.tensor(getattr(found, key), dtype=torch.float64) for key in _PARTS if _even(getattr(found, key))
+    }
+    shapes = {part.shape for part in parts.values()}
+    if len(parts) < len(_PARTS) or len(shapes) > 1:
+        raise UserError(f"the front cannot be used: {', '.join(_PARTS)} are no tables of one shape")
+    points, tasks = next(iter(shapes))
+    if not 0 < tasks <= MOST_TASKS or not 0 < points <= (MOST_POINTS if tasks <= 3 else MOST_POINTS_OF_MANY):
+        raise UserError(f"the front cannot be used: it has {points} points of {tasks} tasks")
+    if not all(bool(part.isfinite().all()) for part in parts.values()):
+        raise UserError("the front cannot be used: it has a number that is not finite")
+    return Front(**parts)
+
+
+def _even(rows: list[list[float]]) -> bool:
+    return len({len(row) for row in rows}) == 1

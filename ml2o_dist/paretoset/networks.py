@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ml2o_dist.errors import UserError, unknown
 from ml2o_dist.paretoset.library_trunks import LIBRARIES, library_trunk
-from ml2o_dist.problems.networks import NETWORKS, Convolution, build_network
+from ml2o_dist.problems.networks import MOST_PARAMETERS, NETWORKS, Convolution, build_network
 from ml2o_dist.seeding import derive_seed
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh, "gelu": nn.GELU}
@@ -143,4 +143,6 @@ def _vit(side: int, patch: int, width: int, depth: int) -> nn.Module:
         raise UserError(f"patch {patch} of vit does not divide the images' side of {side}")
     if width < 1 or depth < 1:
         raise UserError(f"width {width} and depth {depth} of vit must be at least 1")
+    if 8 * depth * width**2 > MOST_PARAMETERS:
+        raise UserError(f"width {width} and depth {depth} of vit: 8 * depth * width^2 is above {MOST_PARAMETERS:,}")
     return VisionTransformer(side, patch, width, depth, attention_heads=math.gcd(width, 4))

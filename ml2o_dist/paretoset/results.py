@@ -5,14 +5,18 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from pathlib import Path
+from typing import Annotated, Any
 
 import torch
+from pydantic import BaseModel, Field, TypeAdapter
 
 from ml2o_dist import shown_text
+from ml2o_dist.errors import UserError
 from ml2o_dist.evaluation.metrics import igd_plus
 from ml2o_dist.paretoset.approaches import OURS, Outcome
 from ml2o_dist.paretoset.fronts import REFERENCE, Front, front_from_json
+from ml2o_dist.reading import read_json, validated
 
 SPLITS = ("validation", "test")
 
@@ -46,6 +50,31 @@ class ApproachResult:
         return rest | {split: front.to_json() for split, front in self.fronts.items()}
 
 
+_Count = Annotated[int, Field(ge=0, lt=2**60)]
+_Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class _ApproachJson(BaseModel):
+    approach: str
+    steps: _Count
+    seconds: _Amount
+    trained_parameters: _Count
+    peak_mb: _Amount
+    failures: _Count
+    diverged: _Count
+    igd_plus: _Amount | None = None
+
+
+class _FrontsJson(BaseModel):
+    tasks: tuple[str, ...]
+    data_sha256: dict[str, str]
+    git: str | None
+    approaches: list[dict[str, Any]]
+
+
+_APPROACH, _FRONTS = TypeAdapter(_ApproachJson), TypeAdapter(_FrontsJson)
+
+
 def assembled(outcomes: Sequence[Outcome]) -> list[ApproachResult]:
     """Join the rays of each approach, in the order of the outcomes, and compare their fronts."""
     by_name: dict[str, list[Outcome]] = {}
@@ -59,10 +88,41 @@ def assembled(outcomes: Sequence[Outcome]) -> list[ApproachResult]:
     return [_with_igd(result, best) for result in results]
 
 
+@dataclass(frozen=True, eq=False)
+class Fronts:
+    """What `fronts.json` holds: the tasks' names, all approaches, and what they were made from."""
+
+    tasks: tuple[str, ...]
+    approaches: list[ApproachResult]
+    data_sha256: dict[str, str]
+    git: str | None
+
+
+def read_fronts(file: Path) -> Fronts:
+    """Read the fronts of a run, `fronts.json` in its folder.
+
+    Raises:
+        FileNotFoundError: there are none.
+        UserError: the file holds something else.
+    """
+    shown = f"fronts {str(file)!r}"
+    found = validated(_FRONTS, read_json(file, "fronts", within=file.parent, finite=True), shown)
+    try:
+        approaches = [from_json(each) for each in found.approaches]
+    except UserError as error:
+        raise UserError(f"{shown} cannot be used: {error}") from error
+    names = [each.approach for each in approaches]
+    fronts = [front for each in approaches for front in each.fronts.values()]
+    if len(set(names)) < len(names) or any(front.losses.shape[1] != len(found.tasks) for front in fronts):
+        raise UserError(f"{shown} cannot be used: an approach stands there twice, or has other tasks")
+    return Fronts(found.tasks, approaches, found.data_sha256, found.git)
+
+
 def from_json(value: dict[str, Any]) -> ApproachResult:
-    """Return the result that `ApproachResult.to_json` wrote."""
+    """Return the result that `ApproachResult.to_json` wrote; raises UserError where it is something else."""
     fronts = {split: front_from_json(value[split]) for split in SPLITS if split in value}
-    return ApproachResult(fronts=fronts, **{key: each for key, each in value.items() if key not in SPLITS})
+    rest = validated(_APPROACH, {key: each for key, each in value.items() if key not in SPLITS}, "an approach")
+    return ApproachResult(fronts=fronts, **rest.model_dump())
 
 
 def nondominated(points: torch.Tensor) -> torch.Tensor:

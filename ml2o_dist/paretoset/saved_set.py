@@ -7,22 +7,28 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from pydantic import Field, TypeAdapter
 from torch import Tensor, nn
 
 from ml2o_dist.artifact import weights_sha256
 from ml2o_dist.errors import UserError
 from ml2o_dist.paretoset.fitted_states import State
+from ml2o_dist.paretoset.fronts import MOST_TASKS
 from ml2o_dist.paretoset.fusion import Fusion
 from ml2o_dist.paretoset.networks import MultiHead, build_multi_head
 from ml2o_dist.paretoset.settings import NetworkSettings
 from ml2o_dist.paretoset.states import save_state
+from ml2o_dist.reading import MIB, parse_json, validated
+from ml2o_dist.reading_tensors import read_tensors
 
 FILE = "pareto_set.safetensors"
 FORMAT = 1
+
+SET_LIMIT = 32 * 1024 * MIB
+"""Bytes of a set: of a start and of some experts, each a network of any size."""
 
 
 @dataclass(frozen=True)
@@ -37,16 +43,19 @@ class SetCard:
     """
 
     tasks: str
-    names: tuple[str, ...]
-    classes: tuple[int, ...]
-    side: int
-    mean: tuple[float, ...]
-    deviation: tuple[float, ...]
+    names: Annotated[tuple[str, ...], Field(min_length=2, max_length=MOST_TASKS)]
+    classes: tuple[Annotated[int, Field(ge=1, le=10_000)], ...]
+    side: Annotated[int, Field(ge=1, le=1024)]
+    mean: tuple[Annotated[float, Field(allow_inf_nan=False)], ...]
+    deviation: tuple[Annotated[float, Field(gt=0, allow_inf_nan=False)], ...]
     network: NetworkSettings
-    modules: str
-    scale: float
+    modules: Annotated[str, Field(max_length=200)]
+    scale: Annotated[float, Field(allow_inf_nan=False)]
     seed: int
     front: dict[str, Any]
+
+
+_CARD = TypeAdapter(SetCard)
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,25 +88,36 @@ def load_set(place: Path | str) -> SavedSet:
     """
     place = Path(place)
     file = place / FILE if place.is_dir() else place
-    if not file.exists():
-        raise UserError(f"{place} holds no Pareto set: {file.name} is missing (is `ml2o pareto-set train` finished?)")
+    shown = f"Pareto set {str(file)!r}"
     try:
-        with safe_open(file, "pt") as opened:
-            about = json.loads((opened.metadata() or {}).get("ml2o_dist", "{}"))
-            tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError, ValueError) as error:
-        raise UserError(f"Pareto set {str(file)!r} cannot be read: {' '.join(str(error).split())}") from error
+        tensors, texts = read_tensors(file, "Pareto set", SET_LIMIT)
+    except FileNotFoundError as error:
+        raise UserError(
+            f"{place} holds no Pareto set: {file.name} is missing (is `ml2o pareto-set train` finished?)"
+        ) from error
+    except UserError as error:
+        why = str(error).removeprefix(f"{shown} ").removeprefix("cannot be read: ")
+        raise UserError(f"{shown} cannot be read: {why}") from error
+    about = parse_json(texts.get("ml2o_dist", "{}"), f"{shown}, header,", finite=True)
     card = _card(file, about)
     if weights_sha256(tensors) != about["weights_sha256"]:
-        raise UserError(f"Pareto set {str(file)!r} was altered: its tensors do not agree with its weights_sha256")
+        raise UserError(f"{shown} was altered: its tensors do not agree with its weights_sha256")
     parts: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
         part, _, rest = name.partition("/")
         parts.setdefault(part, {})[rest] = tensor
+    names = ["start", *(f"expert_{t + 1}" for t in range(len(card.names))), "routers"]
+    if parts.keys() != set(names):
+        raise UserError(f"{shown} cannot be used: it has other parts than {', '.join(names)}")
+    routers = parts.pop("routers")
+    start, *experts = parts.values()
     network = set_network(card)
-    experts = [parts[f"expert_{t + 1}"] for t in range(len(card.names))]
-    fusion = Fusion(network, parts["start"], experts, modules=card.modules, heads=network.head_names, scale=card.scale)
-    fusion.routers.load_state_dict(parts["routers"])
+    fusion = Fusion(network, start, experts, modules=card.modules, heads=network.head_names, scale=card.scale)
+    if {name: (t.shape, t.dtype) for name, t in routers.items()} != {
+        name: (t.shape, t.dtype) for name, t in fusion.routers.state_dict().items()
+    } or not all(bool(tensor.isfinite().all()) for tensor in routers.values()):
+        raise UserError(f"{shown} cannot be used: its routers are those of another network, or not finite")
+    fusion.routers.load_state_dict(routers)
     return SavedSet(fusion.eval(), card, str(about["weights_sha256"]))
 
 
@@ -129,8 +149,8 @@ def save_plain(file: Path, network: nn.Module, card: SetCard, preference: Sequen
     save_state(file, network.state_dict(), about)
 
 
-def _card(file: Path, about: Mapping[str, Any]) -> SetCard:
-    if not isinstance(about.get("format"), int):
+def _card(file: Path, about: Any) -> SetCard:
+    if not isinstance(about, dict) or not isinstance(about.get("format"), int):
         raise UserError(f"{str(file)!r} is no Pareto set of ml2o_dist: its header names no format")
     if about["format"] > FORMAT:
         raise UserError(
@@ -139,10 +159,14 @@ def _card(file: Path, about: Mapping[str, Any]) -> SetCard:
     own = {key: value for key, value in about.items() if key != "card_sha256"}
     if _digest(own) != about.get("card_sha256"):
         raise UserError(f"Pareto set {str(file)!r} was altered: its header does not agree with its card_sha256")
-    fields = {key: own[key] for key in SetCard.__dataclass_fields__}
-    for key in ("names", "classes", "mean", "deviation"):
-        fields[key] = tuple(fields[key])
-    return SetCard(**fields | {"network": NetworkSettings(**own["network"])})
+    shown = f"Pareto set {str(file)!r}"
+    card = validated(_CARD, {key: own[key] for key in SetCard.__dataclass_fields__ if key in own}, shown)
+    groups = {1, len(card.names)}
+    if len(card.classes) != len(card.names) or len(card.mean) not in groups or len(card.deviation) != len(card.mean):
+        raise UserError(f"{shown} cannot be used: its names, classes, means and deviations are not as many")
+    if not isinstance(own.get("weights_sha256"), str):
+        raise UserError(f"{shown} cannot be used: it has no weights_sha256")
+    return card
 
 
 def _digest(about: Mapping[str, Any]) -> str:

@@ -6,7 +6,15 @@ from typing import Literal
 
 from pydantic import BaseModel, Field, field_validator, model_validator
 
-from ml2o_dist.config import DataSettings, Device, MetaTrainSettings, ShareSettings, TrackingSettings, check_device
+from ml2o_dist.config import (
+    LARGEST_SEED,
+    DataSettings,
+    Device,
+    MetaTrainSettings,
+    ShareSettings,
+    TrackingSettings,
+    check_device,
+)
 from ml2o_dist.errors import unknown
 from ml2o_dist.paretoset.image_tasks import TASK_SETS
 from ml2o_dist.tracking.names import ExperimentName, ModelName
@@ -19,6 +27,9 @@ PER_RAY = ("ls", "epo", "mgda")
 
 WHOLE = ("phn-ls", "phn-epo", "cosmos", "pamal")
 """Comparators that train one model for all rays."""
+
+MOST_SAMPLES = 1_000_000
+"""Samples of each task in a batch."""
 
 COMPARATORS = (*MERGED, *PER_RAY, *WHOLE)
 
@@ -35,21 +46,21 @@ class NetworkSettings(_Settings):
     channels: str | int = Field("8-16", description="cnn, vgg: one width for each block")
     variant: str = Field("cosmos", description="lenet5: cosmos or paretomtl")
     activation: Literal["relu", "tanh", "gelu"] = "relu"
-    patch: int = Field(6, ge=1, description="vit: side of a patch")
-    width: int = Field(48, ge=1, description="vit: features of a token")
-    depth: int = Field(4, ge=1, description="vit: blocks")
+    patch: int = Field(6, ge=1, le=1024, description="vit: side of a patch")
+    width: int = Field(48, ge=1, le=16_384, description="vit: features of a token")
+    depth: int = Field(4, ge=1, le=1000, description="vit: blocks")
 
 
 class FineTuning(_Settings):
     """One training by Adam with data-parallel ranks: of the common start, or of an expert."""
 
-    steps: int = Field(1000, ge=0)
-    batch: int = Field(128, ge=1, description="samples of each task in a step, over all ranks")
+    steps: int = Field(1000, ge=0, le=10**9)
+    batch: int = Field(128, ge=1, le=MOST_SAMPLES, description="samples of each task in a step, over all ranks")
     lr: float = Field(0.001, gt=0, description="Adam's; a cosine leads to final_lr of it")
     final_lr: float = Field(0.1, ge=0, le=1)
-    ranks: int = Field(1, ge=1, description="processes that share a batch; the batch must be a multiple")
-    checkpoint_every: int = Field(200, ge=1)
-    max_failures: int = Field(3, ge=0, description="how often a group of ranks is started anew")
+    ranks: int = Field(1, ge=1, le=10_000, description="processes that share a batch; the batch must be a multiple")
+    checkpoint_every: int = Field(200, ge=1, le=10**9)
+    max_failures: int = Field(3, ge=0, le=10**6, description="how often a group of ranks is started anew")
 
     @model_validator(mode="after")
     def _even(self) -> FineTuning:
@@ -61,7 +72,9 @@ class FineTuning(_Settings):
 class ExpertSettings(FineTuning):
     """The experts: fine-tuned here, or read from files."""
 
-    files: tuple[str, ...] = Field((), description="state dicts, .safetensors or .pt: the start, then each expert")
+    files: tuple[str, ...] = Field(
+        (), max_length=100, description="state dicts, .safetensors or .pt: the start, then each expert"
+    )
 
     @field_validator("files")
     @classmethod
@@ -81,12 +94,12 @@ class RouterSettings(_Settings):
     optimizer: str = Field(
         "mean+adam@0.01", description="AGGREGATOR[+OPTIMIZER]@LR, a run directory, models:/NAME@ALIAS, gml2o:NAME, ..."
     )
-    steps: int = Field(4000, ge=0)
-    batch: int = Field(128, ge=1, description="samples of each task in a step")
+    steps: int = Field(4000, ge=0, le=10**9)
+    batch: int = Field(128, ge=1, le=MOST_SAMPLES, description="samples of each task in a step")
     final_lr: float = Field(
         0.1, ge=0, le=1, description="a cosine leads to this share of the learning rate; hand-designed optimizers only"
     )
-    checkpoint_every: int = Field(500, ge=1)
+    checkpoint_every: int = Field(500, ge=1, le=10**9)
 
 
 class ParetoTracking(TrackingSettings):
@@ -99,7 +112,7 @@ class ParetoTracking(TrackingSettings):
 class ParetoSetSettings(_Settings):
     """All of one Pareto set: tasks, network, experts, fusion, routers, comparators."""
 
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=LARGEST_SEED)
     tasks: str = Field("multidigits", description="a task set: " + ", ".join(TASK_SETS))
     network: NetworkSettings = NetworkSettings()
     start: FineTuning = FineTuning()
@@ -115,7 +128,7 @@ class ParetoSetSettings(_Settings):
     )
     comparator_lr: float = Field(0.001, gt=0, description="Adam's, of the comparators that train networks")
     divisions: int = Field(10, ge=1, le=50, description="of the grid of preferences, up to three tasks")
-    test_samples: int | None = Field(None, ge=1, description="evenly spaced ones of the split; null: all")
+    test_samples: int | None = Field(None, ge=1, le=10**9, description="evenly spaced ones of the split; null: all")
     device: Device = "auto"
     resources: ShareSettings = Field(ShareSettings(), description="of each training")
     data: DataSettings = DataSettings()

@@ -2,42 +2,64 @@
 
 from __future__ import annotations
 
+import io
 import json
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 from torch import Tensor
 
 from ml2o_dist.errors import UserError
 from ml2o_dist.files import replacing
+from ml2o_dist.reading import MIB, one_line, parse_json, read_bytes
+from ml2o_dist.reading_tensors import read_tensors, read_texts
+
+STATE_LIMIT = 16 * 1024 * MIB
+"""Bytes of a state dict, and of what it becomes in memory: four times the largest trunk of the libraries."""
 
 
 def read_state(file: str | Path) -> dict[str, Tensor]:
     """Read a state dict: .safetensors, or what torch.save wrote, of which nothing but tensors is unpickled.
 
     Raises:
-        UserError: the file is missing, torn, or holds something else.
+        UserError: the file is missing, torn, too large, or holds something else.
     """
     path = Path(file)
+    shown = f"weights file {str(path)!r}"
     try:
         if path.suffix == ".safetensors":
-            found: dict[str, Tensor] = load_file(path)
-            return found
-        state = torch.load(path, map_location="cpu", weights_only=True)
+            return read_tensors(path, "weights file", STATE_LIMIT)[0]
+        content = read_bytes(path, "weights file", STATE_LIMIT)
     except FileNotFoundError as error:
-        raise UserError(f"weights file {str(path)!r} is missing") from error
+        raise UserError(f"{shown} is missing") from error
+    try:
+        _check_archive(content)
+        state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except Exception as error:  # what is no such file makes torch's unpickler raise anything
-        reason = " ".join(str(error).split())[:200]
-        raise UserError(f"weights file {str(path)!r} cannot be read: {reason}") from error
+        raise UserError(f"{shown} cannot be read: {one_line(error)[:200]}") from error
     if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
         state = state["state_dict"]  # as trainers write it
-    if not isinstance(state, Mapping) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise UserError(f"weights file {str(path)!r} holds no state dict: names and tensors are wanted")
-    return dict(state)
+    if not isinstance(state, Mapping) or not all(
+        isinstance(name, str) and isinstance(tensor, Tensor) for name, tensor in state.items()
+    ):
+        raise UserError(f"{shown} holds no state dict: names and tensors are wanted")
+    for name, tensor in state.items():
+        if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+            raise UserError(f"{shown} holds {one_line(name)!r}, which is no plain tensor (sparse, quantized or meta)")
+    return {name: tensor.detach() for name, tensor in state.items()}
+
+
+def _check_archive(content: bytes) -> None:
+    """Raise UserError unless this is an archive as torch.save writes it, whose parts are as large as they say."""
+    if not zipfile.is_zipfile(io.BytesIO(content)):
+        raise UserError("it is no file of torch.save, or one of torch before 1.6: save it again")
+    with zipfile.ZipFile(io.BytesIO(content)) as archive:
+        if any(part.compress_type != zipfile.ZIP_STORED for part in archive.infolist()):
+            raise UserError("it is packed, which torch.save does not do")
 
 
 def save_state(file: Path, state: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
@@ -50,8 +72,8 @@ def save_state(file: Path, state: Mapping[str, Tensor], about: Mapping[str, Any]
 def about_state(file: Path) -> dict[str, Any]:
     """Return the JSON values that `save_state` wrote; {} where there is no such file, or another's."""
     try:
-        with safe_open(file, "pt") as opened:
-            about: dict[str, Any] = json.loads((opened.metadata() or {}).get("ml2o_dist", "{}"))
-            return about
-    except (OSError, SafetensorError, ValueError):
+        about = read_texts(file, "weights file", STATE_LIMIT)
+        value = parse_json(about.get("ml2o_dist", "{}"), "its header")
+    except (FileNotFoundError, UserError):
         return {}
+    return value if isinstance(value, dict) else {}

@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ml2o_dist.errors import UserError
 from ml2o_dist.metatrain.checkpoint import Checkpoint, newest_checkpoint, save_checkpoint
 from ml2o_dist.paretoset.preference_problem import PreferenceProblem
 from ml2o_dist.rules.base import Oracle, UpdateRule
-from ml2o_dist.rules.saved_state import modules_of, put_together, take_apart
+from ml2o_dist.rules.saved_state import StateError, check_alike, modules_of, put_together, take_apart
 from ml2o_dist.seeding import generator
 
 
@@ -68,6 +69,7 @@ def train(
     Raises:
         Diverged: a parameter is not finite.
         OSError: a checkpoint cannot be written.
+        UserError: the newest checkpoint says that it is of this training, but is of something else.
     """
     device = problem.device
     parameters = problem.initial_parameters([seed])
@@ -80,12 +82,15 @@ def train(
             shutil.rmtree(path)
         saved = None
     if saved is not None:
-        done, seconds = saved.meta_step, saved.state["seconds"]
-        parameters = saved.tensors["parameters"].to(device)
-        at = {place.removeprefix("rule"): t.to(device) for place, t in saved.tensors.items() if place[:4] == "rule"}
-        state = put_together(saved.state["rule"], at, modules_of(state).__getitem__)
-        problem.scalarization.failures = saved.state["failures"]
-        _load_buffers(problem, saved.tensors)
+        try:
+            state = _rule_state(saved, state, device)
+            done, seconds = saved.meta_step, _number(saved, "seconds")
+            problem.scalarization.failures = int(_number(saved, "failures"))
+            parameters = _taken(saved, "parameters", parameters)
+            _load_buffers(problem, saved)
+        except StateError as error:
+            step = f"step_{saved.meta_step:06d}"
+            raise UserError(f"checkpoint {str(folder / step)!r} cannot be gone on with: {error}") from error
     going = True
     while done < steps and going:
         began = time.perf_counter()
@@ -133,8 +138,29 @@ def _checkpoint(
     return Checkpoint(done, saved, rest)
 
 
-def _load_buffers(problem: PreferenceProblem, tensors: Mapping[str, Tensor]) -> None:
+def _rule_state(saved: Checkpoint, fresh: Any, device: torch.device) -> Any:
+    at = {place.removeprefix("rule"): t.to(device) for place, t in saved.tensors.items() if place[:4] == "rule"}
+    state = put_together(saved.state.get("rule"), at, modules_of(fresh).__getitem__)
+    check_alike(state, fresh)
+    return state
+
+
+def _number(saved: Checkpoint, name: str) -> float:
+    value = saved.state.get(name)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
+        raise StateError(f"its {name} is no number")
+    return value
+
+
+def _taken(saved: Checkpoint, name: str, like: Tensor) -> Tensor:
+    found = saved.tensors.get(name)
+    if found is None or found.shape != like.shape or found.dtype != like.dtype:
+        raise StateError(f"it has no {name} of shape {list(like.shape)}")
+    return found.to(like.device)
+
+
+def _load_buffers(problem: PreferenceProblem, saved: Checkpoint) -> None:
     with torch.no_grad():
         for name, buffer in problem.model.named_buffers():
-            if f"buffer/{name}" in tensors:
-                buffer.copy_(tensors[f"buffer/{name}"])
+            if f"buffer/{name}" in saved.tensors:
+                buffer.copy_(_taken(saved, f"buffer/{name}", buffer))

@@ -107,10 +107,14 @@ def simplex_points(points: int, objectives: int) -> Tensor:
     return torch.cat([torch.eye(objectives, dtype=torch.float64), spacings / spacings.sum(dim=1, keepdim=True)])
 
 
-def at_least(owner: str, key: str, value: object, least: int) -> int:
-    """Return `value` if it is an integer >= `least`; raise UserError that names `owner` and `key` if not."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise UserError(f"{owner}: {key} is {value!r}; allowed are integers >= {least}")
+LARGEST = 1_000_000
+"""What a count may be where nothing else is said: parameters, points, rows of a batch."""
+
+
+def at_least(owner: str, key: str, value: object, least: int, most: int = LARGEST) -> int:
+    """Return `value` if it is an integer from `least` to `most`; else raise UserError with `owner` and `key`."""
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
+        raise UserError(f"{owner}: {key} is {value!r}; allowed are integers >= {least} (and <= {most})")
     return value
 
 

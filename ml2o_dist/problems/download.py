@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import hashlib
 import zlib
 from collections.abc import Callable
@@ -15,7 +14,7 @@ from urllib.request import HTTPRedirectHandler, Request, build_opener
 
 from ml2o_dist.errors import UserError
 from ml2o_dist.files import replacing
-from ml2o_dist.problems.image_files import RAW_FILES, RawFile, data_folder
+from ml2o_dist.problems.image_files import RAW_FILES, RawFile, data_folder, unpacked
 
 MIRRORS = {
     "MNIST": "https://ossci-datasets.s3.amazonaws.com/mnist/",
@@ -80,21 +79,15 @@ def _status(source: str, file: RawFile, root: Path) -> FileStatus:
     try:
         content: Literal["official", "unknown"]
         content = "official" if _unpacked_sha256(path, file) == file.sha256 else "unknown"
-    except (OSError, EOFError, zlib.error):
+    except (OSError, EOFError, zlib.error, UserError):
         return FileStatus(source, file.path, True, path.stat().st_size, "damaged")
     return FileStatus(source, file.path, True, path.stat().st_size, content)
 
 
 def _unpacked_sha256(path: Path, file: RawFile) -> str:
     """Return the sha256 of what `path` unpacks to, "" where that is more than `file` can have."""
-    digest, size = hashlib.sha256(), 0
-    with gzip.open(path, "rb") as stream:
-        while chunk := stream.read(_CHUNK):
-            digest.update(chunk)
-            size += len(chunk)
-            if size > file.unpacked:
-                return ""
-    return digest.hexdigest()
+    content = unpacked(path, file.shape)
+    return hashlib.sha256(content).hexdigest() if len(content) <= file.unpacked else ""
 
 
 def _download(url: str, file: RawFile, path: Path, progress: Progress | None) -> None:

@@ -7,18 +7,24 @@ from __future__ import annotations
 
 import gzip
 import hashlib
+import io
 import math
 import os
 import zlib
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from stat import S_ISREG
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ml2o_dist.errors import MissingData, UserError
-from ml2o_dist.files import cache_folder, home_folder
+from ml2o_dist.files import cache_folder, expanded, home_folder
+from ml2o_dist.reading import MIB, read_bytes
+
+PACKED_LIMIT = 64 * MIB
+"""Bytes of a packed file: the largest has 26 million."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +87,7 @@ def data_folder(data_root: str = "") -> Path:
     resolved against ML2O_HOME.
     """
     given = data_root or os.environ.get("ML2O_DATA", "")
-    return home_folder() / Path(given).expanduser() if given else cache_folder() / "data"
+    return home_folder() / expanded(given) if given else cache_folder() / "data"
 
 
 def require_files(sources: tuple[str, ...], data_root: str) -> Path:
@@ -110,9 +116,11 @@ def file_sha256(path: Path) -> str:
     """
     try:
         stat = path.stat()
-        return _sha256(str(path), stat.st_size, stat.st_mtime_ns)
-    except OSError as error:
+        if S_ISREG(stat.st_mode) and stat.st_size <= PACKED_LIMIT:
+            return _sha256(str(path), stat.st_size, stat.st_mtime_ns)
+    except (OSError, ValueError) as error:
         raise UserError(f"image data file {path} cannot be read: {error}") from error
+    raise UserError(f"image data file {path} cannot be read: it is no regular file, or larger than any of them")
 
 
 @lru_cache(maxsize=64)
@@ -128,11 +136,22 @@ def read_idx(path: Path, shape: tuple[int, ...]) -> NDArray[np.uint8]:
         UserError: the file cannot be read or unpacked, or is not such an array; it is named.
     """
     try:
-        with gzip.open(path, "rb") as stream:
-            content = stream.read()
-    except (OSError, EOFError, zlib.error) as error:
+        content = unpacked(path, shape)
+    except (EOFError, zlib.error, gzip.BadGzipFile, FileNotFoundError) as error:
         raise UserError(f"image data file {path} cannot be unpacked: {error}") from error
     return parse_idx(content, shape, str(path))
+
+
+def unpacked(path: Path, shape: tuple[int, ...]) -> bytes:
+    """Return what the gzipped IDX file at `path` holds, a byte more than an array of `shape` needs at most.
+
+    Raises:
+        FileNotFoundError, EOFError, zlib.error, gzip.BadGzipFile: it is missing, cut or damaged.
+        UserError: it is no regular file, too large, or cannot be read.
+    """
+    packed = read_bytes(path, "image data file", PACKED_LIMIT)
+    with gzip.GzipFile(fileobj=io.BytesIO(packed)) as stream:
+        return stream.read(4 + 4 * len(shape) + math.prod(shape) + 1)
 
 
 def parse_idx(content: bytes, shape: tuple[int, ...], name: str) -> NDArray[np.uint8]:

@@ -212,14 +212,22 @@ def _write(path: Path, pairs: PairRecords, title: str) -> None:
 
 def _read(path: Path, side: int) -> Pairs | None:
     """Map the cache file `path`; None where it is absent, unreadable or not what its own sha256 says."""
+    widths = {"image": (pa.uint8(), side * side), "label": (pa.int64(), 2), "source": (pa.int32(), 2)}
+    kinds = {name: pa.list_(kind, width) for name, (kind, width) in (widths | {"offset": (pa.uint8(), 4)}).items()}
     try:
+        if not path.is_file():  # a FIFO would wait for a writer
+            return None
         with pa.memory_map(str(path)) as stream:
             table = pa.ipc.open_file(stream)
+            if {field.name: field.type for field in table.schema} != kinds or table.num_record_batches != 1:
+                return None
             batch, metadata = table.get_batch(0), table.schema.metadata or {}
-        columns = [batch.column(key) for key in ("image", "label", "source", "offset")]
+        batch.validate(full=True)
+        columns = [batch.column(key) for key in kinds]
         arrays = [column.flatten().to_numpy().reshape(batch.num_rows, -1) for column in columns]
         sha256 = metadata.get(b"sha256", b"").decode()
-        if arrays[0].shape[1] != side * side or _digest(arrays) != sha256:
+        labels_fit = len(arrays[1]) > 0 and 0 <= arrays[1].min() <= arrays[1].max() < CLASSES
+        if _digest(arrays) != sha256 or not labels_fit:
             return None
     except (OSError, KeyError, ValueError, pa.ArrowException):
         return None

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ml2o_dist.errors import UserError
 from ml2o_dist.problems.base import Batch, Problem, ProblemContext, register_problem
+from ml2o_dist.problems.closed_form import LARGEST
 from ml2o_dist.problems.images import CLASSES, image_side, load_pairs
 from ml2o_dist.problems.networks import Network, build_network
 
@@ -214,8 +215,8 @@ def _register(data: str, summary: str) -> None:
         init: float = 1.0,
     ) -> Problem:
         for setting, value, least in (("batch", batch, 1), ("tasks", tasks, 1), ("size", size, 0)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise UserError(f"{setting} {value!r} of {data} is not an integer >= {least}")
+            if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= LARGEST:
+                raise UserError(f"{setting} {value!r} of {data} is not an integer >= {least} (and <= {LARGEST})")
         if tasks > 3:
             raise UserError(f"tasks {tasks} of {data} is not 1 (the top-left image), 2 (both) or 3 (and their sum)")
         if isinstance(init, bool) or not isinstance(init, int | float) or not 0 < init < float("inf"):

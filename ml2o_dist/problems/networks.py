@@ -36,6 +36,11 @@ NETWORKS = ("mlp", "cnn", "lenet5", "vgg")
 LENET_KERNELS = {"cosmos": (5, 5), "paretomtl": (9, 5)}
 
 
+WIDEST, DEEPEST = 65_536, 100
+MOST_PARAMETERS = 100_000_000
+"""Of one network: 400 MB, and as much for each objective's gradient."""
+
+
 @dataclass(frozen=True)
 class Dense:
     """A dense layer; it takes one network's weight, or those of several networks with one more dimension in front."""
@@ -206,7 +211,10 @@ def build_network(
         trunk, features = layers, _features(net, layers, side)
     else:
         raise unknown("net", net, NETWORKS)
-    return Network(trunk, Dense(features, classes), tasks, activation)
+    network = Network(trunk, Dense(features, classes), tasks, activation)
+    if network.dimension > MOST_PARAMETERS:
+        raise UserError(f"net {net} would have {network.dimension:,} parameters (allowed: {MOST_PARAMETERS:,})")
+    return network
 
 
 def _mlp(side: int, widths: tuple[int, ...]) -> tuple[tuple[Layer, ...], int]:
@@ -244,6 +252,12 @@ def _features(net: str, layers: tuple[Convolution, ...], side: int) -> int:
 def widths(setting: str, value: str | int) -> tuple[int, ...]:
     """Read `24` or `40-40`; raises UserError where a width is no positive integer."""
     parts = str(value).split("-")
-    if not all(part.strip().isdecimal() and int(part) > 0 for part in parts):
-        raise UserError(f"{setting} {value!r} is not a width or widths joined by '-', as in 24 or 40-40")
-    return tuple(int(part) for part in parts)
+    if not all(part.strip().isascii() and part.strip().isdecimal() and len(part) < 20 for part in parts):
+        raise UserError(f"{setting} {repr(value)[:200]} is not a width or widths joined by '-', as in 24 or 40-40")
+    found = tuple(int(part) for part in parts)
+    if not all(1 <= width <= WIDEST for width in found) or len(found) > DEEPEST:
+        raise UserError(
+            f"{setting} {repr(value)[:200]} is not a width or widths joined by '-', as in 24 or 40-40, "
+            f"each from 1 to {WIDEST}, at most {DEEPEST}"
+        )
+    return found

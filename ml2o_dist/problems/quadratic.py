@@ -7,12 +7,18 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from ml2o_dist.errors import UserError
 from ml2o_dist.problems.base import Batch, Problem, ProblemContext, register_problem
 from ml2o_dist.problems.closed_form import at_least, at_least_real, simplex_points
 from ml2o_dist.seeding import generator
 
 CENTRE_SPREAD = 1.0  # standard deviation of the minimisers' coordinates
 START_SPREAD = 3.0  # and of the starts', which so lie outside the Pareto set's hull as a rule
+
+
+MOST_OBJECTIVES = 1000
+MOST_COEFFICIENTS, MOST_DRAWN = 2**26, 2**28
+"""Entries of the matrices of one instance, half a gigabyte; of the noise of one batch, one gigabyte."""
 
 
 @register_problem("quadratic")
@@ -44,10 +50,17 @@ class Quadratic(Problem):
         batch: int = 32,
     ) -> None:
         self.instances = context.instances
-        self.objectives = at_least("quadratic", "m", m, 1)
+        self.objectives = at_least("quadratic", "m", m, 1, MOST_OBJECTIVES)
         self.dimension = at_least("quadratic", "n", n, 1)
+        if m * n**2 > MOST_COEFFICIENTS:
+            raise UserError(f"quadratic: m is {m} and n is {n}; m * n^2 is allowed up to {MOST_COEFFICIENTS}")
         self.noise = at_least_real("quadratic", "noise", noise, 0.0)
         self.batch = at_least("quadratic", "batch", batch, 1)
+        if self.noise and batch * m * n * self.instances > MOST_DRAWN:
+            raise UserError(
+                f"quadratic: batch is {batch}, m {m}, n {n}, for {self.instances} instances; their product is allowed "
+                f"up to {MOST_DRAWN}"
+            )
         self.device, self.dtype = context.device, context.dtype
         self.positive = self.noise == 0.0
         limit = at_least_real("quadratic", "condition", condition, 1.0)

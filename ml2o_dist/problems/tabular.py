@@ -18,7 +18,8 @@ from torch import Tensor
 
 from ml2o_dist.errors import UserError, unknown
 from ml2o_dist.problems.base import Batch, Problem, ProblemContext, register_problem
-from ml2o_dist.problems.networks import ACTIVATIONS, widths
+from ml2o_dist.problems.closed_form import LARGEST
+from ml2o_dist.problems.networks import ACTIVATIONS, MOST_PARAMETERS, widths
 from ml2o_dist.seeding import generator
 
 TABLES = {"breast_cancer": 2, "diabetes": 0, "iris": 3, "wine": 3}
@@ -64,6 +65,8 @@ class TabularTasks(Problem):
         self._layers = [(sizes[i + 1], sizes[i]) for i in range(len(hidden))]
         self._layers += [(outputs, sizes[-1]) for outputs in self._heads]
         self.dimension = sum(outputs * (inputs + 1) for outputs, inputs in self._layers)
+        if self.dimension > MOST_PARAMETERS:
+            raise UserError(f"hidden of tabular: {self.dimension:,} parameters (allowed: {MOST_PARAMETERS:,})")
 
     def initial_parameters(self, seeds: Sequence[int]) -> Tensor:
         """Return starting points [P, n], row i drawn from `seeds[i]`, uniform in +-init / sqrt(fan in)."""
@@ -165,11 +168,11 @@ def _build(
         raise unknown("activation", str(activation), ACTIVATIONS)
     for name, value, least, most in (
         ("tasks", tasks, 1, MOST_TASKS),
-        ("batch", batch, 1, math.inf),
-        ("columns", columns, 0, math.inf),
+        ("batch", batch, 1, LARGEST),
+        ("columns", columns, 0, 2**63 - 1),
     ):
         if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-            shown = f">= {least}" if most == math.inf else f"from {least} to {most}"
+            shown = f"from {least} to {most}" if most == MOST_TASKS else f">= {least} (and <= {most})"
             raise UserError(f"{name} {value!r} of tabular is not an integer {shown}")
     if isinstance(init, bool) or not isinstance(init, int | float) or not 0 < init < math.inf:
         raise UserError(f"init {init!r} of tabular is not a positive number")

@@ -45,29 +45,84 @@ def put_together(tree: Tree, tensors: Mapping[str, Tensor], modules: Callable[[s
     """Return the state that was taken apart; `modules` gives a fresh module of the right kind for a place.
 
     Raises:
-        StateError: a place has no tensor, or a class is none of this package's rules.
+        StateError: the tree is none that `take_apart` returns, a place has no tensor or no module, or a class is none
+            of this package's rules.
     """
     if not isinstance(tree, dict):
-        return tree
-    kind, place = tree["kind"], tree.get("place", "")
+        if isinstance(tree, _PLAIN):
+            return tree
+        raise StateError(f"the saved state of the rule has a {type(tree).__name__} in it")
+    kind, place = _text(tree, "kind"), _text(tree, "place", "")
     if kind in ("tensor", "array"):
         if place not in tensors:
             raise StateError(f"the saved state of the rule lacks the tensor {place!r}")
         return tensors[place] if kind == "tensor" else tensors[place].numpy(force=True)
     if kind == "module":
-        module = copy.deepcopy(modules(place))
-        _fill(module, tree["parts"], lambda part: put_together(part, tensors, modules))
+        try:
+            module = copy.deepcopy(modules(place))
+        except KeyError:
+            raise StateError(f"the saved state of the rule has a module at {place!r}, where none is") from None
+        _fill(module, tree.get("parts"), lambda part: put_together(part, tensors, modules))
         return module
     if kind == "dtype":
-        return getattr(torch, tree["name"])
+        found = getattr(torch, _text(tree, "name"), None)
+        if not isinstance(found, torch.dtype):
+            raise StateError(f"the saved state of the rule names the dtype {tree['name']!r}, which there is not")
+        return found
     if kind == "device":
-        return torch.device(tree["name"])
-    items = [put_together(item, tensors, modules) for item in tree["items"]]
+        try:
+            return torch.device(_text(tree, "name"))
+        except RuntimeError as error:
+            raise StateError(f"the saved state of the rule names the device {tree['name']!r}") from error
+    parts = tree.get("items")
+    if not isinstance(parts, list):
+        raise StateError(f"the saved state of the rule has a {kind[:100]!r} without items")
+    items = [put_together(item, tensors, modules) for item in parts]
     if kind == "dict":
-        return dict(zip(tree["keys"], items, strict=True))
+        keys = tree.get("keys")
+        if not isinstance(keys, list) or len(keys) != len(items) or not all(isinstance(key, _PLAIN) for key in keys):
+            raise StateError("the saved state of the rule has a mapping whose keys and items do not agree")
+        return dict(zip(keys, items, strict=True))
     if kind in ("tuple", "list"):
         return tuple(items) if kind == "tuple" else items
-    return _known_class(kind)(*items)
+    found_class = _known_class(kind)
+    try:
+        return found_class(*items)
+    except TypeError as error:
+        raise StateError(f"the saved state of the rule has a {kind} of {len(items)} parts: {error}") from error
+
+
+def check_alike(state: Any, fresh: Any, place: str = "") -> None:
+    """Raise StateError unless `state` has the kinds and shapes of a `fresh` state of the same rule and problem.
+
+    What is None in one of them may be anything in the other: a rule fills it, or empties it, as it goes.
+    """
+    if state is None or fresh is None or isinstance(fresh, nn.Module):
+        return
+    if isinstance(fresh, Tensor) and isinstance(state, Tensor):
+        # A float's precision may change with the first step.
+        if state.shape != fresh.shape or state.is_floating_point() != fresh.is_floating_point():
+            raise StateError(
+                f"the saved state of the rule has at {place!r} a tensor of {state.dtype} {list(state.shape)}, "
+                f"not of {fresh.dtype} {list(fresh.shape)}"
+            )
+        return
+    numbers = isinstance(state, int | float) and isinstance(fresh, int | float)
+    parts, wanted = _parts(state), _parts(fresh)
+    if not numbers and (type(state) is not type(fresh) or len(parts) != len(wanted)):
+        raise StateError(
+            f"the saved state of the rule has at {place!r} a {type(state).__name__} of {len(parts)} parts, "
+            f"not a {type(fresh).__name__} of {len(wanted)}"
+        )
+    for (name, part), (_, other) in zip(parts, wanted, strict=True):
+        check_alike(part, other, f"{place}.{name}")
+
+
+def _text(tree: Mapping[str, Any], key: str, otherwise: str | None = None) -> str:
+    value = tree.get(key, otherwise)
+    if not isinstance(value, str):
+        raise StateError(f"the saved state of the rule has no {key} where it needs one")
+    return value
 
 
 def modules_of(state: Any) -> dict[str, nn.Module]:
@@ -123,17 +178,30 @@ def _memory(module: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, value
 
 
-def _fill(module: nn.Module, parts: Mapping[str, Mapping[str, Tree]], put: Callable[[Tree], Any]) -> None:
-    """Give a fresh module the memory that was saved."""
+def _fill(module: nn.Module, parts: Any, put: Callable[[Tree], Any]) -> None:
+    """Give a fresh module the memory that was saved; raises StateError where it has no such memory."""
+    own = dict(module.named_modules())
+    if not isinstance(parts, dict) or not parts.keys() <= own.keys():
+        raise StateError("the saved state of the rule has a module of other parts than the rule's")
     for name, saved in parts.items():
-        part = module.get_submodule(name)
+        part = own[name]
+        if not isinstance(saved, dict) or any(
+            key in _OF_EVERY_MODULE or hasattr(type(part), key) for key in saved.keys() - dict(_memory(part)).keys()
+        ):
+            raise StateError(f"the saved state of the rule has something else than {type(part).__name__} remembers")
         for key, tree in saved.items():
-            if isinstance(tree, dict) and tree["kind"] == "adam":
+            if isinstance(tree, dict) and tree.get("kind") == "adam":
                 adam = torch.optim.Adam(part.parameters())  # they come before the attributes
-                adam.load_state_dict(put(tree | {"kind": "dict"}))
+                try:
+                    adam.load_state_dict(put(tree | {"kind": "dict"}))
+                except (KeyError, TypeError, AttributeError, RuntimeError) as error:  # what torch raises for others'
+                    raise StateError(f"the saved state of the rule has an Adam that is none: {error}") from error
                 setattr(part, key, adam)
             elif key in part._parameters:
-                part._parameters[key] = nn.Parameter(put(tree))
+                value = put(tree)
+                if not isinstance(value, Tensor) or not value.is_floating_point():
+                    raise StateError(f"the saved state of the rule has no tensor for the parameter {key}")
+                part._parameters[key] = nn.Parameter(value)
             else:
                 setattr(part, key, put(tree))
         if hasattr(part, "init_gtg"):  # nashmtl makes its solver's problem at step 0, from the weights that it has
@@ -152,8 +220,12 @@ def _known_class(kind: str) -> Callable[..., Any]:
     module, _, name = kind.partition(":")
     try:
         found = getattr(importlib.import_module(module), name) if module.startswith(_ROOM) else None
-    except (ImportError, AttributeError):
+    except (ImportError, AttributeError, ValueError):
         found = None
-    if not (isinstance(found, type) and (dataclasses.is_dataclass(found) or issubclass(found, tuple))):
-        raise StateError(f"the saved state of the rule names {kind!r}, which is no state of a rule")
-    return found
+    if (
+        isinstance(found, type)
+        and found.__module__ == module
+        and (dataclasses.is_dataclass(found) or issubclass(found, tuple))
+    ):
+        return found
+    raise StateError(f"the saved state of the rule names {kind[:200]!r}, which is no state of a rule")

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pydantic import BaseModel, TypeAdapter
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -19,6 +20,8 @@ from ml2o_dist.config_file import RUN_CONFIG, dump_settings
 from ml2o_dist.errors import UserError
 from ml2o_dist.files import replacing
 from ml2o_dist.metatrain.checkpoint import load_checkpoint
+from ml2o_dist.metatrain.trainer import checked_progress
+from ml2o_dist.reading import read_json, validated
 from ml2o_dist.run_report import write_report
 from ml2o_dist.shown_text import headed
 from ml2o_dist.sweeping.importance import importance
@@ -32,6 +35,23 @@ from ml2o_dist.tracking.sweep_runs import SweepRuns
 
 BEST, RESULT, LIST = RUN_CONFIG, "result.json", "trials.md"
 """The best trial's settings (for `ml2o meta-train --config`), the answer, and the trials as a table."""
+
+
+class _Answer(BaseModel):
+    run_dir: str
+    trials: list[dict[str, Any]]
+    best: dict[str, Any] | None
+    registered_version: int | None
+
+
+class _Result(BaseModel):
+    answer: _Answer
+    tracking: dict[str, Any]
+    unsent: int
+
+
+_RESULT = TypeAdapter(_Result)
+"""What `RESULT` holds."""
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +82,7 @@ def best_optimizer(
     checkpoint = load_checkpoint(checkpoints[trial.id])
     configuration = trial_settings(settings, trial.values)
     weights = {n.removeprefix("best/"): t for n, t in checkpoint.tensors.items() if n.startswith("best/")}
-    progress = checkpoint.state["progress"]
+    progress = checked_progress(checkpoint.state.get("progress"))
     family = configuration.family
     saved = artifact.save_artifact(
         folder,
@@ -72,8 +92,8 @@ def best_optimizer(
             **provenance,
             "seed": configuration.seed,
             "meta_steps": trial.meta_steps,
-            "best_meta_step": progress["best_step"],
-            "validation_score": progress["best_score"],
+            "best_meta_step": progress.get("best_step"),
+            "validation_score": progress.get("best_score"),
             "sweep": settings.name,
             "trial": trial.number,
             "sampled": trial.values,
@@ -149,14 +169,15 @@ def resume_command(folder: Path) -> str:
 def finished_answer(folder: Path, settings: SweepSettings) -> dict[str, Any] | None:
     """Return what a sweep that left nothing to do has answered; None: there is something to do, or to send."""
     try:
-        kept = json.loads((folder / RESULT).read_bytes())
-        answer: dict[str, Any] = kept["answer"]
-        whole = not kept["unsent"] and all(trial["state"] != "failed" for trial in answer["trials"])
-        same = kept["tracking"] == settings.tracking.model_dump(mode="json", by_alias=True)
-        registered = answer["registered_version"] is not None or not settings.tracking.register_version
-        return answer if whole and same and registered else None
-    except (OSError, ValueError, TypeError, KeyError):  # not there, or not whole: it can be had again
+        kept = read_json(folder / RESULT, "result", within=folder)
+        validated(_RESULT, kept, RESULT)
+    except (FileNotFoundError, UserError):  # not there, or not whole: it can be had again
         return None
+    answer: dict[str, Any] = kept["answer"]
+    whole = not kept["unsent"] and all(trial.get("state") != "failed" for trial in answer["trials"])
+    same = kept["tracking"] == settings.tracking.model_dump(mode="json", by_alias=True)
+    registered = answer["registered_version"] is not None or not settings.tracking.register_version
+    return answer if whole and same and registered else None
 
 
 def keep_answer(folder: Path, settings: SweepSettings, answer: Mapping[str, Any], unsent: int) -> None:

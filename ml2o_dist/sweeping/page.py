@@ -13,10 +13,14 @@ from ml2o_dist.evaluation.evaluation_figures import Shown
 from ml2o_dist.evaluation.page_document import PageHead, Section, document, duration, warnings_section
 from ml2o_dist.evaluation.page_elements import SortableRow, pairs, sortable_table, table, text
 from ml2o_dist.evaluation.run_record import Record
+from ml2o_dist.reading import MIB, read_bytes
 from ml2o_dist.sweeping.importance import importance
 from ml2o_dist.sweeping.plots import PICTURES
 from ml2o_dist.sweeping.record import FILE, SweepRecord, Trial, shown, shown_step
 from ml2o_dist.sweeping.settings import SweepSettings
+
+PICTURE_LIMIT = 16 * MIB
+"""Bytes of a picture that is put into a page."""
 
 
 @dataclass(frozen=True)
@@ -33,9 +37,11 @@ class SweepPageRecord(Record):
 
 
 def read_pictures(folder: Path) -> dict[str, bytes]:
-    """Return the pictures in `folder` by name; raises OSError."""
+    """Return the pictures in `folder`, `plots/` of a sweep, by name; raises UserError."""
     files = {name: folder / f"{name}.png" for name in PICTURES}
-    return {name: file.read_bytes() for name, file in files.items() if file.exists()}
+    return {
+        name: read_bytes(file, "picture", PICTURE_LIMIT, folder.parent) for name, file in files.items() if file.exists()
+    }
 
 
 def sweep_page_sections(record: SweepPageRecord) -> list[Section]:

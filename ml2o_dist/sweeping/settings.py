@@ -17,10 +17,12 @@ from pydantic import (
     model_validator,
 )
 
-from ml2o_dist.config import MetaTrainSettings, TrackingSettings
+from ml2o_dist.config import LARGEST_SEED, MOST_META_STEPS, MetaTrainSettings, TrackingSettings
 from ml2o_dist.tracking.names import ModelName
 
 DEFAULT_TRIALS = 10
+MOST_TRIALS = 100_000
+"""Trials of a sweep; of a grid, all combinations."""
 
 
 class _Settings(BaseModel):
@@ -92,8 +94,10 @@ class Distribution(_Settings):
 class AshaSettings(_Settings):
     """Asynchronous successive halving: a trial is stopped early where others were better after as many meta-steps."""
 
-    grace: int = Field(0, ge=0, description="meta-steps that every trial is given; 0: until its first validation")
-    reduction: float = Field(3.0, gt=1, description="of as many trials one goes on from each rung to the next")
+    grace: int = Field(
+        0, ge=0, le=MOST_META_STEPS, description="meta-steps that every trial is given; 0: until its first validation"
+    )
+    reduction: float = Field(3.0, gt=1, le=1e6, description="of as many trials one goes on from each rung to the next")
 
 
 class PbtSettings(_Settings):
@@ -102,7 +106,9 @@ class PbtSettings(_Settings):
     Their settings are then the best ones', changed a little. All trials wait for each other at `interval`.
     """
 
-    interval: int = Field(0, ge=0, description="meta-steps between two exchanges; 0: validation.every")
+    interval: int = Field(
+        0, ge=0, le=MOST_META_STEPS, description="meta-steps between two exchanges; 0: validation.every"
+    )
     quantile: float = Field(0.25, gt=0, le=0.5, description="share of the trials that is replaced, and that is copied")
     resample: float = Field(
         0.25, ge=0, le=1, description="probability that a value is drawn anew, not changed a little"
@@ -112,7 +118,7 @@ class PbtSettings(_Settings):
 class DriverSettings(_Settings):
     """What a trial's own process asks of Ray, beside its workers: it coordinates them and takes the small updates."""
 
-    num_cpus: float = Field(0.0, ge=0, description="0: it needs next to nothing beside workers that are busy")
+    num_cpus: float = Field(0.0, ge=0, le=1e6, description="0: it needs next to nothing beside workers that are busy")
 
 
 class SweepTracking(_Settings):
@@ -128,18 +134,27 @@ class SweepTracking(_Settings):
 class SweepSettings(_Settings):
     """All of one sweep: trials are meta-trainings of `meta_train` with some keys replaced from `space`."""
 
-    name: str = Field("sweep", pattern=r"^[\w.-]+$", description="MLflow's experiment is ml2o/sweep/NAME")
-    seed: int = Field(0, ge=0, description="of the search; every trial has meta_train.seed, so that they are paired")
+    name: str = Field(
+        "sweep", pattern=r"^[\w.-]+$", max_length=200, description="MLflow's experiment is ml2o/sweep/NAME"
+    )
+    seed: int = Field(
+        0, ge=0, le=LARGEST_SEED, description="of the search; every trial has meta_train.seed, so that they are paired"
+    )
     search: Literal["random", "grid", "optuna"] = "random"
-    trials: int | None = Field(None, ge=1, description=f"null: {DEFAULT_TRIALS}; search=grid runs every combination")
+    trials: int | None = Field(
+        None, ge=1, le=MOST_TRIALS, description=f"null: {DEFAULT_TRIALS}; search=grid runs every combination"
+    )
     scheduler: Literal["none", "asha", "pbt"] = Field("none", description="none: every trial runs to its end")
     asha: AshaSettings = AshaSettings()
     pbt: PbtSettings = PbtSettings()
     space: dict[str, Distribution] = Field(description="by dotted key of meta-train's settings")
-    max_concurrent: int = Field(0, ge=0, description="trials at a time; 0: as many as there is room for")
+    max_concurrent: int = Field(
+        0, ge=0, le=MOST_TRIALS, description="trials at a time; 0: as many as there is room for"
+    )
     retries: int = Field(
         1,
         ge=0,
+        le=1000,
         description="how often a trial that failed goes on from its newest checkpoint; the loss of its process, as "
         "with its host, does not count (unless this is 0)",
     )
@@ -180,6 +195,8 @@ class SweepSettings(_Settings):
                 raise ValueError(f"search=grid takes grid or choice, space.{key} is {distribution.kind}")
             if self.search != "grid" and distribution.kind == "grid":
                 raise ValueError(f"space.{key} is grid, which needs search=grid; choice is drawn from")
+        if self.count > MOST_TRIALS:
+            raise ValueError(f"search=grid has {self.count} combinations, more than {MOST_TRIALS}")
         if self.search == "grid" and self.trials is not None:
             raise ValueError(
                 f"search=grid runs every combination ({self.count}); trials={self.trials} must be left out"

@@ -45,7 +45,7 @@ _OPERATIONAL = ("tracking", "max_concurrent")
 """What a sweep that is gone on with may change."""
 
 
-def load_sweep(file: Path | None, overrides: Iterable[str] = ()) -> SweepSettings:
+def load_sweep(file: Path | None, overrides: Iterable[str] = (), within: Path | None = None) -> SweepSettings:
     """Read a sweep's settings as `config_file.load_settings` does, with its `meta_train` from the file it names.
 
     `meta_train` is the name of a file beside this one, or a mapping of settings, which may begin with `extends: FILE`;
@@ -55,13 +55,13 @@ def load_sweep(file: Path | None, overrides: Iterable[str] = ()) -> SweepSetting
         UserError: an unreadable file, a misspelt key or a wrong value, also among those of the space.
     """
     file = found_file(file, SETTINGS) if file else None
-    tree = read_tree(file) if file else {}
+    tree = read_tree(file, within=within) if file else {}
     given = tree.get("meta_train") or {}
     beside = file.parent if file else Path()
     if isinstance(given, str):
-        given = read_tree(beside / given)
+        given = read_tree(beside / given, within=within)
     elif isinstance(given, Mapping) and "extends" in given:
-        below = read_tree(beside / str(given["extends"]))
+        below = read_tree(beside / str(given["extends"]), within=within)
         given = laid_over(below, {key: value for key, value in given.items() if key != "extends"})
     if isinstance(given, dict) and "family" not in given:
         given = laid_over(read_tree(DEFAULT_CONFIG), given)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load, save
 
+from ml2o_dist.artifact import weights_sha256
 from ml2o_dist.config import GuardSettings, RuleSettings
 from ml2o_dist.evaluation import cell_cache
 from ml2o_dist.evaluation.cell_cache import CellCache, cell_key, run_cached
@@ -168,3 +171,37 @@ def test_no_finished_cell_is_run_again_and_equal_ones_are_run_once(tmp_path: Pat
     third = Runner()
     outcomes_of(cells, cache, third)
     assert third.found == [], "nothing is missing: nobody is asked"
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("losses", lambda t: t[0]),
+        ("losses", lambda t: t.long()),
+        ("diverged", lambda t: t.double()),
+        ("evaluations", lambda t: t.double()),
+        ("seconds", lambda t: t[:2]),
+        ("end.weights", lambda t: t.flatten()),
+        ("record", lambda t: torch.tensor(list(b"[1]"), dtype=torch.uint8)),
+        ("record", lambda t: torch.tensor(list(b"{"), dtype=torch.uint8)),
+        ("record", lambda t: t.double()),
+    ],
+)
+def test_a_cell_of_other_shapes_is_not_found(name: str, change: Any, tmp_path: Path) -> None:
+    """Its digest agrees, as a careful forger would have it."""
+    cell = replace(CELL, criticality_batches=1)
+    CellCache(tmp_path).keep("ab", run_cell(cell))
+    assert CellCache(tmp_path).find("ab") is not None
+    (file,) = tmp_path.rglob("*.safetensors")
+    tensors = load(file.read_bytes())
+    del tensors["sha256"]
+    tensors[name] = change(tensors[name]).contiguous()
+    tensors["sha256"] = torch.tensor(list(weights_sha256(tensors).encode()), dtype=torch.uint8)
+    file.write_bytes(save(tensors))
+    assert CellCache(tmp_path).find("ab") is None
+
+
+def test_a_fifo_in_the_cache_does_not_hang(tmp_path: Path) -> None:
+    (tmp_path / "ab").mkdir()
+    os.mkfifo(tmp_path / "ab" / "ab.safetensors")
+    assert CellCache(tmp_path).find("ab") is None

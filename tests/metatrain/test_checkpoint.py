@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 
 import pytest
 import torch
@@ -92,7 +94,7 @@ def test_a_file_that_is_missing_or_a_folder_is_refused_by_name(two, name):
     file.unlink()
     assert "No such file" in refused_for(two, name)
     file.mkdir()
-    assert "Is a directory" in refused_for(two, name)
+    assert "is not a regular file" in refused_for(two, name)
     assert load_checkpoint(save_checkpoint(two, some(4), keep=3)).meta_step == 4
 
 
@@ -199,3 +201,55 @@ def test_a_save_struck_at_any_file_operation_leaves_the_new_checkpoint_or_the_on
 
 def test_nothing_there(tmp_path):
     assert newest_checkpoint(tmp_path / "absent") == (None, [])
+
+
+def forge(path, tensors=None, state=None, hashes=None):
+    """Write other content into a checkpoint, with a manifest that agrees."""
+    if tensors is not None:
+        (path / "tensors.safetensors").write_bytes(tensors)
+    if state is not None:
+        (path / "state.json").write_bytes(state)
+    found = {name: hashlib.sha256((path / name).read_bytes()).hexdigest() for name in FILES[:2]}
+    (path / "manifest.json").write_text(json.dumps({"format": 2, "sha256": found | (hashes or {})}))
+
+
+@pytest.mark.parametrize(
+    ("content", "blamed", "why"),
+    [
+        ({"state": b"[]"}, "state.json", "not a JSON object"),
+        ({"state": b"[" * 100_000}, "state.json", "is nested deeper than 64 levels"),
+        ({"state": b"{}"}, "state.json", "its meta_step is no count"),
+        ({"state": b'{"meta_step": "4"}'}, "state.json", "its meta_step is no count"),
+        ({"state": b'{"meta_step": -1}'}, "state.json", "its meta_step is no count"),
+        ({"state": b'{"meta_step": true}'}, "state.json", "its meta_step is no count"),
+        ({"state": b'{"meta_step": 4, "x": ' + b"9" * 5000 + b"}"}, "state.json", "an integer of 5000 digits"),
+        ({"tensors": b"\xff" * 8 + b"{}"}, "tensors.safetensors", "its header is not whole"),
+        ({"tensors": b"\x02" + bytes(7) + b"[]"}, "tensors.safetensors", "no JSON object"),
+    ],
+    ids=range(9),
+)
+def test_a_forged_checkpoint_is_refused_by_what_is_wrong(two, content, blamed, why):
+    forge(two / "step_000004", **content)
+    assert why in refused_for(two, blamed)
+
+
+def test_a_manifest_names_no_file_of_elsewhere(two):
+    """What it lists besides is not opened: a FIFO would hang, and another folder's file is nobody's business."""
+    os.mkfifo(two / "fifo")
+    forge(two / "step_000004", hashes={"../fifo": "0", "/dev/zero": "0"})
+    assert newest_checkpoint(two)[0].meta_step == 4
+
+
+def test_a_link_out_of_a_checkpoint_and_a_fifo_in_it_are_refused(two):
+    for name in FILES:
+        file = two / "step_000004" / name
+        content = file.read_bytes()
+        file.rename(two / name)
+        file.symlink_to(two / name)
+        assert "is a link out of" in refused_for(two, name)
+        file.unlink()
+        os.mkfifo(file)
+        assert "is not a regular file" in refused_for(two, name)
+        file.unlink()
+        file.write_bytes(content)
+    assert newest_checkpoint(two)[0].meta_step == 4

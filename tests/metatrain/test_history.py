@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
+import os
 import time
 
 import duckdb
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 
+from ml2o_dist import reading_tables
 from ml2o_dist.errors import UserError
 from ml2o_dist.metatrain.checkpoint import newest_checkpoint
 from ml2o_dist.metatrain.history import FILE, SCHEMA, History, read_history, write_history
@@ -114,3 +117,33 @@ def test_the_rows_say_where_the_time_of_a_run_went(tmp_path):
     assert busy == pytest.approx(sum(worked[:-1]))  # the last validation is after the last row
     assert busy < sum((1 - row["learner_share"]) * row["seconds"] for row in rows) < total
     assert {row["result_bytes"] for row in rows} == {4 * 4 * sum(t.numel() for t in trainer.learner.weights.values())}
+
+
+def test_a_file_that_claims_too_much_is_not_read(tmp_path, monkeypatch):
+    """Equal values take no room in a file: a hundred million of them are a bomb of a few kilobytes."""
+    monkeypatch.setattr(reading_tables, "VALUES_LIMIT", 100_000)
+    pq.write_table(pa.table({"meta_step": np.zeros(100_001)}), tmp_path / FILE)
+    assert (tmp_path / FILE).stat().st_size < 2000
+    with pytest.raises(UserError, match=r"metrics\.parquet cannot be read: it claims to hold 100,001 values"):
+        read_history(tmp_path / FILE)
+
+
+@pytest.mark.parametrize(
+    ("table", "why"),
+    [
+        ({"meta_step": ["a"]}, "column meta_step is of string, not int64"),
+        ({"meta_step": [None, 1]}, "a row has no meta_step"),
+        ({"meta_step": [0.5]}, "was truncated converting to int64"),
+        ({"meta_step": [1], "meta_loss": [[1.0]]}, "column meta_loss is of list<element: double>, not double"),
+    ],
+)
+def test_columns_of_other_kinds_are_named(table, why, tmp_path):
+    pq.write_table(pa.table(table), tmp_path / FILE)
+    with pytest.raises(UserError, match=why):
+        read_history(tmp_path / FILE)
+
+
+def test_what_is_no_regular_file_does_not_hang(tmp_path):
+    os.mkfifo(tmp_path / FILE)
+    with pytest.raises(UserError, match=r"metrics\.parquet cannot be read: is not a regular file"):
+        read_history(tmp_path / FILE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import replace
 
@@ -11,7 +12,7 @@ import torch
 
 from ml2o_dist.artifact import save_artifact, weights_sha256
 from ml2o_dist.errors import UserError
-from ml2o_dist.metatrain.checkpoint import newest_checkpoint, save_checkpoint
+from ml2o_dist.metatrain.checkpoint import Checkpoint, newest_checkpoint, save_checkpoint
 from ml2o_dist.metatrain.schedule import training_items, validation_items
 from ml2o_dist.metatrain.trainer import Trainer, TrainingError
 from ml2o_dist.rules.base import Oracle
@@ -318,3 +319,43 @@ def test_a_run_that_is_killed_before_its_first_meta_step_can_be_resumed(calm, tm
     assert second.learner.version == 0
     second.run(later(in_process))
     assert digests(second) == digests(calm)
+
+
+FORGED = {
+    "no progress": (lambda t, s: s.pop("progress"), "its progress is something else"),
+    "progress of texts": (lambda t, s: s["progress"].update(inner_steps="many"), "a inner_steps of the wrong type"),
+    "progress of more": (lambda t, s: s["progress"].update(more=1), "its progress is something else"),
+    "hashes that are numbers": (lambda t, s: s["progress"].update(data_sha256={"a": 1}), "a data_sha256 of the wrong"),
+    "no configuration": (
+        lambda t, s: s.pop("config"),
+        "the configuration in checkpoints/step_000012: settings: must be",
+    ),
+    "a configuration that is a list": (lambda t, s: s.update(config=[]), "settings: must be a valid dictionary"),
+    "no weights": (lambda t, s: t.pop("theta"), "it lacks the tensor theta"),
+    "one weight for all": (lambda t, s: t.update(theta=torch.zeros(1)), r"its tensor theta has shape \[1\], not \["),
+    "weights of nothing": (lambda t, s: t.update(average=t["average"] * math.nan), "average has values that are not f"),
+    "whole numbers": (lambda t, s: t.update(exp_avg=t["exp_avg"].long()), "exp_avg is of int64"),
+    "two numbers of steps": (lambda t, s: t.update(adam_step=torch.zeros(2)), "its tensor adam_step has shape"),
+    "other best weights": (lambda t, s: t.update({"best/x": torch.zeros(1)}), "tensors that the network has not"),
+    "no best weights": (lambda t, s: t.pop("best/head.bias"), "it lacks the tensor best/head.bias"),
+    "a history of one column": (lambda t, s: t.pop("history/meta_step"), "its history is no columns of one length"),
+    "a history of two lengths": (
+        lambda t, s: t.update({"history/meta_loss": torch.zeros(1, dtype=torch.float64)}),
+        "its history is no columns of one length",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", FORGED)
+def test_a_checkpoint_with_something_else_in_it_is_one_line(kind, calm, tmp_path):
+    change, why = FORGED[kind]
+    whole, _ = newest_checkpoint(calm.run_dir / "checkpoints")
+    tensors, state = dict(whole.tensors), copy.deepcopy(whole.state)
+    change(tensors, state)
+    save_checkpoint(tmp_path / "checkpoints", Checkpoint(whole.meta_step, tensors, state), keep=1)
+    again = Trainer(calm.settings, tmp_path)
+    before = digests(again)
+    with pytest.raises(UserError, match=why) as caught:
+        again.resume()
+    assert len(str(caught.value).splitlines()) == 1
+    assert digests(again) == before, "nothing was taken over"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import gzip
+import os
 import struct
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -81,3 +83,24 @@ def test_a_changed_file_has_another_sha256(tmp_path: Path) -> None:
     assert file_sha256(path) != before
     with pytest.raises(UserError, match="cannot be read"):
         file_sha256(tmp_path / "absent")
+
+
+def test_a_packed_file_that_unpacks_to_gigabytes_is_read_as_far_as_its_array(tmp_path: Path, array: np.ndarray) -> None:
+    path = tmp_path / "bomb.gz"
+    path.write_bytes(gzip.compress(idx(array) + bytes(200_000_000)))
+    tracemalloc.start()
+    try:
+        with pytest.raises(UserError, match="holds 25 values, not 24"):
+            read_idx(path, (2, 3, 4))
+        assert tracemalloc.get_traced_memory()[1] < 2e6
+    finally:
+        tracemalloc.stop()
+
+
+def test_what_is_no_regular_file_is_named(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    for path in (tmp_path / "fifo", tmp_path, Path("/dev/zero"), tmp_path / ("a" * 300)):
+        with pytest.raises(UserError, match=r"not a regular file|too long"):
+            read_idx(path, (2, 3, 4))
+        with pytest.raises(UserError, match="cannot be read"):
+            file_sha256(path)

@@ -19,7 +19,7 @@ from ml2o_dist.rules.aggregated import AggregatedRule
 from ml2o_dist.rules.base import Oracle, UpdateRule
 from ml2o_dist.rules.gml2o import guarded
 from ml2o_dist.rules.ml2o import ML2ORule
-from ml2o_dist.rules.saved_state import StateError, modules_of, put_together, take_apart
+from ml2o_dist.rules.saved_state import StateError, check_alike, modules_of, put_together, take_apart
 from ml2o_dist.rules.stochastic import DSSMG, SMG
 from ml2o_dist.seeding import generator
 from tests.rules.torchjd_objects import NAMES, marked
@@ -183,3 +183,42 @@ def test_a_missing_tensor_is_named() -> None:
 def test_what_cannot_be_saved_is_told(value: Any) -> None:
     with pytest.raises(TypeError, match=r"a rule's state cannot be saved: \.0 is of type"):
         take_apart((value,))
+
+
+@pytest.mark.parametrize(
+    "tree",
+    [
+        [1],
+        {},
+        {"kind": 1},
+        {"kind": "tuple"},
+        {"kind": "tuple", "items": {"a": 1}},
+        {"kind": "tuple", "items": [{"kind": ["tuple"]}]},
+        {"kind": "tensor", "place": [1]},
+        {"kind": "module", "place": ".x", "parts": {}},
+        {"kind": "dtype", "name": "Tensor"},
+        {"kind": "dtype", "name": "load"},
+        {"kind": "dtype"},
+        {"kind": "device", "name": "nowhere"},
+        {"kind": "dict", "keys": ["a"], "items": []},
+        {"kind": "dict", "keys": [[1]], "items": [1]},
+        {"kind": "ml2o_dist.rules.ml2o:ML2OState", "items": [1]},
+        {"kind": "ml2o_dist.rules.ml2o:BlockState", "items": []},
+        {"kind": "ml2o_dist.rules.ml2o:RuleSettings", "items": []},
+        {"kind": "ml2o_dist.rules..ml2o:ML2OState", "items": []},
+        {"kind": "ml2o_dist.rules.\0:x", "items": []},
+    ],
+)
+def test_a_tree_that_is_none_is_one_error(tree: Any) -> None:
+    with pytest.raises(StateError) as caught:
+        put_together(tree, {}, {}.__getitem__)
+    assert len(str(caught.value).splitlines()) == 1
+
+
+def test_a_state_of_other_shapes_than_the_rule_has_is_refused() -> None:
+    rule = DSSMG()
+    fresh = rule.initial_state(1, 2, 3)
+    check_alike(rule.initial_state(1, 2, 3), fresh)
+    for other in (rule.initial_state(1, 3, 3), 1, "a", (fresh,), {"a": fresh}):
+        with pytest.raises(StateError, match="has at"):
+            check_alike(other, fresh)
