@@ -28,7 +28,7 @@ def failures(tmp_path):
     def count(errors, max_restarts=20):
         settings = load_sweep(CONFIG, [f"meta_train.resources.max_restarts={max_restarts}"])
         record = SweepRecord(tmp_path)
-        watcher = Watcher(settings, record, None, None, lambda: False, lambda ids: None)
+        watcher = Watcher(settings, record, None, None, lambda: False)
         metadata = SimpleNamespace(num_failures=0, invalidate_cache=lambda: None)
         file = str(tmp_path / "error.pkl")
         trial = SimpleNamespace(trial_id="a", config=SAMPLED, run_metadata=metadata, pickled_error_file=file)
@@ -58,7 +58,7 @@ def test_a_trial_that_is_lost_for_good_before_its_process_was_up_is_recorded_as_
         begin=lambda *_: None, tag=lambda id, tags: told.append(tags), end=lambda id, status: told.append(status)
     )
     display = SimpleNamespace(update=lambda *_: None)
-    watcher = Watcher(load_sweep(CONFIG, []), record, runs, display, lambda: False, lambda ids: None)
+    watcher = Watcher(load_sweep(CONFIG, []), record, runs, display, lambda: False)
     (tmp_path / "error.txt").write_text("its host died\n")
     trial = SimpleNamespace(trial_id="a", config=SAMPLED, status="ERROR", error_file=str(tmp_path / "error.txt"))
     watcher.on_trial_error(0, [trial], trial)
