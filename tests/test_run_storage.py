@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from ml2o_dist.artifact import load_artifact
 from ml2o_dist.cli import main
 from ml2o_dist.config_file import dump_settings, load_settings
+from ml2o_dist.errors import UserError
 from ml2o_dist.metatrain.checkpoint import newest_checkpoint
 from ml2o_dist.metatrain.trainer import Trainer
 from ml2o_dist.run_storage import RemoteRunStorage, RunStorage, StorageError, open_storage, read_run, working_copy
@@ -416,3 +417,22 @@ def test_nothing_to_resume_at_a_uri(home):
     result = ml2o("--run-dir", f"file://{home}/remote/none", "--resume")
     assert result.exit_code == 2
     assert f"nothing to resume: file://{home}/remote/none holds no config.yaml" in result.stderr
+
+
+def test_a_run_that_never_came_to_its_uri_begins_there_again(home, monkeypatch):
+    """Killed between config.yaml, here or there, and the first checkpoint."""
+    monkeypatch.setattr("ml2o_dist.runs.connected", _asked_for_ray)
+    uri, config = f"file://{home}/remote/x", dump_settings(load_settings(QUICK[1]))
+    for place in (working_copy(uri), home / "remote" / "x"):
+        place.mkdir(parents=True, exist_ok=True)
+        (place / "config.yaml").write_text(config)
+        result = ml2o("--run-dir", uri, "--resume", "--address", "local")
+        assert (result.exit_code, result.stderr.splitlines()[-1]) == (2, "ml2o: Ray was asked for")
+        assert "resuming from  the beginning" in result.output
+        (place / "config.yaml").unlink()
+    (working_copy(uri) / "config.yaml").unlink()
+    assert "nothing to resume" in ml2o("--run-dir", uri, "--resume").stderr
+
+
+def _asked_for_ray(address):
+    raise UserError("Ray was asked for")
