@@ -166,9 +166,9 @@ def _write(evaluation: Evaluation, storage: RunStorage) -> tuple[list[Path], lis
     """Write the results into the folder; return what there is, and why the rest is not: a full disk, or the like."""
     folder = storage.folder
     contents = {
-        RESULT: json.dumps(evaluation.to_json(curves=True), allow_nan=False) + "\n",
-        TABLE: evaluation_markdown(evaluation),
         CONFIG: dump_settings(evaluation.settings),
+        TABLE: evaluation_markdown(evaluation),
+        RESULT: json.dumps(evaluation.to_json(curves=True), allow_nan=False) + "\n",  # last: it says whose folder it is
     }
     written = []
     try:

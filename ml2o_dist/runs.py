@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from itertools import islice
 from pathlib import Path
@@ -124,6 +124,7 @@ def meta_train(
         except Stopped:
             raise Interrupted(stop.signal_number, f"stopped by {stop.name}; {last_words()}") from None
         with (
+            _ended_in_a_line(last_words),
             closing(pool),
             _committed(storage),
             written_to(storage.folder, settings, console),
@@ -141,6 +142,20 @@ def meta_train(
             _train(trainer, pool, sink, console)
             pool.close()
             return finish(trainer, storage, sink, uri, console, stop)
+
+
+@contextmanager
+def _ended_in_a_line(last_words: Callable[[], str]) -> Iterator[None]:
+    """Say how to go on where ending the workers fails: Ray itself is gone, as when its own process was killed."""
+    try:
+        yield
+    except (Aborted, Incomplete, Interrupted, UserError):
+        raise
+    except Exception as error:
+        log.info("aborted", exc_info=True)
+        spoken = error.__context__ if isinstance(error.__context__, Aborted) else None
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}; {last_words()}"
+        raise Aborted(str(spoken) if spoken else reason) from error
 
 
 @contextmanager
