@@ -96,6 +96,8 @@ def sweep(
         _check_labels(settings)
         stop.at_once = False
         _write_settings(folder, settings)
+        if record.left_out:
+            console.print(record.what_is_left_out, style="yellow", markup=False, highlight=False, soft_wrap=True)
         if record.trials:
             console.print(f"resuming       {record.so_far(settings.count)}", highlight=False, soft_wrap=True)
         with _tracked(settings, folder, uri, console, stop) as (sink, runs):
