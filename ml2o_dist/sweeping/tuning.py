@@ -19,9 +19,11 @@ from ray import tune
 from ray.exceptions import RayActorError
 from ray.tune import Callback
 
+from ml2o_dist.errors import UserError
 from ml2o_dist.metatrain.worker_loss import reason
 from ml2o_dist.progress import StepDisplay
 from ml2o_dist.ray_internals import ray_internal
+from ml2o_dist.reading import lies_within
 from ml2o_dist.sweeping.record import FOLDER, SweepRecord, Trial
 from ml2o_dist.sweeping.record_lines import Report, State
 from ml2o_dist.sweeping.search import param_space, tune_config
@@ -176,8 +178,13 @@ def run_trials(settings: SweepSettings, folder: Path, earlier: Sequence[Earlier]
     """Run all trials of a sweep but those of an `earlier` process that have ended; failed ones go on, too.
 
     Returns when all have ended, or some time after a stop was requested. Trials that fail do not raise.
+
+    Raises:
+        UserError: Tune's folder is a link to somewhere else.
     """
     place = folder / FOLDER
+    if not lies_within(place, folder):
+        raise UserError(f"{place} is a link out of {folder}")
     _remove_state(place)
     pending = {"TUNE_MAX_PENDING_TRIALS_PG": "1" if settings.search == "optuna" else "200"}  # as for searches of Tune's
     with _set(_ENVIRONMENT | pending), _handler_kept(signal.SIGUSR1), warnings.catch_warnings():
@@ -200,15 +207,17 @@ def run_trials(settings: SweepSettings, folder: Path, earlier: Sequence[Earlier]
         finally:
             _remove_state(place)
     for scratch in place.glob(f"*/{SCRATCH}"):
-        shutil.rmtree(scratch, ignore_errors=True)
+        if lies_within(scratch, place):
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _remove_state(place: Path) -> None:
     """Remove what Tune leaves of its state: it is pickled, and nothing reads it."""
     for pattern in ("*.pkl", "experiment_state-*.json", "basic-variant-state-*.json", "search_gen_state-*.json"):
         for file in (*place.glob(pattern), *place.glob(f"*/{pattern}")):
-            with suppress(OSError):  # it stays, and is not read
-                file.unlink()
+            if lies_within(file.parent, place):
+                with suppress(OSError):  # it stays, and is not read
+                    file.unlink()
 
 
 @contextmanager

@@ -9,9 +9,10 @@ import pytest
 import ray.cloudpickle
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError
 
+from ml2o_dist.errors import UserError
 from ml2o_dist.sweeping.record import SweepRecord
 from ml2o_dist.sweeping.space import load_sweep
-from ml2o_dist.sweeping.tuning import Watcher, _remove_state
+from ml2o_dist.sweeping.tuning import Watcher, _remove_state, run_trials
 from tests.test_sweep import CONFIG
 
 DIED = ActorDiedError()
@@ -102,3 +103,19 @@ def test_what_tune_leaves_of_its_state_is_removed_and_nothing_else(tmp_path):
         (tmp_path / name).write_bytes(b"x")
     _remove_state(tmp_path)
     assert sorted(str(file.relative_to(tmp_path)) for file in tmp_path.rglob("*") if file.is_file()) == sorted(kept)
+
+
+def test_nothing_behind_a_link_is_removed(tmp_path):
+    elsewhere, place = tmp_path / "models", tmp_path / "run" / "tune"
+    elsewhere.mkdir()
+    (elsewhere / "mine.pkl").write_bytes(b"x")
+    place.mkdir(parents=True)
+    (place / "a_00000").symlink_to(elsewhere)
+    _remove_state(place)
+    assert (elsewhere / "mine.pkl").exists()
+    place = tmp_path / "other" / "tune"
+    place.parent.mkdir()
+    place.symlink_to(elsewhere)
+    with pytest.raises(UserError, match=f"^{place} is a link out of {place.parent}$"):
+        run_trials(load_sweep(CONFIG, []), place.parent, [], None)
+    assert (elsewhere / "mine.pkl").exists()
