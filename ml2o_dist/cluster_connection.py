@@ -89,6 +89,19 @@ def _running_here() -> bool:
         return bool(find_bootstrap_address(None))
 
 
+def own_ray_has_ended() -> bool:
+    """Tell whether the raylet of a Ray that this process has started is dead: killed, or crashed.
+
+    Whatever asks Ray some seconds later ends the process without a word (Ray 2.60). Of a cluster that was joined it is
+    not known.
+    """
+    with ray_internal("ray._private.worker._global_node"):
+        from ray._private import worker
+
+        node = worker._global_node
+        return node is not None and any(kind == "raylet" for kind, _ in node.dead_processes())
+
+
 def _check_temporary_folder() -> None:
     """Raise UserError where the sockets of a Ray that is started here would have too long a path."""
     variable = next((name for name in ("RAY_TMPDIR", "TMPDIR") if os.environ.get(name)), None)
