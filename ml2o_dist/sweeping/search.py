@@ -83,12 +83,13 @@ def _scheduler(settings: SweepSettings, recorded: Recorded, on_copy: OnCopy) -> 
 
 
 def asha(settings: SweepSettings, recorded: Recorded) -> RememberingAsha:
-    """Return the scheduler of scheduler=asha, which knows what is `recorded` of trials before they are added."""
+    """Return the scheduler of scheduler=asha, which knows what is `recorded` of trials before they are added.
+
+    Tune tells it which score it goes by, with `set_search_properties`.
+    """
     return RememberingAsha(
         recorded,
         time_attr=TIME,
-        metric=SCORE,
-        mode="min",
         max_t=longest(settings),
         grace_period=settings.asha.grace or settings.meta_train.validation.every,
         reduction_factor=settings.asha.reduction,

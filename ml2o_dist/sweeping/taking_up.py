@@ -22,6 +22,7 @@ from ml2o_dist.sweeping.record import FOLDER, SweepRecord, Trial
 from ml2o_dist.sweeping.search import asha, result
 from ml2o_dist.sweeping.settings import Distribution, SweepSettings
 from ml2o_dist.sweeping.space import trial_settings
+from ml2o_dist.sweeping.trial import SCORE
 from ml2o_dist.sweeping.trial_source import Earlier, drawn_number
 
 _CHECKPOINT = re.compile(r"checkpoint_(\d{6,12})")
@@ -104,6 +105,7 @@ def _stopped(settings: SweepSettings, record: SweepRecord) -> set[str]:
     if settings.scheduler != "asha":
         return set()
     scheduler = asha(settings, {})
+    scheduler.set_search_properties(SCORE, "min")
     trials: dict[str, Any] = {}
     stopped: dict[str, bool] = {}
     for id, step in record.in_time:

@@ -110,6 +110,14 @@ def test_tune_is_told_how_many_trials_and_which_way_is_better():
     assert (config.num_samples, config.metric, config.mode) == (7, "validation", "min")
 
 
+@pytest.mark.parametrize("scheduler", ["none", "asha", "pbt"])
+def test_tune_may_tell_every_scheduler_and_the_search_what_they_go_by(scheduler):
+    config = tune_config(load_sweep(None, [LR, f"scheduler={scheduler}"]), [], lambda *_: None)
+    for each in (config.scheduler, config.search_alg):
+        space = {} if each is config.scheduler else {"config": {}}
+        assert each.set_search_properties("validation", "min", **space)
+
+
 @pytest.mark.parametrize(
     ("words", "bundles"),
     [
