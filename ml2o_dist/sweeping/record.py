@@ -139,12 +139,12 @@ class SweepRecord:
         """Drop what a trial said after `meta_step`: it goes on from there, and says it again."""
         known = self.trials[id]
         later = [step for step in known.reports if step > meta_step]
-        if not later and (known.copied is None or known.copied.meta_step <= meta_step):
+        if not later and (known.copied is None or known.copied.at <= meta_step):
             return
         self._drop(lambda trial, entry: trial == id and _is_after(entry, meta_step))
         for step in later:
             del known.reports[step], self.in_time[id, step]
-        if known.copied is not None and known.copied.meta_step > meta_step:
+        if known.copied is not None and known.copied.at > meta_step:
             known.copied = None
         if known.copied is None and known.last is not None:
             known.values = dict(known.last.values)
@@ -290,7 +290,9 @@ def _is_at(entry: Entry, meta_step: int) -> bool:
 
 
 def _is_after(entry: Entry, meta_step: int) -> bool:
-    return isinstance(entry, Report | Copy) and entry.meta_step > meta_step
+    return (isinstance(entry, Report) and entry.meta_step > meta_step) or (
+        isinstance(entry, Copy) and entry.at > meta_step
+    )
 
 
 def _says(line: bytes, unwanted: Callable[[str, Entry], bool]) -> bool:

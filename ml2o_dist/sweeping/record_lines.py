@@ -53,10 +53,10 @@ class Report:
 
 @dataclass(frozen=True)
 class Copy:
-    """A trial goes on from the checkpoint of another, `source`, at `meta_step`, with other values."""
+    """A trial goes on from the checkpoint of another, `source`, at meta-step `at`, with other values."""
 
     source: str
-    meta_step: int
+    at: int
     values: Mapping[str, Any]
 
 
@@ -130,6 +130,7 @@ _CHECKS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "source": ("letters, digits, - and _, at most 64", _is_id),
     "number": ("a whole number from 1", lambda value: _is_count(value) and value > 0),
     "meta_step": ("a whole number from 0", _is_count),
+    "at": ("a whole number from 0", _is_count),
     "best_meta_step": ("a whole number from -1", lambda value: value == -1 or _is_count(value)),
     "validation": ("a number", _is_number),
     "best_validation": ("a number", _is_number),

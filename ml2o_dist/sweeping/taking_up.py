@@ -139,8 +139,8 @@ def _copied(folder: Path, trial: Trial) -> tuple[Path, int] | None:
     """Return the checkpoint of another trial that this one was given after its last report, where it is whole."""
     if trial.copied is None:
         return None
-    found = _newest_whole(folder, trial.copied.source, trial.copied.meta_step)
-    if found is None or found[1] != trial.copied.meta_step:
+    found = _newest_whole(folder, trial.copied.source, trial.copied.at)
+    if found is None or found[1] != trial.copied.at:
         log.warning("trial %d goes on from its own weights: those that it was given are not there", trial.number)
         return None
     return found

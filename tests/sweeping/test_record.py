@@ -85,7 +85,7 @@ def test_a_trial_that_was_given_weights_goes_on_from_them_until_it_reports(recor
     record.rewind("a", 2)
     record.begin("a", {"lr": 0.9})
     trial = SweepRecord(tmp_path).trials["a"]
-    assert (trial.copied.source, trial.copied.meta_step, trial.values) == ("b", 2, {"lr": 0.9})
+    assert (trial.copied.source, trial.copied.at, trial.values) == ("b", 2, {"lr": 0.9})
     record.report("a", report(4, 1.0, {"lr": 0.9}))
     assert SweepRecord(tmp_path).trials["a"].copied is None
 
@@ -117,7 +117,7 @@ GOOD = {"trial": "a", "meta_step": 4, "validation": 1.0, "best_validation": 1.0,
         ({"trial": "a", "state": "gone", "error": ""}, "state must be running | finished | stopped | failed"),
         ({"trial": "a", "state": ["failed"], "error": ""}, "state must be"),
         ({"trial": "a", "state": "failed"}, "it has no 'error'"),
-        ({"trial": "a", "source": "zzz", "meta_step": 2, "values": {}}, "there is no trial 'zzz' yet"),
+        ({"trial": "a", "source": "zzz", "at": 2, "values": {}}, "there is no trial 'zzz' yet"),
         (GOOD | {"more": 1}, "it has an unknown key 'more'"),
         (GOOD | {"meta_step": -1}, "meta_step must be a whole number from 0, not -1"),
         (GOOD | {"meta_step": 2.5}, "meta_step must be a whole number"),
