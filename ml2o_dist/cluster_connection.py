@@ -16,11 +16,11 @@ from typing import Any
 from uuid import uuid4
 
 import ray
-from ray._private.services import find_bootstrap_address  # what ray.init looks for; no public name has it
 
 from ml2o_dist.errors import UserError
 from ml2o_dist.files import private_folder
 from ml2o_dist.process_tree import descendants
+from ml2o_dist.ray_internals import ray_internal
 from ml2o_dist.stopping import own_handlers_kept, sigterm_kept_from_children
 
 PROBE_S = 5.0
@@ -28,6 +28,9 @@ PROBE_S = 5.0
 
 DEFAULT_PORT = 6379
 """Where `ray start --head` listens."""
+
+SOCKET_LIMIT = 107
+"""Bytes of a Unix socket's path, as Linux has it."""
 
 MARK = "ML2O_RAY"
 """The environment variable by which the processes of a Ray of our own are known."""
@@ -54,6 +57,8 @@ def connected(address: str = "auto") -> Iterator[str]:
             raise UserError(f"--address {address!r}: this process is connected to another Ray cluster already")
         yield "the Ray cluster of this process"
         return
+    if address == "local" or (named in ("", "auto") and not _running_here()):
+        _check_temporary_folder()
     mark = uuid4().hex
     try:
         # None: RAY_ADDRESS, else a cluster that `ray start` began here, else a new one; never a stranger's ray.init().
@@ -77,6 +82,42 @@ def connected(address: str = "auto") -> Iterator[str]:
         yield f"{context.address_info['address']}: {total.get('CPU', 0):g} CPU, {total.get('GPU', 0):g} GPU"
     finally:
         _end(mark)
+
+
+def _running_here() -> bool:
+    """Tell whether `ray start` has begun a cluster on this machine that `ray.init` would join."""
+    with ray_internal("ray._private.services.find_bootstrap_address"):  # no public name has what ray.init looks for
+        from ray._private.services import find_bootstrap_address
+
+        return bool(find_bootstrap_address(None))
+
+
+def own_ray_has_ended() -> bool:
+    """Tell whether the raylet of a Ray that this process has started is dead: killed, or crashed.
+
+    Whatever asks Ray some seconds later ends the process without a word (Ray 2.60). Of a cluster that was joined it is
+    not known.
+    """
+    with ray_internal("ray._private.worker._global_node"):
+        from ray._private import worker
+
+        node = worker._global_node
+        return node is not None and any(kind == "raylet" for kind, _ in node.dead_processes())
+
+
+def _check_temporary_folder() -> None:
+    """Raise UserError where the sockets of a Ray that is started here would have too long a path."""
+    variable = next((name for name in ("RAY_TMPDIR", "TMPDIR") if os.environ.get(name)), None)
+    if variable is None:
+        return
+    folder = os.environ[variable]
+    below = f"/ray/session_2000-01-01_00-00-00_000000_{os.getpid()}/sockets/plasma_store"
+    length, most = len(os.fsencode(folder)), SOCKET_LIMIT - len(below)
+    if length > most:
+        raise UserError(
+            f"{variable}={folder} is too long for Ray's sockets below it: it has {length} bytes, at most {most} fit "
+            f"into a socket's {SOCKET_LIMIT}; set RAY_TMPDIR to a shorter one, such as /tmp"
+        )
 
 
 def _init(target: str | None, mark: str) -> Any:
@@ -181,7 +222,7 @@ def own_capacity(address: str) -> dict[str, float]:
     """
     if ray.is_initialized() or os.environ.get("RAY_OVERRIDE_RESOURCES"):
         return {}
-    begun = address == "auto" and (os.environ.get("RAY_ADDRESS") or find_bootstrap_address(None))
+    begun = address == "auto" and (os.environ.get("RAY_ADDRESS") or _running_here())
     count = os.cpu_count()
     return {"CPU": float(count)} if address in ("auto", "local") and not begun and count else {}
 

@@ -68,7 +68,7 @@ def evaluate(
 def run_evaluation(
     settings: EvaluateSettings, run_dir: str | None, *, address: str, console: Console
 ) -> tuple[Evaluation, dict[str, Any], list[str]]:
-    """Do what `evaluate` does; return the evaluation, its answer, and what a remote place lacks of it.
+    """Do what `evaluate` does; return the evaluation, its answer, and what the run directory lacks of it.
 
     Raises:
         UserError, Interrupted: as `evaluate`.
@@ -98,10 +98,10 @@ def run_evaluation(
                 raise Interrupted(stop.signal_number, f"stopped by {stop.name}: {stopped}") from None
             stop.at_once = False
             evaluation = replace(evaluation, git=git_commit())
-            files = _write(evaluation, storage)
+            files, unwritten = _write(evaluation, storage)
             console.print(evaluation_table(evaluation))
             runs = _track(uri, evaluation, entrants, versions, files, console)
-        lacking = _lacking(storage)
+        lacking = unwritten + _lacking(storage)
     answer = evaluation.to_json()
     answer["summary"] |= {
         "mlflow_runs": runs,
@@ -165,13 +165,13 @@ def _check_free(storage: RunStorage, settings: EvaluateSettings) -> None:
         raise UserError(f"{storage.name} holds another evaluation; choose another --run-dir for this one")
 
 
-def _write(evaluation: Evaluation, storage: RunStorage) -> list[Path]:
-    """Write the results into the folder; return what there is. A full disk costs a warning, not the answer."""
+def _write(evaluation: Evaluation, storage: RunStorage) -> tuple[list[Path], list[str]]:
+    """Write the results into the folder; return what there is, and why the rest is not: a full disk, or the like."""
     folder = storage.folder
     contents = {
-        RESULT: json.dumps(evaluation.to_json(curves=True), allow_nan=False) + "\n",
-        TABLE: evaluation_markdown(evaluation),
         CONFIG: dump_settings(evaluation.settings),
+        TABLE: evaluation_markdown(evaluation),
+        RESULT: json.dumps(evaluation.to_json(curves=True), allow_nan=False) + "\n",  # last: it says whose folder it is
     }
     written = []
     try:
@@ -182,9 +182,10 @@ def _write(evaluation: Evaluation, storage: RunStorage) -> list[Path]:
         written += plot_evaluation(evaluation, folder / "plots")
         write_report(folder, place=storage.name)
         written.append(folder / "report.html")
-    except OSError as error:
-        log.warning("results cannot be written into %s: %s", folder, error.strerror or error)
-    return written
+    except (OSError, UserError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else "") or error
+        return written, [f"results cannot be written into {folder}: {reason}; the same command tries again"]
+    return written, []
 
 
 def _track(

@@ -120,7 +120,7 @@ def finish(
     for picture in sorted(plots.glob("*.png")):
         sink.log_artifact(picture, "plots")
     sink.log_artifact(run_dir / "config.yaml")
-    _report(storage, sink)
+    unwritten = _report(storage, sink)
     sink.flush()
     version = _register(trainer, sink, uri, comparison, console)
     console.print(f"weights        {storage.named(str(saved.path))}", highlight=False, soft_wrap=True)
@@ -132,9 +132,10 @@ def finish(
         "registered_version": version,
         "comparison": comparison.to_json() if comparison else None,
     }
-    if failure:
-        raise Incomplete(failure, answer)
-    _keep(answer, trainer)
+    if not (failure or unwritten):
+        unwritten = _keep(answer, trainer)
+    if failure or unwritten:
+        raise Incomplete("; ".join(filter(None, [failure, unwritten])), answer)
     return answer
 
 
@@ -178,13 +179,15 @@ def show_finished(answer: Mapping[str, Any], trainer: Trainer, storage: RunStora
         say_unsent(console, unsent_values(run_dir / SPOOL_FOLDER), run_dir, uri)
 
 
-def _keep(answer: Mapping[str, Any], trainer: Trainer) -> None:
-    """Write down, last of all, that the run is finished; a disk that takes nothing only has it finished again."""
+def _keep(answer: Mapping[str, Any], trainer: Trainer) -> str:
+    """Write down, last of all, that the run is finished; return why that cannot be: resumed, it is finished again."""
+    file = trainer.run_dir / RESULT_FILE
     try:
-        with replacing(trainer.run_dir / RESULT_FILE) as stream:
+        with replacing(file) as stream:
             stream.write((json.dumps({"answer": answer, "asked": _asked(trainer.settings)}, indent=1) + "\n").encode())
     except OSError as error:
-        log.warning("%s cannot be written: %s", trainer.run_dir / RESULT_FILE, error.strerror or error)
+        return f"{file} cannot be written: {error.strerror or error}"
+    return ""
 
 
 def _asked(settings: MetaTrainSettings) -> dict[str, Any]:
@@ -192,15 +195,18 @@ def _asked(settings: MetaTrainSettings) -> dict[str, Any]:
     return settings.model_dump(mode="json", by_alias=True, include={"compare", "comparison", "tracking"})
 
 
-def _report(storage: RunStorage, sink: MlflowSink) -> None:
-    """Write the run's page; a page that cannot be made costs a line, not the run."""
+def _report(storage: RunStorage, sink: MlflowSink) -> str:
+    """Write the run's page; return why the disk does not take it. One that cannot be made costs a line, not the run."""
     try:
         write_report(storage.folder, place=storage.name)
+    except UserError as error:
+        return str(error)
     except Exception as error:
         log.warning("no report.html: %s: %s; try again: ml2o report %s", type(error).__name__, error, storage.name)
         log.info("the report failed", exc_info=True)
     else:
         sink.log_artifact(storage.folder / "report.html")
+    return ""
 
 
 def compared(settings: MetaTrainSettings) -> tuple[EvaluateSettings, list[Entrant]]:

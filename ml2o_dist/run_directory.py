@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from ml2o_dist.config import MetaTrainSettings
-from ml2o_dist.config_file import dump_settings, first_difference, load_settings, parse_settings
+from ml2o_dist.config_file import dump_settings, first_difference, load_settings, parse_settings, resolve_settings
 from ml2o_dist.errors import UserError
 from ml2o_dist.files import replacing
 from ml2o_dist.metatrain.checkpoint import newest_checkpoint
@@ -57,6 +57,18 @@ def check_fresh(run_dir: Path, settings: MetaTrainSettings) -> bool:
     if difference:
         raise UserError(f"{run_dir} holds a run of another configuration ({difference}); choose another --run-dir")
     raise UserError(f"{run_dir} holds a run of this configuration; add --resume to go on, or choose another --run-dir")
+
+
+def only_begun(run_dir: Path) -> bool:
+    """Tell whether `run_dir` holds a run that was cut short after its config.yaml, before its first checkpoint."""
+    return (run_dir / "config.yaml").is_file() and not any((run_dir / "checkpoints").glob("step_*"))
+
+
+def check_begun_with(run_dir: Path, settings: MetaTrainSettings) -> None:
+    """Raise UserError where a run that was only begun has another configuration in its config.yaml."""
+    difference = first_difference(settings, resolve_settings(load_settings(run_dir / "config.yaml")))
+    if difference:
+        raise UserError(f"cannot resume {run_dir} with another configuration: {difference}")
 
 
 def _holds_start_of(run_dir: Path, settings: MetaTrainSettings) -> bool:

@@ -296,12 +296,12 @@ def _is_further(here: Path, there: Path, whole: Checkpoint | None, resume: bool)
     Where nothing of a run ever came to the remote place, only the wish to resume says that one is meant.
     """
     ours, _ = newest_checkpoint(here / "checkpoints")
+    first, second = here / "config.yaml", there / "config.yaml"
+    if whole is None and not second.is_file():
+        return resume and (ours is not None or first.is_file())
     if ours is None:
         return False
     if whole is None:
-        first, second = here / "config.yaml", there / "config.yaml"
-        if not second.is_file():
-            return resume
         return first.is_file() and len({read_bytes(each, "config file", YAML_LIMIT) for each in (first, second)}) == 1
     if ours.meta_step <= whole.meta_step or _tracking_run(ours) != _tracking_run(whole):
         return False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shlex
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from itertools import islice
 from pathlib import Path
@@ -27,7 +27,14 @@ from ml2o_dist.problems import ProblemContext, ProblemSpec
 from ml2o_dist.problems.multitask import MultiTaskImages
 from ml2o_dist.progress import StepDisplay
 from ml2o_dist.rules.gml2o import fallback_rule
-from ml2o_dist.run_directory import check_folder, check_fresh, check_writable, written_to
+from ml2o_dist.run_directory import (
+    check_begun_with,
+    check_folder,
+    check_fresh,
+    check_writable,
+    only_begun,
+    written_to,
+)
 from ml2o_dist.run_gauges import RunGauges
 from ml2o_dist.run_storage import RunStorage, StorageError, open_storage
 from ml2o_dist.shown_text import ForeignTextConsole
@@ -66,10 +73,11 @@ def meta_train(
     check_folder(storage.folder)
     unsent_values(storage.folder / SPOOL_FOLDER)  # refuses a run that another process is writing
     trainer = Trainer(settings, storage.folder, on_saved=storage.commit)
+    from_start = resume and only_begun(storage.folder)
     same_run = resume
     refused: list[str] = []
     try:
-        if resume:
+        if resume and not from_start:
             refused = trainer.resume()
             if (answer := finished_answer(trainer)) is not None:
                 console.print(f"run directory  {storage.name}", highlight=False, soft_wrap=True)
@@ -79,6 +87,8 @@ def meta_train(
                 return answer | {"run_dir": storage.name}
         else:
             same_run = check_fresh(storage.folder, settings)
+            if from_start:
+                check_begun_with(storage.folder, settings)
             trainer.begin()
         check_writable(storage.folder)
         _check_data(trainer, check_problems(settings))
@@ -88,6 +98,8 @@ def meta_train(
     console.print(f"tracking URI   {redacted(uri)}", highlight=False, soft_wrap=True)
     step = trainer.learner.version
     begins = f"checkpoints/step_{step:06d} (meta-step {step} of {settings.meta_steps})" if resume else ""
+    if from_start:
+        begins = "the beginning: it was cut short before its first checkpoint"
     if begins:
         console.print(f"resuming from  {begins}", highlight=False, soft_wrap=True)
     needed = settings.resources.at_start(settings.workers)
@@ -113,6 +125,7 @@ def meta_train(
         except Stopped:
             raise Interrupted(stop.signal_number, f"stopped by {stop.name}; {last_words()}") from None
         with (
+            _ended_in_a_line(last_words),
             closing(pool),
             _committed(storage),
             written_to(storage.folder, settings, console),
@@ -130,6 +143,20 @@ def meta_train(
             _train(trainer, pool, sink, console)
             pool.close()
             return finish(trainer, storage, sink, uri, console, stop)
+
+
+@contextmanager
+def _ended_in_a_line(last_words: Callable[[], str]) -> Iterator[None]:
+    """Say how to go on where ending the workers fails: Ray itself is gone, as when its own process was killed."""
+    try:
+        yield
+    except (Aborted, Incomplete, Interrupted, UserError):
+        raise
+    except Exception as error:
+        log.info("aborted", exc_info=True)
+        spoken = error.__context__ if isinstance(error.__context__, Aborted) else None
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())}; {last_words()}"
+        raise Aborted(str(spoken) if spoken else reason) from error
 
 
 @contextmanager

@@ -34,6 +34,7 @@ from ml2o_dist.sweeping.record import FILE, SweepRecord
 from ml2o_dist.sweeping.search import check_search
 from ml2o_dist.sweeping.settings import SweepSettings
 from ml2o_dist.sweeping.space import SETTINGS, load_sweep, sweep_difference, trial_settings
+from ml2o_dist.sweeping.taking_up import checkpoint_of, take_up
 from ml2o_dist.sweeping.tuning import Watcher, run_trials
 from ml2o_dist.tracked_run import CLOSE_LIMIT_S, STOP_LIMIT_S, git_commit
 from ml2o_dist.tracking.identity import load_identity
@@ -98,6 +99,8 @@ def sweep(
         stop.at_once = False
         remember(uri)  # before the folder can be resumed
         _write_settings(folder, settings)
+        if record.left_out:
+            console.print(record.what_is_left_out, style="yellow", markup=False, highlight=False, soft_wrap=True)
         if record.trials:
             console.print(f"resuming       {record.so_far(settings.count)}", highlight=False, soft_wrap=True)
         with _tracked(settings, folder, uri, console, stop) as (sink, runs):
@@ -280,17 +283,11 @@ def _run(
     console: Console,
     stop: StopRequest,
 ) -> dict[str, Path]:
-    """Run the trials; return the newest checkpoint of each."""
-
-    def on_lost(ids: Sequence[str]) -> None:
-        if ids:
-            log.info("trials %s were lost when the sweep was killed", ", ".join(ids))
-            runs.forget(ids)
-            record.forget(ids)
-
+    """Run the trials; return the checkpoint of the best one's last report, by its id."""
+    earlier = take_up(settings, folder, record)
     done = sum(trial.state != "running" for trial in record.trials.values())
     with StepDisplay(console, "sweep", settings.count, done) as display, own_handlers_kept():
         display.update(done, "starting")
-        watcher = Watcher(settings, record, runs, display, stop, on_lost)
-        run_trials(settings, folder, watcher)
-    return watcher.checkpoints
+        run_trials(settings, folder, earlier, Watcher(settings, record, runs, display, stop))
+    best = record.best()
+    return {best.id: checkpoint_of(folder, best)} if best else {}

@@ -19,6 +19,7 @@ from ml2o_dist import cluster_connection
 from ml2o_dist.cluster_connection import connected, one_start_at_a_time, own_capacity
 from ml2o_dist.errors import UserError
 from ml2o_dist.metatrain.capacity import check_capacity
+from ml2o_dist.ray_internals import TESTED, check_has, ray_internal
 
 
 @pytest.fixture
@@ -82,19 +83,67 @@ def test_a_ray_that_does_not_come_up_is_started_once_more_and_then_is_one_line(n
     assert caplog.text.count("Ray did not start: The current node timed out during startup.; once more") == 1
 
 
+@pytest.mark.parametrize("variable", ["TMPDIR", "RAY_TMPDIR"])
+@pytest.mark.parametrize("address", ["auto", "local"])
+def test_a_temporary_folder_that_is_too_long_for_sockets_is_said_before_ray_is_started(
+    no_ray, monkeypatch, tmp_path, variable, address
+):
+    folder = tmp_path / ("x" * 60)
+    folder.mkdir()
+    monkeypatch.setattr(cluster_connection, "_running_here", lambda: False)
+    for name in ("RAY_ADDRESS", "RAY_TMPDIR", "TMPDIR"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv(variable, str(folder))
+    with pytest.raises(UserError) as refused:
+        connected(address).__enter__()
+    most = 107 - len(f"/ray/session_2026-11-30_11-26-46_123456_{os.getpid()}/sockets/plasma_store")
+    assert str(refused.value) == (
+        f"{variable}={folder} is too long for Ray's sockets below it: it has {len(str(folder))} bytes, at most {most} "
+        "fit into a socket's 107; set RAY_TMPDIR to a shorter one, such as /tmp"
+    )
+
+
+def test_what_a_release_of_ray_has_changed_is_said_with_those_that_are_tested():
+    with pytest.raises(UserError) as said, ray_internal("ray._private.nothing"):
+        from ray._private import nothing  # noqa: F401
+    line = str(said.value)
+    assert line.startswith(f"Ray {ray.__version__} has changed ray._private.nothing, which ml2o-dist needs")
+    assert line.endswith(f"it is tested with Ray {TESTED}: pip install 'ray=={TESTED}'")
+    with pytest.raises(UserError, match=r"has changed RemoteFunction\.of_before"):
+        check_has(ray.remote_function.RemoteFunction, "_remote", "of_before")
+
+
+def test_the_longest_temporary_folder_that_is_let_pass_is_long_enough_for_ray(monkeypatch):
+    """Ray's own check of the sockets' paths is the oracle."""
+    from ray._private.utils import validate_socket_filepath
+
+    below = f"/ray/session_2026-11-30_11-26-46_123456_{os.getpid()}/sockets/plasma_store"
+    for length, passes in ((107 - len(below), True), (108 - len(below), False)):
+        folder = "/" + "x" * (length - 1)
+        monkeypatch.setenv("RAY_TMPDIR", folder)
+        if passes:
+            cluster_connection._check_temporary_folder()
+            validate_socket_filepath(folder + below)
+            continue
+        with pytest.raises(UserError):
+            cluster_connection._check_temporary_folder()
+        with pytest.raises(OSError, match="cannot exceed 107 bytes"):
+            validate_socket_filepath(folder + below)
+
+
 def test_a_real_cluster_passes(cluster):
     cluster_connection._check_answers(ray.get_runtime_context().gcs_address, "--address")
 
 
 def test_a_ray_of_our_own_has_at_most_the_cpus_of_this_machine(no_ray, monkeypatch):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    monkeypatch.setattr(cluster_connection, "find_bootstrap_address", lambda folder: None)
+    monkeypatch.setattr(cluster_connection, "_running_here", lambda: False)
     here = {"CPU": float(os.cpu_count())}
     assert own_capacity("auto") == own_capacity("local") == here
     assert own_capacity("10.0.0.1:6379") == {}
-    monkeypatch.setattr(cluster_connection, "find_bootstrap_address", lambda folder: "10.0.0.1:6379")  # `ray start`
+    monkeypatch.setattr(cluster_connection, "_running_here", lambda: True)  # `ray start`
     assert (own_capacity("auto"), own_capacity("local")) == ({}, here)
-    monkeypatch.setattr(cluster_connection, "find_bootstrap_address", lambda folder: None)
+    monkeypatch.setattr(cluster_connection, "_running_here", lambda: False)
     monkeypatch.setenv("RAY_ADDRESS", "10.0.0.1:6379")
     assert (own_capacity("auto"), own_capacity("local")) == ({}, here)
     monkeypatch.setenv("RAY_OVERRIDE_RESOURCES", '{"CPU": 99}')

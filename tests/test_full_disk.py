@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -10,11 +11,14 @@ from contextlib import contextmanager
 import pyarrow.parquet as pq
 import pytest
 
+from ml2o_dist import evaluations
 from ml2o_dist.artifact import load_artifact
 from ml2o_dist.errors import UserError
 from ml2o_dist.metatrain.checkpoint import newest_checkpoint
 from ml2o_dist.metatrain.pool import WorkerPool
 from ml2o_dist.run_directory import check_writable
+from tests.evaluate_command import QUICK as EVALUATION
+from tests.evaluate_command import ml2o as evaluate
 from tests.meta_train_command import QUICK, ml2o
 
 
@@ -113,6 +117,53 @@ def test_a_full_disk_at_the_weights_is_exit_code_4_and_leaves_no_torn_file(clust
     assert f"{disk}/a/weights.safetensors' cannot be written: No space left on device" in line
     assert "checkpoint at meta-step 6 of 6 written" in line
     assert not list((disk / "a").glob("*weights*"))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("before", "file"),
+    [("ml2o_dist.finishing.write_report", "report.html"), ("ml2o_dist.finishing._register", "result.json")],
+)
+def test_a_full_disk_at_the_page_or_the_answer_is_no_success_and_resuming_completes_it(
+    cluster, home, disk, monkeypatch, before, file
+):
+    module, name = before.rsplit(".", 1)
+    real = getattr(importlib.import_module(module), name)
+
+    def at_last(*args, **options):
+        fill(disk)
+        return real(*args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(before, at_last)
+        result = ml2o(*QUICK, "--run-dir", str(disk / "a"), "--json")
+    assert result.exit_code == 3, result.output
+    assert f"{disk}/a/{file} cannot be written: No space left on device" in said(result)
+    assert load_artifact(disk / "a").weights_sha256 == json.loads(result.stdout)["weights_sha256"]
+    (disk / "filler").unlink()
+    again = ml2o("--run-dir", str(disk / "a"), "--resume", "--json")
+    assert again.exit_code == 0, again.output
+    assert (disk / "a" / file).stat().st_size > 0
+
+
+def test_a_full_disk_at_the_results_of_an_evaluation_is_no_success(cluster, home, disk, monkeypatch):
+    real = evaluations.evaluation_markdown
+
+    def at_last(evaluation):
+        fill(disk)
+        return real(evaluation)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluations, "evaluation_markdown", at_last)
+        result = evaluate(*EVALUATION, "--run-dir", str(disk / "a"), "--json")
+    assert result.exit_code == 3, result.output
+    line = f"ml2o: results cannot be written into {disk}/a: No space left on device; the same command tries again"
+    assert said(result) == line
+    assert json.loads(result.stdout)["summary"]["run_dir"] == str(disk / "a")
+    (disk / "filler").unlink()
+    again = evaluate(*EVALUATION, "--run-dir", str(disk / "a"), "--json")
+    assert again.exit_code == 0, again.output
+    assert (disk / "a" / "evaluation.json").stat().st_size > 0
 
 
 def test_a_read_only_run_directory_is_one_line_before_ray_is_started(home, disk, monkeypatch):

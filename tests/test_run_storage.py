@@ -441,3 +441,22 @@ def test_a_remote_file_that_is_too_large_is_not_fetched(tmp_path):
     storage = RemoteRunStorage("store://x", Store(), BASE, tmp_path / "copy")
     with pytest.raises(UserError, match=r"file 'run.log' of run directory 'store://x' is larger than"):
         storage.download(tmp_path / "copy")
+
+
+def test_a_run_that_never_came_to_its_uri_begins_there_again(home, monkeypatch):
+    """Killed between config.yaml, here or there, and the first checkpoint."""
+    monkeypatch.setattr("ml2o_dist.runs.connected", _asked_for_ray)
+    uri, config = f"file://{home}/remote/x", dump_settings(load_settings(QUICK[1]))
+    for place in (working_copy(uri), home / "remote" / "x"):
+        place.mkdir(parents=True, exist_ok=True)
+        (place / "config.yaml").write_text(config)
+        result = ml2o("--run-dir", uri, "--resume", "--address", "local")
+        assert (result.exit_code, result.stderr.splitlines()[-1]) == (2, "ml2o: Ray was asked for")
+        assert "resuming from  the beginning" in result.output
+        (place / "config.yaml").unlink()
+    (working_copy(uri) / "config.yaml").unlink()
+    assert "nothing to resume" in ml2o("--run-dir", uri, "--resume").stderr
+
+
+def _asked_for_ray(address):
+    raise UserError("Ray was asked for")

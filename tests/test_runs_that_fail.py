@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from ml2o_dist.artifact import load_artifact
+from ml2o_dist.config_file import dump_settings, load_settings
 from ml2o_dist.errors import UserError
 from ml2o_dist.metatrain.checkpoint import newest_checkpoint
 from ml2o_dist.metatrain.pool import WorkerPool
@@ -114,3 +115,24 @@ def test_a_corrupt_gzip_is_named_before_the_run(cluster, home, real_data_root, n
     broken.write_bytes(gzip.compress(b"\0" * 1000)[:40])
     line = refusal(*QUIET, "--set", "family.test=[multimnist]", "--set", f"data.root={home}")
     assert name in line
+
+
+def test_a_run_that_was_cut_short_before_its_first_checkpoint_begins(cluster, home):
+    """A supervisor repeats one command: it must come to a run that goes on."""
+    settings = load_settings(CONFIG, ["compare=false", "tracking.register=false"])
+    folder = home / "runs" / "a"
+    (folder / "checkpoints" / "tmp_000000").mkdir(parents=True)
+    (folder / "config.yaml").write_text(dump_settings(settings))
+    line = refusal("--run-dir", "runs/a", "--resume", "--set", "meta_steps=7")
+    assert line == f"ml2o: cannot resume {folder} with another configuration: meta_steps is 7 here and 6 there"
+    result = ml2o("--run-dir", "runs/a", "--resume", "--json")
+    assert result.exit_code == 0, result.output
+    assert "resuming from  the beginning: it was cut short before its first checkpoint" in result.stderr
+    assert json.loads(result.stdout)["meta_steps"] == 6
+
+
+def test_checkpoints_that_are_all_damaged_are_no_beginning(home):
+    settings = load_settings(CONFIG, ["compare=false", "tracking.register=false"])
+    (home / "runs" / "a" / "checkpoints" / "step_000002").mkdir(parents=True)
+    (home / "runs" / "a" / "config.yaml").write_text(dump_settings(settings))
+    assert "holds no valid checkpoint; refused: " in refusal("--run-dir", "runs/a", "--resume")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 import yaml
 from click.testing import CliRunner
 from mlflow.tracking import MlflowClient
+from ray import cloudpickle
 
 from ml2o_dist.artifact import load_artifact, weights_sha256
 from ml2o_dist.cli import main
@@ -178,6 +181,72 @@ def test_a_finished_sweep_is_only_told_again_and_refuses_to_be_another(finished,
     (home / "runs" / "m" / "config.yaml").write_text("{}")
     swept = ml2o("sweep", "--config", str(CONFIG), "--run-dir", "runs/m")
     assert (swept.exit_code, "holds a meta-training" in swept.stderr) == (2, True)
+
+
+class Hostile:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.marker),)
+
+
+def plant(tune, ids, marker):
+    """Put hostile pickles wherever Ray Tune leaves some of its own, under names that sort last."""
+    hostile = cloudpickle.dumps(Hostile(marker))
+    coded = {"_type": "CLOUDPICKLE_FALLBACK", "value": hostile.hex()}
+    trial = json.dumps({"trainable_name": "x", "status": "PENDING", "placement_group_factory": hostile.hex()})
+    state = {"trial_data": [[trial, json.dumps({"last_result": coded})]], "runner_data": {"x": coded}, "stats": coded}
+    for name in ("tuner.pkl", "trainable.pkl", "trainer.pkl", "searcher-state-9999-12-31_00-00-00.pkl",
+                 "basic-variant-state-9999-12-31_00-00-00.json", "search_gen_state-9999-12-31_00-00-00.json",
+                 "callback_states.pkl"):  # fmt: skip
+        (tune / name).write_bytes(hostile)
+    (tune / "experiment_state-9999-12-31_00-00-00.json").write_text(json.dumps(state))
+    for id in ids:
+        for name in ("error.pkl", "params.pkl", ".tune_metadata", "checkpoint_000000/.tune_metadata",
+                     "checkpoint_000000/dict_checkpoint.pkl"):  # fmt: skip
+            (tune / id / name).write_bytes(hostile)
+        (tune / id / "checkpoint_000000" / ".metadata.json").write_text(json.dumps({"x": coded}))
+
+
+def test_a_sweep_that_was_killed_and_moved_goes_on_and_unpickles_nothing_of_its_folder(finished, home, tmp_path):
+    """One trial had ended, one was amid its way, one had not begun; the folder came from somebody who means harm."""
+    before, answer, _ = finished
+    folder, marker = home / "runs" / "moved", tmp_path / "marker"
+    shutil.copytree(before / "runs" / "a", folder)
+    for name in ("result.json", "weights.safetensors", "weights.json", "mlflow.json"):
+        (folder / name).unlink(missing_ok=True)
+    ids = [trial["id"] for trial in answer["trials"]]
+    lines = [json.loads(line) for line in (folder / "trials.jsonl").read_text().splitlines()]
+    kept = [
+        line
+        for line in lines
+        if line["trial"] == ids[0] or (line["trial"] == ids[1] and line.get("meta_step", 9 * ("state" in line)) <= 2)
+    ]
+    text = "".join(json.dumps(line) + "\n" for line in kept)
+    (folder / "trials.jsonl").write_text(text)
+    shutil.rmtree(folder / "tune" / ids[2])
+    plant(folder / "tune", ids[:2], marker)
+    result = ml2o("sweep", "--run-dir", "runs/moved", "--resume", "--json")
+    assert result.exit_code == 0, result.output
+    assert not marker.exists()
+    again = json.loads(result.stdout)
+    assert again["run_dir"] == str(folder)
+    told = ("trial", "state", "values", "meta_steps", "validation", "best_meta_step")
+    assert [{key: each[key] for key in told} for each in again["trials"]] == [
+        {key: each[key] for key in told} for each in answer["trials"]
+    ]
+    assert again["best"]["weights_sha256"] == answer["best"]["weights_sha256"]
+    written = (folder / "trials.jsonl").read_text()
+    assert written.startswith(text)
+    reports = [
+        (line["trial"], line["meta_step"]) for line in map(json.loads, written.splitlines()) if "meta_step" in line
+    ]
+    third = again["trials"][2]["id"]
+    assert sorted(reports) == sorted((id, step) for id in (*ids[:2], third) for step in (0, 2, 4))
+    assert not list((folder / "tune").glob("*.pkl"))
 
 
 @pytest.mark.parametrize(

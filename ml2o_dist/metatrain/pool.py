@@ -17,7 +17,7 @@ from ml2o_dist.metatrain.replays import Replays
 from ml2o_dist.metatrain.schedule import WorkItem
 from ml2o_dist.metatrain.worker import RolloutWorker
 from ml2o_dist.metatrain.worker_loss import LOST, reason
-from ml2o_dist.metatrain.workers import POLL_S, PoolError, Stopped, Workers
+from ml2o_dist.metatrain.workers import POLL_S, PoolError, Stopped, Workers, check_ray
 
 log = logging.getLogger(__name__)
 
@@ -124,6 +124,7 @@ class WorkerPool:
                 ready = self._ready()
                 if self._stop_requested():
                     raise Stopped
+                check_ray()
                 for future in ready:
                     if future in self._workers.starting:
                         self._workers.started(future)

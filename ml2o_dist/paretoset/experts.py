@@ -10,6 +10,7 @@ gone on with from its checkpoint ends as what was not.
 from __future__ import annotations
 
 import json
+import shutil
 import time
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -102,6 +103,8 @@ def fit_stage(stage: Stage, folder: Path, *, num_cpus: float = 1.0, num_gpus: fl
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
+    # What Ray Train has left of an earlier run, which goes on from our checkpoints, is not read again.
+    shutil.rmtree(folder / "ray" / stage.name, ignore_errors=True)
     config = {"stage": stage, "folder": str(folder / stage.name)}
     each: dict[str, float] = {"CPU": num_cpus}
     if num_gpus:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -52,8 +51,6 @@ class _Result(BaseModel):
 
 _RESULT = TypeAdapter(_Result)
 """What `RESULT` holds."""
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -181,16 +178,13 @@ def finished_answer(folder: Path, settings: SweepSettings) -> dict[str, Any] | N
 
 
 def keep_answer(folder: Path, settings: SweepSettings, answer: Mapping[str, Any], unsent: int) -> None:
-    """Write down, last of all, that the sweep is finished; a disk that takes nothing only has it finished again.
+    """Write down, last of all, that the sweep is finished; raises OSError: a full disk has it finished again.
 
     `unsent`: of how many runs MLflow has not got everything.
     """
     kept = {"answer": answer, "tracking": settings.tracking.model_dump(mode="json", by_alias=True), "unsent": unsent}
-    try:
-        with replacing(folder / RESULT) as stream:
-            stream.write((json.dumps(kept, indent=1) + "\n").encode())
-    except OSError as error:
-        log.warning("%s cannot be written: %s", folder / RESULT, error.strerror or error)
+    with replacing(folder / RESULT) as stream:
+        stream.write((json.dumps(kept, indent=1) + "\n").encode())
 
 
 def _register(

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import PopulationBasedTraining, TrialScheduler
 
-Recorded = Callable[[str], Iterable[tuple[int, float]]]
-"""Gives what a trial has reported so far, by its id: meta-steps and scores."""
+from ml2o_dist.ray_internals import check_has
+
+Recorded = Mapping[str, Mapping[int, float]]
+"""What trials have reported before the process that goes on, by their id: scores by meta-step."""
+
+OnCopy = Callable[[str, str, int, Mapping[str, Any]], None]
+"""Takes the ids of a trial and of the one whose checkpoint it is given, the meta-step, and the sampled values."""
 
 
 class LockstepPbt(PopulationBasedTraining):  # type: ignore[misc]  # Ray is not followed
@@ -22,14 +27,15 @@ class LockstepPbt(PopulationBasedTraining):  # type: ignore[misc]  # Ray is not 
 
     - where a trial is, is what its newest checkpoint says; one that has reached the exchange waits for the others;
     - what is drawn at an exchange depends on the seed, the meta-step and the trial's number alone, and its scores are
-      those on record: one that Tune had not noted when it was killed is made again, with the same outcome;
+      those on record: one that no trial has gone on from is made again, with the same outcome;
     - a trial that has failed is waited for no more.
     """
 
-    def __init__(self, recorded: Recorded, seed: int, **settings: Any) -> None:
-        """`recorded` tells what was before the process that goes on; `settings` are Tune's."""
+    def __init__(self, recorded: Recorded, seed: int, on_copy: OnCopy, **settings: Any) -> None:
+        """`on_copy` is told of each copy before anything follows from it; `settings` are Tune's."""
+        check_has(PopulationBasedTraining, "_checkpoint_or_exploit", "_exploit", "_quantiles", "_save_trial_state")
         super().__init__(synch=True, log_config=False, **settings)
-        self._recorded, self._seed = recorded, seed
+        self._recorded, self._seed, self._on_copy = recorded, seed, on_copy
         self._in_step = False
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
@@ -63,15 +69,14 @@ class LockstepPbt(PopulationBasedTraining):  # type: ignore[misc]  # Ray is not 
         if not results:
             return
         last = max(steps.values()) // self._perturbation_interval * self._perturbation_interval
-        # All are exactly there: Tune saves its state after the exchange that the last report brought. One is behind:
-        # the exchange was not yet, or is made again; unless others are beyond it already.
-        done = max(steps.values()) > last or min(steps.values()) == last
-        self._next_perturbation_sync = last + self._perturbation_interval * done
+        # Where no trial, ended or not, is beyond it, nothing has followed from that exchange: it is made (again).
+        done = max([*steps.values(), *(step for scores in self._recorded.values() for step in scores)]) > last
+        self._next_perturbation_sync = max(last + self._perturbation_interval * done, self._perturbation_interval)
         for trial, step in steps.items():
             state = self._trial_state[trial]
             state.last_train_time = step
             if step >= self._next_perturbation_sync:
-                score = dict(self._recorded(trial.trial_id)).get(step, results[trial][self._metric])
+                score = self._recorded.get(trial.trial_id, {}).get(step, results[trial][self._metric])
                 state.last_score, state.last_result = self._metric_op * score, results[trial]
 
     def _exchange_if_all_wait(self, tune_controller: Any) -> None:
@@ -80,20 +85,23 @@ class LockstepPbt(PopulationBasedTraining):  # type: ignore[misc]  # Ray is not 
         if not trials or any(self._trial_state[each].last_train_time < due for each in trials):
             return
         lower, upper = self._quantiles()
-        upper = sorted(upper, key=lambda each: each.trial_id)
+        upper = sorted(upper, key=_number)
         between = [each for each in trials if each not in lower and each not in upper]
         for trial in [*upper, *between, *lower]:  # checkpoints are asked for before they are copied
-            number = trial.trial_id.rpartition("_")[2]  # what stands before it is new with each sweep
-            random.seed(f"{self._seed} {due} {number}")
+            random.seed(f"{self._seed} {due} {_number(trial)}")
             np.random.seed(random.getrandbits(32))
             self._checkpoint_or_exploit(trial, tune_controller, upper, lower)
         self._next_perturbation_sync += self._perturbation_interval
 
     def _exploit(self, tune_controller: Any, trial: Any, trial_to_clone: Any) -> None:
-        """Copy, and have Tune note it with its next state: of a trial that waits it would not, until it reports."""
+        """Copy, and say so."""
         super()._exploit(tune_controller, trial, trial_to_clone)
-        trial.run_metadata.invalidate_cache()
-        tune_controller._tune_controller._mark_trial_to_checkpoint(trial)  # around a wrapper that warns
+        self._on_copy(trial.trial_id, trial_to_clone.trial_id, self._next_perturbation_sync, trial.config)
+
+
+def _number(trial: Any) -> str:
+    """Return the part of an id that is the same in every sweep of a seed."""
+    return str(trial.trial_id).rpartition("_")[2]
 
 
 def _unfinished(tune_controller: Any) -> list[Any]:

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ml2o_dist import shown_text
+from ml2o_dist.errors import UserError
 from ml2o_dist.files import replacing
+from ml2o_dist.reading import MIB, read_bytes
+from ml2o_dist.sweeping.record_lines import Beginning, Copy, End, Entry, Report, State, entry_of, line_of
 
 FILE, TABLE = "trials.jsonl", "results.parquet"
 """The record, and the table of trials that is made of it."""
@@ -22,32 +25,18 @@ FILE, TABLE = "trials.jsonl", "results.parquet"
 FOLDER = "tune"
 """Ray Tune's part of the run directory: its state, and a folder with the checkpoints of each trial."""
 
-State = Literal["running", "finished", "stopped", "failed"]
-"""stopped: by the scheduler, before its last meta-step."""
-
-
-@dataclass(frozen=True)
-class Report:
-    """What a trial said at one validation.
-
-    Attributes:
-        values: of the search space by key, as they were then (population-based training changes them).
-        validation: of the weights at `meta_step`; `best_validation` of those that are kept, from `best_meta_step`.
-        seconds: of meta-training so far.
-    """
-
-    meta_step: int
-    validation: float
-    best_validation: float
-    best_meta_step: int
-    seconds: float
-    values: Mapping[str, Any]
-    meta_loss: float | None = None
+LIMIT = 64 * MIB
+"""Bytes of the record: some hundred thousand reports."""
 
 
 @dataclass
 class Trial:
-    """One trial: `number` counts from 1 in the order of their beginning, `id` is Tune's."""
+    """One trial: `number` counts from 1 in the order of their beginning, `id` names its folder.
+
+    Attributes:
+        values: with which it goes on.
+        copied: the checkpoint of another trial that it goes on from, where it has not reported since it was given it.
+    """
 
     id: str
     number: int
@@ -55,6 +44,7 @@ class Trial:
     state: State = "running"
     error: str = ""
     reports: dict[int, Report] = field(default_factory=dict)
+    copied: Copy | None = None
 
     @property
     def last(self) -> Report | None:
@@ -98,44 +88,67 @@ class Trial:
 
 
 class SweepRecord:
-    """All trials by their id; every change is a line of the file first."""
+    """All trials by their id; every change is a line of the file first.
+
+    Attributes:
+        left_out: how many lines are not used, `reason` why the first of them is not. The last line is not counted
+            where a kill has cut it.
+        in_time: trial and meta-step of every report, in the order in which they came.
+    """
 
     def __init__(self, folder: Path) -> None:
-        """Read what is there; a line that a kill has cut is left out."""
+        """Read what is there; raises UserError where that is no regular file, or is too large."""
         self.file = folder / FILE
         self.trials: dict[str, Trial] = {}
-        for line in self.file.read_bytes().split(b"\n")[:-1] if self.file.exists() else ():
+        self.left_out, self.reason = 0, ""
+        self.in_time: dict[tuple[str, int], None] = {}
+        self._numbers: dict[int, str] = {}
+        try:
+            lines = read_bytes(self.file, "record of trials", LIMIT).split(b"\n")[:-1]
+        except FileNotFoundError:
+            lines = []
+        for number, line in enumerate(lines, start=1):
             try:
-                self._take(json.loads(line))
-            except (ValueError, KeyError):
-                continue
+                self._take(*entry_of(line))
+            except UserError as error:
+                self.left_out += 1
+                self.reason = self.reason or f"line {number}: {error}"
 
     def begin(self, id: str, values: Mapping[str, Any]) -> Trial:
         """Note that a trial runs (again) with these values; a new one has the lowest number that is free."""
         known = self.trials.get(id)
-        taken = {trial.number for trial in self.trials.values()}
-        number = known.number if known else next(free for free in count(1) if free not in taken)
+        number = known.number if known else next(free for free in count(1) if free not in self._numbers)
         if known is None or known.state != "running" or known.values != dict(values):
-            self._write({"trial": id, "number": number, "values": dict(values)})
+            self._write(id, Beginning(number, values))
         return self.trials[id]
 
     def report(self, id: str, report: Report) -> None:
-        """Add a report; one of the same meta-step, from before a kill, gives way to it."""
-        self._write({"trial": id, **report.__dict__, "values": dict(report.values)})
+        """Add a report; one of the same meta-step, which was lost and made again, takes the place of the first."""
+        if report.meta_step in self.trials[id].reports:
+            self._drop(lambda trial, entry: _is_at(entry, report.meta_step) and trial == id)
+        self._write(id, report)
+
+    def copy(self, id: str, source: str, meta_step: int, values: Mapping[str, Any]) -> None:
+        """Note that a trial goes on from the checkpoint of another one, `source`, at `meta_step`, with these values."""
+        self._write(id, Copy(source, meta_step, values))
 
     def end(self, id: str, state: State, error: str = "") -> None:
         """Note how a trial has ended."""
-        self._write({"trial": id, "state": state, "error": error})
+        self._write(id, End(state, error))
 
-    def forget(self, ids: Sequence[str]) -> None:
-        """Drop trials, as if they had never been."""
-        if not ids:
+    def rewind(self, id: str, meta_step: int) -> None:
+        """Drop what a trial said after `meta_step`: it goes on from there, and says it again."""
+        known = self.trials[id]
+        later = [step for step in known.reports if step > meta_step]
+        if not later and (known.copied is None or known.copied.at <= meta_step):
             return
-        lines = [line for line in self.file.read_bytes().split(b"\n")[:-1] if not _is_of(line, ids)]
-        with replacing(self.file) as stream:
-            stream.write(b"".join(line + b"\n" for line in lines))
-        for id in ids:
-            del self.trials[id]
+        self._drop(lambda trial, entry: trial == id and _is_after(entry, meta_step))
+        for step in later:
+            del known.reports[step], self.in_time[id, step]
+        if known.copied is not None and known.copied.at > meta_step:
+            known.copied = None
+        if known.copied is None and known.last is not None:
+            known.values = dict(known.last.values)
 
     @property
     def in_order(self) -> list[Trial]:
@@ -157,9 +170,19 @@ class SweepRecord:
         begun = len(self.trials)
         return f"{ended} of {count} trials ended, {begun - ended} under way, {count - begun} not begun"
 
+    @property
+    def what_is_left_out(self) -> str:
+        """How many lines of the file are not used, and why not; "" where all are."""
+        if not self.left_out:
+            return ""
+        lines = "1 line is" if self.left_out == 1 else f"{self.left_out} lines are"
+        return f"{self.file.name}: {lines} left out; {self.reason}"
+
     def notes(self, scheduler: str) -> list[str]:
         """Say what the table of trials does not show by itself."""
         notes = []
+        if self.left_out:
+            notes.append(f"{self.what_is_left_out}.")
         best = self.best()
         if best is not None and best.best_at == 0:
             notes.append(
@@ -173,26 +196,40 @@ class SweepRecord:
             )
         return notes
 
-    def _write(self, entry: Mapping[str, Any]) -> None:
+    def _write(self, id: str, entry: Entry) -> None:
+        if self.file.exists() and not _ends_a_line(self.file):
+            self._drop(lambda trial, entry: False)  # but for the last line, which a kill has cut
         with self.file.open("ab") as stream:
-            if stream.tell() and not _ends_a_line(self.file):
-                stream.write(b"\n")  # after a line that was cut
-            stream.write(json.dumps(entry).encode() + b"\n")
-        self._take(entry)
+            stream.write(line_of(id, entry))
+        self._take(id, entry)
 
-    def _take(self, entry: Mapping[str, Any]) -> None:
-        id = entry["trial"]
-        if "number" in entry:
-            trial = self.trials.setdefault(id, Trial(id, entry["number"], {}))
-            trial.state, trial.error, trial.values = "running", "", dict(entry["values"])
+    def _drop(self, unwanted: Callable[[str, Entry], bool]) -> None:
+        """Write the file anew without the lines that say something `unwanted`."""
+        lines = read_bytes(self.file, "record of trials", LIMIT).split(b"\n")[:-1]
+        with replacing(self.file) as stream:
+            stream.writelines(line + b"\n" for line in lines if not _says(line, unwanted))
+
+    def _take(self, id: str, entry: Entry) -> None:
+        """Learn what a line says; raises UserError where it does not go with those before."""
+        if isinstance(entry, Beginning):
+            if (other := self._numbers.setdefault(entry.number, id)) != id:
+                raise UserError(f"trial {id!r} has the number {entry.number} of trial {other!r}")
+            trial = self.trials.setdefault(id, Trial(id, entry.number, {}))
+            trial.state, trial.error, trial.values = "running", "", dict(entry.values)
             return
+        if id not in self.trials:
+            raise UserError(f"there is no trial {id!r} yet")
         trial = self.trials[id]
-        if "meta_step" in entry:
-            report = Report(**{key: value for key, value in entry.items() if key != "trial"})
-            trial.reports[report.meta_step] = report
-            trial.values = dict(report.values)
+        if isinstance(entry, Report):
+            trial.reports[entry.meta_step] = entry
+            trial.values, trial.copied = dict(entry.values), None
+            self.in_time[id, entry.meta_step] = None
+        elif isinstance(entry, Copy):
+            if entry.source not in self.trials:
+                raise UserError(f"there is no trial {entry.source!r} yet")
+            trial.values, trial.copied = dict(entry.values), entry
         else:
-            trial.state, trial.error = entry["state"], entry["error"]
+            trial.state, trial.error = entry.state, entry.error
 
 
 def write_table(folder: Path, record: SweepRecord) -> Path:
@@ -249,14 +286,27 @@ def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def _is_of(line: bytes, ids: Sequence[str]) -> bool:
+def _is_at(entry: Entry, meta_step: int) -> bool:
+    return isinstance(entry, Report) and entry.meta_step == meta_step
+
+
+def _is_after(entry: Entry, meta_step: int) -> bool:
+    return (isinstance(entry, Report) and entry.meta_step > meta_step) or (
+        isinstance(entry, Copy) and entry.at > meta_step
+    )
+
+
+def _says(line: bytes, unwanted: Callable[[str, Entry], bool]) -> bool:
     try:
-        return json.loads(line)["trial"] in ids
-    except ValueError:
-        return True
+        return unwanted(*entry_of(line))
+    except UserError:
+        return False
 
 
 def _ends_a_line(file: Path) -> bool:
+    """Tell whether nothing stands after the last end of a line."""
     with file.open("rb") as stream:
+        if stream.seek(0, 2) == 0:
+            return True
         stream.seek(-1, 2)
         return stream.read() == b"\n"

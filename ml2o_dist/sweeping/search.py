@@ -2,35 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
 
 import numpy as np
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
-from ray.tune.search import BasicVariantGenerator, ConcurrencyLimiter
 
 from ml2o_dist.errors import UserError
-from ml2o_dist.sweeping.population import LockstepPbt, Recorded
+from ml2o_dist.sweeping.population import LockstepPbt, OnCopy, Recorded
 from ml2o_dist.sweeping.settings import Distribution, SweepSettings
 from ml2o_dist.sweeping.space import as_sampled
 from ml2o_dist.sweeping.trial import SCORE, TIME
+from ml2o_dist.sweeping.trial_source import Earlier, TrialSource
 
 
-def tune_config(settings: SweepSettings, recorded: Recorded) -> Any:
-    """Return Tune's configuration; `recorded` tells a scheduler of a sweep that is gone on with what was before.
+def tune_config(settings: SweepSettings, earlier: Sequence[Earlier], on_copy: OnCopy) -> Any:
+    """Return Tune's configuration for a sweep that goes on with trials of an `earlier` process, or has none.
+
+    `on_copy` is told by population-based training who goes on from whose checkpoint.
 
     Raises:
         UserError: search=optuna, which is not installed.
     """
+    check_search(settings)
     np.random.seed(settings.seed % 2**32)  # what ASHA's brackets are drawn from
     return tune.TuneConfig(
         metric=SCORE,
         mode="min",
         num_samples=1 if settings.search == "grid" else settings.count,
-        search_alg=_search(settings),
-        scheduler=_scheduler(settings, recorded),
+        search_alg=TrialSource(settings, earlier),
+        scheduler=_scheduler(settings, {each.id: each.scores for each in earlier}, on_copy),
         trial_name_creator=_name,
         trial_dirname_creator=_name,
     )
@@ -57,32 +60,15 @@ def check_search(settings: SweepSettings) -> None:
             ) from None
 
 
-def _search(settings: SweepSettings) -> Any:
-    check_search(settings)
-    if settings.search != "optuna":
-        return BasicVariantGenerator(max_concurrent=settings.max_concurrent, random_state=settings.seed)
-    import optuna
-    from ray.tune.search.optuna import OptunaSearch
-
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    search = OptunaSearch(sampler=optuna.samplers.TPESampler(seed=settings.seed))
-    return ConcurrencyLimiter(search, settings.max_concurrent) if settings.max_concurrent else search
-
-
-def _scheduler(settings: SweepSettings, recorded: Recorded) -> Any:
+def _scheduler(settings: SweepSettings, recorded: Recorded, on_copy: OnCopy) -> Any:
     every = settings.meta_train.validation.every
     if settings.scheduler == "asha":
-        return RememberingAsha(
-            recorded,
-            time_attr=TIME,
-            max_t=longest(settings),
-            grace_period=settings.asha.grace or every,
-            reduction_factor=settings.asha.reduction,
-        )
+        return asha(settings, recorded)
     if settings.scheduler == "pbt":
         return LockstepPbt(
             recorded,
             settings.seed,
+            on_copy,
             time_attr=TIME,
             perturbation_interval=settings.pbt.interval or every,
             hyperparam_mutations={
@@ -96,6 +82,25 @@ def _scheduler(settings: SweepSettings, recorded: Recorded) -> Any:
     return FIFOScheduler()
 
 
+def asha(settings: SweepSettings, recorded: Recorded) -> RememberingAsha:
+    """Return the scheduler of scheduler=asha, which knows what is `recorded` of trials before they are added.
+
+    Tune tells it which score it goes by, with `set_search_properties`.
+    """
+    return RememberingAsha(
+        recorded,
+        time_attr=TIME,
+        max_t=longest(settings),
+        grace_period=settings.asha.grace or settings.meta_train.validation.every,
+        reduction_factor=settings.asha.reduction,
+    )
+
+
+def result(meta_step: int, score: float) -> dict[str, Any]:
+    """Return what a trial reports, as far as schedulers look at it."""
+    return {TIME: meta_step, SCORE: score}
+
+
 def longest(settings: SweepSettings) -> int:
     """Return the most meta-steps that a trial may have."""
     swept = settings.space.get("meta_steps")
@@ -103,18 +108,17 @@ def longest(settings: SweepSettings) -> int:
 
 
 class RememberingAsha(ASHAScheduler):  # type: ignore[misc]  # Ray is not followed
-    """ASHA that knows, in a sweep that is gone on with, what its trials have reported: Tune does not save its rungs."""
+    """ASHA that knows, in a sweep that is gone on with, what its trials have reported."""
 
     def __init__(self, recorded: Recorded, **settings: Any) -> None:
         super().__init__(**settings)
         self._recorded = recorded
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        """Put the trial's reports into their rungs again."""
+        """Put the trial's reports into their rungs again; what was decided then has been done."""
         super().on_trial_add(tune_controller, trial)
-        bracket = self._trial_info[trial.trial_id]
-        for step, score in self._recorded(trial.trial_id):
-            bracket.on_result(trial, step, -score)
+        for step, score in self._recorded.get(trial.trial_id, {}).items():
+            self.on_trial_result(tune_controller, trial, result(step, score))
 
 
 def _inside(space: Mapping[str, Distribution], sampled: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ import signal
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +19,24 @@ from ray import tune
 from ray.exceptions import RayActorError
 from ray.tune import Callback
 
+from ml2o_dist.errors import UserError
 from ml2o_dist.metatrain.worker_loss import reason
 from ml2o_dist.progress import StepDisplay
-from ml2o_dist.sweeping.record import FOLDER, Report, State, SweepRecord, Trial
+from ml2o_dist.ray_internals import ray_internal
+from ml2o_dist.reading import lies_within
+from ml2o_dist.sweeping.record import FOLDER, SweepRecord, Trial
+from ml2o_dist.sweeping.record_lines import Report, State
 from ml2o_dist.sweeping.search import param_space, tune_config
 from ml2o_dist.sweeping.settings import SweepSettings
 from ml2o_dist.sweeping.space import as_values, trial_settings
 from ml2o_dist.sweeping.trial import SCORE, SCRATCH, TIME, as_trainable
+from ml2o_dist.sweeping.trial_source import Earlier
 from ml2o_dist.tracking.sweep_runs import SweepRuns
 
 log = logging.getLogger(__name__)
 
 _ENVIRONMENT = {
-    "TUNE_GLOBAL_CHECKPOINT_S": "1",  # its own 10 s are much to lose of trials that take a minute
-    "TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S": "0",
+    "TUNE_GLOBAL_CHECKPOINT_S": "inf",  # nobody reads its state
     "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",  # trials.jsonl has it all
     "TUNE_DISABLE_SIGINT_HANDLER": "1",  # ours is there already
     "RAY_AIR_NEW_OUTPUT": "0",  # the new one prints a banner even where it is told to be quiet
@@ -40,11 +44,7 @@ _ENVIRONMENT = {
 
 
 class Watcher(Callback):  # type: ignore[misc]  # Ray is not followed
-    """Writes down what trials say, tells MLflow, shows it, and ends the sweep when a stop is requested.
-
-    Attributes:
-        checkpoints: by trial, the folder of its newest checkpoint; known once the sweep has ended.
-    """
+    """Writes down what trials say, tells MLflow, shows it, and ends the sweep when a stop is requested."""
 
     def __init__(
         self,
@@ -53,24 +53,21 @@ class Watcher(Callback):  # type: ignore[misc]  # Ray is not followed
         runs: SweepRuns,
         display: StepDisplay,
         stop: Callable[[], bool],
-        on_lost: Callable[[Sequence[str]], None],
     ) -> None:
-        """`on_lost` is told the trials in the record that Tune, killed before it had noted them, does not know."""
-        self.checkpoints: dict[str, Path] = {}
         self._settings, self._record, self._runs = settings, record, runs
-        self._display, self._stop, self._on_lost = display, stop, on_lost
+        self._display, self._stop = display, stop
         self._begun = False
         self._losses: Counter[str] = Counter()
 
-    def __reduce__(self) -> tuple[Callable[[], Watcher | None], tuple[()]]:
-        """Tune pickles its callbacks: of this one, that it is the one that watches in the process that goes on."""
-        return _watching, ()
+    def __reduce__(self) -> tuple[type[Callback], tuple[()]]:
+        """Tune pickles its callbacks, and nothing unpickles them."""
+        return Callback, ()
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        """Look at what came from before, once, and at whether to stop."""
-        self._look_back(trials)
-        if self._stop():
-            signal.raise_signal(signal.SIGUSR1)  # what Tune ends its loop for, with its state saved
+        """Tell MLflow what came from before, once, and look at whether to stop."""
+        self._look_back()
+        if trials and self._stop():  # without trials Tune would look for some in the state that lies in its folder
+            signal.raise_signal(signal.SIGUSR1)  # what Tune ends its loop for
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Note that a trial runs."""
@@ -101,7 +98,9 @@ class Watcher(Callback):  # type: ignore[misc]  # Ray is not followed
 
         So it is for as many losses as a meta-training may have of its workers; a trial that crashes each time does end.
         """
-        file = trial.pickled_error_file
+        with ray_internal("ray.tune.experiment.Trial.pickled_error_file"):
+            file = trial.pickled_error_file
+        # Tune has just written it, into Ray's session folder on this machine: nothing of a run directory is unpickled.
         error = ray.cloudpickle.loads(Path(file).read_bytes()) if file else None
         if not isinstance(error, RayActorError):  # it was raised in the trial, or by Tune
             return
@@ -110,8 +109,8 @@ class Watcher(Callback):  # type: ignore[misc]  # Ray is not followed
         self._losses[trial.trial_id] = losses
         counted = not error.preempted  # Tune itself lets those pass
         if counted and losses <= self._settings.meta_train.resources.max_restarts:
-            trial.run_metadata.num_failures -= 1
-            trial.run_metadata.invalidate_cache()  # so that Tune saves it
+            with ray_internal("ray.tune.experiment.Trial.run_metadata"):
+                trial.run_metadata.num_failures -= 1
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Note that a trial came to its end, or to the one that the scheduler gave it."""
@@ -126,9 +125,11 @@ class Watcher(Callback):  # type: ignore[misc]  # Ray is not followed
         self._show(trials)
 
     def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
-        """Note where the checkpoints are."""
-        self._look_back(trials)  # no step was taken where all trials had ended: only MLflow had not got everything
-        self.checkpoints = {trial.trial_id: Path(trial.checkpoint.path) for trial in trials if trial.checkpoint}
+        """Keep Tune from unpickling, for results that nobody asks for, what lies in the trials' folders."""
+        self._look_back()  # no step was taken where all trials had ended: only MLflow had not got everything
+        for trial in trials:
+            with ray_internal("ray.tune.experiment.Trial.run_metadata"):
+                trial.run_metadata.pickled_error_filename = None
 
     def tell_all(self) -> None:
         """Tell MLflow what the record holds; what it has got already is not written again."""
@@ -141,21 +142,18 @@ class Watcher(Callback):  # type: ignore[misc]  # Ray is not followed
                 self._runs.tag(id, {"state": trial.state, "error": trial.error or None})
                 self._runs.end(id, "FAILED" if trial.state == "failed" else "FINISHED")
 
-    def recorded(self, id: str) -> list[tuple[int, float]]:
-        """Return meta-steps and scores that a trial has reported."""
-        trial = self._record.trials.get(id)
-        return [(step, report.validation) for step, report in sorted(trial.reports.items())] if trial else []
+    def on_copy(self, id: str, source: str, meta_step: int, sampled: Mapping[str, Any]) -> None:
+        """Note that a trial goes on from another one's checkpoint, with other values."""
+        self._record.copy(id, source, meta_step, as_values(self._settings, sampled))
 
     def _known(self, trial: Any) -> Trial:
         """Return a trial as it is recorded; one whose process was lost before it was up is not yet."""
         known = self._record.trials.get(trial.trial_id)
         return known or self._record.begin(trial.trial_id, as_values(self._settings, trial.config))
 
-    def _look_back(self, trials: list[Any]) -> None:
+    def _look_back(self) -> None:
         if not self._begun:
             self._begun = True
-            known = {trial.trial_id for trial in trials}
-            self._on_lost([id for id in self._record.trials if id not in known])
             self.tell_all()
 
     def _end(self, id: str, state: State, error: str = "") -> None:
@@ -176,56 +174,50 @@ class Watcher(Callback):  # type: ignore[misc]  # Ray is not followed
         self._display.update(len(ended), f"{shown}  running {running}" + (f"  failed {failed}" if failed else ""))
 
 
-def run_trials(settings: SweepSettings, folder: Path, watcher: Watcher) -> None:
-    """Run all trials of a sweep that have not ended yet; failed ones go on from their newest checkpoint.
+def run_trials(settings: SweepSettings, folder: Path, earlier: Sequence[Earlier], watcher: Watcher) -> None:
+    """Run all trials of a sweep but those of an `earlier` process that have ended; failed ones go on, too.
 
     Returns when all have ended, or some time after a stop was requested. Trials that fail do not raise.
+
+    Raises:
+        UserError: Tune's folder is a link to somewhere else.
     """
     place = folder / FOLDER
-    with _watched_by(watcher), _set(_ENVIRONMENT), _handler_kept(signal.SIGUSR1), warnings.catch_warnings():
+    if not lies_within(place, folder):
+        raise UserError(f"{place} is a link out of {folder}")
+    _remove_state(place)
+    pending = {"TUNE_MAX_PENDING_TRIALS_PG": "1" if settings.search == "optuna" else "200"}  # as for searches of Tune's
+    with _set(_ENVIRONMENT | pending), _handler_kept(signal.SIGUSR1), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Consider boosting PBT")  # by what our trials are not made for
-        if any(place.glob("experiment_state-*.json")) and tune.Tuner.can_restore(str(place)):
-            tuner = tune.Tuner.restore(str(place), as_trainable(settings), resume_errored=True)
-        else:
-            tuner = tune.Tuner(
+        try:
+            tune.Tuner(
                 as_trainable(settings),
                 param_space=param_space(settings),
-                tune_config=tune_config(settings, recorded),
+                tune_config=tune_config(settings, earlier, watcher.on_copy),
                 run_config=tune.RunConfig(
                     name=FOLDER,
                     storage_path=str(folder),
                     callbacks=[watcher],
                     verbose=0,
                     failure_config=tune.FailureConfig(max_failures=settings.retries),
-                    # all of them, each some tens of kB: PBT may need any, and so may a state of Tune's that is behind
+                    # all of them, each some tens of kB: PBT may need any, and so may a sweep whose newest ones are cut
                     checkpoint_config=tune.CheckpointConfig(num_to_keep=None),
                 ),
-            )
-        tuner.fit()
+            ).fit()
+        finally:
+            _remove_state(place)
     for scratch in place.glob(f"*/{SCRATCH}"):
-        shutil.rmtree(scratch, ignore_errors=True)
+        if lies_within(scratch, place):
+            shutil.rmtree(scratch, ignore_errors=True)
 
 
-def recorded(id: str) -> list[tuple[int, float]]:
-    """Return what a trial of the sweep that runs in this process has reported; Tune pickles this by its name."""
-    return _current.recorded(id) if _current else []
-
-
-_current: Watcher | None = None
-
-
-def _watching() -> Watcher | None:
-    return _current
-
-
-@contextmanager
-def _watched_by(watcher: Watcher) -> Iterator[None]:
-    global _current
-    _current = watcher
-    try:
-        yield
-    finally:
-        _current = None
+def _remove_state(place: Path) -> None:
+    """Remove what Tune leaves of its state: it is pickled, and nothing reads it."""
+    for pattern in ("*.pkl", "experiment_state-*.json", "basic-variant-state-*.json", "search_gen_state-*.json"):
+        for file in (*place.glob(pattern), *place.glob(f"*/{pattern}")):
+            if lies_within(file.parent, place):
+                with suppress(OSError):  # it stays, and is not read
+                    file.unlink()
 
 
 @contextmanager

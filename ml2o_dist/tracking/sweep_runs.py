@@ -2,23 +2,19 @@
 
 from __future__ import annotations
 
-import logging
 import re
-import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ml2o_dist.errors import UserError
-from ml2o_dist.tracking.identity import RUN_KEY_TAG, RunIdentity
+from ml2o_dist.tracking.identity import RunIdentity
 from ml2o_dist.tracking.records import Status
 from ml2o_dist.tracking.run import MlflowRun
 from ml2o_dist.tracking.sink import MlflowSink
 from ml2o_dist.tracking.spool import Spool
-from ml2o_dist.tracking.store import answering, connect, ensure_experiment, redacted
-
-_log = logging.getLogger("ml2o_dist.tracking")
+from ml2o_dist.tracking.store import redacted
 
 PARENT_TAG = "mlflow.parentRunId"
 """What MLflow's pages nest runs by."""
@@ -103,22 +99,6 @@ class SweepRuns:
             self.end(trial, "KILLED", limit_s)
         with suppress(OSError):  # not empty: MLflow has not got everything
             self._folder.rmdir()
-
-    def forget(self, trials: Sequence[str]) -> None:
-        """Delete the runs of trials that a kill made Tune forget; where MLflow is away they stay, with a warning."""
-        for trial in trials:
-            self._unsent.pop(trial, None)
-            shutil.rmtree(self._folder_of(trial), ignore_errors=True)
-        try:
-            with answering(self._uri):
-                client = connect(self._uri)
-                experiment_id = ensure_experiment(client, self._uri, self._experiment)
-                for trial in trials:
-                    key = run_key(self.key, trial)
-                    for run in client.search_runs([experiment_id], f"tags.`{RUN_KEY_TAG}` = '{key}'"):
-                        client.delete_run(run.info.run_id)
-        except UserError as error:
-            _log.warning("the runs of trials %s, which were lost, may stay in MLflow: %s", ", ".join(trials), error)
 
     def _folder_of(self, trial: str) -> Path:
         """Return the folder of a trial's spool; raises UserError for an id, or a link, that leads elsewhere."""

@@ -8,7 +8,8 @@ import random
 import pytest
 
 from ml2o_dist.sweeping.importance import FEWEST, as_number, importance
-from ml2o_dist.sweeping.record import Report, SweepRecord
+from ml2o_dist.sweeping.record import SweepRecord
+from ml2o_dist.sweeping.record_lines import Report
 from ml2o_dist.sweeping.settings import Distribution
 from ml2o_dist.sweeping.space import load_sweep
 

@@ -58,12 +58,17 @@ class FakeTrial:
 class Population:
     """Some trials and their scheduler: what Tune's controller does with them, one report at a time."""
 
-    def __init__(self, trials, recorded=lambda id: []):
+    def __init__(self, trials, recorded=None):
         self.search_alg = None
-        self.trials, self.marked, self._tune_controller = [], set(), self
+        self.trials, self.copies = [], []
+
+        def copy(id, source, step, sampled):
+            self.copies.append((id, source, step, dict(sampled)))
+
         self.scheduler = LockstepPbt(
-            recorded,
+            recorded or {},
             seed=3,
+            on_copy=copy,
             time_attr="meta_step",
             metric="validation",
             mode="min",
@@ -83,9 +88,6 @@ class Population:
 
     def _schedule_trial_save(self, trial, result):
         return trial.checkpoint
-
-    def _mark_trial_to_checkpoint(self, trial):
-        self.marked.add(trial)
 
     def reports(self, record, fails=lambda trial: False):
         """Let trials report; yield each and its checkpoint before, when `record` has it by trial and meta-step."""
@@ -135,6 +137,10 @@ def test_what_is_drawn_depends_on_the_trials_numbers_not_on_their_names():
     assert {("a" + id[1:], step): each for (id, step), each in other.items()} == one
 
 
+def scores(record):
+    return {id: {step: score for (of, step), (_, score) in record.items() if of == id} for id, _ in record}
+
+
 @pytest.mark.parametrize("lag", [False, True])
 @pytest.mark.parametrize("count", range(1, 4 * (LAST + 1)))
 def test_wherever_it_is_killed_the_outcome_is_the_same(count, lag):
@@ -149,8 +155,7 @@ def test_wherever_it_is_killed_the_outcome_is_the_same(count, lag):
         gone_on.append(FakeTrial(trial.trial_id, trial.config, before if late else trial.checkpoint))
         if trial.is_finished() and not late:
             gone_on[-1].status = trial.status
-    on_record = dict(record)
-    again = Population(gone_on, lambda id: [(step, score) for (of, step), (_, score) in on_record.items() if of == id])
+    again = Population(gone_on, scores(record))
     list(again.reports(record))
     assert record == Population(fresh()).run()
 
@@ -183,10 +188,14 @@ def test_a_trial_that_is_tried_again_keeps_its_place():
     assert record == Population(fresh()).run()
 
 
-def test_tune_notes_who_was_given_a_copy():
+def test_each_copy_is_told_with_whose_checkpoint_and_the_values_that_follow():
     population = Population(fresh())
-    exchanged = [len(population.marked) for _ in population.reports({})]
-    assert exchanged[10:13] == [0, 2, 2]
+    record, told = {}, []
+    for _ in population.reports(record):
+        told.append(len(population.copies))
+    assert told[10:13] == [0, 2, 2]  # all of an exchange, before anything follows from it
+    for id, source, step, sampled in population.copies:
+        assert record[id, step + 1] == (sampled["lr"], 0.8 * record[source, step][1] + sampled["lr"] * (2 + step))
 
 
 def test_it_can_be_pickled_as_tune_does_with_a_sweep_that_begins():

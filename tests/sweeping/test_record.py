@@ -8,7 +8,9 @@ import math
 import pyarrow.parquet as pq
 import pytest
 
-from ml2o_dist.sweeping.record import FILE, Report, SweepRecord, markdown, write_table
+from ml2o_dist.errors import UserError
+from ml2o_dist.sweeping.record import FILE, SweepRecord, markdown, write_table
+from ml2o_dist.sweeping.record_lines import Report
 
 
 def report(step, score, values=None, best=None):
@@ -66,12 +68,80 @@ def test_a_trial_that_is_tried_again_runs(record, tmp_path):
     assert (again.state, again.error, len(again.reports)) == ("running", "", 2)
 
 
-def test_trials_that_are_forgotten_were_never_there(record, tmp_path):
-    record.forget(["a", "c"])
-    assert list(SweepRecord(tmp_path).trials) == list(record.trials) == ["b"]
-    record.forget([])
-    assert [record.begin(id, {}).number for id in ("d", "b", "e", "f")] == [1, 2, 3, 4]
-    assert [trial.id for trial in SweepRecord(tmp_path).in_order] == ["d", "b", "e", "f"]
+def test_a_trial_that_is_brought_back_says_again_what_it_said_after(record, tmp_path):
+    record.report("a", report(4, 0.5, {"lr": 0.7}))
+    record.copy("a", "b", 4, {"lr": 0.9})
+    assert SweepRecord(tmp_path).trials["a"].copied.source == "b"
+    record.rewind("a", 2)
+    again = SweepRecord(tmp_path)
+    assert again.trials == record.trials
+    assert (sorted(again.trials["a"].reports), again.trials["a"].copied) == ([0, 2], None)
+    assert again.trials["a"].values == {"lr": 0.1}
+    assert list(again.in_time) == list(record.in_time) == [(id, step) for id in "abc" for step in (0, 2)]
+
+
+def test_a_trial_that_was_given_weights_goes_on_from_them_until_it_reports(record, tmp_path):
+    record.copy("a", "b", 2, {"lr": 0.9})
+    record.rewind("a", 2)
+    record.begin("a", {"lr": 0.9})
+    trial = SweepRecord(tmp_path).trials["a"]
+    assert (trial.copied.source, trial.copied.at, trial.values) == ("b", 2, {"lr": 0.9})
+    record.report("a", report(4, 1.0, {"lr": 0.9}))
+    assert SweepRecord(tmp_path).trials["a"].copied is None
+
+
+def test_no_meta_step_stands_twice_in_the_file(record, tmp_path):
+    record.report("a", report(2, 1.75))
+    lines = [json.loads(line) for line in (tmp_path / FILE).read_text().splitlines()]
+    assert [line["meta_step"] for line in lines if line["trial"] == "a" and "meta_step" in line] == [0, 2]
+
+
+GOOD = {"trial": "a", "meta_step": 4, "validation": 1.0, "best_validation": 1.0, "best_meta_step": 4, "seconds": 1.0,
+        "values": {"lr": 0.1}, "meta_loss": None}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        (b"[" * 100_000, "nested deeper than"),
+        (b"\x00\xff", "not JSON"),
+        (b"[1, 2]", "not a JSON object but list"),
+        (b'{"trial": "a", "state": 1' + b"0" * 5000 + b', "error": ""}', "an integer of"),
+        (b'{"x": "' + b"y" * 300_000 + b'"}', "larger than"),
+        ({"trial": "zzz", "state": "failed", "error": ""}, "there is no trial 'zzz' yet"),
+        ({"trial": "../../etc", "number": 9, "values": {}}, "trial must be letters"),
+        ({"trial": "d", "number": 1, "values": {}}, "has the number 1 of trial 'a'"),
+        ({"trial": "d", "number": True, "values": {}}, "number must be a whole number from 1, not true"),
+        ({"trial": "d", "number": 9, "values": {"lr": math.nan}}, "values must be an object of finite values"),
+        ({"trial": ["a"], "number": 9, "values": {}}, "trial must be letters"),
+        ({"trial": "a", "state": "gone", "error": ""}, "state must be running | finished | stopped | failed"),
+        ({"trial": "a", "state": ["failed"], "error": ""}, "state must be"),
+        ({"trial": "a", "state": "failed"}, "it has no 'error'"),
+        ({"trial": "a", "source": "zzz", "at": 2, "values": {}}, "there is no trial 'zzz' yet"),
+        (GOOD | {"more": 1}, "it has an unknown key 'more'"),
+        (GOOD | {"meta_step": -1}, "meta_step must be a whole number from 0, not -1"),
+        (GOOD | {"meta_step": 2.5}, "meta_step must be a whole number"),
+        (GOOD | {"seconds": math.inf}, "seconds must be a finite number"),
+        (GOOD | {"validation": "low"}, 'validation must be a number, not "low"'),
+        (GOOD | {"values": 3}, "values must be an object"),
+    ],
+)
+def test_a_line_that_is_none_of_ours_is_left_out_with_a_word(record, tmp_path, line, why):
+    text = line if isinstance(line, bytes) else json.dumps(line).encode()
+    file = tmp_path / FILE
+    file.write_bytes(file.read_bytes() + text + b"\n")
+    again = SweepRecord(tmp_path)
+    assert again.trials == record.trials
+    (note,) = again.notes("none")
+    assert note.startswith(f"{FILE}: 1 line is left out; line 13: ")
+    assert why in note
+    assert "\n" not in note
+
+
+def test_what_is_no_file_of_ours_is_one_line(tmp_path):
+    (tmp_path / FILE).symlink_to("/dev/zero")
+    with pytest.raises(UserError, match="is not a regular file"):
+        SweepRecord(tmp_path)
 
 
 def test_json_has_null_for_what_is_not_finite(record):

@@ -57,7 +57,11 @@ def test_what_pbt_has_changed_is_brought_back_into_its_interval():
 
 def asha(reports):
     scheduler = RememberingAsha(
-        lambda id: reports.get(id, []), time_attr="meta_step", max_t=16, grace_period=2, reduction_factor=2
+        {id: dict(each) for id, each in reports.items()},
+        time_attr="meta_step",
+        max_t=16,
+        grace_period=2,
+        reduction_factor=2,
     )
     scheduler.set_search_properties("validation", "min")
     return scheduler
@@ -102,9 +106,16 @@ def test_no_trial_is_stopped_for_being_longer_than_the_base(words, steps):
 
 
 def test_tune_is_told_how_many_trials_and_which_way_is_better():
-    config = tune_config(load_sweep(None, [LR, "trials=7", "max_concurrent=2"]), lambda id: [])
+    config = tune_config(load_sweep(None, [LR, "trials=7"]), [], lambda *_: None)
     assert (config.num_samples, config.metric, config.mode) == (7, "validation", "min")
-    assert config.search_alg.max_concurrent == 2
+
+
+@pytest.mark.parametrize("scheduler", ["none", "asha", "pbt"])
+def test_tune_may_tell_every_scheduler_and_the_search_what_they_go_by(scheduler):
+    config = tune_config(load_sweep(None, [LR, f"scheduler={scheduler}"]), [], lambda *_: None)
+    for each in (config.scheduler, config.search_alg):
+        space = {} if each is config.scheduler else {"config": {}}
+        assert each.set_search_properties("validation", "min", **space)
 
 
 @pytest.mark.parametrize(
