@@ -355,6 +355,7 @@ KINDS: dict[str, tuple[str, Kind]] = {
         Kind("sweep.yaml", lambda f: load_sweep(f / "sweep.yaml", within=f), yaml_change("sweep.yaml")),
     ),
     "sweep result": ("sweep", Kind("result.json", read_sweep_answer, json_change("result.json"))),
+    "trials": ("sweep", Kind("trials.jsonl", SweepRecord)),
     "cell": ("cells", Kind(f"ab/{CELL_KEY}.safetensors", lambda f: CellCache(f).find(CELL_KEY), cell_change)),
     "pairs": ("pairs", Kind("pairs.arrow", lambda f: images._read(f / "pairs.arrow", 12))),
     "image file": ("idx", Kind("images.gz", lambda f: read_idx(f / "images.gz", (5, 4, 4)))),
@@ -376,8 +377,3 @@ PAGES: dict[str, tuple[str, Kind]] = {
     "trials of a page": ("sweep", Kind("sweep.yaml", write_report, yaml_change("sweep.yaml"))),
 }
 """What becomes a whole page, which takes a second."""
-
-OTHERS: dict[str, tuple[str, Kind]] = {
-    "trials": ("sweep", Kind("trials.jsonl", SweepRecord)),
-}
-"""Kinds whose readers are not held to this yet: they are tried, and may fail. Move them to `KINDS` when they pass."""

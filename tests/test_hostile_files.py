@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from ml2o_dist.errors import UserError
 from tests.hostile_changes import WATCH, changed_bytes, little_memory
-from tests.hostile_kinds import FOLDERS, KINDS, OTHERS, PAGES, Kind
+from tests.hostile_kinds import FOLDERS, KINDS, PAGES, Kind
 
 SECRET = "the secret of another folder"
 
@@ -30,7 +30,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, make in FOLDERS.items():
         (place / name).mkdir()
         make(place / name)
-    for folder, kind in (KINDS | PAGES | OTHERS).values():
+    for folder, kind in (KINDS | PAGES).values():
         kind.read(place / folder)
     (place / "secret").write_text(SECRET)
     return place
@@ -96,10 +96,3 @@ def test_a_file_changed_in_many_ways_ends_in_a_value_or_one_line(name: str, good
 @pytest.mark.parametrize("name", PAGES)
 def test_a_page_of_a_changed_file_is_written_or_one_line(name: str, good: Path, tmp_path: Path) -> None:
     try_kind(good, tmp_path, *PAGES[name], examples=30)
-
-
-@pytest.mark.long
-@pytest.mark.xfail(reason="their readers are not held to this yet", strict=False)
-@pytest.mark.parametrize("name", OTHERS)
-def test_a_changed_file_of_the_others_ends_in_a_value_or_one_line(name: str, good: Path, tmp_path: Path) -> None:
-    try_kind(good, tmp_path, *OTHERS[name], examples=250)

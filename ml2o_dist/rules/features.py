@@ -86,8 +86,9 @@ def judge(agreement: Agreement, gradient: Tensor, pace: Tensor | float = 0.0) ->
     keep = SLOW * torch.exp(-torch.as_tensor(pace).to(gradient))
     most = MOST * agreement.promise.abs()
     kept = (gradient * agreement.update).sum(dim=1).clamp(-most, most)
-    kept = keep * agreement.kept + (1 - keep) * kept
-    promised = keep * agreement.promised + (1 - keep) * agreement.promise
+    # What lies outside the bounds of such averages comes from a state of an older version, or a damaged one.
+    kept = keep * agreement.kept.clamp(-MOST, MOST) + (1 - keep) * kept
+    promised = keep * agreement.promised.clamp(-1, 1) + (1 - keep) * agreement.promise
     descends = (promised < 0) & (agreement.promise != 0)
     ratio = kept / torch.where(descends, promised, torch.ones_like(promised))
     value = torch.where(descends, ratio.clamp(-1, 1), torch.zeros_like(ratio))

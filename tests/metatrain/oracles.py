@@ -30,6 +30,11 @@ def random_rule(settings: RuleSettings, seed: int = 0) -> ML2ORule:
     return ML2ORule.from_weights(settings, weights, dtype=DOUBLE)
 
 
+def _over_root(value: Tensor, square: Tensor) -> Tensor:
+    """value / sqrt(square), 0 where that is 0 / 0."""
+    return torch.where(square > 0, value / torch.where(square > 0, square, torch.ones_like(square)).sqrt(), 0.0)
+
+
 class WrittenOut:
     """ML2O one coordinate-step at a time with `nn.LSTMCell` and formulas written out: no blocks, no fused sequence."""
 
@@ -81,19 +86,29 @@ class WrittenOut:
                 grow, decay = self.network.control
                 early = self.settings.warmup * 0.9 ** (self.count - 1)
                 size = (0.5 * grow * self.total - 0.02 * decay * self.count - early).repeat_interleave(dimension)
-            update = -self.settings.lr * torch.exp(size) * (first / (second.sqrt() + 1e-8) + added)
+            update = -self.settings.lr * torch.exp(size) * (_over_root(first, second) + added)
         update = update.view(instances, dimension)
         self.last = (jacobian.sum(dim=1), update.detach())
         return update
 
     def _judge(self, total: Tensor) -> None:
-        """<g_t, u_{t-1}> over <g_{t-1}, u_{t-1}>, both averaged with decay 0.9; 0 where nothing was promised."""
+        """The averages of <g_t, u_{t-1}> over those of <g_{t-1}, u_{t-1}>, each over |g_{t-1}| |u_{t-1}|.
+
+        They decay by 0.9, and by as much more as the last agreement changed the step's size; one step adds at most four
+        times what it promised. 0 where nothing was promised.
+        """
         if self.last is None:
             self.agreement = torch.zeros(len(total), dtype=total.dtype)
             return
         gradient, update = self.last
-        self.kept = 0.9 * self.kept + 0.1 * torch.einsum("pn,pn->p", total, update)
-        self.promised = 0.9 * self.promised + 0.1 * torch.einsum("pn,pn->p", gradient, update)
+        size = gradient.square().sum(dim=1).sqrt() * update.square().sum(dim=1).sqrt()
+        promise = (gradient * update).sum(dim=1) / size
+        kept = torch.minimum((total * update).sum(dim=1) / size, 4 * promise.abs())
+        kept = torch.maximum(kept, -4 * promise.abs())
+        gain = float(self.network.control[0].detach()) / 2 if self.settings.output == "controlled" else 0.0
+        decay = 0.9 * torch.exp(-(gain * self.agreement).abs())
+        self.kept = decay * self.kept + (1 - decay) * kept
+        self.promised = decay * self.promised + (1 - decay) * promise
         values = [float(k / p) if p < 0 else 0.0 for k, p in zip(self.kept, self.promised, strict=True)]
         self.agreement = torch.tensor([max(-1.0, min(1.0, value)) for value in values], dtype=total.dtype)
 
@@ -103,9 +118,9 @@ class WrittenOut:
             safe = torch.where(large, row, torch.ones_like(row))
             size = torch.where(large, safe.abs().log() / 10, torch.full_like(row, -1.0))
             return torch.stack([size, torch.where(large, row.sign(), row * torch.e**10)], dim=1)
-        root = self._average(f"v{i}", row * row, 0.999).sqrt() + 1e-12
+        square = self._average(f"v{i}", row * row, 0.999)
         slow, fast = self._average(f"slow{i}", row, 0.9), self._average(f"fast{i}", row, 0.5)
-        seen = [row / root, slow / root, fast / root]
+        seen = [_over_root(each, square) for each in (row, slow, fast)]
         if self.settings.features == "agreement":
             seen.append(self.agreement.repeat_interleave(len(row) // len(self.agreement)))
         return torch.stack(seen, dim=1)

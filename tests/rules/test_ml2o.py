@@ -51,7 +51,7 @@ def test_untrained_and_uncontrolled_these_forms_are_adam_on_the_sum(output, obje
     rule = ML2ORule.from_weights(settings, weights, dtype=DOUBLE)
     point = problem.initial_parameters([1, 2])
     theirs = point.clone().requires_grad_(True)
-    adam = torch.optim.Adam([theirs], lr=0.03)
+    adam = torch.optim.Adam([theirs], lr=0.03, eps=1e-300)  # ours has none
     oracle, source = Oracle(problem, torch.Generator().manual_seed(3)), torch.Generator().manual_seed(3)
     state = rule.initial_state(2, objectives, problem.dimension)
     for _ in range(20):
