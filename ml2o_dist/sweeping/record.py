@@ -36,6 +36,7 @@ class Trial:
     Attributes:
         values: with which it goes on.
         copied: the checkpoint of another trial that it goes on from, where it has not reported since it was given it.
+        runs_with: the values that its process was started with; those of what it reports.
     """
 
     id: str
@@ -45,6 +46,7 @@ class Trial:
     error: str = ""
     reports: dict[int, Report] = field(default_factory=dict)
     copied: Copy | None = None
+    runs_with: dict[str, Any] = field(default_factory=dict, compare=False)
 
     @property
     def last(self) -> Report | None:
@@ -120,6 +122,7 @@ class SweepRecord:
         number = known.number if known else next(free for free in count(1) if free not in self._numbers)
         if known is None or known.state != "running" or known.values != dict(values):
             self._write(id, Beginning(number, values))
+        self.trials[id].runs_with = dict(values)
         return self.trials[id]
 
     def report(self, id: str, report: Report) -> None:
@@ -222,7 +225,9 @@ class SweepRecord:
         trial = self.trials[id]
         if isinstance(entry, Report):
             trial.reports[entry.meta_step] = entry
-            trial.values, trial.copied = dict(entry.values), None
+            # The last report before an exchange brings it about: it is written when the copies are on record already.
+            if trial.copied is None or trial.copied.at < entry.meta_step:
+                trial.values, trial.copied = dict(entry.values), None
             self.in_time[id, entry.meta_step] = None
         elif isinstance(entry, Copy):
             if entry.source not in self.trials:

@@ -86,7 +86,7 @@ class Watcher(Callback):  # type: ignore[misc]  # Ray is not followed
             best_validation=result["best_validation"],
             best_meta_step=result["best_meta_step"],
             seconds=result["seconds"],
-            values=self._record.trials[trial.trial_id].values,  # not trial.config: PBT may have changed it by now
+            values=self._record.trials[trial.trial_id].runs_with,  # not trial.config: PBT may have changed it by now
             meta_loss=result["meta_loss"],
         )
         self._record.report(trial.trial_id, report)

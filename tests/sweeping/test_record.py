@@ -90,6 +90,19 @@ def test_a_trial_that_was_given_weights_goes_on_from_them_until_it_reports(recor
     assert SweepRecord(tmp_path).trials["a"].copied is None
 
 
+def test_the_report_that_brings_an_exchange_about_comes_after_the_copies_and_takes_none_back(record, tmp_path):
+    record.begin("a", {"lr": 0.1})
+    record.copy("a", "b", 4, {"lr": 0.9})
+    record.report("a", report(4, 1.0, record.trials["a"].runs_with))
+    trial = SweepRecord(tmp_path).trials["a"]
+    assert trial == record.trials["a"]
+    assert (trial.reports[4].values, trial.values, trial.copied.source) == ({"lr": 0.1}, {"lr": 0.9}, "b")
+    record.begin("a", {"lr": 0.9})
+    record.report("a", report(6, 0.5, record.trials["a"].runs_with))
+    trial = SweepRecord(tmp_path).trials["a"]
+    assert (trial.reports[6].values, trial.values, trial.copied) == ({"lr": 0.9}, {"lr": 0.9}, None)
+
+
 def test_no_meta_step_stands_twice_in_the_file(record, tmp_path):
     record.report("a", report(2, 1.75))
     lines = [json.loads(line) for line in (tmp_path / FILE).read_text().splitlines()]
