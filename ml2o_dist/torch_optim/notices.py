@@ -81,8 +81,8 @@ class Notices:
                 reason = f"most often loss {objective + 1} was above that of the fallback's step, {times} times"
             warn(
                 f"the guard of {self._optimizer} refused {refused} of the last {WINDOW} learned steps: {reason}. The "
-                "fallback trains instead. A larger budget lets more pass, GML2O(..., guard={'budget': 50}), as does "
-                "{'criterion': 'sum'}; ML2O has no guard"
+                "fallback trains instead. The budget is a multiple of what the losses have fallen by so far; a larger "
+                "one lets more pass, GML2O(..., guard={'budget': 50}), as does {'criterion': 'sum'}; ML2O has no guard"
             )
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ml2o_dist.errors import UserError
-from ml2o_dist.problems import ProblemContext
+from ml2o_dist.problems import ProblemContext, ProblemSpec, Rescaled
 from ml2o_dist.problems.analytic import Fonseca
 from ml2o_dist.rules.base import Oracle, look
 from ml2o_dist.rules.line_search import first_step
@@ -244,3 +244,20 @@ def test_settings_without_a_guarantee_are_refused_by_name(rule: type[DecreasingS
         with pytest.raises(UserError, match=rf"DSSMG: c is {value!r}; allowed are positive"):
             DSSMG(c=value)
     assert rule(p=1.0).p == 1.0
+
+
+@pytest.mark.parametrize("exponent", [-90, -40, 40, 80])
+def test_a_power_of_two_on_all_losses_changes_no_point_and_no_weight(exponent):
+    """In float32, where products of two gradients of this size have no place."""
+    ends = []
+    for factor in (1.0, 2.0**exponent):
+        problem = ProblemSpec.parse("quadratic[n=6,noise=0.3,batch=8]").build(ProblemContext(2, 0))
+        rule, oracle = DSSMG(), Oracle(Rescaled(problem, loss_scale=factor), torch.Generator().manual_seed(1))
+        point = problem.initial_parameters([0, 1])
+        state = rule.initial_state(2, 2, 6)
+        for _ in range(30):
+            point, state, _ = rule.step(oracle, point, state)
+        ends.append((point, state.weights))
+    assert not torch.equal(ends[0][1], torch.full((2, 2), 0.5))
+    for one, other in zip(*ends, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-6, atol=0)
