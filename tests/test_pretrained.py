@@ -29,6 +29,10 @@ FROZEN = {
 """Of the suites that the weights are shown on: what they measure does not change behind the figures in the README."""
 
 
+MADE_BEFORE = {"ml2o-small": "the controller's memory, and no epsilon in the features"}
+"""Weights whose recipe gives others by now, and why."""
+
+
 def provenance(name: str) -> dict:
     return load_artifact(name).card["provenance"]
 
@@ -139,6 +143,8 @@ def test_the_recipe_gives_the_same_first_steps(
     try:
         if ship.cpu() != card["cpu"]:
             pytest.skip(f"the weights were made on {card['cpu']}, this is {ship.cpu()}")
+        if name in MADE_BEFORE:
+            pytest.skip(f"the rule has changed since the weights were made: {MADE_BEFORE[name]}")
         promised = card["first_steps"]
         found = ship.first_steps(
             ship.recipe_settings(ROOT / card["recipe"], str(real_data_root)), promised["meta_steps"]
