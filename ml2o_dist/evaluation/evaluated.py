@@ -283,11 +283,14 @@ def _disagreement(found: Evaluation) -> str:
     pairs = [(row.optimizer, row.problem) for row in found.rows]
     if len(set(pairs)) < len(pairs):
         return "an optimizer has two rows on one problem"
-    tasks: dict[str, tuple[int, int | None]] = {}
+    tasks: dict[str, int] = {}
+    accuracies: dict[str, int] = {}
     for row in found.rows:
         where = f"{row.optimizer} on {row.problem}"
-        size = len(row.losses), None if row.test_accuracy is None else len(row.test_accuracy)
-        if not row.losses or tasks.setdefault(row.problem, size) != size:
+        size = len(row.losses)
+        accurate = None if row.test_accuracy is None else len(row.test_accuracy)
+        agrees = accurate is None or accuracies.setdefault(row.problem, accurate) == accurate
+        if not row.losses or tasks.setdefault(row.problem, size) != size or not agrees:
             return f"{where} has another number of objectives than the others there"
         curve = row.curve
         lengths = {len(curve.steps), len(curve.loss), len(curve.error)}
@@ -299,10 +302,10 @@ def _disagreement(found: Evaluation) -> str:
     for problem, front in found.fronts.items():
         if len({len(point) for point in front}) > 1 or any(not point for point in front):
             return f"the front of {problem} has points of different lengths"
-        if problem in tasks and front and len(front[0]) != tasks[problem][0]:
+        if problem in tasks and front and len(front[0]) != tasks[problem]:
             return f"the front of {problem} has another number of objectives"
     for cell in found.cells:
-        if cell.problem in tasks and len(cell.losses) != tasks[cell.problem][0]:
+        if cell.problem in tasks and len(cell.losses) != tasks[cell.problem]:
             return f"a cell of {cell.optimizer} on {cell.problem} has another number of objectives"
     return ""
 

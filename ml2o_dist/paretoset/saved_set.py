@@ -109,8 +109,7 @@ def load_set(place: Path | str) -> SavedSet:
     names = ["start", *(f"expert_{t + 1}" for t in range(len(card.names))), "routers"]
     if parts.keys() != set(names):
         raise UserError(f"{shown} cannot be used: it has other parts than {', '.join(names)}")
-    routers = parts.pop("routers")
-    start, *experts = parts.values()
+    start, *experts, routers = (parts[name] for name in names)  # a file has its tensors in an order of its own
     network = set_network(card)
     fusion = Fusion(network, start, experts, modules=card.modules, heads=network.head_names, scale=card.scale)
     if {name: (t.shape, t.dtype) for name, t in routers.items()} != {
