@@ -170,8 +170,10 @@ def test_after_a_rejected_step_the_agreement_judges_the_step_that_was_taken():
     points, infos, state = run(GML2O(learned, FALLBACK, GuardSettings(budget=0.0)), oracle, first, 3)
     assert not infos[-1].accepted.any()
     agreement, moved = state.learned.agreement, points[-1] - points[-2]
-    torch.testing.assert_close(agreement.update, moved)
-    torch.testing.assert_close(agreement.promise, (infos[-1].jacobian.sum(dim=1) * moved).sum(dim=1))
+    gradient = infos[-1].jacobian.sum(dim=1)
+    lengths = gradient.norm(dim=1) * moved.norm(dim=1)
+    torch.testing.assert_close(agreement.update, moved / lengths[:, None])
+    torch.testing.assert_close(agreement.promise, (gradient * moved).sum(dim=1) / lengths)
     # the LSTMs and the averages keep what they saw: as after the same Jacobians without a guard
     unguarded = learned.initial_state(2, 2, 6)
     for info in infos:
