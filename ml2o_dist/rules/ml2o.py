@@ -342,9 +342,9 @@ def _with_unit(state: ML2OState, jacobian: Tensor) -> ML2OState:
     found = largest.new_tensor([math.ldexp(1.0, power) for power in powers.tolist()])
     unit = torch.where(begins | outgrown, found, state.unit)
     ratio = torch.where(state.unit > 0, unit / state.unit, 1.0)
-    agreement = state.agreement
+    same, agreement = ratio == 1, state.agreement  # whose averages have no unit; only the last step is not judged
     agreement = agreement._replace(
-        kept=agreement.kept * ratio, promised=agreement.promised * ratio, promise=agreement.promise * ratio
+        update=torch.where(same[:, None], agreement.update, 0.0), promise=torch.where(same, agreement.promise, 0.0)
     )
     by_row = ratio.repeat_interleave(jacobian.shape[2])
     blocks, begin = [], 0
