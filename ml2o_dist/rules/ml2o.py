@@ -28,7 +28,7 @@ WARMUP_DECAY = 0.9
 """How fast a warm-up is forgotten, a step (ours; among 0.8, 0.9, 0.95 the best on four of five held-out problems)."""
 
 SMALLEST, LARGEST = -30.0, 10.0
-"""Bounds of the controller's log step size (ours): lr times 1e-13 and 2e4. The weights in the wheel went from -2 to 3 on
+"""Bounds of the controller's log step size (ours): lr times 1e-13 and 2e4. The shipped weights went from -2 to 3 on
 small networks and up to 7 on quadratics. From the lower bound, where a step moves hardly any parameter, they need 150
 steps back to 0."""
 
