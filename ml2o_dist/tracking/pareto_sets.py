@@ -11,7 +11,6 @@ from ml2o_dist.artifact import package_version
 from ml2o_dist.errors import UserError
 from ml2o_dist.paretoset.saved_set import FILE, load_set
 from ml2o_dist.tracking.names import checked_model_name
-from ml2o_dist.tracking.registered_files import check_finite
 from ml2o_dist.tracking.registry import (
     CANDIDATE,
     create_version,
@@ -31,7 +30,6 @@ def register_set(uri: str, model: str, file: Path, run_id: str | None, experimen
     """
     checked_model_name(model)
     found = load_set(file)
-    check_finite(found.fusion.state_dict(), str(file))
     tags = {"weights_sha256": found.weights_sha256, "tasks": found.card.tasks}
     with answering(uri):
         client = connect(uri)

@@ -11,9 +11,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-import torch
-from torch import Tensor
-
 from ml2o_dist.artifact import WEIGHTS_FILE, Artifact, load_artifact, package_version
 from ml2o_dist.errors import UserError
 from ml2o_dist.files import cache_folder
@@ -48,13 +45,6 @@ def save_model(folder: Path, artifact: Artifact) -> None:
             signature=signature,
             pip_requirements=[f"ml2o-dist=={package_version()}" if package_version() else "ml2o-dist"],
         )
-
-
-def check_finite(tensors: Mapping[str, Tensor], file: str) -> None:
-    """Raise UserError where a tensor of `file` holds NaN or an infinity: what is registered, others load."""
-    for name, tensor in sorted(tensors.items()):
-        if bad := int((~torch.isfinite(tensor)).sum()):
-            raise UserError(f"{file!r} is not registered: {bad} of {tensor.numel()} values of {name} are not finite")
 
 
 def version_file(uri: str, source: str, tags: Mapping[str, str], reference: str) -> Path:

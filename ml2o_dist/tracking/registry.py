@@ -19,7 +19,7 @@ from ml2o_dist.artifact import Artifact, load_artifact
 from ml2o_dist.errors import UserError, unknown
 from ml2o_dist.tracking.description import within_limit
 from ml2o_dist.tracking.names import checked_model_name
-from ml2o_dist.tracking.registered_files import DIGEST_TAGS, check_finite, save_model, version_file
+from ml2o_dist.tracking.registered_files import DIGEST_TAGS, save_model, version_file
 from ml2o_dist.tracking.store import answering, connect, ensure_experiment, store_exists
 
 CANDIDATE = "candidate"
@@ -78,7 +78,6 @@ def register_version(
     """
     checked_model_name(model)
     loaded = load_artifact(artifact)
-    check_finite(loaded.weights, str(loaded.path))
     with answering(uri):
         client = connect(uri)
         known = _same_version(client, model, loaded, run_id)
