@@ -76,7 +76,7 @@ SETTINGS = [
      "999 problems with seeds=10000, tuning_seeds=1 and 5 learning_rates are up to 9994995 cells"),
     ((*EVALUATE, "--set", "data.root=\"a\\0b\""), "a text cannot have a NUL character"),
     ((*EVALUATE, "--set", f"data.root={'x' * 5000}"), "at most 4096 characters"),
-    ((*EVALUATE, "--set", "tracking.experiment=\"a\\nb\""), "'tracking.experiment'"),
+    ((*EVALUATE, "--set", "tracking.experiment=\"a\\nb\""), r"tracking.experiment: experiment 'a\nb'"),
     ((*EVALUATE, "--set", "data.root=2001-02-30"), "is not YAML"),
     ((*EVALUATE, "--set", "data.root=2001-02-03"), "write it in quotes"),
     ((*EVALUATE, "--set", "a" * 100_000 + "=1"), "unknown setting"),

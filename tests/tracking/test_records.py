@@ -16,7 +16,7 @@ RECORDS: st.SearchStrategy[Record] = st.one_of(
     st.builds(Point, st.text(min_size=1), st.floats(allow_nan=False), st.integers(0, 2**62), st.integers(0, 2**62)),
     st.builds(Params, WORDS),
     st.builds(Tags, WORDS),
-    st.builds(Upload, st.just(Path("files/0/a b.png")), st.text(max_size=10)),
+    st.builds(Upload, st.just(Path("files/0/a b.png")), st.sampled_from(["", "a", "é-_1/b"])),
     st.builds(Version, st.just(Path("..")), st.text(), st.text()),
     st.builds(End, st.sampled_from(["FINISHED", "FAILED", "KILLED"]), st.integers(0, 2**62)),
 )
@@ -27,6 +27,11 @@ def test_a_record_comes_back_equal_from_one_line(record: Record) -> None:
     line = to_line(record)
     assert line.index(b"\n") == len(line) - 1
     assert from_line(line) == record
+
+
+@pytest.mark.parametrize("folder", [".", "..", "/tmp", "a/../b", "a/", "a//b", ":", "a\n"])
+def test_an_upload_into_a_folder_that_leads_elsewhere_is_none(folder: str) -> None:
+    assert from_line(to_line(Upload(Path("a"), folder))) is None
 
 
 @pytest.mark.parametrize("value", [math.inf, -math.inf, math.nan, 5e-324, -0.0, 0.1 + 0.2])
