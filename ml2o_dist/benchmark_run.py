@@ -7,7 +7,9 @@ from collections.abc import Callable, Sequence
 
 from rich.console import Console
 
+from ml2o_dist.cluster_connection import RayEnded
 from ml2o_dist.config import EvaluateSettings
+from ml2o_dist.errors import Aborted
 from ml2o_dist.evaluation.benchmark import check_fit, plan, summarise, tasks, tune_entrants
 from ml2o_dist.evaluation.cell_cache import CellCache, cell_key, run_cached
 from ml2o_dist.evaluation.cell_tasks import run_outcomes_on_ray
@@ -18,12 +20,14 @@ from ml2o_dist.metatrain.workers import Stopped
 from ml2o_dist.progress import StepDisplay
 from ml2o_dist.stopping import StopRequest
 
+KEPT = "are finished and kept: the same command goes on from there"
+
 
 class BenchmarkStopped(Stopped):
     """A stop was requested; the finished cells are kept: the same benchmark goes on from there."""
 
     def __init__(self, done: int, cells: int) -> None:
-        super().__init__(f"{done} of {cells} cells are finished and kept: the same command goes on from there")
+        super().__init__(f"{done} of {cells} cells {KEPT}")
 
 
 def run_benchmark(
@@ -42,6 +46,7 @@ def run_benchmark(
     Raises:
         UserError: an optimizer and a problem do not fit together, or no node is large enough for a cell.
         BenchmarkStopped: see there.
+        Aborted: the Ray that this process has started died.
     """
     began = time.monotonic()
     data = check_fit(settings, entrants)
@@ -67,9 +72,12 @@ def run_benchmark(
                         raise BenchmarkStopped(finished + found + done, total)
                     display.update(found + done)
 
-                run_outcomes_on_ray(
-                    missing, keep, num_cpus=resources.num_cpus, num_gpus=resources.num_gpus, on_done=on_done
-                )
+                try:
+                    run_outcomes_on_ray(
+                        missing, keep, num_cpus=resources.num_cpus, num_gpus=resources.num_gpus, on_done=on_done
+                    )
+                except RayEnded as error:
+                    raise Aborted(f"{error}; {finished + len(outcomes)} of {total} cells {KEPT}") from error
 
         nonlocal finished
         keys = [cell_key(cell, data[cell.problem]) for cell in cells]

@@ -17,7 +17,7 @@ from uuid import uuid4
 
 import ray
 
-from ml2o_dist.errors import UserError
+from ml2o_dist.errors import Aborted, UserError
 from ml2o_dist.files import private_folder
 from ml2o_dist.process_tree import descendants
 from ml2o_dist.ray_internals import ray_internal
@@ -92,17 +92,22 @@ def _running_here() -> bool:
         return bool(find_bootstrap_address(None))
 
 
-def own_ray_has_ended() -> bool:
-    """Tell whether the raylet of a Ray that this process has started is dead: killed, or crashed.
+class RayEnded(Aborted):
+    """The Ray that this process has started is gone: what is done is kept, and can be gone on with."""
 
-    Whatever asks Ray some seconds later ends the process without a word (Ray 2.60). Of a cluster that was joined it is
-    not known.
+
+def check_own_ray() -> None:
+    """Raise RayEnded where the raylet of a Ray that this process has started is dead: killed, or crashed.
+
+    To be called every second or so: whatever asks Ray some seconds later ends the process without a word (Ray 2.60).
+    Of a cluster that was joined it is not known.
     """
     with ray_internal("ray._private.worker._global_node"):
         from ray._private import worker
 
         node = worker._global_node
-        return node is not None and any(kind == "raylet" for kind, _ in node.dead_processes())
+        if node is not None and any(kind == "raylet" for kind, _ in node.dead_processes()):
+            raise RayEnded("Ray has ended: its raylet was killed or has crashed")
 
 
 def _check_temporary_folder() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ml2o_dist.cluster_connection import connected
+from ml2o_dist.cluster_connection import RayEnded, connected
 from ml2o_dist.config_file import dump_settings, flat_settings, read_settings, settings_hash
 from ml2o_dist.errors import Aborted, Incomplete, Interrupted, UserError
 from ml2o_dist.evaluation.contestants import Contestant
@@ -189,6 +189,8 @@ def _run(
             failed = run_works(plan.works, settings.resources, on_outcome, on_poll) if plan.works else []
         except Stopped:
             raise Interrupted(stop.signal_number, f"stopped by {stop.name}; {last_words}") from None
+        except RayEnded as error:
+            raise Aborted(f"{error}; {last_words}") from error
         on_poll()
     results = assembled([outcomes[work.name] for work in works if work.name in outcomes])
     if OURS not in {result.approach for result in results if result.fronts}:

@@ -126,8 +126,8 @@ def _resumable(folder: Path) -> Iterator[None]:
         raise
     except Exception as error:
         log.info("aborted", exc_info=True)  # the traceback belongs into run.log, the line on the screen
-        reason = " ".join(str(error).split())
-        raise Aborted(f"{type(error).__name__}: {reason}; go on with: {resume_command(folder)}") from error
+        spoken = str(error) if isinstance(error, Aborted) else f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise Aborted(f"{spoken}; go on with: {resume_command(folder)}") from error
 
 
 def sweep_folder(run_dir: str) -> Path:

@@ -156,25 +156,6 @@ def test_a_command_stopped_while_ray_starts_ends_with_a_line_and_leaves_no_proce
     until(lambda: not started_with(tmp_path), 30, lambda: started_with(tmp_path))
 
 
-def test_a_ray_that_dies_ends_the_run_with_a_line_that_says_how_to_go_on(tmp_path):
-    child = drive(tmp_path, *WORDS, "--set", "meta_steps=4000")
-    checkpoints = tmp_path / "runs/killed/checkpoints"
-    try:
-        until(lambda: (checkpoints / "step_000004").exists() or child.poll(), 240)
-        raylets = [pid for pid, line in started_with(tmp_path).items() if line.split(b"\0")[0].endswith(b"/raylet")]
-        assert len(raylets) == 1
-        os.kill(raylets[0], signal.SIGKILL)
-        assert child.wait(timeout=240) == 4, (tmp_path / "stderr").read_text()
-    finally:
-        child.kill()
-    said = (tmp_path / "stderr").read_text()
-    assert "Traceback" not in said
-    assert said.splitlines()[-1].startswith("ml2o: ")
-    assert said.endswith(f"go on with: ml2o meta-train --run-dir {tmp_path}/runs/killed --resume\n")
-    assert newest_checkpoint(checkpoints)[0].meta_step >= 4
-    until(lambda: not started_with(tmp_path), 60, lambda: started_with(tmp_path))
-
-
 def test_a_stop_of_the_whole_group_as_timeout_asks_for_it_is_one_of_the_command(tmp_path):
     child = drive(tmp_path, *WORDS)
     checkpoints = tmp_path / "runs/killed/checkpoints"

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
+from ml2o_dist.cluster_connection import check_own_ray
 from ml2o_dist.errors import UserError
 from ml2o_dist.evaluation.cells import Cell, CellFailure, CellResult, Outcome, Progress, run_cell
 
@@ -34,6 +35,7 @@ def run_outcomes_on_ray(
 
     Raises:
         UserError: no node of the cluster is large enough for one task.
+        RayEnded: the Ray that this process has started died.
     """
     import ray
 
@@ -49,6 +51,7 @@ def run_outcomes_on_ray(
     try:
         while under_way:
             ready, _ = ray.wait(list(under_way), timeout=POLL_S)
+            check_own_ray()
             for ref in ready:
                 index, runs = under_way.pop(ref)
                 outcome = _outcome(ref)

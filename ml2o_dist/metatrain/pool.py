@@ -9,6 +9,7 @@ from typing import Any
 import ray
 from ray.exceptions import ObjectLostError, RayTaskError
 
+from ml2o_dist.cluster_connection import check_own_ray
 from ml2o_dist.config import FaultSettings, LearnerSettings, MetaTrainSettings, ResourceSettings
 from ml2o_dist.errors import UserError
 from ml2o_dist.metatrain.dispatch import Batch, Dispatch, Flight
@@ -17,7 +18,7 @@ from ml2o_dist.metatrain.replays import Replays
 from ml2o_dist.metatrain.schedule import WorkItem
 from ml2o_dist.metatrain.worker import RolloutWorker
 from ml2o_dist.metatrain.worker_loss import LOST, reason
-from ml2o_dist.metatrain.workers import POLL_S, PoolError, Stopped, Workers, check_ray
+from ml2o_dist.metatrain.workers import POLL_S, PoolError, Stopped, Workers
 
 log = logging.getLogger(__name__)
 
@@ -124,7 +125,7 @@ class WorkerPool:
                 ready = self._ready()
                 if self._stop_requested():
                     raise Stopped
-                check_ray()
+                check_own_ray()
                 for future in ready:
                     if future in self._workers.starting:
                         self._workers.started(future)

@@ -14,7 +14,7 @@ import ray
 from ray.util import get_current_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from ml2o_dist.cluster_connection import own_ray_has_ended
+from ml2o_dist.cluster_connection import check_own_ray
 from ml2o_dist.config import PlacementSettings, ResourceSettings
 from ml2o_dist.errors import UserError
 from ml2o_dist.metatrain.capacity import check_capacity, check_labels, cluster_total, free_room
@@ -138,7 +138,7 @@ class Workers:
 
     def check_floor(self) -> None:
         """Say once what is waited for while too few workers are up; raise PoolError when it has taken too long."""
-        check_ray()
+        check_own_ray()
         resources, now = self._resources, time.monotonic()
         if self.enough:
             self._short_since = math.inf
@@ -190,12 +190,6 @@ class Workers:
                     f"only {len(self.up)} of workers={total} could be placed in resources.start_timeout_s="
                     f"{self._resources.start_timeout_s:g}: {free_room(self._resources)}; ask for fewer workers"
                 )
-
-
-def check_ray() -> None:
-    """Raise PoolError where the Ray that this process has started is gone."""
-    if own_ray_has_ended():
-        raise PoolError("Ray has ended: its raylet was killed or has crashed")
 
 
 def actor_options(share: PlacementSettings, avoided: Sequence[str] = ()) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """Trunks of other libraries by name: timm, Hugging Face and open_clip, the extra `zoo`.
 
-Their weights are downloaded by the library, or read from a folder that the name gives (Hugging Face).
+Their weights are downloaded by the library, or read from a folder that the name gives (Hugging Face). A name may stand
+in a file that somebody else wrote: it leads to no code, and to no weights but those that a library itself lists or that
+Hugging Face reads without unpickling.
 """
 
 from __future__ import annotations
@@ -15,8 +17,10 @@ from ml2o_dist.errors import UserError, unknown
 LIBRARIES = ("timm", "hf", "open_clip")
 
 
-def library_trunk(library: str, name: str, side: int) -> tuple[nn.Module, int]:
+def library_trunk(library: str, name: str, side: int, *, pretrained: bool = True) -> tuple[nn.Module, int]:
     """Load the trunk `name` for images [B, 1, side, side]; return it and how many features it gives.
+
+    Without `pretrained` no weights are loaded or looked for, only the architecture.
 
     Raises:
         UserError: an unknown library, one that is not installed, or whatever kept it from loading the trunk.
@@ -24,7 +28,7 @@ def library_trunk(library: str, name: str, side: int) -> tuple[nn.Module, int]:
     if library not in LIBRARIES:
         raise unknown("library of networks", library, LIBRARIES)
     try:
-        trunk = _LOADERS[library](name)
+        trunk = _LOADERS[library](name, pretrained)
         trunk.eval()  # in training mode the moments of BatchNorm would take in the black image
         with torch.no_grad():
             features = trunk(torch.zeros(1, 1, side, side))
@@ -32,6 +36,8 @@ def library_trunk(library: str, name: str, side: int) -> tuple[nn.Module, int]:
         raise UserError(
             f"network {library}/{name}: {error.name} is not installed: pip install 'ml2o-dist[zoo]'"
         ) from error
+    except UserError:
+        raise
     except Exception as error:  # unknown names, no network, no such file: each library has errors of its own
         raise UserError(f"network {library}/{name}: {' '.join(str(error).split())[:300]}") from error
     if features.dim() != 2:
@@ -60,26 +66,36 @@ class GreyImages(nn.Module):
         return features.flatten(1)
 
 
-def _timm(name: str) -> nn.Module:
+def _timm(name: str, pretrained: bool) -> nn.Module:
     import timm
 
-    trunk = timm.create_model(name, pretrained=True, num_classes=0)
+    if not timm.is_model(name):  # it would take schemes, too: a folder, somebody's repository
+        raise UserError(f"network timm/{name}: timm lists no model of this name")
+    trunk = timm.create_model(name, pretrained=pretrained, num_classes=0)
     return GreyImages(trunk, trunk.pretrained_cfg["input_size"][-1])
 
 
-def _hugging_face(name: str) -> nn.Module:
+def _hugging_face(name: str, pretrained: bool) -> nn.Module:
     import transformers
 
-    trunk = transformers.AutoModel.from_pretrained(name)
+    if pretrained:
+        trunk = transformers.AutoModel.from_pretrained(name, trust_remote_code=False)
+    else:
+        config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)
+        trunk = transformers.AutoModel.from_config(config, trust_remote_code=False)
     trunk = getattr(trunk, "vision_model", trunk)  # of CLIP and its like
     return GreyImages(trunk, int(getattr(trunk.config, "image_size", 224)), pooled=True)
 
 
-def _open_clip(name: str) -> nn.Module:
+def _open_clip(name: str, pretrained: bool) -> nn.Module:
     import open_clip
 
     architecture, _, weights = name.partition(":")
-    model = open_clip.create_model(architecture, pretrained=weights or None)
+    if architecture not in open_clip.list_models():  # it would take schemes, too: a folder, somebody's repository
+        raise UserError(f"network open_clip/{name}: open_clip lists no model {architecture!r}")
+    if weights and weights not in (tags := open_clip.list_pretrained_tags_by_model(architecture)):  # a file, too
+        raise unknown(f"weights of network open_clip/{architecture}", weights, tags)
+    model = open_clip.create_model(architecture, pretrained=(weights or None) if pretrained else None)
     size = model.visual.image_size
     return GreyImages(model.visual, size[0] if isinstance(size, tuple) else size)
 

@@ -97,8 +97,11 @@ def build_multi_head(
     patch: int = 6,
     width: int = 48,
     depth: int = 4,
+    pretrained: bool = True,
 ) -> MultiHead:
     """Build the network `net` with its first values drawn from `seed`; settings that `net` does not use are ignored.
+
+    Without `pretrained` a library's trunk is built without its weights.
 
     Raises:
         UserError: an unknown name or a setting that does not fit.
@@ -107,7 +110,7 @@ def build_multi_head(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed("paretoset network", seed))
         if slash:
-            trunk, features = library_trunk(library, name, side)
+            trunk, features = library_trunk(library, name, side, pretrained=pretrained)
         elif net == "vit":
             trunk, features = _vit(side, patch, width, depth), width
         elif net in NETWORKS:

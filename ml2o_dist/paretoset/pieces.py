@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ml2o_dist.cluster_connection import check_own_ray
 from ml2o_dist.config import ShareSettings
 from ml2o_dist.errors import UserError
 from ml2o_dist.paretoset.approaches import Outcome, Work, run_work
@@ -95,6 +96,7 @@ def _run(
                 index, runs = waiting.pop(0)
                 under_way[submit(pieces[index])] = index, runs
             ready, _ = ray.wait(list(under_way), timeout=POLL_S)
+            check_own_ray()
             for ref in ready:
                 index, runs = under_way.pop(ref)
                 try:

@@ -19,6 +19,7 @@ from ray import tune
 from ray.exceptions import RayActorError
 from ray.tune import Callback
 
+from ml2o_dist.cluster_connection import check_own_ray
 from ml2o_dist.errors import UserError
 from ml2o_dist.metatrain.worker_loss import reason
 from ml2o_dist.progress import StepDisplay
@@ -64,7 +65,8 @@ class Watcher(Callback):  # type: ignore[misc]  # Ray is not followed
         return Callback, ()
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        """Tell MLflow what came from before, once, and look at whether to stop."""
+        """Tell MLflow what came from before, once, and look at whether to stop, and at whether Ray is still there."""
+        check_own_ray()
         self._look_back()
         if trials and self._stop():  # without trials Tune would look for some in the state that lies in its folder
             signal.raise_signal(signal.SIGUSR1)  # what Tune ends its loop for
@@ -204,6 +206,9 @@ def run_trials(settings: SweepSettings, folder: Path, earlier: Sequence[Earlier]
                     checkpoint_config=tune.CheckpointConfig(num_to_keep=None),
                 ),
             ).fit()
+        except Exception:
+            check_own_ray()  # what Tune has to say of it is no help
+            raise
         finally:
             _remove_state(place)
     for scratch in place.glob(f"*/{SCRATCH}"):
