@@ -227,7 +227,9 @@ def test_a_comparator_that_cannot_take_the_network_is_refused_before_anything_is
     home, comparator, part, monkeypatch
 ):
     trunk = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.AdaptiveAvgPool2d(1), nn.Flatten())
-    monkeypatch.setattr("ml2o_dist.paretoset.networks.library_trunk", lambda *words, **settings: (GreyImages(trunk, 8), 4))
+    monkeypatch.setattr(
+        "ml2o_dist.paretoset.networks.library_trunk", lambda *words, **settings: (GreyImages(trunk, 8), 4)
+    )
     monkeypatch.setattr("ray.init", lambda *a, **k: pytest.fail("Ray was started"))
     result = ml2o("train", "--config", CONFIG, "--run-dir", "runs/x", "--set", "network.name=timm/x",
                   "--set", f"comparators=[{comparator}]")  # fmt: skip

@@ -6,6 +6,7 @@ import re
 import shlex
 import tomllib
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -40,8 +41,9 @@ def launcher(name: str) -> dict[str, Any]:
     return tree
 
 
+@cache
 def manifests(name: str) -> list[dict[str, Any]]:
-    """Return the Kubernetes objects of a file."""
+    """Return the Kubernetes objects of a file; they are read once, and nobody changes them."""
     return list(yaml.safe_load_all((CLUSTER / "kubernetes" / f"{name}.yaml").read_text()))
 
 

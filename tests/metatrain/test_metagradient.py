@@ -188,14 +188,20 @@ def test_roll_out_keeps_the_chosen_coordinates_in_their_order():
     assert some.scale == 2.5
 
 
-@pytest.mark.parametrize("output", ["residual", "controlled", "scaled"])
-@pytest.mark.parametrize("features", ["adam", "agreement"])
+NETWORK = "multidigits[net=mlp,hidden=3,activation=tanh,size=6,batch=4]"
+RULES = [(output, features) for output in ("residual", "scaled", "controlled") for features in ("adam", "agreement")]
+
+
 @pytest.mark.parametrize(
-    "problem",
+    ("output", "features", "problem"),
     [
-        "quadratic[m=2,n=4,noise=0.3,batch=3]",
-        "fonseca[n=3]",
-        "multidigits[net=mlp,hidden=3,activation=tanh,size=6,batch=4]",
+        *[(*rule, "quadratic[m=2,n=4,noise=0.3,batch=3]") for rule in RULES],
+        *[
+            pytest.param(*rule, problem, marks=pytest.mark.long)
+            for rule in RULES[:-1]
+            for problem in ("fonseca[n=3]", NETWORK)
+        ],
+        *[(*RULES[-1], problem) for problem in ("fonseca[n=3]", NETWORK)],
     ],
 )
 def test_exact_agrees_with_finite_differences(output, features, problem):

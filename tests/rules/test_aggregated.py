@@ -28,6 +28,11 @@ from tests.rules.toys import Broken, Linear, Positive, run
 
 EVERY = [marked(name) for name in NAMES]
 OPTIMIZERS = ["sgd", "momentum", "adam"]
+PAIRS = [
+    pytest.param(*name.values, optimizer, marks=[*name.marks, *([pytest.mark.long] if slow else [])])
+    for optimizer in OPTIMIZERS
+    for name, slow in ((name, optimizer != "sgd" and "fairgrad" in name.values) for name in EVERY)
+]
 SHAPES = [(1, 1, 4), (2, 2, 3), (2, 3, 5), (2, 5, 1), (1, 2, 1)]
 
 
@@ -64,8 +69,7 @@ def plain_pytorch(name: str, optimizer: str, problem: Problem, instance: int, st
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize(("name", "optimizer"), PAIRS)
 def test_a_run_is_torchjd_in_plain_pytorch(name: str, optimizer: str, shape: tuple[int, int, int]) -> None:
     if shape[1] < FEWEST.get(name, 1):
         pytest.skip(f"{name} needs {FEWEST[name]} objectives")
@@ -85,8 +89,7 @@ def test_a_run_is_torchjd_in_plain_pytorch(name: str, optimizer: str, shape: tup
 
 
 @pytest.mark.parametrize("shape", [(1, 2, 1), (2, 3, 4), (2, 5, 1)])
-@pytest.mark.parametrize("optimizer", OPTIMIZERS)
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize(("name", "optimizer"), PAIRS)
 def test_runs_repeat_in_any_company_and_spare_the_global_stream(
     name: str, optimizer: str, shape: tuple[int, int, int]
 ) -> None:

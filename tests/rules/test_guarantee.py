@@ -51,7 +51,7 @@ def test_no_step_is_worse_than_the_fallbacks_by_more_than_eps(text, name, eps):
     oracle, point = build(text)
     problem = oracle.problem
     state = guarded.initial_state(problem.instances, problem.objectives, problem.dimension)
-    for t in range(150):
+    for t in range(60):
         before, its = point, state.fallback
         point, state, seen = guarded.step(oracle, point, state)
         safe, _ = fallback.propose(Oracle(problem, torch.Generator()), before, its, seen)
@@ -112,7 +112,7 @@ def test_the_telescoped_bound_holds_for_every_fixed_weighting(text, name, eps):
     state = guarded.initial_state(problem.instances, m, problem.dimension)
     start, uniform = problem.losses(point, None), torch.full((m,), 1 / m, dtype=DOUBLE)
     criticality, errors = torch.zeros(3, dtype=DOUBLE), torch.zeros(3, dtype=DOUBLE)
-    for t in range(300):
+    for t in range(120):
         weights, alpha = state.fallback.weights, fallback.alpha(state.fallback)
         point, state, info = guarded.step(oracle, point, state)
         jacobian = info.jacobian

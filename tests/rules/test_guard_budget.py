@@ -89,7 +89,7 @@ def test_in_no_stretch_of_a_run_is_it_worse_than_its_fallbacks_steps_by_more(nam
     begun = oracle.problem.losses(point, None)
     owed, fallen = torch.zeros_like(begun), Fallen()
     rule = GML2O(AdversaryRule(name), DSSMG(), GuardSettings(budget=0.3))
-    for _, safe, after, info in walk(rule, oracle, point, 250):
+    for _, safe, after, info in walk(rule, oracle, point, 100):
         assert after.isfinite().all()
         limit = 0.3 * fallen.after(info.losses)
         assert (limit <= 0.3 * (begun - oracle.problem.minima).amax(dim=1, keepdim=True)).all()

@@ -110,10 +110,15 @@ def test_a_rule_goes_on_as_if_it_had_not_stopped(name: str, dtype: torch.dtype, 
 
 
 @pytest.mark.parametrize("optimizer", ["adam", "momentum"])
-@pytest.mark.parametrize("name", [marked(name) for name in NAMES])
+@pytest.mark.parametrize("name", [marked(name) for name in NAMES if name != "fairgrad"])
 def test_an_aggregator_goes_on_as_if_it_had_not_stopped(name: str, optimizer: str, tmp_path: Path) -> None:
     dtype = torch.float32 if optimizer == "adam" else torch.float64
     assert_goes_on(lambda: AggregatedRule(name, optimizer, 0.01), dtype, tmp_path)
+
+
+@pytest.mark.long
+def test_nor_does_the_slowest_aggregator(tmp_path: Path) -> None:
+    assert_goes_on(lambda: AggregatedRule("fairgrad", "adam", 0.01), torch.float32, tmp_path)
 
 
 def test_what_is_saved_is_independent_of_the_state() -> None:
