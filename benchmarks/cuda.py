@@ -57,7 +57,7 @@ def replay_ms(network: ML2ONetwork, dimension: int, columns: int) -> float:
     losses = torch.rand(STEPS + 1, 1, OBJECTIVES, device="cuda")
     gradients = torch.randn(STEPS + 1, 1, OBJECTIVES, dimension, device="cuda")
     ones = torch.ones(STEPS, 1, device="cuda")
-    rollout = Rollout(losses, gradients, ones, ones, 1.0)
+    rollout = Rollout(losses, gradients, ones, ones, ones, ones[0], 1.0)
     with mock.patch.object(metagradient, "GPU_REPLAY", columns * STEPS):
         return milliseconds(lambda: replay(network, rollout, EstimatorSettings(), "log_sum", 0, None), 1)
 

@@ -1,6 +1,7 @@
-"""How much of a guard the card of learned weights may ask for: only what is stricter than the default guard.
+"""How much of a guard the card of learned weights may ask for: only what is stricter than the default guard, and cheap.
 
-Weights come from anywhere. If their card could loosen the guard, they could switch off what is there to check them.
+Weights come from anywhere. If their card could loosen the guard, they could switch off what is there to check them; if
+it could ask for any number of batches, they could keep a machine busy for ever.
 """
 
 from __future__ import annotations
@@ -13,24 +14,28 @@ from ml2o_dist.config import GuardSettings
 _THEOREM = ("dssmg", "smg")
 """The fallbacks that are known to converge."""
 
+MOST_BATCHES, MOST_GROWTH = 16, 0.1
+"""After a thousand steps that is 64 batches for one comparison."""
+
 _AS_STRICT: dict[str, Callable[[Any, Any], bool]] = {
     "fallback": lambda asked, default: asked in _THEOREM,
     "eps": lambda asked, default: asked <= default,
     "p": lambda asked, default: True,  # the theorem holds for each that GuardSettings takes
     "budget": lambda asked, default: asked <= default,
     "margin": lambda asked, default: asked >= default,
-    "batches": lambda asked, default: asked >= default,
-    "growth": lambda asked, default: asked >= default,
+    "batches": lambda asked, default: default <= asked <= MOST_BATCHES,
+    "growth": lambda asked, default: default <= asked <= MOST_GROWTH,
     "every": lambda asked, default: asked <= default,
     "criterion": lambda asked, default: asked == "each",
 }
-"""For each setting, whether the value `asked` checks at least as strictly as the `default`."""
+"""For each setting, whether the value `asked` checks at least as strictly as the `default`, for a fair price."""
 
 
 def admitted(asked: GuardSettings | None, origin: str) -> tuple[GuardSettings | None, str]:
     """Return the guard that the weights from `origin` get, and one line about what was refused, "" if nothing was.
 
-    Each setting of `asked` that is looser than the default one is replaced by the default. None stays None.
+    Each setting of `asked` that is looser than the default one, or too dear, is replaced by the default. None stays
+    None.
     """
     if asked is None:
         return None, ""
@@ -41,8 +46,8 @@ def admitted(asked: GuardSettings | None, origin: str) -> tuple[GuardSettings | 
     shown = ", ".join(f"{name}={_short(getattr(asked, name))}" for name in looser)
     used = ", ".join(f"{name}={_short(getattr(default, name))}" for name in looser)
     line = (
-        f"the card of {origin!r} asks for a guard that is looser than the default one: {shown}; the default is used: "
-        f"{used}. Give guard settings of your own to choose others"
+        f"the card of {origin!r} asks for a guard that is looser than the default one, or too dear: {shown}; the "
+        f"default is used: {used}. Give guard settings of your own to choose others"
     )
     return asked.model_copy(update={name: getattr(default, name) for name in looser}), line
 

@@ -111,7 +111,7 @@ def evaluate(
 
     Finished cells are kept in ML2O_CACHE/cells: the same command goes on where it was stopped, and repeats nothing.
 
-    Exit codes: 0 done, 2 wrong words or settings, 3 some cells failed, 130 / 143 stopped.
+    Exit codes: 0 done, 2 wrong words or settings, 3 some cells failed, 4 aborted, 130 / 143 stopped.
     """
     from ml2o_dist import evaluations
     from ml2o_dist.config_file import load_evaluation

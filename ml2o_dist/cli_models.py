@@ -109,7 +109,8 @@ def models_promote(
     ratio of their losses lies below 1. The first champion must be better than tuned Adam on the sum. What was evaluated
     before is found, not run again.
 
-    Exit codes: 0 promoted, 5 refused, 2 wrong words or settings, 3 a cell failed, 130 / 143 stopped.
+    Exit codes: 0 promoted, 5 refused, 2 wrong words or settings, 3 a cell failed, 4 aborted, 130 / 143
+    stopped.
     """
     from ml2o_dist.evaluation.suites import load_suite
     from ml2o_dist.promotions import promote

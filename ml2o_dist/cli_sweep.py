@@ -40,8 +40,8 @@ def sweep(
     starts. Each trial is a meta-training of `meta_train` (a file, or settings over the embedded default) with workers
     of its own; its score is the validation of its best weights. The best trial's are registered as a version.
 
-    Exit codes: 0 done, 2 wrong words or settings, 3 done, but trials failed (--resume tries them again), 130 / 143
-    stopped (--resume goes on).
+    Exit codes: 0 done, 2 wrong words or settings, 3 done, but trials failed (--resume tries them again), 4 aborted and
+    130 / 143 stopped (--resume goes on).
     """
     from ml2o_dist import sweep as sweeps
     from ml2o_dist.sweeping.space import load_sweep

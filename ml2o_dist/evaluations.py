@@ -26,7 +26,7 @@ from ml2o_dist.evaluation.optimizer_names import GUARD, REGISTRY, Entrant, parse
 from ml2o_dist.evaluation.report import evaluation_markdown, evaluation_table
 from ml2o_dist.files import replacing
 from ml2o_dist.reading import YAML_LIMIT, read_bytes
-from ml2o_dist.run_directory import check_writable, logged_to
+from ml2o_dist.run_directory import check_folder, check_writable, logged_to
 from ml2o_dist.run_report import write_report
 from ml2o_dist.run_storage import RunStorage, StorageError, open_storage
 from ml2o_dist.shown_text import ForeignTextConsole, headed
@@ -138,6 +138,7 @@ def _folder(run_dir: str | None, settings: EvaluateSettings) -> Iterator[RunStor
     """Give the folder of the results; without a `run_dir` a temporary one."""
     if run_dir is not None:
         storage = open_storage(run_dir)
+        check_folder(storage.folder)
         _check_free(storage, settings)
         check_writable(storage.folder)
         yield storage

@@ -31,7 +31,7 @@ def expanded(path: Path | str) -> Path:
 def state_folder() -> Path:
     """Return the folder of what this user's machine must remember: ML2O_STATE, else `~/.config/ml2o_dist`."""
     given = os.environ.get("ML2O_STATE", "")
-    return (Path(given) if given else Path.home() / ".config" / "ml2o_dist").expanduser().resolve()
+    return expanded(given or "~/.config/ml2o_dist").resolve()
 
 
 def private_folder(folder: Path) -> Path:

@@ -37,10 +37,9 @@ def query_set(
     if place.startswith("models:/"):
         from ml2o_dist.tracking.pareto_sets import resolve_set  # late: MLflow takes 2 s
 
-        file = resolve_set(tracking_uri_to_keep(tracking_uri), place)
+        found = resolve_set(tracking_uri_to_keep(tracking_uri), place)
     else:
-        file = home_folder() / place
-    found = load_set(file)
+        found = load_set(home_folder() / place)
     card, fusion = found.card, found.fusion
     if len(preference) != len(card.names):
         raise UserError(
@@ -51,6 +50,11 @@ def query_set(
     answer: dict[str, Any] = {"preference": ray.tolist(), "tasks": list(card.names), "out": None}
     if measure:
         tasks = load_tasks(card.tasks, data_root)
+        if (tasks.names, tasks.classes, tasks.side) != (tuple(card.names), tuple(card.classes), card.side):
+            raise UserError(
+                f"Pareto set {place!r} has other classes, names or image sizes than the tasks that it names, "
+                f"{card.tasks!r}; --no-measure does without them"
+            )
         losses, accuracies = tasks.measure(network, "test", torch.device("cpu"))
         answer |= {"test_losses": losses.tolist(), "test_accuracies": accuracies.tolist()}
         for name, r, loss, right in zip(card.names, ray.tolist(), losses.tolist(), accuracies.tolist(), strict=True):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import stat
 import sys
 import tempfile
@@ -18,6 +19,7 @@ from ml2o_dist.config_file import dump_settings, first_difference, load_settings
 from ml2o_dist.errors import UserError
 from ml2o_dist.files import replacing
 from ml2o_dist.metatrain.checkpoint import newest_checkpoint
+from ml2o_dist.reading import lies_within
 from ml2o_dist.run_log import BEGUN, FORM
 from ml2o_dist.run_storage import RunStorage
 from ml2o_dist.shown_text import headed, visible
@@ -87,8 +89,16 @@ def _holds_start_of(run_dir: Path, settings: MetaTrainSettings) -> bool:
     return not difference
 
 
+FOLDERS = ("checkpoints", "experts", "fronts", "plots", "training", "trajectories", "tune")
+"""What a run directory may have below it, in which files are written and removed."""
+
+
 def check_folder(run_dir: Path) -> None:
-    """Raise UserError where `run_dir`, or something above it, is a file, or no folder can be called so."""
+    """Raise UserError where `run_dir`, or something above it, is a file, or no folder can be called so.
+
+    Also where one of its `FOLDERS` has a link that leads out of it: somebody may have given the directory away with a
+    link, and what is written or removed there would be the reader's own.
+    """
     try:
         there = next(path for path in (run_dir, *run_dir.parents) if path.exists())
     except OSError as error:
@@ -97,6 +107,11 @@ def check_folder(run_dir: Path) -> None:
         raise UserError(f"run directory {str(run_dir)!r} has a NUL character in its name")
     if not there.is_dir():
         raise UserError(f"run directory {str(run_dir)!r}: {str(there)!r} is a file; choose another --run-dir")
+    for folder in map(run_dir.joinpath, FOLDERS):
+        below = (Path(root, name) for root, folders, files in os.walk(folder) for name in (*folders, *files))
+        for path in (folder, *below):
+            if path.is_symlink() and not lies_within(path, run_dir):
+                raise UserError(f"run directory {str(run_dir)!r}: {path} is a link out of it")
 
 
 def check_writable(run_dir: Path) -> None:

@@ -50,7 +50,7 @@ def script_json(value: Any) -> str:
 
 
 def markdown(text: str) -> str:
-    """Return `text` as Markdown shows it, in a table, too: one line without links, HTML or emphasis."""
+    """Return `text` as Markdown shows it, in a table, too: one line without HTML or emphasis; bare URLs stay links."""
     return _MARKS.sub(r"\\\g<0>", html_escapes.escape(visible(" ".join(text.split())), quote=False))
 
 

@@ -79,7 +79,7 @@ def sweep(
     if resume and (answer := finished_answer(folder, settings)) is not None:
         console.print(f"finished       {len(answer['trials'])} trials, nothing is left to do", highlight=False)
         show_trials(SweepRecord(folder), settings, console)
-        return answer
+        return answer | {"run_dir": str(folder)}  # which may have been moved
     data = _check_problems(settings)
     _check_room(settings, lambda custom: own_capacity(address), "this machine")
     record = _record(folder)

@@ -257,7 +257,8 @@ def roll_out(
     else:
         jacobian, losses[horizon] = oracle.jacobian(parameters, oracle.draw())
         torch.gather(jacobian, 2, everywhere, out=gradients[horizon])
-    return Rollout(losses, gradients, agreement, total, accepted, dimension / max(1, index.shape[1]))
+    unit = torch.where(learned.unit > 0, learned.unit, 1.0)  # 0 where all gradients are
+    return Rollout(losses, gradients, agreement, total, accepted, unit, dimension / max(1, index.shape[1]))
 
 
 def _choose(problem: Problem, share: float, seed: int) -> Tensor:

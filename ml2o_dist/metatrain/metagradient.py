@@ -35,7 +35,8 @@ GPU_REPLAY = 2**22
 class Rollout:
     """What replay needs: losses [K+1, P, m] and the chosen coordinates' gradients [K+1, P, m, S] at z_0 .. z_K; each
     instance's agreement at z_0 .. z_{K-1} and its bounded total, [K, P] each; and which of its steps were the network's
-    own, [K, P]: all of them but those that a guard rejected.
+    own, [K, P]: all of them but those that a guard rejected. `unit` [P] is the power of two that the network saw the
+    gradients multiplied by.
 
     `scale` = n / S makes the sum over a random subset an unbiased estimate of the sum over all coordinates.
     """
@@ -45,6 +46,7 @@ class Rollout:
     agreement: Tensor
     total: Tensor
     accepted: Tensor
+    unit: Tensor
     scale: float
 
 
@@ -109,7 +111,7 @@ def replay(
     loss = episode_loss(kind, weights, rollout.losses, minima)
     answers = _answers(rollout, weights, kind, minima, settings.gamma, chunk if settings.truncated else horizon)
     answers *= rollout.accepted.repeat_interleave(rollout.gradients.shape[3], dim=1)
-    gradients = rollout.gradients[:-1].transpose(1, 2).flatten(start_dim=2)
+    gradients = (rollout.gradients[:-1] * rollout.unit[:, None, None]).transpose(1, 2).flatten(start_dim=2)
     agreement, totals = (
         each.repeat_interleave(rollout.gradients.shape[3], dim=1) for each in (rollout.agreement, rollout.total)
     )

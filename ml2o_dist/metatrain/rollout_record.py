@@ -32,6 +32,7 @@ def rollout_batch(replayable: Replayable) -> pa.RecordBatch:
         "instances": instances,
         "objectives": objectives,
         "coordinates": coordinates,
+        "unit": rollout.unit.tolist(),
         "scale": rollout.scale,
         "kind": replayable.kind,
         "minima": None if replayable.minima is None else replayable.minima.tolist(),
@@ -61,6 +62,7 @@ def read_rollout(batch: pa.RecordBatch, device: str | torch.device) -> Replayabl
         tensor("agreement", steps, instances),
         tensor("total", steps, instances),
         tensor("accepted", steps, instances),
+        losses.new_tensor(shared["unit"]),
         shared["scale"],
     )
     minima = None if shared["minima"] is None else losses.new_tensor(np.array(shared["minima"]))

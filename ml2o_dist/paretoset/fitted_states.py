@@ -99,7 +99,7 @@ class TensorNames:
         for name in self.saved:
             present.setdefault(self.first[name], []).extend([name] if name in state else [])
         missing = sorted(name for name, names in present.items() if not names)
-        extra = sorted(state.keys() - set(self.saved))
+        extra = sorted(state.keys() - set(self.saved), key=str)
         if missing or extra:
             parts = [f"{word} {_some(names)}" for word, names in (("lacks", missing), ("has besides", extra)) if names]
             raise UserError(f"{wrong} it {' and '.join(parts)}")

@@ -123,8 +123,8 @@ def load_set(place: Path | str) -> SavedSet:
 def set_network(card: SetCard) -> MultiHead:
     """Build the plain network of a set, with first values that do not count."""
     rest = card.network.model_dump()
-    words = {"side": card.side, "classes": card.classes, "seed": card.seed, "pretrained": False}
-    return build_multi_head(rest.pop("name"), **words, **rest)
+    name = rest.pop("name")
+    return build_multi_head(name, side=card.side, classes=card.classes, seed=card.seed, pretrained=False, **rest)
 
 
 def standardised(card: SetCard, images: Tensor, task: int) -> Tensor:

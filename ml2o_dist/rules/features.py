@@ -21,6 +21,9 @@ SLOW, FAST, SECOND = 0.9, 0.5, 0.999
 MOST = 4.0
 """Most that one step adds to the averages, in units of what it promised; met on none of five networks."""
 
+NEGLIGIBLE = 1e-20
+"""A gradient's norm, in the unit that `rules/ml2o.py` gives it, below which its step is not judged: 1 / g overflows."""
+
 LOG_SIGN_P = 10.0
 """p of Andrychowicz et al. 2016, appendix A."""
 
@@ -99,10 +102,10 @@ def remember(agreement: Agreement, gradient: Tensor, update: Tensor) -> Agreemen
     """Note the update [P, n] made from the summed gradient [P, n], to be judged at the next step."""
     direction, _ = _direction_and_norm(update)
     slope, size = _direction_and_norm(gradient)
-    moved = size > 0
+    judged = size > NEGLIGIBLE
     return agreement._replace(
-        update=torch.where(moved, direction / torch.where(moved, size, 1.0), 0.0),
-        promise=(slope * direction).sum(dim=1),
+        update=torch.where(judged, direction / torch.where(judged, size, 1.0), 0.0),
+        promise=torch.where(judged[:, 0], (slope * direction).sum(dim=1), 0.0),
     )
 
 

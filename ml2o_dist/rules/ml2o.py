@@ -142,6 +142,8 @@ class ML2ONetwork(nn.Module):
 
         `weights` are those of `stacked_weights()`.
         """
+        state = _with_unit(state, jacobian.detach())
+        jacobian = _in_unit(jacobian, state.unit)
         instances, objectives, dimension = jacobian.shape
         total = jacobian.sum(dim=1)
         before = state.agreement
@@ -316,8 +318,7 @@ class ML2ORule(UpdateRule):
     @torch.no_grad()
     def update(self, jacobian: Tensor, state: ML2OState) -> tuple[Tensor, ML2OState]:
         """Map the Jacobian [P, m, n] to the update [P, n] and the next state."""
-        state = _with_unit(state, jacobian)
-        return self.network.advance(_in_unit(jacobian, state.unit), state, self._weights)
+        return self.network.advance(jacobian, state, self._weights)
 
 
 def _in_unit(gradients: Tensor, unit: Tensor | None) -> Tensor:
@@ -333,9 +334,8 @@ def _with_unit(state: ML2OState, jacobian: Tensor) -> ML2OState:
     if state.unit is None:
         return state
     largest = torch.linalg.vector_norm(jacobian, ord=math.inf, dim=(1, 2))
-    known = largest * state.unit
     begins = (state.unit == 0) & (largest > 0) & largest.isfinite()
-    outgrown = (known > 2.0 ** (2 * USUAL)) & known.isfinite()
+    outgrown = (largest * state.unit > 2.0 ** (2 * USUAL)) & largest.isfinite()
     if not bool((begins | outgrown).any()):
         return state
     exponents = torch.frexp(largest).exponent.clamp(-126, 126)

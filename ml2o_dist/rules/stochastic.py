@@ -180,8 +180,8 @@ class DSSMG(DecreasingSteps):
         gradient, _ = oracle.gradient(parameters, oracle.draw(), weights)
         feasible = _feasible(problem, parameters, alpha, gradient)
         # Of the size of J, not of its square, which float32 may not hold; gamma makes up for it in float64.
-        size = lengths.where(lengths > 0, 1.0)
-        slopes = torch.einsum("pmn,pn->pm", jacobian, (feasible / size[:, None]).to(jacobian))
+        size = lengths.where(lengths > 0, 1.0).log2().round().clamp(-120, 120).exp2()
+        slopes = torch.einsum("pmn,pn->pm", jacobian, (feasible / size.to(feasible)[:, None]).to(jacobian))
         gamma = (gamma_0 * self.decay(state) * size)[:, None].to(slopes)
         following = DSSMGState(state.steps + 1, alpha_0, project_to_simplex(weights - gamma * slopes), gamma_0)
         return _diverge(candidate, jacobian.flatten(1), gradient), following

@@ -17,6 +17,7 @@ from ml2o_dist import shown_text
 from ml2o_dist.errors import UserError
 from ml2o_dist.files import replacing
 from ml2o_dist.reading import MIB, read_bytes
+from ml2o_dist.run_directory import check_own_file
 from ml2o_dist.sweeping.record_lines import Beginning, Copy, End, Entry, Report, State, entry_of, line_of
 
 FILE, TABLE = "trials.jsonl", "results.parquet"
@@ -25,8 +26,8 @@ FILE, TABLE = "trials.jsonl", "results.parquet"
 FOLDER = "tune"
 """Ray Tune's part of the run directory: its state, and a folder with the checkpoints of each trial."""
 
-LIMIT = 64 * MIB
-"""Bytes of the record: some hundred thousand reports."""
+LIMIT = 512 * MIB
+"""Bytes of the record: more than a million reports."""
 
 
 @dataclass
@@ -37,6 +38,7 @@ class Trial:
         values: with which it goes on.
         copied: the checkpoint of another trial that it goes on from, where it has not reported since it was given it.
         runs_with: the values that its process was started with; those of what it reports.
+        begun_with: the values that it began with.
     """
 
     id: str
@@ -47,6 +49,7 @@ class Trial:
     reports: dict[int, Report] = field(default_factory=dict)
     copied: Copy | None = None
     runs_with: dict[str, Any] = field(default_factory=dict, compare=False)
+    begun_with: dict[str, Any] = field(default_factory=dict, compare=False)
 
     @property
     def last(self) -> Report | None:
@@ -99,8 +102,9 @@ class SweepRecord:
     """
 
     def __init__(self, folder: Path) -> None:
-        """Read what is there; raises UserError where that is no regular file, or is too large."""
+        """Read what is there; raises UserError where that is a link or no regular file, or is too large."""
         self.file = folder / FILE
+        check_own_file(self.file)
         self.trials: dict[str, Trial] = {}
         self.left_out, self.reason = 0, ""
         self.in_time: dict[tuple[str, int], None] = {}
@@ -150,8 +154,8 @@ class SweepRecord:
             del known.reports[step], self.in_time[id, step]
         if known.copied is not None and known.copied.at > meta_step:
             known.copied = None
-        if known.copied is None and known.last is not None:
-            known.values = dict(known.last.values)
+        if known.copied is None:
+            known.values = dict(known.last.values if known.last else known.begun_with)
 
     @property
     def in_order(self) -> list[Trial]:
@@ -219,6 +223,8 @@ class SweepRecord:
                 raise UserError(f"trial {id!r} has the number {entry.number} of trial {other!r}")
             trial = self.trials.setdefault(id, Trial(id, entry.number, {}))
             trial.state, trial.error, trial.values = "running", "", dict(entry.values)
+            if not (trial.reports or trial.copied):
+                trial.begun_with = dict(entry.values)
             return
         if id not in self.trials:
             raise UserError(f"there is no trial {id!r} yet")

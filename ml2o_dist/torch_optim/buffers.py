@@ -118,6 +118,7 @@ def _every_module() -> list[nn.Module]:
         return [each for each in gc.get_objects() if issubclass(type(each), nn.Module) and "_modules" in vars(each)]
     finally:
         if frozen:
+            gc.collect()  # else what is garbage by now would be kept for good
             gc.freeze()
 
 

@@ -26,6 +26,9 @@ CPU_ROUNDING, ROUNDING = 1e-5, 1e-3
 """By how much the losses of two calls of a closure may differ, relative to the largest of their samples: on the CPU,
 where nearly everything repeats exactly, and on other devices, where atomic sums do not."""
 
+MOST_INSPECTED = 256
+"""Sets of reached parameters whose graphs are searched: a model that skips parts at random has a new one each step."""
+
 MISSING_LABELS = "Where samples lack a label, take torch.where(mask, loss, 0), and divide by no count that can be 0"
 """What is said of a loss that is NaN."""
 
@@ -199,6 +202,7 @@ class ClosureProblem(Problem):
             for k in range(len(batch.closures)):
                 with batch.part(k, self._devices) as losses:
                     parts.append(_stacked(self._checked(losses, batch)))
+                del losses  # and with them a part's graph, before the next one's is there
         return self._joined(parts)
 
     def _joined(self, parts: Sequence[Tensor]) -> Tensor:
@@ -233,12 +237,13 @@ class ClosureProblem(Problem):
                         found.append(self._layout.flat(parts))
                     rows.append(torch.stack(found))
                     pattern = tuple(any(column) for column in zip(*reached, strict=True))
-                    if inspected is not None and pattern not in inspected:
+                    if inspected is not None and pattern not in inspected and len(inspected) < MOST_INSPECTED:
                         refuse_reentrant_checkpoints(roots, batch.name)
                         inspected.add(pattern)
                 every.append([value.detach() for value in values])
                 sums.append(torch.stack([total.detach() for total in totals]))
                 count += len(values[0]) if self.samples else 1
+                del losses, values, totals, roots, found, gradients  # and with them the graph, before the next part's
         jacobian = torch.stack(rows).sum(dim=0) / count
         if not bool(jacobian.isfinite().all()):
             raise UserError(f"a gradient of the {batch.name} is not finite, though its losses are; no step was taken")

@@ -70,6 +70,10 @@ class GML2O(ML2O):
         """
         if isinstance(guard, Mapping):
             guard = checked(GuardSettings, guard)
+        if not isinstance(guard, GuardSettings | None):
+            raise UserError(
+                f"guard {guard!r} must be settings, such as guard={{'budget': 0}}, GuardSettings(...) or None"
+            )
         if guard is not None and (guard.batches != 1 or guard.growth):
             raise UserError(
                 f"guard has batches {guard.batches} and growth {guard.growth:g}: a guard closure is one batch, so that "
@@ -124,9 +128,12 @@ class GML2O(ML2O):
     def _fewest(self) -> int:
         return self._guard_settings().fewest_samples
 
-    def _moved(self, rule: UpdateRule, oracle: Oracle, point: Tensor, seen: StepInfo) -> tuple[Tensor, State]:
+    def _moved(
+        self, rule: UpdateRule, oracle: Oracle, point: Tensor, seen: StepInfo, state: State
+    ) -> tuple[Tensor, State]:
         assert isinstance(rule, GuardedRule)
-        moved, state, info = rule.choose(oracle, point, self._rule_state, seen)
+        moved, state, info = rule.choose(oracle, point, state, seen)
+        self._check_moved(moved)
         accepted = bool(info.accepted)
         self.accepted_steps += accepted
         if info.checked:

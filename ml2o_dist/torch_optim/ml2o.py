@@ -100,7 +100,7 @@ class ML2O(Optimizer):
         self._rule_state: State = None
         self._inspected: set[tuple[bool, ...]] = set()  # the sets of reached parameters whose graphs were searched
         self._notices = Notices(type(self).__name__)
-        self._notices.learning_rates([group["lr"] for group in self.param_groups])
+        self._notices.learning_rates([_non_negative("lr", group["lr"]) for group in self.param_groups])
 
     def step(self, closure: Closures | None = None, guard_closure: Closures | None = None) -> Tensor:  # type: ignore[override]
         """Take one step; return the losses [m] where it started, detached.
@@ -236,9 +236,11 @@ class ML2O(Optimizer):
                 problem.check_repeats()
             multiplier = self._multiplier(problem.reached)
             rule = self._rule(multiplier, self._layout)
-            if self._rule_state is None:
-                self._rule_state = rule.initial_state(1, problem.objectives, problem.dimension)
-            moved, self._rule_state = self._moved(rule, oracle, point, StepInfo(losses, jacobian, batch))
+            state = self._rule_state
+            if state is None:
+                state = rule.initial_state(1, problem.objectives, problem.dimension)
+            moved, state = self._moved(rule, oracle, point, StepInfo(losses, jacobian, batch), state)
+        self._rule_state = state
         self._layout.keep(moved)
         self._objectives = problem.objectives
         self.steps += 1
@@ -272,8 +274,17 @@ class ML2O(Optimizer):
         """Return how many samples a batch must have."""
         return 1
 
-    def _moved(self, rule: UpdateRule, oracle: Oracle, point: Tensor, seen: StepInfo) -> tuple[Tensor, State]:
-        return rule.propose(oracle, point, self._rule_state, seen)
+    def _moved(
+        self, rule: UpdateRule, oracle: Oracle, point: Tensor, seen: StepInfo, state: State
+    ) -> tuple[Tensor, State]:
+        moved, state = rule.propose(oracle, point, state, seen)
+        self._check_moved(moved)
+        return moved, state
+
+    def _check_moved(self, moved: Tensor) -> None:
+        if not bool(moved.isfinite().all()):
+            step = f"step {self.steps + 1} of {type(self).__name__}"
+            raise UserError(f"{step} leads to parameters that are not finite; no step was taken")
 
     def _check_objectives(self, objectives: int) -> None:
         if self._objectives and objectives != self._objectives:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ml2o_dist.artifact import package_version
 from ml2o_dist.errors import UserError
-from ml2o_dist.paretoset.saved_set import FILE, load_set
+from ml2o_dist.paretoset.saved_set import FILE, SavedSet, load_set
 from ml2o_dist.tracking.names import checked_model_name
 from ml2o_dist.tracking.registry import (
     CANDIDATE,
@@ -45,20 +45,19 @@ def register_set(uri: str, model: str, file: Path, run_id: str | None, experimen
     return known
 
 
-def resolve_set(uri: str, reference: str) -> Path:
-    """Return the local file of `models:/NAME@ALIAS` or `models:/NAME/VERSION`; raises UserError."""
+def resolve_set(uri: str, reference: str) -> SavedSet:
+    """Return the set of `models:/NAME@ALIAS` or `models:/NAME/VERSION`; raises UserError."""
     import mlflow.artifacts
 
     version = find_version(uri, reference)
-    source = version_source(uri, version)
-    with answering(uri):
-        local = Path(mlflow.artifacts.download_artifacts(artifact_uri=source, tracking_uri=uri))
-    file = local / "artifacts" / FILE
-    if not file.exists():
-        raise UserError(f"{reference} is no Pareto set: it has no {FILE}")
-    if load_set(file).weights_sha256 != version["tags"].get("weights_sha256"):
+    place = f"{version_source(uri, version)}/artifacts/{FILE}"  # and nothing else that lies there
+    with tempfile.TemporaryDirectory(prefix="ml2o-set-") as folder:
+        with answering(uri):
+            file = mlflow.artifacts.download_artifacts(place, dst_path=folder, tracking_uri=uri)
+        found = load_set(file)
+    if found.weights_sha256 != version["tags"].get("weights_sha256"):
         raise UserError(f"{reference}: its tensors are not those that the registry says were registered")
-    return file
+    return found
 
 
 def _save_model(folder: Path, file: Path, tasks: int) -> None:

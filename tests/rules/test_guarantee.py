@@ -43,7 +43,7 @@ def random_network(seed):
 
 @pytest.mark.parametrize("text", PROBLEMS)
 @pytest.mark.parametrize("name", [*ADVERSARIES, "network"])
-@pytest.mark.parametrize("eps", [0.0, 0.01])
+@pytest.mark.parametrize("eps", [pytest.param(0.0, marks=pytest.mark.long), 0.01])
 def test_no_step_is_worse_than_the_fallbacks_by_more_than_eps(text, name, eps):
     rule = random_network(5) if name == "network" else AdversaryRule(name)
     settings, fallback = GuardSettings(budget=0.0, eps=eps), DSSMG()
@@ -97,7 +97,7 @@ def test_ascent_along_the_weighted_gradient_is_always_rejected_so_the_run_is_dss
 
 @pytest.mark.parametrize("text", ["quadratic[m=2,n=6]", "quadratic[m=3,n=4]", "quadratic[m=5,n=8]"])
 @pytest.mark.parametrize("name", [*ADVERSARIES, "network"])
-@pytest.mark.parametrize("eps", [0.0, 0.1])
+@pytest.mark.parametrize("eps", [0.0, pytest.param(0.1, marks=pytest.mark.long)])
 def test_the_telescoped_bound_holds_for_every_fixed_weighting(text, name, eps):
     """sum alpha_t |G_t|^2 <= V_0 - inf + 1/2 sum alpha_t^2 (L |G_t|^2 + |J G_t|^2 / C) + sum eps_t, G_t = J^T lambda_t.
 

@@ -109,7 +109,7 @@ def test_a_rule_goes_on_as_if_it_had_not_stopped(name: str, dtype: torch.dtype, 
     assert_goes_on(lambda: RULES[name](dtype), dtype, tmp_path)
 
 
-@pytest.mark.parametrize("optimizer", ["adam", "momentum"])
+@pytest.mark.parametrize("optimizer", ["adam", pytest.param("momentum", marks=pytest.mark.long)])
 @pytest.mark.parametrize("name", [marked(name) for name in NAMES if name != "fairgrad"])
 def test_an_aggregator_goes_on_as_if_it_had_not_stopped(name: str, optimizer: str, tmp_path: Path) -> None:
     dtype = torch.float32 if optimizer == "adam" else torch.float64
