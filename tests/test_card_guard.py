@@ -26,14 +26,16 @@ LOOSER = {
     "margin": [2.9, 0.0],
     "every": [2, 1_000_000_000],
     "criterion": ["sum"],
+    "batches": [17, 10_000],
+    "growth": [0.11, 2.0],
 }
 STRICTER = {
     "fallback": ["smg", "dssmg"],
     "p": [0.51, 1.0],
     "budget": [0.0, 4.9],
     "margin": [3.1, 100.0],
-    "batches": [4],
-    "growth": [1.0],
+    "batches": [4, 16],
+    "growth": [0.1],
     "criterion": ["each"],
 }
 
@@ -46,7 +48,9 @@ def test_every_setting_is_held_against_the_default() -> None:
             asked = GuardSettings.model_validate({name: value, "p": 0.7})
             found, line = admitted(asked, "w")
             assert found == GuardSettings(p=0.7)
-            assert line.startswith(f"the card of 'w' asks for a guard that is looser than the default one: {name}=")
+            assert line.startswith(
+                f"the card of 'w' asks for a guard that is looser than the default one, or too dear: {name}="
+            )
             assert "\n" not in line
     for name, values in STRICTER.items():
         for value in values:
@@ -95,7 +99,10 @@ def test_an_evaluation_does_not_take_a_looser_guard_either(tmp_path: Path, caplo
     assert isinstance(found, Learned)
     assert found.settings.guard == GuardSettings(p=0.8)
     (record,) = caplog.records
-    assert "asks for a guard that is looser than the default one: budget=1e+12, margin=0, every=" in record.message
+    assert (
+        "asks for a guard that is looser than the default one, or too dear: budget=1e+12, margin=0, every="
+        in record.message
+    )
     caplog.clear()
     with caplog.at_level(logging.WARNING):
         guarded = entered(f"gml2o:{place}")

@@ -28,6 +28,31 @@ def ml2o(*words):
     return CliRunner().invoke(main, ["meta-train", "--config", str(CONFIG), *words])
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["meta-train", "--resume"],
+        ["sweep", "--resume"],
+        ["pareto-set", "train", "--resume"],
+        ["evaluate", "--optimizer", "initial", "--problem", "fonseca"],
+    ],
+)
+@pytest.mark.parametrize("link", ["checkpoints", "tune/a", "tune/a/checkpoint_000000", "training/pwe", "experts/ray"])
+def test_a_link_out_of_a_run_directory_is_refused_before_anything_is_written(tmp_path, monkeypatch, words, link):
+    monkeypatch.setenv("ML2O_HOME", str(tmp_path))
+    monkeypatch.setattr("ray.init", lambda *a, **k: pytest.fail("Ray was started"))
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "step_000001").write_text("mine")
+    folder = tmp_path / "given"
+    (folder / link).parent.mkdir(parents=True)
+    (folder / "inside").symlink_to(folder)  # which leads nowhere else
+    (folder / link).symlink_to(tmp_path / "mine")
+    result = CliRunner().invoke(main, [*words, "--run-dir", "given"])
+    assert result.exit_code == 2
+    assert result.stderr == f"ml2o: run directory '{folder}': {folder / link} is a link out of it\n"
+    assert (tmp_path / "mine" / "step_000001").read_text() == "mine"
+
+
 @pytest.mark.parametrize("below", ["", "/runs/a"])
 @pytest.mark.parametrize("words", [[], ["--resume"]])
 def test_a_file_in_place_of_the_run_directory_is_the_one_line(no_ray, tmp_path, below, words):

@@ -15,7 +15,7 @@ from ml2o_dist.metatrain.episode import _choose, roll_out
 from ml2o_dist.metatrain.metagradient import meta_loss_kind, replay, step_weights
 from ml2o_dist.metatrain.recorder import TrajectoryRecorder
 from ml2o_dist.metatrain.second_order import exact
-from ml2o_dist.problems import ProblemContext, ProblemSpec
+from ml2o_dist.problems import ProblemContext, ProblemSpec, Rescaled
 from ml2o_dist.rules.aggregated import AggregatedRule
 from ml2o_dist.rules.base import Oracle
 from ml2o_dist.rules.gml2o import GML2O
@@ -73,6 +73,23 @@ def test_replay_is_first_order_backpropagation(objectives, instances, form):
     expected_loss, expected = first_order(rule.network, problem, start, batches, weights)
     assert abs(loss.item() - expected_loss.item()) < 1e-10
     assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize("features", ["adam", "agreement", "log_sign"])
+def test_gradients_of_any_unit_have_the_same_meta_gradient(features):
+    """Powers of two beyond what is taken as it is: what the network saw is what it is differentiated by."""
+    settings = RuleSettings(features=features, output="controlled", hidden=4, lr=0.1)
+    found = []
+    for exponent in (30, 60):  # so large that the meta-loss's own floor does not count
+        rule, problem = random_rule(settings), Rescaled(problem_for(2, 3), loss_scale=2.0**exponent)
+        rollout, start, batches = rolled(rule, problem)
+        assert rollout.unit.gt(0).all()
+        assert rollout.unit.lt(2.0**-20).all()
+        _, replayed = replay(rule.network, rollout, EstimatorSettings(gamma=1.0), "normalised", HORIZON, None)
+        _, whole, losses = exact(rule.network, problem, start, batches, EstimatorSettings(meta_loss="normalised"))
+        torch.testing.assert_close(losses, rollout.losses, rtol=1e-12, atol=0)
+        found.append([*replayed, *whole])
+    assert_close(*found, tolerance=1e-8)
 
 
 @pytest.mark.parametrize("form", ["adam", "agreement"])

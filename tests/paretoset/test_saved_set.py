@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import Tensor
 
 from ml2o_dist.errors import UserError
+from ml2o_dist.pareto_query import query_set
 from ml2o_dist.paretoset.fusion import Fusion
 from ml2o_dist.paretoset.networks import build_multi_head
-from ml2o_dist.paretoset.saved_set import FILE, SetCard, load_set, save_set
+from ml2o_dist.paretoset.saved_set import FILE, SetCard, load_set, save_set, set_network
 from ml2o_dist.paretoset.settings import NetworkSettings
 
 
@@ -45,6 +48,20 @@ def test_what_is_read_back_exports_the_same_network(preference: list[float], tmp
     assert ours.keys() == theirs.keys()
     for name in ours:
         torch.testing.assert_close(theirs[name], ours[name], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("change", [{"tasks": "eightdigits"}, {"classes": (2, 10)}, {"names": ("a", "c")}, {}])
+def test_a_set_is_not_measured_on_tasks_that_are_not_its_own(change: dict[str, Any], tmp_path: Path) -> None:
+    _, card, start, experts = parts()
+    card = replace(card, **change)
+    network = set_network(card)
+    states = [network.state_dict()] * 3 if "classes" in change else [start, *experts]
+    routers = Fusion(network, states[0], states[1:], heads=network.head_names).routers.state_dict()
+    place = str(saved(tmp_path, card, *states, routers=routers))
+    words = {"data_root": "", "tracking_uri": "", "console": Console(quiet=True)}
+    with pytest.raises(UserError, match="than the tasks that it names"):
+        query_set(place, [0.5, 0.5], out=None, measure=True, **words)
+    query_set(place, [0.5, 0.5], out=tmp_path / "plain.safetensors", measure=False, **words)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])

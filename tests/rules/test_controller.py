@@ -145,6 +145,15 @@ def test_gradients_that_grow_by_many_orders_are_taken_in_another_unit() -> None:
     assert state.unit.item() < 2.0**-70
 
 
+@pytest.mark.parametrize("factors", [(1e-30, 1e10), (1e-38, 10.0), (1.0, 1e-40), (1.0, 1e-45), (1e-20, 1e-38, 1e20)])
+def test_gradients_that_jump_by_any_factor_leave_the_parameters_finite(factors: tuple[float, ...]) -> None:
+    rule, point, state = begun()
+    for factor in (*factors, 0.0, *factors, 1.0):
+        point, state, _ = descend(rule, point, state, 3, factor=factor)
+        assert torch.isfinite(point).all()
+        assert all(bool(torch.isfinite(each).all()) for each in state.agreement)
+
+
 @pytest.mark.parametrize("factor", [1e-30, 1e-14, 1e-8, 1.0, 1e12, 1e25])
 def test_a_factor_on_all_losses_changes_nothing_in_a_users_loop(factor: float) -> None:
     def end(factor: float) -> float:

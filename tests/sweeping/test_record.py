@@ -152,9 +152,21 @@ def test_a_line_that_is_none_of_ours_is_left_out_with_a_word(record, tmp_path, l
 
 
 def test_what_is_no_file_of_ours_is_one_line(tmp_path):
-    (tmp_path / FILE).symlink_to("/dev/zero")
-    with pytest.raises(UserError, match="is not a regular file"):
-        SweepRecord(tmp_path)
+    (tmp_path / "theirs").write_text("theirs\n")
+    for target in ("/dev/zero", tmp_path / "theirs", tmp_path / "not there"):
+        (tmp_path / FILE).unlink(missing_ok=True)
+        (tmp_path / FILE).symlink_to(target)
+        with pytest.raises(UserError, match="is a link, or no regular file"):
+            SweepRecord(tmp_path)
+    assert (tmp_path / "theirs").read_text() == "theirs\n"
+
+
+def test_a_trial_without_any_checkpoint_begins_with_the_values_that_it_began_with(record, tmp_path):
+    record.copy("a", "b", 4, {"lr": 0.9})
+    record.report("a", report(6, 1.0, {"lr": 0.9}))
+    record.rewind("a", -1)
+    assert record.trials["a"].values == {"lr": 0.1}
+    assert SweepRecord(tmp_path).trials["a"].values == {"lr": 0.1}
 
 
 def test_json_has_null_for_what_is_not_finite(record):

@@ -119,7 +119,7 @@ def noises() -> dict[str, Callable[[], Callable[[Tensor], Tensor]]]:
     return {
         "generator": own,
         "numpy": numpy,
-        "python": lambda: lambda x: x * (1 + 0.01 * random.random()),
+        "python": lambda: lambda x: x * (1 + random.random()),
         "count": counted,
         "batches": batches,
     }

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import weakref
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -227,3 +229,49 @@ def test_other_mistakes_get_one_line() -> None:
     number = nn.Parameter(torch.ones(2, dtype=torch.complex64))
     with pytest.raises(UserError, match="complex64"):
         ML2O([number], "initial").step(lambda: [number.abs().sum()])
+
+
+@pytest.mark.parametrize("kind", [ML2O, GML2O])
+def test_a_batch_in_parts_keeps_the_graph_of_one_part_only(kind: type[ML2O]) -> None:
+    model, alive, most = TwoTasks(), [], []
+
+    def part(k: int) -> list[Tensor]:
+        most.append(sum(each() is not None for each in alive))
+        x, *labels = drawn(k)
+        kept = torch.tanh(x.clone().requires_grad_())  # what a graph holds on to
+        alive.append(weakref.ref(kept))
+        return [F.cross_entropy(a, y) for a, y in zip(model(kept), labels, strict=True)]
+
+    optimizer = kind(model.parameters(), "initial")
+    for _ in range(2):
+        optimizer.step([lambda k=k: part(k) for k in range(4)])
+    assert max(most) == 0
+
+
+def test_a_first_step_that_fails_fixes_nothing() -> None:
+    model = TwoTasks()
+    optimizer = GML2O(model.parameters(), "initial")
+    x, *labels = drawn(0, 2)
+    with pytest.raises(UserError, match="to tell worse from noise"):
+        optimizer.step(lambda: losses(model, (x, *labels), "none"))
+    before = optimizer.state_dict()["ml2o"]
+    assert (before["steps"], before["objectives"]) == (0, 0)
+    optimizer.step(lambda: [*losses(model, drawn(1)), flat(model).square().sum() + model.trunk.weight.sum()])
+    assert optimizer.steps == 1
+
+
+@pytest.mark.parametrize(
+    ("settings", "line"),
+    [
+        ({"lr": None}, "lr None of a parameter group must be a finite number"),
+        ({"lr": "fast"}, "lr 'fast'"),
+        ({"guard": "dssmg"}, "guard 'dssmg' must be settings"),
+        ({"guard": True}, "guard True must be settings"),
+    ],
+)
+def test_a_wrong_setting_gets_one_line(settings: dict[str, Any], line: str) -> None:
+    with pytest.raises(UserError, match=line):
+        GML2O(TwoTasks().parameters(), "initial", **settings)
+    if "lr" in settings:
+        with pytest.raises(UserError, match=line):
+            ML2O([{"params": list(TwoTasks().parameters()), **settings}], "initial")
