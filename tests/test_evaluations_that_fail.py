@@ -139,7 +139,7 @@ def test_a_folder_of_something_else_is_not_written_over(home, monkeypatch):
     (home / "runs/b/evaluation.json").write_text("{}")
     assert f"{home}/runs/b holds another evaluation; choose another --run-dir" in refusal(*QUICK, "--run-dir", "runs/b")
     (home / "file").write_text("")
-    assert "cannot be written" in refusal(*QUICK, "--run-dir", "file/x")
+    assert "is a file; choose another --run-dir" in refusal(*QUICK, "--run-dir", "file/x")
 
 
 def without_times(answer) -> list:

@@ -21,13 +21,23 @@ META_TRAIN = ("meta-train", "--config", f"{HERE}/small_run.yaml", "--run-dir", "
 SWEEP = ("sweep", "--config", f"{HERE}/small_sweep.yaml", "--run-dir", "runs/a", "--set", "meta_train.meta_steps=4000")
 PARETO_SET = ("pareto-set", "train", "--config", f"{HERE}/small_pareto_set.yaml", "--run-dir", "runs/a",
               "--set", "experts.steps=100000", "--set", "experts.checkpoint_every=20")  # fmt: skip
-EVALUATE = ("evaluate", "--optimizer", "initial", "--problem", "digits/mlp-16", "--seeds", "20", "--steps", "400")
+EVALUATE = (
+    "evaluate",
+    "--optimizer",
+    "initial",
+    "--problem",
+    "multidigits[net=mlp,hidden=24]",
+    "--seeds",
+    "20",
+    "--steps",
+    "400",
+)
 
 COMMANDS = {
     "meta-train": (META_TRAIN, "runs/a/checkpoints/step_*", "meta-train --run-dir {home}/runs/a --resume"),
     "sweep": (SWEEP, "runs/a/tune/*/checkpoint_*", "sweep --run-dir {home}/runs/a --resume"),
     "pareto-set": (PARETO_SET, "runs/a/*/expert_1/step_*", "pareto-set train --run-dir {home}/runs/a --resume"),
-    "evaluate": (EVALUATE, "cache/cells/**/*.safetensors", ""),
+    "evaluate": (EVALUATE, "cache/cells/*/*.safetensors", ""),
 }
 
 
