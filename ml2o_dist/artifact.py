@@ -247,6 +247,8 @@ def _is_word(text: str) -> bool:
 
 def _weights_file(path: Path | str) -> Path:
     path = expanded(path).absolute()
+    if path.suffix != ".safetensors" and os.path.isfile(path):
+        raise UserError(f"weights {str(path)!r} are neither a .safetensors file nor a folder")
     return path if path.suffix == ".safetensors" else path / WEIGHTS_FILE
 
 

@@ -156,7 +156,7 @@ def sync(console: Console, run_dir: str, tracking_uri: str) -> dict[str, Any]:
         )
     answer = send(folder, tracking_uri)
     if answer["status"] is None:
-        line = f"MLflow at {answer['tracking_uri']} has everything of {run_dir}"
+        line = f"nothing of {run_dir} is left to send to MLflow at {answer['tracking_uri']}"
         console.print(line, markup=False, highlight=False, soft_wrap=True)
         return dict(answer)
     version = answer["registered_version"]

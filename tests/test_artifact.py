@@ -315,6 +315,12 @@ def test_what_is_no_regular_file_is_refused_at_once_also_at_a_uri(name: str, fol
             load_artifact(place)
 
 
+def test_a_file_of_another_kind_is_one_line(tmp_path: Path) -> None:
+    torch.save({"a": torch.ones(2)}, tmp_path / "w.pt")
+    with pytest.raises(UserError, match=r"w\.pt' are neither a \.safetensors file nor a folder"):
+        load_artifact(tmp_path / "w.pt")
+
+
 @pytest.mark.parametrize(
     "name", ["a" * 300, f"{'a' * 300}/x", "a\0b", "~nobody-at-all/x", "/dev/null", "/dev/zero"], ids=range(6)
 )

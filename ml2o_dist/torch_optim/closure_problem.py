@@ -29,8 +29,11 @@ where nearly everything repeats exactly, and on other devices, where atomic sums
 MOST_INSPECTED = 256
 """Sets of reached parameters whose graphs are searched: a model that skips parts at random has a new one each step."""
 
-MISSING_LABELS = "Where samples lack a label, take torch.where(mask, loss, 0), and divide by no count that can be 0"
-"""What is said of a loss that is NaN."""
+MISSING_LABELS = (
+    "Where samples lack a label, put a number in its place before the loss, torch.where(mask, label, 0), leave the "
+    "loss out after it, torch.where(mask, loss, 0), and divide by no count that can be 0"
+)
+"""What is said of a loss or a gradient that is NaN: where only the loss is left out, its gradient is 0 times NaN."""
 
 
 class ClosureProblem(Problem):
@@ -246,7 +249,8 @@ class ClosureProblem(Problem):
                 del losses, values, totals, roots, found, gradients  # and with them the graph, before the next part's
         jacobian = torch.stack(rows).sum(dim=0) / count
         if not bool(jacobian.isfinite().all()):
-            raise UserError(f"a gradient of the {batch.name} is not finite, though its losses are; no step was taken")
+            what = f"a gradient of the {batch.name} is not finite, though its losses are"
+            raise UserError(f"{what}; no step was taken. {MISSING_LABELS}")
         return _Differentiated(jacobian, torch.stack(sums).sum(dim=0) / count, reached, every)
 
     def _checked(self, losses: list[Tensor], batch: ClosureBatch) -> list[Tensor]:

@@ -40,7 +40,8 @@ class ML2O(Optimizer):
     the parameters' `grad` is neither read nor written.
 
     What it needs: m is the same at every step. A task without labels in a batch still needs a loss with a graph,
-    `(output * 0).sum()`; samples without a label have the loss 0, `torch.where(mask, loss, 0)`. Checkpoints of
+    `(output * 0).sum()`; samples without a label get one before the loss, `torch.where(mask, label, 0)`, and the
+    loss 0 after it, `torch.where(mask, loss, 0)`. Checkpoints of
     activations have `use_reentrant=False`. Accelerate's wrapper passes on one closure only and drops the losses: write
     `optimizer.optimizer.step(closure, guard_closure)` there. Save `state_dict()` by `torch.save`:
     torch.distributed.checkpoint leaves out what it does not know.
@@ -147,6 +148,7 @@ class ML2O(Optimizer):
         saved = state_dict.get("ml2o")
         if saved is None:
             raise UserError(f"the state dict is none of {type(self).__name__}: it has no entry 'ml2o'")
+        _check_saved(saved)
         kinds = "ML2O, without a guard's memory", "GML2O, with a guard's memory"
         theirs = "accepted_steps" in saved
         if theirs != self._guarded:
@@ -174,7 +176,7 @@ class ML2O(Optimizer):
             tensors = {place: tensor.clone().to(device) for place, tensor in saved["tensors"].items()}
             try:
                 rule_state = put_together(json.loads(saved["tree"]), tensors, modules_of(fresh).__getitem__)
-            except StateError as error:
+            except (StateError, json.JSONDecodeError, RecursionError) as error:
                 raise UserError(
                     f"the state dict is not whole: {error}. torch.distributed.checkpoint fills in only what a new "
                     "optimizer has: use torch.save and torch.load"
@@ -321,6 +323,33 @@ class ML2O(Optimizer):
             value = _non_negative(key, group[key])
             values |= {id(parameter): value for parameter in group["params"]}
         return [values[id(parameter)] for parameter in self._layout.parameters]
+
+
+def _check_saved(saved: Any) -> None:
+    """Raise UserError where an entry `ml2o` of a state dict lacks something, or has it of another kind."""
+    kinds: dict[str, Any] = {
+        "steps": int,
+        "weights_sha256": str,
+        "objectives": int,
+        "order": list,
+        "shapes": list,
+        "precision": str,
+        "exact": Tensor | None,
+        "tree": str,
+        "tensors": dict,
+    }
+    if not isinstance(saved, dict):
+        raise UserError("the state dict is not whole: its entry 'ml2o' is no dictionary")
+    if "accepted_steps" in saved:
+        kinds["accepted_steps"] = int
+    for name, kind in kinds.items():
+        if name not in saved or not isinstance(saved[name], kind) or (kind is int and saved[name] < 0):
+            raise UserError(f"the state dict is not whole: it lacks {name!r}, or has no such value there")
+    if not all(isinstance(each, int) and each >= 0 for each in saved["order"]):
+        raise UserError("the state dict is not whole: 'order' has other things than numbers of parameters")
+    for tensor in (saved["exact"], *saved["tensors"].values()):
+        if tensor is not None and not (isinstance(tensor, Tensor) and not bool(tensor.isnan().any())):
+            raise UserError("the state dict is not whole: it has something else than tensors of numbers")
 
 
 def _no_closure(name: str) -> str:

@@ -48,8 +48,8 @@ class Notices:
             more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
             warn(
                 f"no loss reached {len(names)} trainable parameters in their first step, which do not move until one "
-                f"does: {', '.join(names[:NAMED])}{more}. If they should be trained, something hides them from "
-                "torch.autograd.grad, as a function does that calls backward inside; if not, freeze them by "
+                f"does: {', '.join(names[:NAMED])}{more}. If a loss does use them, something hides them from "
+                "torch.autograd.grad, as a function does that calls backward inside; if none will, freeze them by "
                 "requires_grad_(False)"
             )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -118,3 +119,36 @@ def test_another_precision_than_the_first_steps_gets_one_line_again_and_again(ki
     with pytest.raises(UserError, match=r"the state dict is in torch\.float32, the parameters here in torch\.float64"):
         makers(place)[kind](model).load_state_dict(saved)
     makers(place)[kind](model).load_state_dict(makers(place)[kind](TwoTasks()).state_dict())  # of no step yet
+
+
+DAMAGES: dict[str, Any] = {
+    "steps": ["zzz", -5, None],
+    "accepted_steps": ["zzz", -1],
+    "objectives": ["two", -1],
+    "order": ["abc", [0, "one"], [-1, 0], None],
+    "shapes": ["abc", None],
+    "precision": [32],
+    "weights_sha256": [None],
+    "exact": ["no tensor"],
+    "tree": ["{", "[" * 100_000, 7],
+    "tensors": [[], {"a": "no tensor"}, {"a": torch.tensor(torch.nan)}],
+}
+
+
+@pytest.mark.parametrize("name", DAMAGES)
+def test_a_damaged_state_dict_is_one_line_and_changes_nothing(name: str) -> None:
+    model = TwoTasks()
+    optimizer = GML2O(model.parameters(), "initial")
+    for step in range(2):
+        optimizer.step(lambda step=step: losses(model, drawn(step)))
+    whole = optimizer.state_dict()
+    for value in DAMAGES[name]:
+        damaged = {**whole, "ml2o": {**whole["ml2o"], name: value}}
+        with pytest.raises(UserError, match="state dict"):
+            optimizer.load_state_dict(damaged)
+    lacking = {key: value for key, value in whole["ml2o"].items() if key != name}
+    with pytest.raises(UserError, match="state dict"):
+        optimizer.load_state_dict({**whole, "ml2o": lacking})
+    optimizer.load_state_dict(whole)
+    optimizer.step(lambda: losses(model, drawn(3)))
+    assert optimizer.steps == 3

@@ -275,3 +275,28 @@ def test_a_wrong_setting_gets_one_line(settings: dict[str, Any], line: str) -> N
     if "lr" in settings:
         with pytest.raises(UserError, match=line):
             ML2O([{"params": list(TwoTasks().parameters()), **settings}], "initial")
+
+
+@pytest.mark.parametrize("kind", [ML2O, GML2O])
+def test_samples_without_a_label_are_left_out_as_the_message_says(kind: type[ML2O]) -> None:
+    model, x, label = nn.Linear(3, 2), torch.randn(12, 3), torch.randn(12, 2)
+    label[::4, 1] = math.nan
+    mask = ~label.isnan()
+    optimizer = kind(model.parameters(), "initial")
+
+    def plain() -> list[Tensor]:
+        return list((model(x) - label).square().mean(dim=0))
+
+    def left_out() -> list[Tensor]:
+        return list(torch.where(mask, (model(x) - label).square(), 0).mean(dim=0))
+
+    def replaced() -> list[Tensor]:
+        errors = (model(x) - torch.where(mask, label, 0)).square()
+        return list(torch.where(mask, errors, 0).mean(dim=0))
+
+    for closure in (plain, left_out):
+        with pytest.raises(UserError, match=r"torch\.where\(mask, label, 0\)"):
+            optimizer.step(closure)
+    for _ in range(5):
+        optimizer.step(replaced)
+    assert all(bool(parameter.isfinite().all()) for parameter in model.parameters())

@@ -71,7 +71,7 @@ def test_a_hidden_parameter_is_named_once(named: bool, kind: type[ML2O]) -> None
     assert line.startswith(
         "no loss reached 2 trainable parameters in their first step, which do not move until one does"
     )
-    assert f"does: {', '.join(hidden)}. If they should be trained" in line
+    assert f"does: {', '.join(hidden)}. If a loss does use them" in line
 
 
 def test_parameters_that_come_later_are_named_in_their_first_step() -> None:

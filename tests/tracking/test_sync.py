@@ -76,7 +76,7 @@ def test_everything_goes_into_one_run_and_the_version_is_registered(uri: str, ru
     assert client.get_model_version("late", str(version["version"])).run_id == answer["run_id"]
     assert not (run_dir / "spool").exists()
     code, output, _ = ml2o_sync(run_dir)
-    assert (code, output) == (0, f"MLflow at {uri} has everything of {run_dir}\n")
+    assert (code, output) == (0, f"nothing of {run_dir} is left to send to MLflow at {uri}\n")
     code, _, error = ml2o_sync(run_dir / "spool")
     assert code == 2
     assert "holds no run that was tracked" in error
