@@ -97,6 +97,16 @@ def lies_within(file: Path, folder: Path) -> bool:
         return False
 
 
+def check_own_file(file: Path) -> None:
+    """Raise UserError where `file`, which is to be written on, is a link, a FIFO or anything else than a file."""
+    try:
+        kind = file.lstat().st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISREG(kind):
+        raise UserError(f"{file} cannot be written: it is a link, or no regular file")
+
+
 def read_json(
     file: Path, what: str, limit: int = JSON_LIMIT, within: Path | None = None, *, finite: bool = False
 ) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import stat
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -19,7 +18,7 @@ from ml2o_dist.config_file import dump_settings, first_difference, load_settings
 from ml2o_dist.errors import UserError
 from ml2o_dist.files import replacing
 from ml2o_dist.metatrain.checkpoint import newest_checkpoint
-from ml2o_dist.reading import lies_within
+from ml2o_dist.reading import check_own_file, lies_within
 from ml2o_dist.run_log import BEGUN, FORM
 from ml2o_dist.run_storage import RunStorage
 from ml2o_dist.shown_text import headed, visible
@@ -167,16 +166,6 @@ class _Letters(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return visible(super().format(record), lines=True)
-
-
-def check_own_file(file: Path) -> None:
-    """Raise UserError where `file`, which is to be written on, is a link, a FIFO or anything else than a file."""
-    try:
-        kind = file.lstat().st_mode
-    except FileNotFoundError:
-        return
-    if not stat.S_ISREG(kind):
-        raise UserError(f"{file} cannot be written: it is a link, or no regular file")
 
 
 class _Screen(logging.Handler):

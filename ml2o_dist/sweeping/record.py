@@ -16,8 +16,7 @@ import pyarrow.parquet as pq
 from ml2o_dist import shown_text
 from ml2o_dist.errors import UserError
 from ml2o_dist.files import replacing
-from ml2o_dist.reading import MIB, read_bytes
-from ml2o_dist.run_directory import check_own_file
+from ml2o_dist.reading import MIB, check_own_file, read_bytes
 from ml2o_dist.sweeping.record_lines import Beginning, Copy, End, Entry, Report, State, entry_of, line_of
 
 FILE, TABLE = "trials.jsonl", "results.parquet"

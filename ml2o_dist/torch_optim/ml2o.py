@@ -41,10 +41,9 @@ class ML2O(Optimizer):
 
     What it needs: m is the same at every step. A task without labels in a batch still needs a loss with a graph,
     `(output * 0).sum()`; samples without a label get one before the loss, `torch.where(mask, label, 0)`, and the
-    loss 0 after it, `torch.where(mask, loss, 0)`. Checkpoints of
-    activations have `use_reentrant=False`. Accelerate's wrapper passes on one closure only and drops the losses: write
-    `optimizer.optimizer.step(closure, guard_closure)` there. Save `state_dict()` by `torch.save`:
-    torch.distributed.checkpoint leaves out what it does not know.
+    loss 0 after it, `torch.where(mask, loss, 0)`. Checkpoints of activations have `use_reentrant=False`. Accelerate's
+    wrapper passes on one closure only and drops the losses: write `optimizer.optimizer.step(closure, guard_closure)`
+    there. Save `state_dict()` by `torch.save`: torch.distributed.checkpoint leaves out what it does not know.
 
     A parameter that no loss reaches in a step stays where it is, a frozen one (`requires_grad=False`) too; one that is
     unfrozen, or comes by `add_param_group`, begins then. Where no loss reaches a parameter in its first step, a warning

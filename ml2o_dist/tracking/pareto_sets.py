@@ -50,6 +50,8 @@ def resolve_set(uri: str, reference: str) -> SavedSet:
     import mlflow.artifacts
 
     version = find_version(uri, reference)
+    if "tasks" not in version["tags"]:  # with which `register_set` marks what it registers
+        raise UserError(f"{reference} is no Pareto set")
     place = f"{version_source(uri, version)}/artifacts/{FILE}"  # and nothing else that lies there
     with tempfile.TemporaryDirectory(prefix="ml2o-set-") as folder:
         with answering(uri):

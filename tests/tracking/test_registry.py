@@ -19,6 +19,7 @@ from ml2o_dist.artifact import load_artifact, save_artifact
 from ml2o_dist.errors import UserError
 from ml2o_dist.rules.ml2o import ML2ONetwork, ML2ORule
 from ml2o_dist.tracking.names import checked_model_name
+from ml2o_dist.tracking.pareto_sets import resolve_set
 from ml2o_dist.tracking.registry import list_versions, register_version, resolve_model
 from ml2o_dist.tracking.transfer import import_version
 from tests.tracking.filled_registry import RULE, Registry
@@ -106,6 +107,12 @@ def test_by_alias_and_by_number_the_weights_come_back(registry: Registry) -> Non
         file = resolve_model(registry.uri, reference)
         assert load_artifact(file).weights_sha256 == load_artifact(registry.artifact(number)).weights_sha256
         assert registry.folder / "mlartifacts" in file.parents
+
+
+def test_an_optimizer_is_no_pareto_set(registry: Registry) -> None:
+    register_version(registry.uri, "other", registry.artifact(1), run_id=registry.run_id)
+    with pytest.raises(UserError, match=r"^models:/other/1 is no Pareto set$"):
+        resolve_set(registry.uri, "models:/other/1")
 
 
 def test_an_artifact_is_loaded_by_its_registered_name(registry: Registry, monkeypatch: pytest.MonkeyPatch) -> None:
