@@ -29,7 +29,7 @@ FROZEN = {
 """Of the suites that the weights are shown on: what they measure does not change behind the figures in the README."""
 
 
-MADE_BEFORE = {"ml2o-small": "the controller's memory, and no epsilon in the features"}
+MADE_BEFORE = {"ml2o-small": "the controller's memory, no epsilon in the features, no step without a gradient"}
 """Weights whose recipe gives others by now, and why."""
 
 

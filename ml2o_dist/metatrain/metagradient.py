@@ -131,7 +131,7 @@ def replay(
             outputs = unrolled.forward(inputs[part], restart=start == 0).requires_grad_(True)
             with torch.enable_grad():
                 shift = network.shift(totals[part, block], counts[part])
-                update = network.step_update(outputs, directions[part], shift)
+                update = network.step_update(inputs[part], outputs, directions[part], shift)
                 value = (update * answers[part, block]).sum() * rollout.scale
             by_outputs, *by_each = torch.autograd.grad(value, [outputs, *controls])
             unrolled.backward(by_outputs)

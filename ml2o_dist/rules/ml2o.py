@@ -161,7 +161,7 @@ class ML2ONetwork(nn.Module):
                 self.settings, gradients[:, part], block.memory, state.step - block.born, value[part]
             )
             outputs, cells = self.step(seen, block.cells, weights)
-            updates.append(self.step_update(outputs, direction, shift[part]))
+            updates.append(self.step_update(seen, outputs, direction, shift[part]))
             after.append(BlockState(memory, cells, block.born))
         update = torch.cat(updates).view(instances, dimension)
         agreement = features.remember(agreement, total, update)
@@ -204,17 +204,19 @@ class ML2ONetwork(nn.Module):
         outputs = torch.addmm(weights.head[:, -1:], weights.head[:, :-1], shared[0])
         return outputs, (*parts, shared)
 
-    def step_update(self, outputs: Tensor, direction: Tensor, shift: Tensor) -> Tensor:
+    def step_update(self, inputs: Tensor, outputs: Tensor, direction: Tensor, shift: Tensor) -> Tensor:
         """Turn outputs [..., o, R], Adam's direction and the controller's shift, both [..., R], into u [..., R].
 
+        `inputs` [..., c, m, R] are the features; d and out count as 0 where there is no gradient (`features.presence`).
         residual: u = -lr * exp(s) * (direction + d) with outputs (s, d); controlled: u = -lr * exp(shift) *
         (direction + d) with output d, for the step's size is the controller's alone (a second hand on it learned from
         rough episodes to step too far); scaled: u = scale * out (the paper's kind).
         """
+        own = features.presence(self.settings, inputs) * outputs[..., -1, :]
         if self.settings.output == "scaled":
-            return self.settings.scale * outputs[..., 0, :]
+            return self.settings.scale * own
         size = outputs[..., 0, :] if self.settings.output == "residual" else shift
-        return -self.settings.lr * size.exp() * (direction + outputs[..., -1, :])
+        return -self.settings.lr * size.exp() * (direction + own)
 
     def shift(self, total: Tensor, count: Tensor | int) -> Tensor:
         """Return the controller's share of the log step size, shaped like `total`; zero unless `output: controlled`.

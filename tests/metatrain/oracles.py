@@ -60,27 +60,31 @@ class WrittenOut:
         self.count += 1
         rows = [jacobian[:, i].reshape(-1) for i in range(objectives)]
         self._judge(jacobian.sum(dim=1))
-        outputs = []
+        outputs, seen = [], [self._features(i, row) for i, row in enumerate(rows)]
+        own = [row.abs() for row in rows]
+        if self.settings.features != "log_sign":
+            own = [self.averages[f"v{i}"] for i in range(objectives)]
+        present = (sum(own) > 0).double()
         if self.settings.objectives == "tied":
             self.tied_states = self.tied_states or [None] * objectives
-            for i, row in enumerate(rows):
-                self.tied_states[i] = self.cells[0](self._features(i, row), self.tied_states[i])
+            for i in range(objectives):
+                self.tied_states[i] = self.cells[0](seen[i], self.tied_states[i])
                 outputs.append(self.tied_states[i][0])
             pooled = sum(outputs) / objectives
         else:
-            for i, row in enumerate(rows):
-                self.states[i] = self.cells[i](self._features(i, row), self.states[i])
+            for i in range(objectives):
+                self.states[i] = self.cells[i](seen[i], self.states[i])
                 outputs.append(self.states[i][0])
             pooled = torch.cat(outputs, dim=1)
         self.states[-1] = self.cells[-1](pooled, self.states[-1])
         out = self.network.head(self.states[-1][0])
         if self.settings.output == "scaled":
-            update = self.settings.scale * out[:, 0]
+            update = self.settings.scale * present * out[:, 0]
         else:
             total = sum(rows)
             first = self._average("m", total, 0.9)
             second = self._average("v", total * total, 0.999)
-            size, added = out[:, 0], out[:, -1]
+            size, added = out[:, 0], present * out[:, -1]
             self.total = self.total + self.agreement
             if self.settings.output == "controlled":
                 grow, decay = self.network.control

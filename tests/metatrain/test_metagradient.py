@@ -22,6 +22,7 @@ from ml2o_dist.rules.gml2o import GML2O
 from tests.metatrain.oracles import DOUBLE, WrittenOut, first_order, problem_for, random_rule
 
 HORIZON = 7
+NETWORK = "multidigits[net=mlp,hidden=3,activation=tanh,size=6,batch=4]"
 
 
 def rolled(rule, problem, horizon=HORIZON, chosen="all", seed=11):
@@ -73,6 +74,35 @@ def test_replay_is_first_order_backpropagation(objectives, instances, form):
     expected_loss, expected = first_order(rule.network, problem, start, batches, weights)
     assert abs(loss.item() - expected_loss.item()) < 1e-10
     assert_close(gradient, expected)
+
+
+class Deaf(Rescaled):
+    """Every other coordinate changes nothing."""
+
+    def sample_losses(self, parameters, batch):
+        return super().sample_losses(self._heard(parameters), batch)
+
+    def jacobian(self, parameters, batch):
+        jacobian, losses = super().jacobian(self._heard(parameters), batch)
+        return self._heard(jacobian), losses
+
+    def _heard(self, values):
+        return values * (torch.arange(values.shape[-1]) % 2)
+
+
+@pytest.mark.parametrize("output", ["residual", "controlled", "scaled"])
+@pytest.mark.parametrize("features", ["adam", "log_sign"])
+def test_so_it_is_where_coordinates_have_no_gradient(output, features):
+    problem = Deaf(problem_for(2, 3, dimension=8))
+    rule = random_rule(RuleSettings(output=output, features=features, hidden=4, lr=0.1, scale=0.1))
+    rollout, start, batches = rolled(rule, problem)
+    assert (rollout.gradients == 0).all(dim=2).double().mean() == 0.5
+    _, gradient = replay(rule.network, rollout, EstimatorSettings(gamma=1.0), "normalised", HORIZON, None)
+    _, expected = first_order(rule.network, problem, start, batches, step_weights("linear", HORIZON, start))
+    assert_close(gradient, expected)
+    _, whole, losses = exact(rule.network, problem, start, batches, EstimatorSettings(meta_loss="normalised"))
+    torch.testing.assert_close(losses, rollout.losses)
+    assert all(bool(each.isfinite().all()) for each in whole)
 
 
 @pytest.mark.parametrize("features", ["adam", "agreement", "log_sign"])
@@ -205,7 +235,6 @@ def test_roll_out_keeps_the_chosen_coordinates_in_their_order():
     assert some.scale == 2.5
 
 
-NETWORK = "multidigits[net=mlp,hidden=3,activation=tanh,size=6,batch=4]"
 RULES = [(output, features) for output in ("residual", "scaled", "controlled") for features in ("adam", "agreement")]
 
 

@@ -52,6 +52,24 @@ def test_a_factor_of_zero_stands_still_under_a_guard_too(place: Path) -> None:
     assert torch.equal(flat(model), before)
 
 
+@pytest.mark.parametrize("kind", [ML2O, GML2O])
+def test_rows_that_no_sample_names_and_masked_weights_stay_where_they_are(kind: type[ML2O]) -> None:
+    """With the shipped weights, whose network says something of every coordinate."""
+    torch.manual_seed(0)
+    table, layer = nn.Embedding(9, 4), nn.Linear(4, 2)
+    mask = (torch.arange(4) != 1).float()
+    start = [table.weight.detach().clone(), layer.weight.detach().clone()]
+    optimizer = kind([*table.parameters(), *layer.parameters()])
+    for step in range(30):
+        rows = torch.tensor([0, 2, 3 + step % 4])
+        optimizer.step(lambda rows=rows: list((layer(table(rows) * mask) - 1).square().mean(dim=0)))
+    moved = [(table.weight - start[0]).detach(), (layer.weight - start[1]).detach()]
+    assert moved[0][[1, 7, 8]].abs().max() == 0
+    assert moved[0][:, 1].abs().max() == moved[1][:, 1].abs().max() == 0
+    assert moved[0][0, 0] != 0
+    assert moved[1][0, 0] != 0
+
+
 def test_groups_have_their_own_factors() -> None:
     model, twin = TwoTasks(), TwoTasks()
     groups = [{"params": model.trunk.parameters(), "lr": 0.1}, {"params": model.heads.parameters()}]
