@@ -29,6 +29,7 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 from ml2o_dist.problems.image_files import RAW_FILES  # noqa: E402
+from tests.tracking.empty_store import new_store  # noqa: E402
 
 torch.set_num_threads(1)
 
@@ -56,10 +57,11 @@ def real_data_root() -> str:
 
 @pytest.fixture
 def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A fresh ML2O_HOME; neither image data nor a tracking server is set."""
+    """A fresh ML2O_HOME with an empty store of runs; neither image data nor a tracking server is set."""
     monkeypatch.setenv("ML2O_HOME", str(tmp_path))
     monkeypatch.delenv("ML2O_DATA", raising=False)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    new_store(tmp_path)
     return tmp_path
 
 

@@ -12,6 +12,7 @@ from ml2o_dist.config_file import load_evaluation
 from ml2o_dist.rules.ml2o import ML2ONetwork
 from ml2o_dist.tracking.registry import register_version
 from tests.evaluate_command import DIGITS, QUICK, ml2o, named, strict
+from tests.tracking.empty_store import new_store
 
 pytestmark = pytest.mark.usefixtures("fresh_cache")
 
@@ -28,7 +29,7 @@ def finished(cluster, tmp_path_factory):
     rule = RuleSettings(hidden=3)
     weights = {name: tensor + 0.1 for name, tensor in ML2ONetwork(rule).state_dict().items()}
     saved = save_artifact(home / "runs" / "trained", weights, rule, {})
-    register_version(f"sqlite:///{home}/mlflow.db", "ml2o", saved.path)
+    register_version(new_store(home), "ml2o", saved.path)
     options = ["tuning_seeds=1", "learning_rates=[0.1, 0.5]", "criticality_batches=4", "rule.hidden=3"]
     options.append("guard.budget=0")  # each step by itself: an adversary's are all refused
     words = [word for option in options for word in ("--set", option)]
@@ -194,7 +195,7 @@ def test_while_mlflow_is_away_nothing_is_lost_and_the_same_command_sends_it_late
     assert "not in MLflow: MLflow at http://127.0.0.1:9 does not answer" in result.stderr
     assert "the same command sends them later" in result.stderr
     monkeypatch.setattr(evaluations, "connected", lambda address: pytest.fail("Ray was asked for"))
-    uri = f"sqlite:///{home}/later.db"
+    uri = new_store(home, "later.db")
     sent = ml2o(*QUICK, "--tracking-uri", uri, "--json")
     assert sent.exit_code == 0, sent.output
     run_id = strict(sent.stdout)["summary"]["mlflow_runs"]["dssmg"]

@@ -19,6 +19,7 @@ from ml2o_dist.rules.adversaries import AdversaryRule
 from ml2o_dist.rules.gml2o import GML2O
 from ml2o_dist.rules.ml2o import ML2ONetwork, ML2ORule
 from ml2o_dist.rules.stochastic import DSSMG
+from tests.tracking.empty_store import new_store
 
 STEPS = 30
 
@@ -170,7 +171,7 @@ def test_a_call_is_a_run_in_mlflow_and_a_second_one_the_same(script, tmp_path, m
     monkeypatch.setattr(script.parts, "CURVES", ("quadratic[m=2,n=3]",))
     monkeypatch.setattr(script.parts, "RULES", ("ascent",))
     monkeypatch.setattr(script.parts, "PICTURES", ("quadratic",))
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    uri = new_store(tmp_path)
     words = ("--parts", "curves", "--steps", 5, "--seeds", 1, "--out", tmp_path / "out", "--tracking-uri", uri)
     for _ in range(2):
         call(script, *words)

@@ -24,6 +24,7 @@ from ml2o_dist.paretoset.library_trunks import GreyImages
 from ml2o_dist.paretoset.saved_set import FILE, load_set
 from ml2o_dist.paretoset.settings import NetworkSettings, ParetoSetSettings
 from ml2o_dist.tracking.registry import list_versions
+from tests.tracking.empty_store import new_store
 
 CONFIG = str(Path(__file__).parent / "small_pareto_set.yaml")
 pytestmark = pytest.mark.timeout(600)
@@ -44,6 +45,7 @@ def ml2o(*words: str):
 def finished(cluster, tmp_path_factory):
     """One whole run in a home of its own: (home, its --json answer, what it printed beside it)."""
     home = tmp_path_factory.mktemp("home")
+    new_store(home)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ML2O_HOME", str(home))
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)

@@ -25,6 +25,7 @@ from tests.meta_train_command import QUICK, ml2o
 from tests.metatrain.executing import Cut, cut_after, digests, in_process, later
 from tests.metatrain.faulty_disk import Killed
 from tests.metatrain.settings import small
+from tests.tracking.empty_store import new_store
 
 SETTINGS = small(meta_steps=4, checkpoint_every=1, keep_checkpoints=2, slots=2, horizon=2, validation={"every": 2})
 BASE = "bucket/runs/x"
@@ -301,6 +302,7 @@ def home(tmp_path, fresh_cache, monkeypatch):
     monkeypatch.setenv("ML2O_HOME", str(tmp_path / "home"))
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     (tmp_path / "home").mkdir()
+    new_store(tmp_path / "home")
     return tmp_path
 
 
@@ -347,7 +349,7 @@ def test_meta_train_at_a_uri_is_resumed_on_another_machine(cluster, home, monkey
 
 
 def test_what_a_run_at_a_uri_has_to_send_is_found_by_its_uri(home):
-    uri, mlflow = "s3://bucket/runs/x", f"sqlite:///{home}/mlflow.db"
+    uri, mlflow = "s3://bucket/runs/x", new_store(home)
     sink = MlflowSink.open("http://127.0.0.1:9", "ml2o/meta-train", run_dir=working_copy(uri))
     sink.log({"meta_loss": 1.0}, 3)
     sink.close()

@@ -22,12 +22,14 @@ from ml2o_dist.metatrain.checkpoint import newest_checkpoint
 from ml2o_dist.metatrain.trainer import Trainer
 from ml2o_dist.tracked_run import git_commit
 from tests.meta_train_command import CONFIG, QUICK, QUIET, ml2o, refusal
+from tests.tracking.empty_store import new_store
 
 
 @pytest.fixture(scope="module")
 def finished(cluster, tmp_path_factory):
     """One whole run in a home of its own: (home, its --json answer, what it printed beside it)."""
     home = tmp_path_factory.mktemp("home")
+    new_store(home)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ML2O_HOME", str(home))
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)

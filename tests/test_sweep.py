@@ -24,6 +24,7 @@ from ml2o_dist.sweeping.record import SweepRecord
 from ml2o_dist.tracking.registry import list_versions
 from ml2o_dist.tracking.sweep_runs import PARENT_TAG
 from tests.metatrain.executing import in_process, later
+from tests.tracking.empty_store import new_store
 
 CONFIG = Path(__file__).parent / "small_sweep.yaml"
 
@@ -36,6 +37,7 @@ def ml2o(*words: str):
 def finished(cluster, tmp_path_factory):
     """One whole sweep in a home of its own: (home, its --json answer, what it printed beside it)."""
     home = tmp_path_factory.mktemp("home")
+    new_store(home)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ML2O_HOME", str(home))
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
@@ -263,11 +265,12 @@ def test_a_sweep_that_was_killed_and_moved_goes_on_and_unpickles_nothing_of_its_
 )
 def test_nothing_starts_where_something_is_wrong(cluster, home, override, part, monkeypatch):
     monkeypatch.setenv("ML2O_DATA", str(home))
+    store = (home / "mlflow.db").read_bytes()
     result = ml2o("sweep", "--config", str(CONFIG), "--set", override, "--run-dir", "runs/x")
     assert result.exit_code == 2, result.output
     assert part in result.stderr
     assert not (home / "runs" / "x" / "sweep.yaml").exists()
-    assert not (home / "mlflow.db").exists()
+    assert (home / "mlflow.db").read_bytes() == store
 
 
 def test_optuna_that_is_not_there_is_one_line(home, monkeypatch):

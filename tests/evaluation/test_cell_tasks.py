@@ -46,7 +46,7 @@ def outcomes(cells, **options):
 
 
 @pytest.mark.usefixtures("cluster")
-@pytest.mark.parametrize("how", ["raises", "dies", "refuses"])
+@pytest.mark.parametrize("how", ["raises", "dies", pytest.param("refuses", marks=pytest.mark.long)])
 def test_a_cell_that_fails_once_is_run_once_more(tmp_path, how):
     first, second = outcomes([failing(tmp_path, 1, how), CELL])
     assert len(list(tmp_path.iterdir())) == 2
@@ -57,7 +57,11 @@ def test_a_cell_that_fails_once_is_run_once_more(tmp_path, how):
 @pytest.mark.usefixtures("cluster")
 @pytest.mark.parametrize(
     ("how", "reason"),
-    [("raises", "RuntimeError: a solver gave up"), ("dies", "WorkerCrashedError"), ("refuses", "no such thing")],
+    [
+        pytest.param("raises", "RuntimeError: a solver gave up", marks=pytest.mark.long),
+        ("dies", "WorkerCrashedError"),
+        pytest.param("refuses", "no such thing", marks=pytest.mark.long),
+    ],
 )
 def test_a_cell_that_fails_twice_has_failed_alone(tmp_path, how, reason):
     first, second = outcomes([failing(tmp_path, 9, how), CELL])

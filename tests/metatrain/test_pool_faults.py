@@ -64,7 +64,7 @@ def faults(tmp_path, monkeypatch):
     return Faults()
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.long), 2])
 def test_an_error_in_an_episode_is_tried_once_more_on_another_worker(pool, faults, workers, caplog):
     items, weights = training_items(small(), 0, "cpu"), Trainer(small(), "unused").learner.weights
     faults.order(items[1], "once")
@@ -82,7 +82,7 @@ def test_an_error_that_comes_again_ends_the_run_and_names_the_key(pool, faults):
     items = training_items(small(), 0, "cpu")
     faults.order(items[2], "always")
     with pytest.raises(PoolError, match=r"^meta-step 1 slot 2 \(.*\) failed: FloatingPointError.*on_error=skip"):
-        pool(2).run(items, Trainer(small(), "unused").learner.weights)
+        pool(1).run(items, Trainer(small(), "unused").learner.weights)
 
 
 def test_or_is_skipped_and_counted(pool, faults, tmp_path):
@@ -90,7 +90,7 @@ def test_or_is_skipped_and_counted(pool, faults, tmp_path):
     bad = training_items(settings, 1, "cpu")[2]
     faults.order(bad, "always")
     trainer = Trainer(settings, tmp_path / "run")
-    trainer.run(pool(2, faults=FaultSettings(on_error="skip")).begin)
+    trainer.run(pool(1, faults=FaultSettings(on_error="skip")).begin)
     assert (trainer.progress.failed_episodes, trainer.progress.skipped_episodes) == (1, 1)
     assert [row.get("failed_episodes") for row in trainer.progress.history] == [None, 0.0, 1.0]
     assert len(faults.pids(bad)) == 2
@@ -108,8 +108,8 @@ def test_a_validation_that_fails_is_never_the_best(pool, faults, tmp_path):
     faults.order(validation_items(settings, 1, "cpu")[0], "always")
     trainer = Trainer(settings, tmp_path / "run")
     with pytest.raises(PoolError, match=r"^validation at meta-step 0 slot 0"):
-        trainer.run(pool(2).begin)
-    trainer.run(pool(2, faults=FaultSettings(on_error="skip")).begin)
+        trainer.run(pool(1).begin)
+    trainer.run(pool(1, faults=FaultSettings(on_error="skip")).begin)
     assert trainer.progress.best_step == -1
     assert trainer.progress.history[-1]["validation"] == math.inf
 

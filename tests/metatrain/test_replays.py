@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import signal
 import time
@@ -48,29 +49,32 @@ def trained(folder, begin, on_row=lambda step, row: None, **settings):
 
 @pytest.fixture(scope="module")
 def calm(cluster, tmp_path_factory):
-    """An undisturbed run with one worker by staleness."""
-    found = {}
-    for staleness in (0, 2):
+    """Return an undisturbed run with one worker, by staleness."""
+
+    @functools.cache
+    def run(staleness):
         one = WorkerPool(1, ResourceSettings(), FAULTS, learner=LearnerSettings())
         try:
-            found[staleness] = trained(tmp_path_factory.mktemp("calm"), one.begin, staleness=staleness)
+            return trained(tmp_path_factory.mktemp("calm"), one.begin, staleness=staleness)
         finally:
             one.close()
-    return found
+
+    return run
 
 
-@pytest.mark.parametrize("staleness", [0, 2])
+@pytest.mark.parametrize("staleness", [pytest.param(0, marks=pytest.mark.long), 2])
 def test_the_weights_are_those_of_backward_worker_to_rounding(pool, tmp_path, calm, staleness):
     worker = trained(tmp_path / "worker", later(in_process), staleness=staleness)
+    calm = digests(calm(staleness))  # before: one pool at a time has room
     ours = trained(tmp_path / "ours", pool(2).begin, staleness=staleness)
     for name, tensor in worker.learner.weights.items():
         torch.testing.assert_close(ours.learner.weights[name], tensor, rtol=1e-4, atol=1e-6)
-    assert digests(calm[staleness]) == digests(ours)
+    assert calm == digests(ours)
 
 
 @pytest.mark.long
 def test_a_replayer_or_a_worker_that_is_killed_changes_nothing(pool, tmp_path, calm):
-    victims = []
+    victims, calm = [], digests(calm(0))
     mine = pool(2)
 
     def on_row(step, row):
@@ -79,13 +83,13 @@ def test_a_replayer_or_a_worker_that_is_killed_changes_nothing(pool, tmp_path, c
             victims.append(pid)
             os.kill(pid, signal.SIGKILL)
 
-    assert digests(trained(tmp_path / "killed", mine.begin, on_row)) == digests(calm[0])
+    assert digests(trained(tmp_path / "killed", mine.begin, on_row)) == calm
     assert mine.restarts == len(victims) == 2
 
 
 @pytest.mark.long
 def test_a_replayer_that_hangs_is_replaced(pool, tmp_path, calm):
-    stopped = []
+    stopped, calm = [], digests(calm(0))
     mine = pool(2, FaultSettings(shortest_deadline_s=5, first_deadline_s=20))  # another one starts in it
 
     def on_row(step, row):
@@ -93,7 +97,7 @@ def test_a_replayer_that_hangs_is_replaced(pool, tmp_path, calm):
             stopped.append(ray.get(mine._replays._actor.where.remote())[0])
             os.kill(stopped[0], signal.SIGSTOP)
 
-    assert digests(trained(tmp_path / "hangs", mine.begin, on_row)) == digests(calm[0])
+    assert digests(trained(tmp_path / "hangs", mine.begin, on_row)) == calm
     assert mine.restarts == 1
     limit = time.monotonic() + 30
     while os.path.exists(f"/proc/{stopped[0]}"):
@@ -151,15 +155,14 @@ def test_a_replayer_that_has_no_room_is_told_of(pool):
 
 
 def test_a_meta_training_gets_the_pool_that_its_settings_ask_for(cluster):
-    for backward, replays in (("worker", False), ("learner", True)):
-        settings = small(backward=backward, workers=1)
-        made = WorkerPool.of(settings)
-        try:
-            assert (made._replays is not None) == replays
-            (result,) = made.run(training_items(settings, 0, "cpu")[:1], Trainer(settings, "unused").learner.weights)
-            assert result.gradient is not None
-        finally:
-            made.close()
+    settings = small(backward="learner", workers=1)
+    made = WorkerPool.of(settings)
+    try:
+        assert made._replays is not None
+        (result,) = made.run(training_items(settings, 0, "cpu")[:1], Trainer(settings, "unused").learner.weights)
+        assert result.gradient is not None
+    finally:
+        made.close()
 
 
 def test_the_process_that_replays_takes_its_share_of_the_room():

@@ -25,7 +25,7 @@ def with_old_weights(settings):
     return weights_sha256(learner.weights)
 
 
-@pytest.mark.parametrize("staleness", [1, 2, 5])
+@pytest.mark.parametrize("staleness", [pytest.param(1, marks=pytest.mark.long), 2, 5])
 def test_with_staleness_each_meta_step_runs_under_weights_that_many_updates_old(tmp_path, staleness):
     settings = small(staleness=staleness, meta_steps=7)
     order = []
@@ -50,12 +50,16 @@ def test_with_staleness_each_meta_step_runs_under_weights_that_many_updates_old(
         assert ahead == list(range(min(7, step + staleness + 1))), "all whose weights exist, and no others"
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    trainer = Trainer(small(staleness=2, meta_steps=6), tmp_path_factory.mktemp("whole"))
+    trainer.run(later(in_process))
+    return trainer
+
+
 @pytest.mark.parametrize("calls", range(1, 9))
-def test_with_staleness_too_stopping_anywhere_changes_nothing(tmp_path, calls):
-    settings = small(staleness=2, meta_steps=6)
-    whole = Trainer(settings, tmp_path / "whole")
-    whole.run(later(in_process))
-    first, second = (Trainer(settings, tmp_path / "cut") for _ in range(2))
+def test_with_staleness_too_stopping_anywhere_changes_nothing(whole, tmp_path, calls):
+    first, second = (Trainer(whole.settings, tmp_path) for _ in range(2))
     with pytest.raises(Cut):
         first.run(later(cut_after(calls)))
     first.save()

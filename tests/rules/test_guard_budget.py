@@ -83,7 +83,14 @@ def test_exact_differences_add_up_to_the_budget_and_no_further(objectives, crite
 
 
 @pytest.mark.parametrize("name", ["ascent", "random", "huge", "nan", "drift", "turncoat", "frozen"])
-@pytest.mark.parametrize("text", ["quadratic[n=6]", "quadratic[m=3,n=6]", "fonseca", "zdt1[n=5]", "cagrad_toy"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "quadratic[m=3,n=6]",
+        "zdt1[n=5]",
+        *(pytest.param(text, marks=pytest.mark.long) for text in ("quadratic[n=6]", "fonseca", "cagrad_toy")),
+    ],
+)
 def test_in_no_stretch_of_a_run_is_it_worse_than_its_fallbacks_steps_by_more(name, text):
     oracle, point = start(text, 3)
     begun = oracle.problem.losses(point, None)

@@ -10,6 +10,7 @@ from ml2o_dist.config import RuleSettings
 from ml2o_dist.rules.ml2o import ML2ONetwork
 from ml2o_dist.tracking.registry import list_versions
 from ml2o_dist.tracking.store import connect, ensure_experiment
+from tests.tracking.empty_store import new_store
 
 RULE = RuleSettings(hidden=4)
 
@@ -19,7 +20,7 @@ class Registry:
 
     def __init__(self, folder: Path, uri: str = "") -> None:
         self.folder = folder
-        self.uri = uri or f"sqlite:///{folder}/mlflow.db"
+        self.uri = uri or new_store(folder)
         self.client = connect(self.uri)
         self.experiment_id = ensure_experiment(self.client, self.uri, "ml2o/meta-train")
         self.run_id = self.new_run()

@@ -12,6 +12,8 @@ import urllib.request
 from contextlib import suppress
 from pathlib import Path
 
+from tests.tracking.empty_store import new_store
+
 
 class MlflowServer:
     """Not started at first: `uri` is then an address where nobody answers."""
@@ -22,7 +24,7 @@ class MlflowServer:
             probe.bind(("127.0.0.1", 0))
             self.port = int(probe.getsockname()[1])
         self.uri = f"http://127.0.0.1:{self.port}"
-        self.store = store or f"sqlite:///{folder}/server.db"
+        self.store = store or new_store(folder, "server.db")
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:

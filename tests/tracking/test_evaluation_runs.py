@@ -14,6 +14,7 @@ from ml2o_dist.evaluation.evaluated import Curve, EvaluatedCell, Evaluation, Fro
 from ml2o_dist.evaluation.statistics import Interval
 from ml2o_dist.tracking.evaluation_runs import Version, log_evaluation, metric_names
 from ml2o_dist.tracking.store import connect
+from tests.tracking.empty_store import new_store
 
 PROBLEM = "quadratic[n=4]"
 ROW = Row(
@@ -56,7 +57,7 @@ def log(uri: str, evaluation: Evaluation = EVALUATION, files: tuple[Path, ...] =
 
 @pytest.fixture
 def uri(tmp_path: Path) -> str:
-    return f"sqlite:///{tmp_path}/mlflow.db"
+    return new_store(tmp_path)
 
 
 def test_a_run_has_tags_to_sort_by_figures_inputs_and_files(uri: str, tmp_path: Path) -> None:

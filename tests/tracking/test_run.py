@@ -12,15 +12,14 @@ from ml2o_dist.tracking.identity import RUN_KEY_TAG, RunIdentity
 from ml2o_dist.tracking.records import End, Params, Point
 from ml2o_dist.tracking.run import MlflowRun, RunGone
 from ml2o_dist.tracking.store import connect
+from tests.tracking.empty_store import new_store
 
 EXPERIMENT = "ml2o/meta-train"
 
 
 @pytest.fixture(scope="module")
 def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
-    address = f"sqlite:///{tmp_path_factory.mktemp('run')}/mlflow.db"
-    connect(address).search_experiments()
-    return address
+    return new_store(tmp_path_factory.mktemp("run"))
 
 
 @pytest.fixture
@@ -118,7 +117,7 @@ def test_params_are_sent_once(uri: str, identity: RunIdentity, monkeypatch: pyte
 def test_a_run_that_the_server_lost_is_begun_again(
     tmp_path_factory: pytest.TempPathFactory, caplog: pytest.LogCaptureFixture
 ) -> None:
-    address = f"sqlite:///{tmp_path_factory.mktemp('lost')}/mlflow.db"
+    address = new_store(tmp_path_factory.mktemp("lost"))
     run = MlflowRun(address, RunIdentity(address, EXPERIMENT))
     assert run.start()
     first = run.run_id

@@ -11,6 +11,7 @@ from ml2o_dist.errors import UserError
 from ml2o_dist.tracking.sink import MlflowSink
 from ml2o_dist.tracking.store import connect
 from ml2o_dist.tracking.sweep_runs import PARENT_TAG, SweepRuns
+from tests.tracking.empty_store import new_store
 from tests.tracking.fake_run import FakeRun
 from tests.tracking.mlflow_server import MlflowServer
 
@@ -53,7 +54,7 @@ def check(uri: str, last: int) -> None:
 
 
 def test_what_is_told_again_is_written_once(tmp_path: Path) -> None:
-    uri = f"sqlite:///{tmp_path}/mlflow.db"
+    uri = new_store(tmp_path)
     first = tell(uri, tmp_path / "run", "key", range(3))
     check(uri, 3)
     again = tell(uri, tmp_path / "run", "key", range(5))

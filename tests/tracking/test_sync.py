@@ -23,6 +23,7 @@ from ml2o_dist.tracking.sink import MlflowSink
 from ml2o_dist.tracking.spool import Spool
 from ml2o_dist.tracking.store import connect, redacted
 from ml2o_dist.tracking.sync import sync, sync_command
+from tests.tracking.empty_store import new_store
 
 NOBODY = "http://127.0.0.1:9"
 EXPERIMENT = "ml2o/meta-train"
@@ -30,9 +31,7 @@ EXPERIMENT = "ml2o/meta-train"
 
 @pytest.fixture(scope="module")
 def uri(tmp_path_factory: pytest.TempPathFactory) -> str:
-    address = f"sqlite:///{tmp_path_factory.mktemp('sync')}/mlflow.db"
-    connect(address).search_experiments()
-    return address
+    return new_store(tmp_path_factory.mktemp("sync"))
 
 
 @pytest.fixture
