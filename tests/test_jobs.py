@@ -89,6 +89,8 @@ def test_a_submitted_job_leaves_run_and_version_outside_its_working_directory(he
         str(REPOSITORY / "tests" / "small_run.yaml"),
         "--set",
         "compare=false",
+        "--set",
+        "meta_steps=2",
         "--run-dir",
         "runs/job",
     ]

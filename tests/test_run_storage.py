@@ -150,12 +150,13 @@ def test_killed_between_any_two_remote_operations_another_machine_goes_on_to_the
     assert resumed > len(counting.calls) // 2
 
 
-def test_a_store_that_fails_once_at_any_call_costs_nothing(tmp_path, calm):
+@pytest.mark.parametrize("every", [11, pytest.param(1, marks=pytest.mark.long)])
+def test_a_store_that_fails_once_at_any_call_costs_nothing(tmp_path, calm, every):
     counting = FaultyStore()
     storage, trainer = begin(counting, tmp_path / "counting")
     trainer.run(later(in_process))
     storage.settle()
-    for k in range(0, len(counting.calls), 3):
+    for k in range(0, len(counting.calls), every):
         store = FaultyStore(at=k, killed=False)
         storage, trainer = begin(store, tmp_path / str(k))
         trainer.run(later(in_process))

@@ -83,16 +83,21 @@ class Killed(Exception):
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("name", RULES)
-def test_stopped_at_any_step_and_gone_on_with(name: str, model: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("stops", "kills"), [((4,), (5,)), pytest.param((1, STEPS - 1), (1, 6), marks=pytest.mark.long)]
+)
+def test_stopped_at_any_step_and_gone_on_with(
+    name: str, model: str, stops: tuple[int, ...], kills: tuple[int, ...], tmp_path: Path
+) -> None:
     calm = problem_of(model)
     expected = trained(calm, RULES[name](), tmp_path / "calm")
-    for stop in (1, 4, STEPS - 1):
+    for stop in stops:
         folder = tmp_path / str(stop)
         stopped = trained(problem_of(model), RULES[name](), folder, on_step=lambda step, z, s, stop=stop: step < stop)
         assert stopped.steps == stop
         after = problem_of(model)
         assert_alike(after, trained(after, RULES[name](), folder), calm, expected)
-    for kill in (1, 5, 6):  # no time for a checkpoint: the last of every third step serves
+    for kill in kills:  # no time for a checkpoint: the last of every third step serves
 
         def die(step: int, z: Tensor, seconds: float, kill: int = kill) -> bool:
             if step == kill:

@@ -78,7 +78,9 @@ class Uphill(UpdateRule):
 
 
 @pytest.mark.parametrize("text", ["quadratic[m=2,n=6]", "quadratic[m=3,n=4]", "quadratic[m=5,n=8]"])
-@pytest.mark.parametrize("beta", [1e-3, 0.1, 1.0, 1e3])
+@pytest.mark.parametrize(
+    "beta", [pytest.param(1e-3, marks=pytest.mark.long), 0.1, pytest.param(1.0, marks=pytest.mark.long), 1e3]
+)
 def test_ascent_along_the_weighted_gradient_is_always_rejected_so_the_run_is_dssmgs_own(text, beta):
     """alpha_0 <= 1 / L: the largest eigenvalue of these quadratics is 1."""
     fallback = DSSMG(alpha_0=0.9)

@@ -103,7 +103,7 @@ def assert_goes_on(build: Callable[[], UpdateRule], dtype: torch.dtype, folder: 
         assert ended.isfinite().any()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.float64, marks=pytest.mark.long)])
 @pytest.mark.parametrize("name", RULES)
 def test_a_rule_goes_on_as_if_it_had_not_stopped(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     assert_goes_on(lambda: RULES[name](dtype), dtype, tmp_path)

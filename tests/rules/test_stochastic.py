@@ -77,7 +77,7 @@ def test_smg_is_the_plain_python_one(m: int, n: int, scale: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("m", [1, 2, 3, 5])
+@pytest.mark.parametrize("m", [1, pytest.param(2, marks=pytest.mark.long), 3, pytest.param(5, marks=pytest.mark.long)])
 @pytest.mark.parametrize("n", [1, 7])
 @pytest.mark.parametrize("rule", RULES)
 def test_instances_move_as_alone(rule: type[DecreasingSteps], n: int, m: int, dtype: torch.dtype) -> None:
