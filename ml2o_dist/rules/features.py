@@ -153,15 +153,14 @@ def sequence(settings: RuleSettings, gradients: Tensor, agreement: Tensor) -> tu
     return _seen(settings, gradients, averages, agreement)
 
 
-def presence(settings: RuleSettings, seen: Tensor) -> Tensor:
-    """Return 1 for each coordinate that has a gradient, else 0, [..., R], from the features [..., c, m, R] (ours).
+def presence(seen: Tensor) -> Tensor:
+    """Return which coordinates have a gradient, boolean [..., R], from the features [..., c, m, R] (ours).
 
     An LSTM's output at features of 0 is not 0: without this, masked weights and rows of an embedding that no sample
-    names would move for ever. To have a gradient is to have an average that is not 0, for some objective; `log_sign`
-    has no averages, the gradient itself counts.
+    names would move for ever. To have a gradient is to have a momentum that is not 0, for some objective; `log_sign`
+    has none, the gradient itself counts.
     """
-    first, last = (1, 2) if settings.features == "log_sign" else (0, 3)
-    return seen[..., first:last, :, :].ne(0).flatten(-3, -2).any(dim=-2).to(seen)
+    return seen[..., 1, :, :].ne(0).any(dim=-2)  # channel 1: m / sqrt(v), or the sign
 
 
 def _tracked(settings: RuleSettings, gradients: Tensor) -> Tensor:

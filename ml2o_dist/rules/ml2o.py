@@ -212,7 +212,7 @@ class ML2ONetwork(nn.Module):
         (direction + d) with output d, for the step's size is the controller's alone (a second hand on it learned from
         rough episodes to step too far); scaled: u = scale * out (the paper's kind).
         """
-        own = features.presence(self.settings, inputs) * outputs[..., -1, :]
+        own = features.presence(inputs) * outputs[..., -1, :]
         if self.settings.output == "scaled":
             return self.settings.scale * own
         size = outputs[..., 0, :] if self.settings.output == "residual" else shift
