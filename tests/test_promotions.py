@@ -46,7 +46,6 @@ def ran(monkeypatch):
     monkeypatch.setattr("ml2o_dist.evaluations.connected", lambda address: nullcontext("nowhere"))
     monkeypatch.setattr("ml2o_dist.benchmark_run.run_outcomes_on_ray", here)
     monkeypatch.setattr("ml2o_dist.evaluations.plot_evaluation", lambda *words: [])  # nobody looks at them
-    monkeypatch.setattr("ml2o_dist.evaluations.write_report", lambda *words, **options: None)
     return cells
 
 
