@@ -155,14 +155,15 @@ def test_a_replayer_that_has_no_room_is_told_of(pool):
 
 
 def test_a_meta_training_gets_the_pool_that_its_settings_ask_for(cluster):
-    settings = small(backward="learner", workers=1)
-    made = WorkerPool.of(settings)
-    try:
-        assert made._replays is not None
-        (result,) = made.run(training_items(settings, 0, "cpu")[:1], Trainer(settings, "unused").learner.weights)
-        assert result.gradient is not None
-    finally:
-        made.close()
+    for backward, replays in (("worker", False), ("learner", True)):
+        settings = small(backward=backward, workers=1)
+        made = WorkerPool.of(settings)
+        try:
+            assert (made._replays is not None) == replays
+            (result,) = made.run(training_items(settings, 0, "cpu")[:1], Trainer(settings, "unused").learner.weights)
+            assert result.gradient is not None
+        finally:
+            made.close()
 
 
 def test_the_process_that_replays_takes_its_share_of_the_room():

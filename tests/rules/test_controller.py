@@ -142,7 +142,7 @@ def test_gradients_that_grow_by_many_orders_are_taken_in_another_unit() -> None:
     assert losses[-1] < 0.1 * before
     point, state, losses = descend(rule, point, state, 400, factor=1e25)
     assert torch.isfinite(point).all()
-    assert state.unit.item() < 2.0**-60
+    assert state.unit.item() < 2.0**-70
 
 
 @pytest.mark.parametrize("factors", [(1e-30, 1e10), (1e-38, 10.0), (1.0, 1e-40), (1.0, 1e-45), (1e-20, 1e-38, 1e20)])
