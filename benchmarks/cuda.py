@@ -22,6 +22,7 @@ from ml2o_dist.metatrain import metagradient
 from ml2o_dist.metatrain.episode import EpisodeSpec, run_episode
 from ml2o_dist.metatrain.metagradient import Rollout, replay
 from ml2o_dist.problems import ProblemSpec
+from ml2o_dist.problems.layout import ParameterLayout
 from ml2o_dist.rules import ml2o
 from ml2o_dist.rules.ml2o import ML2ONetwork, ML2ORule
 
@@ -48,7 +49,7 @@ def step_ms(network: ML2ONetwork, dimension: int, block: int) -> float:
     with mock.patch.object(ml2o, "GPU_BLOCK", block):
         rule = ML2ORule(network)
         jacobian = torch.randn(1, OBJECTIVES, dimension, device="cuda")
-        _, state = rule.update(jacobian, rule.initial_state(1, OBJECTIVES, dimension))
+        _, state = rule.update(jacobian, rule.initial_state(1, OBJECTIVES, ParameterLayout.vector(dimension)))
         return milliseconds(lambda: rule.update(jacobian, state), 20)
 
 

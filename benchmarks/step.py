@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from ml2o_dist.config import RuleSettings
+from ml2o_dist.problems.layout import ParameterLayout
 from ml2o_dist.rules.ml2o import ML2ONetwork, ML2ORule
 
 SIZES = (1_000, 3_000, 10_000, 30_000, 100_000, 300_000)
@@ -79,7 +80,7 @@ def measure(objectives: int, hidden: int, rounds: int) -> dict[str, Any]:
     rule, rows = ML2ORule(ML2ONetwork(RuleSettings(hidden=hidden))), []
     for dimension in SIZES:
         jacobian = torch.randn(1, objectives, dimension, generator=torch.Generator().manual_seed(dimension))
-        start = rule.initial_state(1, objectives, dimension)
+        start = rule.initial_state(1, objectives, ParameterLayout.vector(dimension))
         _, state = rule.update(jacobian, start)
         step = cpu_ms(lambda jacobian=jacobian, state=state: rule.update(jacobian, state), rounds)  # type: ignore[misc]
         parts = floor(rule, state, rounds)

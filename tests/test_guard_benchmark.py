@@ -15,6 +15,7 @@ from ml2o_dist.artifact import save_artifact
 from ml2o_dist.config import GuardSettings, RuleSettings
 from ml2o_dist.evaluation.measured_runs import Course, measured_run
 from ml2o_dist.problems import ProblemSpec
+from ml2o_dist.problems.layout import ParameterLayout
 from ml2o_dist.rules.adversaries import AdversaryRule
 from ml2o_dist.rules.gml2o import GML2O
 from ml2o_dist.rules.ml2o import ML2ONetwork, ML2ORule
@@ -58,7 +59,7 @@ def test_the_drifts_figures_are_those_of_runs_by_hand(script, tmp_path):
         if entry["unit"]["guard"] is not None:
             rule = GML2O(AdversaryRule("drift"), rule, GuardSettings(**{"budget": 0.0, **dict(entry["unit"]["guard"])}))
         oracle, point = course.oracle(), course.start
-        state, passed = rule.initial_state(2, 2, 10), 0.0
+        state, passed = rule.initial_state(2, 2, ParameterLayout.vector(10)), 0.0
         for _ in range(STEPS):
             point, state, info = rule.step(oracle, point, state)
             passed += info.accepted.double().mean().item() if entry["unit"]["guard"] is not None else 0.0

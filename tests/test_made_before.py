@@ -18,6 +18,7 @@ from ml2o_dist.artifact import weights_sha256
 from ml2o_dist.cli import main
 from ml2o_dist.config_file import load_settings
 from ml2o_dist.metatrain.trainer import Trainer
+from ml2o_dist.problems.layout import ParameterLayout
 from ml2o_dist.rules.ml2o import ML2ORule
 from ml2o_dist.tracking.registry import list_versions
 from tests.made_before import figures
@@ -104,7 +105,7 @@ def test_the_registered_version_is_listed_promoted_and_runs(before: Path, monkey
     updates = mlflow.pyfunc.load_model("models:/ml2o/1").predict(gradients)
     found = load_artifact(HERE / "weights.safetensors")
     rule = ML2ORule.from_weights(found.rule, found.weights)
-    state = rule.initial_state(1, 2, 5)
+    state = rule.initial_state(1, 2, ParameterLayout.vector(5))
     for row, gradient in zip(updates, gradients, strict=True):
         update, state = rule.update(torch.from_numpy(gradient)[None], state)
         np.testing.assert_array_equal(row, update[0].numpy())

@@ -96,7 +96,7 @@ def check_fit(settings: EvaluateSettings, entrants: Sequence[Entrant]) -> dict[P
             contestant = entrant.contestant(settings.learning_rates[0] if entrant.tuned else None)
             try:
                 rule = contestant.rule(problem.device, problem.dtype)
-                state = rule.initial_state(1, problem.objectives, problem.dimension)
+                state = rule.initial_state(1, problem.objectives, problem.layout)
                 rule.step(Oracle(problem, generator("check", task.text)), start, state)
             except UserError as error:
                 raise UserError(f"{entrant.name} on {task.text}: {error}") from error

@@ -186,7 +186,7 @@ def run_cell(cell: Cell) -> CellResult:
     oracle = PairedOracle(problem, *names)
     rule = cell.contestant.rule(device, cell.dtype)
     parameters = problem.initial_parameters(cell.seeds)
-    state = rule.initial_state(problem.instances, problem.objectives, problem.dimension)
+    state = rule.initial_state(problem.instances, problem.objectives, problem.layout)
 
     seen, times, spent, accepted, conflicts = [], [], [], [], []
     guard_seconds = 0.0

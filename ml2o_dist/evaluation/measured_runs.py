@@ -106,7 +106,7 @@ class Course:
 def walk(rule: UpdateRule, oracle: Oracle, start: Tensor, steps: int) -> Iterator[Step]:
     """Yield `steps` steps of `rule` from `start` [P, n]."""
     problem, point = oracle.problem, start
-    state = rule.initial_state(problem.instances, problem.objectives, problem.dimension)
+    state = rule.initial_state(problem.instances, problem.objectives, problem.layout)
     for number in range(steps):
         following, after, info = rule.step(oracle, point, state)
         yield Step(number, point, state, info, following)

@@ -241,7 +241,7 @@ def roll_out(
     gradients = start.new_empty((horizon + 1, instances, objectives, index.shape[1]))
     agreement, total, accepted = start.new_ones((3, horizon, instances))
     everywhere = index[:, None].expand(-1, objectives, -1)
-    parameters, state = start, rule.initial_state(instances, objectives, dimension)
+    parameters, state = start, rule.initial_state(instances, objectives, oracle.problem.layout)
     for step in range(horizon):
         before = parameters
         parameters, state, info = rule.step(oracle, before, state)

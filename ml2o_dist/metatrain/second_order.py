@@ -104,7 +104,7 @@ class _Episode:
     batches: Sequence[object]
 
     def begin(self, start: Tensor) -> _Place:
-        state = ML2ORule(self.network).initial_state(start.shape[0], self.problem.objectives, start.shape[1])
+        state = ML2ORule(self.network).initial_state(len(start), self.problem.objectives, self.problem.layout)
         if start.device.type == "cpu":
             blocks = self.network.initial_blocks(self.problem.objectives, start.numel(), columns=COLUMNS)
             state = replace(state, blocks=blocks)

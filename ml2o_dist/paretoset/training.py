@@ -73,7 +73,7 @@ def train(
     """
     device = problem.device
     parameters = problem.initial_parameters([seed])
-    state = rule.initial_state(1, problem.objectives, problem.dimension)
+    state = rule.initial_state(1, problem.objectives, problem.layout)
     done, seconds = 0, 0.0
     identity = json.loads(json.dumps(dict(fingerprint)))
     saved, _ = newest_checkpoint(folder)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ml2o_dist.errors import UserError, unknown
+from ml2o_dist.problems.layout import ParameterLayout
 from ml2o_dist.seeding import derive_seed
 
 Batch = Any
@@ -46,6 +47,11 @@ class Problem(ABC):
     reference_point: Tensor | None = None
     device: torch.device
     dtype: torch.dtype
+
+    @property
+    def layout(self) -> ParameterLayout:
+        """The tensors behind the parameters [n]: one vector, unless a problem knows more."""
+        return ParameterLayout.vector(self.dimension)
 
     @abstractmethod
     def initial_parameters(self, seeds: Sequence[int]) -> Tensor:

@@ -16,6 +16,7 @@ from ml2o_dist.errors import UserError
 from ml2o_dist.problems.base import Batch, Problem, ProblemContext, register_problem
 from ml2o_dist.problems.closed_form import LARGEST
 from ml2o_dist.problems.images import CLASSES, image_side, load_pairs
+from ml2o_dist.problems.layout import ParameterLayout
 from ml2o_dist.problems.networks import Network, build_network
 
 TEST_SAMPLES = 2000
@@ -72,6 +73,11 @@ class MultiTaskImages(Problem):
         self._batch, self._init = batch, init
         together = self.device.type != "cpu" or not network.convolutional
         self._vectorized = together if vectorized is None else vectorized
+
+    @property
+    def layout(self) -> ParameterLayout:
+        """The network's tensors."""
+        return self.network.layout
 
     def data_hashes(self, *, test: bool) -> dict[str, str]:
         """Return the sha256 of the training pairs, with `test` of the test pairs too, by name."""

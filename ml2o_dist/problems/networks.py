@@ -17,7 +17,7 @@ what objective i depends on is two runs of coordinates.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -26,6 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ml2o_dist.errors import UserError, unknown
+from ml2o_dist.problems.layout import ParameterLayout
 from ml2o_dist.seeding import generator
 
 Activation = Callable[[Tensor], Tensor]
@@ -131,6 +132,12 @@ class Network:
         return self.trunk_dimension + self.tasks * self.head_dimension
 
     @cached_property
+    def layout(self) -> ParameterLayout:
+        """The tensors in their order: `trunk.0.weight`, `trunk.0.bias`, ..., `heads.0.weight`, `heads.0.bias`, ..."""
+        layers = [(f"trunk.{i}", layer) for i, layer in enumerate(self.trunk)]
+        return layout_of([*layers, *((f"heads.{i}", self.head) for i in range(self.tasks))])
+
+    @cached_property
     def _trunk_sizes(self) -> list[int]:
         return [math.prod(shape) for shape in self.trunk_shapes]
 
@@ -174,6 +181,15 @@ class Network:
             bounds.append(torch.full((layer.outputs * (fan_in + 1),), scale / math.sqrt(fan_in), dtype=torch.float64))
         uniform = torch.rand(self.dimension, generator=generator("network", seed), dtype=torch.float64)
         return (2 * uniform - 1) * torch.cat(bounds)
+
+
+def layout_of(layers: Iterable[tuple[str, Layer]]) -> ParameterLayout:
+    """Return the layout of layers by name, each as weight and bias."""
+    return ParameterLayout.of(
+        (f"{name}.{part}", shape)
+        for name, layer in layers
+        for part, shape in (("weight", layer.weight_shape), ("bias", (layer.outputs,)))
+    )
 
 
 def build_network(

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ml2o_dist.problems.base import Batch, Problem
+from ml2o_dist.problems.layout import ParameterLayout
 
 
 class Rescaled(Problem):
@@ -29,6 +30,11 @@ class Rescaled(Problem):
         self.reference_point = None if problem.reference_point is None else self.loss_scale * problem.reference_point
         self.bounds = None if problem.bounds is None else (problem.bounds[0] / scale, problem.bounds[1] / scale)
         self.device, self.dtype = problem.device, problem.dtype
+
+    @property
+    def layout(self) -> ParameterLayout:
+        """The wrapped problem's."""
+        return self.problem.layout
 
     def initial_parameters(self, seeds: Sequence[int]) -> Tensor:
         """Return z_0 / c, [P, n]."""

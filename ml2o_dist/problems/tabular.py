@@ -19,7 +19,8 @@ from torch import Tensor
 from ml2o_dist.errors import UserError, unknown
 from ml2o_dist.problems.base import Batch, Problem, ProblemContext, register_problem
 from ml2o_dist.problems.closed_form import LARGEST
-from ml2o_dist.problems.networks import ACTIVATIONS, MOST_PARAMETERS, widths
+from ml2o_dist.problems.layout import ParameterLayout
+from ml2o_dist.problems.networks import ACTIVATIONS, MOST_PARAMETERS, Dense, layout_of, widths
 from ml2o_dist.seeding import generator
 
 TABLES = {"breast_cancer": 2, "diabetes": 0, "iris": 3, "wine": 3}
@@ -67,6 +68,13 @@ class TabularTasks(Problem):
         self.dimension = sum(outputs * (inputs + 1) for outputs, inputs in self._layers)
         if self.dimension > MOST_PARAMETERS:
             raise UserError(f"hidden of tabular: {self.dimension:,} parameters (allowed: {MOST_PARAMETERS:,})")
+
+    @property
+    def layout(self) -> ParameterLayout:
+        """`trunk.0.weight`, `trunk.0.bias`, ..., `heads.0.weight`, `heads.0.bias`, ..."""
+        trunk = len(self._layers) - self.objectives
+        names = [f"trunk.{i}" for i in range(trunk)] + [f"heads.{i}" for i in range(self.objectives)]
+        return layout_of((name, Dense(i, o)) for name, (o, i) in zip(names, self._layers, strict=True))
 
     def initial_parameters(self, seeds: Sequence[int]) -> Tensor:
         """Return starting points [P, n], row i drawn from `seeds[i]`, uniform in +-init / sqrt(fan in)."""

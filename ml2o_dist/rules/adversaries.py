@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ml2o_dist.errors import unknown
+from ml2o_dist.problems.layout import ParameterLayout
 from ml2o_dist.rules.base import Oracle, StepInfo, UpdateRule
 from ml2o_dist.seeding import generator
 
@@ -59,7 +60,7 @@ class AdversaryRule(UpdateRule):
             raise unknown("adversary", name, ADVERSARIES)
         self.name = name
 
-    def initial_state(self, instances: int, objectives: int, dimension: int) -> int:
+    def initial_state(self, instances: int, objectives: int, layout: ParameterLayout) -> int:
         """Return 0 steps."""
         return 0
 

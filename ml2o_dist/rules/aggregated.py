@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ml2o_dist.errors import UserError, unknown
+from ml2o_dist.problems.layout import ParameterLayout
 from ml2o_dist.rules.aggregators import (
     AGGREGATORS,
     DWA_EPOCH,
@@ -68,7 +69,7 @@ class AggregatedRule(UpdateRule):
         self.optimizer = optimizer
         self.lr = lr
 
-    def initial_state(self, instances: int, objectives: int, dimension: int) -> AggregatedState:
+    def initial_state(self, instances: int, objectives: int, layout: ParameterLayout) -> AggregatedState:
         """Return zero moments and fresh modules; the first step takes them to the device and precision of its Jacobian.
 
         Raises:
@@ -76,7 +77,7 @@ class AggregatedRule(UpdateRule):
         """
         modules = tuple(build_aggregator(self.aggregator, objectives) for _ in range(instances))
         own = sum(parameter.numel() for parameter in learned_parameters(self.aggregator, modules[0]))
-        zeros = torch.zeros(instances, dimension + own)
+        zeros = torch.zeros(instances, layout.dimension + own)
         return AggregatedState(0, zeros, zeros, modules)
 
     def step(
@@ -124,7 +125,7 @@ class AggregatedRule(UpdateRule):
                 after_step(self.aggregator, modules[p], own_move, after[p], (state.steps + 1) % DWA_EPOCH == 0)
         return moved, AggregatedState(state.steps + 1, first, second, modules)
 
-    def grown(self, state: AggregatedState, more: int) -> AggregatedState:
+    def grown(self, state: AggregatedState, more: ParameterLayout) -> AggregatedState:
         """Raise UserError: the moments of all parameters are corrected by one count of steps."""
         raise UserError(f"{self.aggregator}+{self.optimizer} takes no more parameters after its first step")
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ml2o_dist.problems.base import Batch, Problem
+from ml2o_dist.problems.layout import ParameterLayout
 
 State = Any
 """A rule's state for P instances; a value, never changed in place by `step`."""
@@ -79,8 +80,8 @@ class UpdateRule(ABC):
     """A rule z_{k+1} = step(z_k): no hidden state, no globals; everything it remembers is in the state value."""
 
     @abstractmethod
-    def initial_state(self, instances: int, objectives: int, dimension: int) -> State:
-        """Return the state before the first step for P instances, m objectives, n parameters."""
+    def initial_state(self, instances: int, objectives: int, layout: ParameterLayout) -> State:
+        """Return the state before the first step for P instances, m objectives, and n parameters laid out so."""
 
     @abstractmethod
     def propose(self, oracle: Oracle, parameters: Tensor, state: State, seen: StepInfo) -> tuple[Tensor, State]:
@@ -97,8 +98,8 @@ class UpdateRule(ABC):
         """
         return state
 
-    def grown(self, state: State, more: int) -> State:
-        """Return the state of one instance after `more` parameters came in behind the others: theirs is as at first.
+    def grown(self, state: State, more: ParameterLayout) -> State:
+        """Return the state of one instance after `more` tensors came in behind the others: theirs is as at first.
 
         Unchanged unless a rule remembers something of every parameter.
         """

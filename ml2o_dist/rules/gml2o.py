@@ -16,6 +16,7 @@ from torch import Tensor
 from ml2o_dist.config import GuardSettings
 from ml2o_dist.errors import UserError
 from ml2o_dist.problems.base import Batch
+from ml2o_dist.problems.layout import ParameterLayout
 from ml2o_dist.rules.base import Oracle, State, StepInfo, UpdateRule, look
 from ml2o_dist.rules.descent import Descent
 
@@ -153,9 +154,9 @@ class GML2O(UpdateRule):
         self.fallback = fallback
         self.settings = settings or GuardSettings()
 
-    def initial_state(self, instances: int, objectives: int, dimension: int) -> GML2OState:
+    def initial_state(self, instances: int, objectives: int, layout: ParameterLayout) -> GML2OState:
         """Return the states of both rules before their first step."""
-        shape = (instances, objectives, dimension)
+        shape = (instances, objectives, layout)
         return GML2OState(0, self.learned.initial_state(*shape), self.fallback.initial_state(*shape))
 
     def step(self, oracle: Oracle, parameters: Tensor, state: GML2OState) -> tuple[Tensor, GML2OState, GuardedInfo]:
@@ -174,7 +175,7 @@ class GML2O(UpdateRule):
         learned = self.learned.overruled(state.learned, seen, update, where)
         return replace(state, learned=learned, fallback=self.fallback.overruled(state.fallback, seen, update, where))
 
-    def grown(self, state: GML2OState, more: int) -> GML2OState:
+    def grown(self, state: GML2OState, more: ParameterLayout) -> GML2OState:
         """Let both rules grow."""
         learned, fallback = self.learned.grown(state.learned, more), self.fallback.grown(state.fallback, more)
         return replace(state, learned=learned, fallback=fallback)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ml2o_dist.config import RuleSettings
 from ml2o_dist.errors import UserError
+from ml2o_dist.problems.layout import ParameterLayout
 from ml2o_dist.rules import features
 from ml2o_dist.rules.base import Oracle, StepInfo, UpdateRule
 from ml2o_dist.rules.lstm_cell import Cell, lstm_cell, stacked_weights
@@ -280,8 +281,10 @@ class ML2ORule(UpdateRule):
             network.load_state_dict(dict(weights))
         return cls(network.to(device=device, dtype=dtype))
 
-    def initial_state(self, instances: int, objectives: int, dimension: int) -> ML2OState:
+    def initial_state(self, instances: int, objectives: int, layout: ParameterLayout | int) -> ML2OState:
         """Return zero memory and LSTM states for R = P * n coordinates."""
+        # Models that were registered by older versions bring the code that calls this, with n.
+        dimension = layout if isinstance(layout, int) else layout.dimension
         self.network.check_objectives(objectives)
         weight = self.network.head.weight
         agreement = features.initial_agreement(weight.new_zeros(instances, dimension))
@@ -308,13 +311,13 @@ class ML2ORule(UpdateRule):
         )
         return replace(state, agreement=agreement)
 
-    def grown(self, state: ML2OState, more: int) -> ML2OState:
+    def grown(self, state: ML2OState, more: ParameterLayout) -> ML2OState:
         """Append blocks of `more` coordinates whose averages and LSTMs begin now."""
         first, agreement = state.blocks[0], state.agreement
         tied = self.network.settings.objectives == "tied"
         objectives = first.cells[0][0].shape[1] // first.rows if tied else len(first.cells) - 1
-        update = torch.cat([agreement.update, agreement.update.new_zeros(1, more)], dim=1)
-        blocks = self.network.initial_blocks(objectives, more, born=state.step)
+        update = torch.cat([agreement.update, agreement.update.new_zeros(1, more.dimension)], dim=1)
+        blocks = self.network.initial_blocks(objectives, more.dimension, born=state.step)
         return replace(state, agreement=agreement._replace(update=update), blocks=(*state.blocks, *blocks))
 
     @torch.no_grad()

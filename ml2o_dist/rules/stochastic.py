@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ml2o_dist.errors import UserError
 from ml2o_dist.problems.base import Problem
+from ml2o_dist.problems.layout import ParameterLayout
 from ml2o_dist.rules.base import Oracle, StepInfo, UpdateRule
 from ml2o_dist.rules.line_search import first_step
 from ml2o_dist.rules.min_norm import min_norm_weights, project_to_simplex
@@ -86,7 +87,7 @@ class SMG(DecreasingSteps):
     Source: Liu & Vicente 2021, decreasing steps; their form and the search of alpha_0 are ours.
     """
 
-    def initial_state(self, instances: int, objectives: int, dimension: int) -> SMGState:
+    def initial_state(self, instances: int, objectives: int, layout: ParameterLayout) -> SMGState:
         """Return step 0, on the CPU; the first step takes it to the device of its Jacobian."""
         return SMGState(0, self._initial_alpha(instances))
 
@@ -157,7 +158,7 @@ class DSSMG(DecreasingSteps):
         _check_positive("DSSMG", "c", c)
         self.c = c
 
-    def initial_state(self, instances: int, objectives: int, dimension: int) -> DSSMGState:
+    def initial_state(self, instances: int, objectives: int, layout: ParameterLayout) -> DSSMGState:
         """Return step 0 with weights 1/m, on the CPU; the first step takes it to the device of its Jacobian."""
         weights = torch.full((instances, objectives), 1.0 / objectives, dtype=torch.float64)
         return DSSMGState(0, self._initial_alpha(instances), weights, torch.zeros(instances, dtype=torch.float64))

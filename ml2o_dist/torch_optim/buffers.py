@@ -1,12 +1,7 @@
-"""The buffers of the user's modules: a closure that is called several times in a step must change them once.
-
-No hook finds the modules, because torch.compile would trace it and compile everything again without it. They are found
-among the objects that Python's garbage collector knows, in the first step only.
-"""
+"""The buffers of the user's modules: a closure that is called several times in a step must change them once."""
 
 from __future__ import annotations
 
-import gc
 import weakref
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
@@ -15,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
+
+from ml2o_dist.torch_optim.modules import every_module
 
 
 class _Saved(NamedTuple):
@@ -82,7 +79,7 @@ class ModuleBuffers:
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:
         """Look for the modules of the `parameters`, before the closure is called for the first time."""
-        alive = _every_module()
+        alive = every_module()
         self._roots = [weakref.ref(module) for module in _with_ancestors(parameters, alive)]
         known = {id(module) for module in self._modules()}
         self._strangers: Snapshot | None = Snapshot(m for m in alive if m._buffers and id(m) not in known)
@@ -107,19 +104,6 @@ class ModuleBuffers:
                 found[id(module)] = module
                 waiting += module._modules.values()
         return list(found.values())
-
-
-def _every_module() -> list[nn.Module]:
-    """Return the modules of this process that are whole."""
-    frozen = gc.get_freeze_count() > 0  # objects that gc.freeze() has hidden are not listed
-    if frozen:
-        gc.unfreeze()
-    try:
-        return [each for each in gc.get_objects() if issubclass(type(each), nn.Module) and "_modules" in vars(each)]
-    finally:
-        if frozen:
-            gc.collect()  # else what is garbage by now would be kept for good
-            gc.freeze()
 
 
 def _with_ancestors(parameters: Iterable[Tensor], alive: Sequence[nn.Module]) -> list[nn.Module]:

@@ -17,10 +17,11 @@ from torch import Tensor
 
 from ml2o_dist.errors import UserError
 from ml2o_dist.problems.base import Batch, Problem
+from ml2o_dist.problems.layout import ParameterLayout
 from ml2o_dist.torch_optim.buffers import ModuleBuffers, Snapshot
 from ml2o_dist.torch_optim.closures import ClosureBatch
 from ml2o_dist.torch_optim.differentiation import gradients_of, refuse_reentrant_checkpoints
-from ml2o_dist.torch_optim.layout import Layout
+from ml2o_dist.torch_optim.flat_parameters import FlatParameters
 
 CPU_ROUNDING, ROUNDING = 1e-5, 1e-3
 """By how much the losses of two calls of a closure may differ, relative to the largest of their samples: on the CPU,
@@ -53,7 +54,7 @@ class ClosureProblem(Problem):
 
     def __init__(
         self,
-        layout: Layout,
+        flat: FlatParameters,
         training: ClosureBatch,
         guard: ClosureBatch | None,
         decay: Tensor | None,
@@ -65,19 +66,24 @@ class ClosureProblem(Problem):
 
         `decay`: [1, n] of d, or None for no decay. `buffers`: what to restore where closures are called again.
         """
-        self._layout, self._training, self._after, self._drawn = layout, training, guard or training, 0
-        self.device, self.dtype = layout.device, layout.dtype
-        self.dimension, self.objectives = layout.dimension, 0  # the first call tells how many
+        self._flat, self._training, self._after, self._drawn = flat, training, guard or training, 0
+        self.device, self.dtype = flat.device, flat.dtype
+        self.dimension, self.objectives = flat.dimension, 0  # the first call tells how many
         self.samples, self.fewest = False, fewest
-        self.reached = [True] * len(layout.parameters)
+        self.reached = [True] * len(flat.parameters)
         self.plain = torch.zeros(0)
         self._decay, self._buffers = decay, buffers
         self._shares: Tensor | None = None  # [m, n], of d, from `begin` on; None without decay
-        self._devices = sorted({p.device for p in layout.parameters if p.device.type == "cuda"}, key=str)
-        self._start = self._left = layout.read()  # before the first call and after it
+        self._devices = sorted({p.device for p in flat.parameters if p.device.type == "cuda"}, key=str)
+        self._start = self._left = flat.read()  # before the first call and after it
         self._before: Snapshot | None = None  # the buffers as the step found them
         self._first: Snapshot | None = None  # and as the first call left them
         self._seen: list[list[Tensor]] = []  # of a careful `begin`, the losses part by part
+
+    @property
+    def layout(self) -> ParameterLayout:
+        """The parameters by name."""
+        return self._flat.layout
 
     @contextmanager
     def step(self) -> Iterator[None]:
@@ -91,7 +97,7 @@ class ClosureProblem(Problem):
         try:
             yield
         except BaseException:
-            self._layout.write(self._start)
+            self._flat.write(self._start)
             if self._before is not None:
                 self._before.restore()
             raise
@@ -113,9 +119,9 @@ class ClosureProblem(Problem):
         """
         torch.clear_autocast_cache()
         if careful:
-            self._training.forbid_backward(self._layout.parameters)
+            self._training.forbid_backward(self._flat.parameters)
         found = self._differentiated(self._training, inspected=inspected)
-        left = self._left = self._layout.read()
+        left = self._left = self._flat.read()
         self.plain, self.reached = found.losses, [any(column) for column in zip(*found.reached, strict=True)]
         if self._buffers is not None and self._before is not None:
             self._before.add(self._buffers.strangers())
@@ -143,7 +149,7 @@ class ClosureProblem(Problem):
 
     def initial_parameters(self, seeds: Sequence[int]) -> Tensor:
         """Return the parameters as they are."""
-        return self._layout.read()
+        return self._flat.read()
 
     def sample_batch(self, generator: torch.Generator) -> ClosureBatch:
         """Return the training batch, later the guard batch: closures draw their samples themselves."""
@@ -192,7 +198,7 @@ class ClosureProblem(Problem):
         needs to compile it once only.
         """
         torch.clear_autocast_cache()  # an autocast around the whole step keeps copies of other values
-        self._layout.write(parameters)
+        self._flat.write(parameters)
         if self._before is not None:
             self._before.restore()
         with torch.enable_grad():
@@ -215,8 +221,8 @@ class ClosureProblem(Problem):
         self, batch: ClosureBatch, weights: Tensor | None = None, inspected: set[tuple[bool, ...]] | None = None
     ) -> _Differentiated:
         """Differentiate each objective, or their weighted sum, at the parameters as they are."""
-        wanted = [i for i, parameter in enumerate(self._layout.parameters) if parameter.requires_grad]
-        inputs = [self._layout.parameters[i] for i in wanted]
+        wanted = [i for i, parameter in enumerate(self._flat.parameters) if parameter.requires_grad]
+        inputs = [self._flat.parameters[i] for i in wanted]
         reached: list[list[bool]] = []
         rows: list[Tensor] = []
         sums: list[Tensor] = []
@@ -230,14 +236,14 @@ class ClosureProblem(Problem):
                     totals = roots = [value.sum() for value in values]
                     if weights is not None:
                         roots = [torch.stack([w * total for w, total in zip(weights, totals, strict=True)]).sum()]
-                    reached = reached or [[False] * len(self._layout.parameters) for _ in roots]
+                    reached = reached or [[False] * len(self._flat.parameters) for _ in roots]
                     found = []
                     for i, row in enumerate(reached):
                         gradients = gradients_of(roots, i, inputs, batch.name)
                         parts: list[Tensor | None] = [None] * len(row)
                         for w, gradient in zip(wanted, gradients, strict=True):
                             parts[w], row[w] = gradient, row[w] or gradient is not None
-                        found.append(self._layout.flat(parts))
+                        found.append(self._flat.flat(parts))
                     rows.append(torch.stack(found))
                     pattern = tuple(any(column) for column in zip(*reached, strict=True))
                     if inspected is not None and pattern not in inspected and len(inspected) < MOST_INSPECTED:
@@ -269,7 +275,7 @@ class ClosureProblem(Problem):
             return None
         counts = [max(1, sum(column)) for column in zip(*found, strict=True)]
         shares = [[there / k for there, k in zip(row, counts, strict=True)] for row in found]
-        return torch.cat([self._layout.spread(row) for row in shares]) * self._decay
+        return torch.cat([self._flat.spread(row) for row in shares]) * self._decay
 
     def _penalty(self, parameters: Tensor) -> Tensor | float:
         """Return what the decay adds to each objective [m]."""

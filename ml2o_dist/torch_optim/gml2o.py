@@ -16,7 +16,7 @@ from ml2o_dist.errors import UserError
 from ml2o_dist.rules.base import Oracle, State, StepInfo, UpdateRule
 from ml2o_dist.rules.gml2o import GML2O as GuardedRule
 from ml2o_dist.rules.gml2o import fallback_rule
-from ml2o_dist.torch_optim.layout import Layout
+from ml2o_dist.torch_optim.flat_parameters import FlatParameters
 from ml2o_dist.torch_optim.ml2o import ML2O, Closures
 from ml2o_dist.torch_optim.multiplied import multiplied
 from ml2o_dist.torch_optim.notices import warn
@@ -111,9 +111,9 @@ class GML2O(ML2O):
 
     _remembered = (*ML2O._remembered, "accepted_steps", "_guard", "_card_guard")
 
-    def _rule(self, multiplier: Tensor | None, layout: Layout) -> GuardedRule:
+    def _rule(self, multiplier: Tensor | None, flat: FlatParameters) -> GuardedRule:
         guard = self._guard_settings()
-        return GuardedRule(super()._rule(multiplier, layout), multiplied(fallback_rule(guard), multiplier), guard)
+        return GuardedRule(super()._rule(multiplier, flat), multiplied(fallback_rule(guard), multiplier), guard)
 
     def _guard_settings(self) -> GuardSettings:
         if self._guard:

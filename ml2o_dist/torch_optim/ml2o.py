@@ -19,7 +19,7 @@ from ml2o_dist.rules.saved_state import StateError, modules_of, put_together, ta
 from ml2o_dist.torch_optim.buffers import ModuleBuffers
 from ml2o_dist.torch_optim.closure_problem import ClosureProblem
 from ml2o_dist.torch_optim.closures import Closure, ClosureBatch
-from ml2o_dist.torch_optim.layout import Layout
+from ml2o_dist.torch_optim.flat_parameters import FlatParameters
 from ml2o_dist.torch_optim.learned_weights import LearnedWeights
 from ml2o_dist.torch_optim.multiplied import multiplied
 from ml2o_dist.torch_optim.notices import Notices, warn
@@ -95,7 +95,7 @@ class ML2O(Optimizer):
         self.steps = 0
         _warn_of_ranks(type(self).__name__)
         self._learned = LearnedWeights(str(weights))
-        self._layout = Layout()
+        self._flat = FlatParameters()
         self._objectives = 0  # until the first step
         self._rule_state: State = None
         self._inspected: set[tuple[bool, ...]] = set()  # the sets of reached parameters whose graphs were searched
@@ -129,10 +129,10 @@ class ML2O(Optimizer):
             "steps": self.steps,
             "weights_sha256": self._learned.digest if self.steps else "",
             "objectives": self._objectives,
-            "order": [place[id(parameter)] for parameter in self._layout.parameters],
-            "shapes": [list(parameter.shape) for parameter in self._layout.parameters],
-            "precision": str(self._layout.dtype),
-            "exact": self._layout.exact,
+            "order": [place[id(parameter)] for parameter in self._flat.parameters],
+            "shapes": [list(parameter.shape) for parameter in self._flat.parameters],
+            "precision": str(self._flat.dtype),
+            "exact": self._flat.exact,
             "tree": json.dumps(tree),
             "tensors": tensors,
         }
@@ -163,15 +163,16 @@ class ML2O(Optimizer):
                 raise UserError(
                     f"the state dict has a parameter of shape {shape}, where this one has {list(every[i].shape)}"
                 )
-        layout = Layout()
-        layout.add([every[i] for i in saved["order"] if i < len(every)])  # where one is missing, torch will say so
-        if layout.parameters and saved["precision"] != str(layout.dtype):
-            raise UserError(f"the state dict is in {saved['precision']}, the parameters here in {layout.dtype}")
+        flat = FlatParameters()
+        there = [every[i] for i in saved["order"] if i < len(every)]
+        flat.add(there, [self._name(parameter) for parameter in there])  # where one is missing, torch will say so
+        if flat.parameters and saved["precision"] != str(flat.dtype):
+            raise UserError(f"the state dict is in {saved['precision']}, the parameters here in {flat.dtype}")
         rule_state: State = None
         if saved["steps"]:
-            device = layout.device
-            layout.remember(None if saved["exact"] is None else saved["exact"].to(device))
-            fresh = self._rule(None, layout).initial_state(1, saved["objectives"], layout.dimension)
+            device = flat.device
+            flat.remember(None if saved["exact"] is None else saved["exact"].to(device))
+            fresh = self._rule(None, flat).initial_state(1, saved["objectives"], flat.layout)
             tensors = {place: tensor.clone().to(device) for place, tensor in saved["tensors"].items()}
             try:
                 rule_state = put_together(json.loads(saved["tree"]), tensors, modules_of(fresh).__getitem__)
@@ -182,7 +183,7 @@ class ML2O(Optimizer):
                 ) from error
         super().load_state_dict(state_dict)
         self.steps, self._objectives, self._rule_state = saved["steps"], saved["objectives"], rule_state
-        self._layout = layout
+        self._flat = flat
 
     def __getstate__(self) -> dict[str, Any]:
         """Return all of it, for `copy.deepcopy`; torch's own leaves out what it does not know."""
@@ -201,7 +202,7 @@ class ML2O(Optimizer):
     _remembered: tuple[str, ...] = (
         "steps",
         "_learned",
-        "_layout",
+        "_flat",
         "_objectives",
         "_rule_state",
         "_inspected",
@@ -224,9 +225,9 @@ class ML2O(Optimizer):
         training = ClosureBatch(closure, "closure")
         guard = None if guard_closure is None else ClosureBatch(guard_closure, "guard closure")
         if self._guarded and self._buffers is None:
-            self._buffers = ModuleBuffers(self._layout.parameters)
+            self._buffers = ModuleBuffers(self._flat.parameters)
         problem = ClosureProblem(
-            self._layout, training, guard, self._decay(), fewest=self._fewest(), buffers=self._buffers
+            self._flat, training, guard, self._decay(), fewest=self._fewest(), buffers=self._buffers
         )
         oracle = Oracle(problem, torch.default_generator)  # which nothing draws from
         with problem.step():
@@ -236,13 +237,13 @@ class ML2O(Optimizer):
             if self._careful and self._guarded:
                 problem.check_repeats()
             multiplier = self._multiplier(problem.reached)
-            rule = self._rule(multiplier, self._layout)
+            rule = self._rule(multiplier, self._flat)
             state = self._rule_state
             if state is None:
-                state = rule.initial_state(1, problem.objectives, problem.dimension)
+                state = rule.initial_state(1, problem.objectives, problem.layout)
             moved, state = self._moved(rule, oracle, point, StepInfo(losses, jacobian, batch), state)
         self._rule_state = state
-        self._layout.keep(moved)
+        self._flat.keep(moved)
         self._objectives = problem.objectives
         self.steps += 1
         self._notice(problem.reached, multiplier is None or bool(multiplier.any()), point, moved, jacobian)
@@ -251,25 +252,26 @@ class ML2O(Optimizer):
     def _notice(self, reached: Sequence[bool], meant: bool, point: Tensor, moved: Tensor, jacobian: Tensor) -> None:
         """Warn of what went wrong in a step; `meant`: whether some parameter should have moved."""
         new = {id(parameter) for parameter in self._new if parameter.requires_grad}
-        pairs = zip(self._layout.parameters, reached, strict=True)
+        pairs = zip(self._flat.parameters, reached, strict=True)
         self._new, self._careful = (), False
-        self._notices.unreached([self._name(p) for p, there in pairs if id(p) in new and not there])
+        self._notices.unreached(
+            [f"{self._name(p)} {list(p.shape)}" for p, there in pairs if id(p) in new and not there]
+        )
         if meant:
             self._notices.moved(not torch.equal(point, moved), jacobian)
 
     def _name(self, parameter: Tensor) -> str:
-        """Return the parameter's name, where the optimizer was given names, or else its place; and its shape."""
+        """Return the parameter's name, where the optimizer was given names, or else its place."""
         for g, group in enumerate(self.param_groups):
             for i, each in enumerate(group["params"]):
                 if each is parameter:
                     names = group.get("param_names")  # torch 2.6 and later take named_parameters()
-                    name = repr(names[i]) if names else f"param_groups[{g}]['params'][{i}]"
-                    return f"{name} {list(parameter.shape)}"
+                    return str(names[i]) if names else f"param_groups[{g}]['params'][{i}]"
         raise AssertionError
 
-    def _rule(self, multiplier: Tensor | None, layout: Layout) -> UpdateRule:
+    def _rule(self, multiplier: Tensor | None, flat: FlatParameters) -> UpdateRule:
         """Return the rule for parameters laid out so, with its steps times `multiplier` [1, n]."""
-        return multiplied(self._learned.rule(layout.device, layout.dtype), multiplier)
+        return multiplied(self._learned.rule(flat.device, flat.dtype), multiplier)
 
     def _fewest(self) -> int:
         """Return how many samples a batch must have."""
@@ -293,27 +295,28 @@ class ML2O(Optimizer):
 
     def _take_in(self) -> None:
         """Let parameters that are trained from now on into the layout, behind the others."""
-        known = {id(parameter) for parameter in self._layout.parameters}
+        known = {id(parameter) for parameter in self._flat.parameters}
         new = [p for p in self._every_parameter() if p.requires_grad and id(p) not in known]
         if new:
-            self._layout.add(new)
+            before = len(self._flat.parameters)
+            self._flat.add(new, [self._name(parameter) for parameter in new])
             self._new, self._careful, self._buffers = [*self._new, *new], True, None
-        if not self._layout.parameters:
+        if not self._flat.parameters:
             raise UserError("no parameter of the optimizer requires a gradient")
         if new and self._rule_state is not None:
-            self._rule_state = self._rule(None, self._layout).grown(self._rule_state, sum(p.numel() for p in new))
+            self._rule_state = self._rule(None, self._flat).grown(self._rule_state, self._flat.layout_behind(before))
 
     def _every_parameter(self) -> list[Tensor]:
         return [parameter for group in self.param_groups for parameter in group["params"]]
 
     def _decay(self) -> Tensor | None:
         decays = self._of_each("weight_decay")
-        return self._layout.spread(decays) if any(decays) else None
+        return self._flat.spread(decays) if any(decays) else None
 
     def _multiplier(self, reached: Sequence[bool]) -> Tensor | None:
         """Return what multiplies the steps [1, n]; None where that is 1 everywhere."""
         factors = [lr if there else 0.0 for lr, there in zip(self._of_each("lr"), reached, strict=True)]
-        return None if all(factor == 1 for factor in factors) else self._layout.spread(factors)
+        return None if all(factor == 1 for factor in factors) else self._flat.spread(factors)
 
     def _of_each(self, key: str) -> list[float]:
         """Return the setting that each parameter of the layout has in its group."""
@@ -321,7 +324,7 @@ class ML2O(Optimizer):
         for group in self.param_groups:
             value = _non_negative(key, group[key])
             values |= {id(parameter): value for parameter in group["params"]}
-        return [values[id(parameter)] for parameter in self._layout.parameters]
+        return [values[id(parameter)] for parameter in self._flat.parameters]
 
 
 def _check_saved(saved: Any) -> None:

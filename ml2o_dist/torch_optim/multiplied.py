@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ml2o_dist.problems.layout import ParameterLayout
 from ml2o_dist.rules.base import Oracle, State, StepInfo, UpdateRule
 
 
@@ -19,8 +20,8 @@ class _Multiplied(UpdateRule):
     def __init__(self, rule: UpdateRule, factors: Tensor) -> None:
         self._rule, self._factors = rule, factors
 
-    def initial_state(self, instances: int, objectives: int, dimension: int) -> State:
-        return self._rule.initial_state(instances, objectives, dimension)
+    def initial_state(self, instances: int, objectives: int, layout: ParameterLayout) -> State:
+        return self._rule.initial_state(instances, objectives, layout)
 
     def propose(self, oracle: Oracle, parameters: Tensor, state: State, seen: StepInfo) -> tuple[Tensor, State]:
         point, state = self._rule.propose(oracle, parameters, state, seen)
@@ -32,5 +33,5 @@ class _Multiplied(UpdateRule):
     def overruled(self, state: State, seen: StepInfo, update: Tensor, where: Tensor) -> State:
         return self._rule.overruled(state, seen, update, where)
 
-    def grown(self, state: State, more: int) -> State:
+    def grown(self, state: State, more: ParameterLayout) -> State:
         return self._rule.grown(state, more)

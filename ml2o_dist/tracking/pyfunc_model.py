@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from ml2o_dist.artifact import load_artifact
+from ml2o_dist.problems.layout import ParameterLayout
 from ml2o_dist.rules.ml2o import ML2ORule
 
 
@@ -35,7 +36,7 @@ class LearnedOptimizer(mlflow.pyfunc.PythonModel):  # type: ignore[misc]  # MLfl
         if gradients.ndim != 3:
             raise ValueError(f"gradients must be [steps, objectives, parameters], not {list(gradients.shape)}")
         steps, objectives, dimension = gradients.shape
-        state = self.rule.initial_state(1, objectives, dimension)
+        state = self.rule.initial_state(1, objectives, ParameterLayout.vector(dimension))
         updates = torch.empty(steps, dimension)
         for step in range(steps):
             update, state = self.rule.update(gradients[None, step], state)

@@ -20,6 +20,7 @@ from ml2o_dist.evaluation.cells import Cell, CellFailure, Outcome, run_cell
 from ml2o_dist.evaluation.evaluated import CURVE_POINTS, EvaluatedCell, Evaluation
 from ml2o_dist.evaluation.optimizer_names import parse_optimizers
 from ml2o_dist.problems import ProblemContext, ProblemSpec
+from ml2o_dist.problems.layout import ParameterLayout
 from ml2o_dist.rules.base import Oracle
 from ml2o_dist.rules.gml2o import GML2O
 from ml2o_dist.rules.ml2o import ML2ORule
@@ -88,7 +89,7 @@ def test_a_learned_rule_equals_its_own_loop() -> None:
     for cell in evaluation.cells:
         oracle = Oracle(problem, generator("batches", "report", str(ProblemSpec.parse(DIGITS)), cell.seed))
         made = ML2ORule.from_weights(evaluation.settings.rule, None)
-        z, state = problem.initial_parameters([cell.seed]), made.initial_state(1, 2, problem.dimension)
+        z, state = problem.initial_parameters([cell.seed]), made.initial_state(1, 2, problem.layout)
         losses = []
         for _ in range(20):
             z, state, info = made.step(oracle, z, state)
@@ -141,7 +142,11 @@ def test_acceptance_is_the_share_of_steps_that_took_the_learned_candidate() -> N
         assert isinstance(made.fallback, DSSMG)
         names = ("batches", "report", str(planned.cell.problem), cell.seed)
         streams = [generator(*names), generator(*names, "in one step", 1), generator(*names, "in one step", 2)]
-        z, state, taken = problem.initial_parameters([cell.seed]), made.initial_state(1, 2, 4), []
+        z, state, taken = (
+            problem.initial_parameters([cell.seed]),
+            made.initial_state(1, 2, ParameterLayout.vector(4)),
+            [],
+        )
         for _ in range(30):
             batches = iter([problem.sample_batch(stream) for stream in streams])
             oracle = Oracle(problem, generator("unused"))

@@ -12,6 +12,7 @@ from ml2o_dist.config import GuardSettings
 from ml2o_dist.evaluation.criticality import criticality
 from ml2o_dist.evaluation.measured_runs import Course, measured_run, walk
 from ml2o_dist.problems import ProblemSpec
+from ml2o_dist.problems.layout import ParameterLayout
 from ml2o_dist.rules.adversaries import AdversaryRule
 from ml2o_dist.rules.aggregated import AggregatedRule
 from ml2o_dist.rules.gml2o import GML2O
@@ -49,7 +50,7 @@ def by_hand(rule, steps):
     """The points z_0 .. z_steps and infos of a plain loop."""
     made = course()
     oracle, point = made.oracle(), made.start
-    state = rule.initial_state(2, 3, 4)
+    state = rule.initial_state(2, 3, ParameterLayout.vector(4))
     points, infos = [point], []
     for _ in range(steps):
         point, state, info = rule.step(oracle, point, state)

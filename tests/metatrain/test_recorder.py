@@ -13,6 +13,7 @@ from ml2o_dist.config import EstimatorSettings, RuleSettings
 from ml2o_dist.metatrain.episode import EpisodeSpec, run_episode
 from ml2o_dist.metatrain.recorder import TrajectoryRecorder
 from ml2o_dist.problems import ProblemContext, ProblemSpec
+from ml2o_dist.problems.layout import ParameterLayout
 from ml2o_dist.rules.base import Oracle
 from ml2o_dist.rules.ml2o import ML2ONetwork, ML2ORule
 from ml2o_dist.seeding import derive_seed, generator
@@ -97,7 +98,7 @@ def test_an_episode_agrees_with_the_quadratic_s_closed_form(estimator, objective
     rule = ML2ORule.from_weights(RULE, weights())
     oracle, state = (
         Oracle(problem, generator("batches", asked.seed)),
-        rule.initial_state(instances, objectives, dimension),
+        rule.initial_state(instances, objectives, ParameterLayout.vector(dimension)),
     )
     hessians = problem.factors.transpose(2, 3) @ problem.factors  # [P, m, n, n]
     for k in range(6):

@@ -27,7 +27,7 @@ def trained(device: str, loss: str) -> tuple[Tensor, Tensor]:
     problem = PreferenceProblem(model, tasks, Scalarization(loss), batch=8, device=torch.device(device))
     rule = AggregatedRule("mean", "adam", 0.01)
     point = problem.initial_parameters([0])
-    state = rule.initial_state(1, problem.objectives, problem.dimension)
+    state = rule.initial_state(1, problem.objectives, problem.layout)
     for step in range(6):
         point, state, _ = rule.step(Oracle(problem, generator("cuda", step)), point, state)
     measured, _ = problem.measure(point, torch.tensor([0.2, 0.3, 0.5]), "test")

@@ -137,7 +137,7 @@ def test_failures_are_counted_over_all_starts(tmp_path: Path) -> None:
 
 def test_without_annealing_it_is_the_rule_step_by_step(tmp_path: Path) -> None:
     problem, rule = problem_of("fused"), RULES["mgda+adam"]()
-    z, state = problem.initial_parameters([3]), rule.initial_state(1, 2, problem.dimension)
+    z, state = problem.initial_parameters([3]), rule.initial_state(1, 2, problem.layout)
     for step in range(STEPS):
         z, state, _ = rule.step(Oracle(problem, generator("paretoset training", 3, step)), z, state)
     assert torch.equal(trained(problem_of("fused"), rule, tmp_path, final_lr=1.0).parameters, z)

@@ -70,7 +70,7 @@ def test_for_a_rule_that_ignores_the_gradients_scale_it_multiplies_the_step():
     for problem, lr, back in ((built("quadratic"), 0.04, 1.0), (Rescaled(built("quadratic"), 4.0), 0.01, 4.0)):
         rule = ML2ORule.from_weights(RuleSettings(lr=lr), None, dtype=DOUBLE)
         oracle, point = Oracle(problem, torch.Generator()), problem.initial_parameters([1, 2])
-        state = rule.initial_state(2, 2, problem.dimension)
+        state = rule.initial_state(2, 2, problem.layout)
         for _ in range(10):
             point, state, _ = rule.step(oracle, point, state)
         ends.append(back * point)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ml2o_dist.problems import Problem, ProblemContext, ProblemSpec
+from ml2o_dist.problems.layout import ParameterLayout
 from ml2o_dist.rules.adversaries import ADVERSARIES
 from ml2o_dist.rules.base import Oracle, StepInfo, UpdateRule
 from ml2o_dist.rules.stochastic import DSSMG, DSSMGState
@@ -107,8 +108,8 @@ class Hostile(UpdateRule):
         self.case, self.fallback = case, case.fallback()
         self.order = [stretch for stretch in case.stretches for _ in range(stretch.length)]
 
-    def initial_state(self, instances: int, objectives: int, dimension: int) -> tuple[int, DSSMGState]:
-        return 0, self.fallback.initial_state(instances, objectives, dimension)
+    def initial_state(self, instances: int, objectives: int, layout: ParameterLayout) -> tuple[int, DSSMGState]:
+        return 0, self.fallback.initial_state(instances, objectives, layout)
 
     def propose(self, oracle: Oracle, parameters: Tensor, state: Any, seen: StepInfo) -> tuple[Tensor, Any]:
         step, its = state

@@ -137,7 +137,7 @@ def run(rule: DecreasingSteps, problem: Problem, steps: int, start: Tensor | Non
     """Return (z_t, state_t) for t = 0 .. steps."""
     oracle = Oracle(problem, generator("test"))
     point = problem.initial_parameters(range(problem.instances)) if start is None else start
-    state = rule.initial_state(problem.instances, problem.objectives, problem.dimension)
+    state = rule.initial_state(problem.instances, problem.objectives, problem.layout)
     seen = [(point, state)]
     for _ in range(steps):
         point, state, _ = rule.step(oracle, point, state)

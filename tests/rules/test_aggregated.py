@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ml2o_dist.errors import UserError
 from ml2o_dist.problems import Problem
+from ml2o_dist.problems.layout import ParameterLayout
 from ml2o_dist.rules.aggregated import AggregatedRule, parse_optimizer_name
 from ml2o_dist.rules.base import Oracle, UpdateRule
 from ml2o_dist.seeding import derive_seed, generator
@@ -133,7 +134,7 @@ def test_state_and_parameters_are_values(name: str, optimizer: str) -> None:
     problem = Positive(2, 3, 4)
     oracle = Oracle(problem, generator("values"))
     start = problem.initial_parameters([0, 1])
-    parameters, state, _ = rule.step(oracle, start, rule.initial_state(2, 3, 4))
+    parameters, state, _ = rule.step(oracle, start, rule.initial_state(2, 3, ParameterLayout.vector(4)))
     kept = copy.deepcopy((parameters, state))
     batch = problem.sample_batch(generator("again"))
     oracle.draw = lambda: batch  # type: ignore[method-assign]
@@ -150,7 +151,7 @@ def test_state_and_parameters_are_values(name: str, optimizer: str) -> None:
     # Whether the rule remembers shows in what the next step does with what the last one left.
     later, _, _ = rule.step(oracle, once, after)
     assert torch.equal(later, rule.step(oracle, once, again)[0])
-    forgetful = AggregatedRule(name, "sgd").step(oracle, once, rule.initial_state(2, 3, 4))[0]
+    forgetful = AggregatedRule(name, "sgd").step(oracle, once, rule.initial_state(2, 3, ParameterLayout.vector(4)))[0]
     if optimizer == "sgd" and name in set(REMEMBERING) - {"dwa", "pcd"}:  # dwa: 40 steps later; pcd: only a scale
         assert not torch.equal(later, forgetful)
 
@@ -163,7 +164,7 @@ def test_random_draws_vary_with_the_step() -> None:
         batch = problem.sample_batch(generator("conflict"))
         batch[:, 1:] -= batch.mean(dim=1, keepdim=True) * 3  # conflicting rows, so that the order matters
         oracle.draw = lambda batch=batch: batch  # type: ignore[method-assign, misc]
-        state = rule.initial_state(1, 4, 3)
+        state = rule.initial_state(1, 4, ParameterLayout.vector(3))
         moves = set()
         for k in range(8):
             moved, _, _ = rule.step(oracle, torch.zeros(1, 3, dtype=torch.float64), replaced(state, steps=k))
@@ -190,7 +191,7 @@ def test_the_step_is_projected_charged_and_reported() -> None:
     oracle = Oracle(problem, generator("test"))
     rule = AggregatedRule("mean", "sgd", lr=10.0)
     start = torch.zeros(2, 4, dtype=torch.float64)
-    end, _, info = rule.step(oracle, start, rule.initial_state(2, 3, 4))
+    end, _, info = rule.step(oracle, start, rule.initial_state(2, 3, ParameterLayout.vector(4)))
     batch = problem.sample_batch(generator("test"))
     torch.testing.assert_close(end, (-10 * batch.mean(dim=1)).clamp(-0.01, 0.01))
     assert (oracle.batches, oracle.forwards, oracle.backwards) == (1, 1, 1)
@@ -205,7 +206,7 @@ def test_one_backward_pass_takes_the_step_of_the_whole_jacobian(name: str, optim
     rule = AggregatedRule(name, optimizer, lr=0.1)
     oracles = [Oracle(problem, generator("test")) for _ in range(2)]
     points = [torch.ones(2, 4, dtype=torch.float64)] * 2
-    states = [rule.initial_state(2, 3, 4)] * 2
+    states = [rule.initial_state(2, 3, ParameterLayout.vector(4))] * 2
     for _ in range(4):
         points[0], states[0], _ = rule.step(oracles[0], points[0], states[0])
         points[1], states[1], _ = UpdateRule.step(rule, oracles[1], points[1], states[1])
@@ -216,7 +217,7 @@ def test_one_backward_pass_takes_the_step_of_the_whole_jacobian(name: str, optim
 def test_famo_is_charged_the_losses_after_the_step() -> None:
     oracle = Oracle(Positive(1, 3, 4), generator("test"))
     rule = AggregatedRule("famo")
-    rule.step(oracle, torch.zeros(1, 4, dtype=torch.float64), rule.initial_state(1, 3, 4))
+    rule.step(oracle, torch.zeros(1, 4, dtype=torch.float64), rule.initial_state(1, 3, ParameterLayout.vector(4)))
     assert (oracle.batches, oracle.forwards, oracle.backwards) == (1, 2, 3)
 
 

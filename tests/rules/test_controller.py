@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ml2o_dist import ML2O, load_artifact
 from ml2o_dist.config import RuleSettings
+from ml2o_dist.problems.layout import ParameterLayout
 from ml2o_dist.rules.features import initial_agreement, judge, remember
 from ml2o_dist.rules.ml2o import LARGEST, SMALLEST, ML2ORule, ML2OState
 
@@ -37,7 +38,7 @@ def descend(
 def begun(dtype: torch.dtype = torch.float32) -> tuple[ML2ORule, Tensor, ML2OState]:
     rule = shipped(dtype)
     point = torch.ones(10, dtype=dtype)
-    return rule, point, rule.initial_state(1, 2, 10)
+    return rule, point, rule.initial_state(1, 2, ParameterLayout.vector(10))
 
 
 def shift(rule: ML2ORule, state: ML2OState) -> float:
@@ -122,7 +123,7 @@ def test_a_power_of_two_on_all_gradients_changes_no_bit(exponent: int, features:
     rules = []
     for factor in (1.0, 2.0**exponent):
         draws.manual_seed(2)
-        state, updates = rule.initial_state(3, 2, 7), []
+        state, updates = rule.initial_state(3, 2, ParameterLayout.vector(7)), []
         for step in range(12):
             jacobian = torch.randn(3, 2, 7, generator=draws)
             jacobian[:, :, 0] *= 1e-6

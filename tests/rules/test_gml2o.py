@@ -11,6 +11,7 @@ import torch
 from ml2o_dist.config import GuardSettings, RuleSettings
 from ml2o_dist.errors import UserError
 from ml2o_dist.problems import Problem, ProblemContext, ProblemSpec
+from ml2o_dist.problems.layout import ParameterLayout
 from ml2o_dist.rules.adversaries import AdversaryRule
 from ml2o_dist.rules.aggregated import AggregatedRule
 from ml2o_dist.rules.base import Oracle
@@ -26,7 +27,7 @@ def start(text, instances=1, dtype=torch.float64, seed=0):
 
 
 def run(rule, oracle, parameters, steps):
-    state = rule.initial_state(len(parameters), oracle.problem.objectives, oracle.problem.dimension)
+    state = rule.initial_state(len(parameters), oracle.problem.objectives, oracle.problem.layout)
     points, infos = [parameters], []
     for _ in range(steps):
         parameters, state, info = rule.step(oracle, parameters, state)
@@ -175,7 +176,7 @@ def test_after_a_rejected_step_the_agreement_judges_the_step_that_was_taken():
     torch.testing.assert_close(agreement.update, moved / lengths[:, None])
     torch.testing.assert_close(agreement.promise, (gradient * moved).sum(dim=1) / lengths)
     # the LSTMs and the averages keep what they saw: as after the same Jacobians without a guard
-    unguarded = learned.initial_state(2, 2, 6)
+    unguarded = learned.initial_state(2, 2, ParameterLayout.vector(6))
     for info in infos:
         _, unguarded = learned.update(info.jacobian, unguarded)
     for ours, theirs in zip(state.learned.blocks, unguarded.blocks, strict=True):

@@ -9,6 +9,7 @@ import torch
 
 from ml2o_dist.config import GuardSettings, RuleSettings
 from ml2o_dist.problems import ProblemContext, ProblemSpec
+from ml2o_dist.problems.layout import ParameterLayout
 from ml2o_dist.rules.adversaries import ADVERSARIES, AdversaryRule
 from ml2o_dist.rules.base import Oracle, UpdateRule
 from ml2o_dist.rules.gml2o import GML2O
@@ -50,7 +51,7 @@ def test_no_step_is_worse_than_the_fallbacks_by_more_than_eps(text, name, eps):
     guarded = GML2O(rule, fallback, settings)
     oracle, point = build(text)
     problem = oracle.problem
-    state = guarded.initial_state(problem.instances, problem.objectives, problem.dimension)
+    state = guarded.initial_state(problem.instances, problem.objectives, problem.layout)
     for t in range(60):
         before, its = point, state.fallback
         point, state, seen = guarded.step(oracle, point, state)
@@ -67,8 +68,8 @@ class Uphill(UpdateRule):
     def __init__(self, fallback, beta):
         self.fallback, self.beta = fallback, beta
 
-    def initial_state(self, instances, objectives, dimension):
-        return self.fallback.initial_state(instances, objectives, dimension)
+    def initial_state(self, instances, objectives, layout):
+        return self.fallback.initial_state(instances, objectives, layout)
 
     def propose(self, oracle, parameters, state, seen):
         apart = Oracle(oracle.problem, torch.Generator())
@@ -85,7 +86,7 @@ def test_ascent_along_the_weighted_gradient_is_always_rejected_so_the_run_is_dss
     """alpha_0 <= 1 / L: the largest eigenvalue of these quadratics is 1."""
     fallback = DSSMG(alpha_0=0.9)
     oracle, first = build(text)
-    shape = (3, oracle.problem.objectives, oracle.problem.dimension)
+    shape = (3, oracle.problem.objectives, oracle.problem.layout)
     guarded, alone = GML2O(Uphill(fallback, beta), fallback, GuardSettings(budget=0.0)), fallback
     point, state = first, guarded.initial_state(*shape)
     other, its = first, alone.initial_state(*shape)
@@ -111,7 +112,7 @@ def test_the_telescoped_bound_holds_for_every_fixed_weighting(text, name, eps):
     oracle, point = build(text)
     problem = oracle.problem
     m = problem.objectives
-    state = guarded.initial_state(problem.instances, m, problem.dimension)
+    state = guarded.initial_state(problem.instances, m, problem.layout)
     start, uniform = problem.losses(point, None), torch.full((m,), 1 / m, dtype=DOUBLE)
     criticality, errors = torch.zeros(3, dtype=DOUBLE), torch.zeros(3, dtype=DOUBLE)
     for t in range(120):
@@ -133,7 +134,7 @@ def test_the_telescoped_bound_holds_for_every_fixed_weighting(text, name, eps):
 def test_unguarded_the_same_rules_diverge(name):
     rule = AdversaryRule(name)
     oracle, point = build("quadratic[m=2,n=6]")
-    before, state = oracle.problem.losses(point, None).sum(), rule.initial_state(3, 2, 6)
+    before, state = oracle.problem.losses(point, None).sum(), rule.initial_state(3, 2, ParameterLayout.vector(6))
     for _ in range(200):
         point, state, _ = rule.step(oracle, point, state)
     after = oracle.problem.losses(point, None).sum()
@@ -143,7 +144,7 @@ def test_unguarded_the_same_rules_diverge(name):
 @pytest.mark.parametrize("name", ["ascent", "huge", "random", "nan"])
 def test_guarded_they_end_where_dssmg_does(name):
     fallback = DSSMG()
-    shape = (3, 2, 6)
+    shape = (3, 2, ParameterLayout.vector(6))
     guarded = GML2O(AdversaryRule(name), fallback, GuardSettings(budget=0.0))
     oracle, point = build("quadratic[m=2,n=6]")
     other, state, its = point, guarded.initial_state(*shape), fallback.initial_state(*shape)
@@ -160,7 +161,7 @@ def excess(margin, steps):
     guarded = GML2O(AdversaryRule("drift"), DSSMG(), GuardSettings(budget=0.0, margin=margin))
     oracle, point = build("quadratic[n=4,noise=1.0,batch=32]", 2)
     problem = oracle.problem
-    state, total = guarded.initial_state(2, 2, 4), 0.0
+    state, total = guarded.initial_state(2, 2, ParameterLayout.vector(4)), 0.0
     for _ in range(steps):
         before = point
         point, state, info = guarded.step(oracle, point, state)

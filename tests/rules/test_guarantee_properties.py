@@ -50,7 +50,7 @@ def examine(case: Case, guard: type[GML2O] = GML2O, **changes: Any) -> list[bool
     fallback, hostile = case.fallback(), Hostile(case)
     rule = guard(hostile, fallback, chosen.model_copy(update=changes))
     oracle, apart = Oracle(problem, torch.Generator()), Oracle(problem, torch.Generator())
-    state = rule.initial_state(problem.instances, problem.objectives, problem.dimension)
+    state = rule.initial_state(problem.instances, problem.objectives, problem.layout)
     own = references(case, problem, point)
     bound, decided = Bound(problem, fallback), []
     for t in range(STEPS):

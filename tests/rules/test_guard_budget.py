@@ -12,6 +12,7 @@ import torch
 from ml2o_dist.config import GuardSettings
 from ml2o_dist.errors import UserError
 from ml2o_dist.problems import ProblemContext, ProblemSpec, Rescaled
+from ml2o_dist.problems.layout import ParameterLayout
 from ml2o_dist.rules.adversaries import AdversaryRule
 from ml2o_dist.rules.aggregated import AggregatedRule
 from ml2o_dist.rules.base import Oracle
@@ -28,7 +29,7 @@ def start(text, instances=1, seed=0):
 
 def walk(rule, oracle, point, steps):
     """Yield (z_t, x_D, z_{t+1}, what the step saw)."""
-    state = rule.initial_state(len(point), oracle.problem.objectives, oracle.problem.dimension)
+    state = rule.initial_state(len(point), oracle.problem.objectives, oracle.problem.layout)
     for _ in range(steps):
         fallback = state.fallback
         following, state, info = rule.step(oracle, point, state)
@@ -110,7 +111,7 @@ def test_the_deciding_half_of_a_noisy_batch_is_not_the_paying_one():
     oracle.draw = lambda: drawn.append(draw()) or drawn[-1]
     rule = GML2O(BOLD, FALLBACK, GuardSettings(margin=1.0, batches=2, budget=0.05))
     verdicts, owed, variance, point, fallen = set(), np.zeros((3, 2)), np.zeros((3, 2)), first, Fallen()
-    state = rule.initial_state(3, 2, 5)
+    state = rule.initial_state(3, 2, ParameterLayout.vector(5))
     for t in range(40):
         before = point
         point, state, info = rule.step(oracle, point, state)
@@ -179,7 +180,7 @@ def test_half_of_a_batch_must_have_a_spread():
     oracle, first = start("quadratic[n=5,noise=0.5,batch=2]")
     rule = GML2O(BOLD, FALLBACK, GuardSettings(budget=1.0))
     with pytest.raises(UserError, match="needs 4 samples or more"):
-        rule.step(oracle, first, rule.initial_state(1, 2, 5))
+        rule.step(oracle, first, rule.initial_state(1, 2, ParameterLayout.vector(5)))
 
 
 def shifted_run(shift, factor=1.0, adversary="ascent", seed=3):
@@ -197,7 +198,7 @@ def shifted_run(shift, factor=1.0, adversary="ascent", seed=3):
 
     moved = Oracle(Moved(problem), torch.Generator().manual_seed(seed))
     rule = GML2O(AdversaryRule(adversary), DSSMG(), GuardSettings())
-    state, taken = rule.initial_state(2, 2, 6), []
+    state, taken = rule.initial_state(2, 2, ParameterLayout.vector(6)), []
     for _ in range(200):
         point, state, info = rule.step(moved, point, state)
         taken.append(info.accepted)
@@ -224,7 +225,7 @@ def test_the_unit_of_the_losses_changes_nothing(exponent):
 def test_a_state_of_an_older_version_goes_on_with_the_budget_that_it_had():
     oracle, point = start("quadratic[n=6]", 2)
     rule = GML2O(BOLD, FALLBACK, GuardSettings(budget=5.0))
-    _, state, _ = rule.step(oracle, point, rule.initial_state(2, 2, 6))
+    _, state, _ = rule.step(oracle, point, rule.initial_state(2, 2, ParameterLayout.vector(6)))
     old = replace(
         state, debt=replace(state.debt, limit=torch.tensor([[10.0, 20.0], [5.0, 1.0]]).double()), descent=None
     )

@@ -11,6 +11,7 @@ import torch
 from ml2o_dist.config import RuleSettings
 from ml2o_dist.errors import UserError
 from ml2o_dist.problems import ProblemContext, ProblemSpec
+from ml2o_dist.problems.layout import ParameterLayout
 from ml2o_dist.rules.base import Oracle
 from ml2o_dist.rules.ml2o import ML2ONetwork, ML2ORule
 from tests.metatrain.oracles import DOUBLE, WrittenOut, problem_for, random_rule
@@ -31,7 +32,10 @@ def test_the_blockwise_rule_equals_the_written_out_network(form, instances, obje
     rule = random_rule(
         RuleSettings(objectives=tied, output=output, features=features, count=objectives, hidden=4, warmup=warmup)
     )
-    written, state = WrittenOut(rule.network), rule.initial_state(instances, objectives, dimension)
+    written, state = (
+        WrittenOut(rule.network),
+        rule.initial_state(instances, objectives, ParameterLayout.vector(dimension)),
+    )
     draws = torch.Generator().manual_seed(1)
     for step in range(5):
         jacobian = torch.randn(instances, objectives, dimension, dtype=DOUBLE, generator=draws)
@@ -55,7 +59,7 @@ def test_untrained_and_uncontrolled_these_forms_are_adam_on_the_sum(output, obje
     theirs = point.clone().requires_grad_(True)
     adam = torch.optim.Adam([theirs], lr=0.03, eps=1e-300)  # ours has none
     oracle, source = Oracle(problem, torch.Generator().manual_seed(3)), torch.Generator().manual_seed(3)
-    state = rule.initial_state(2, objectives, problem.dimension)
+    state = rule.initial_state(2, objectives, problem.layout)
     for _ in range(20):
         point, state, _ = rule.step(oracle, point, state)
         adam.zero_grad()
@@ -70,7 +74,7 @@ def test_the_untrained_controller_mends_a_wrong_step_size(factor):
     ends = {}
     for output in ("residual", "controlled"):
         rule = ML2ORule.from_weights(RuleSettings(output=output, lr=factor * right), None, dtype=DOUBLE)
-        point, state = problem.initial_parameters([1, 2]), rule.initial_state(2, 2, problem.dimension)
+        point, state = problem.initial_parameters([1, 2]), rule.initial_state(2, 2, problem.layout)
         oracle = Oracle(problem, torch.Generator().manual_seed(3))
         losses = []
         for _ in range(150):
@@ -88,7 +92,10 @@ def test_a_warm_up_shortens_the_steps_by_a_known_factor_that_it_forgets(warmup, 
         settings = RuleSettings(output="controlled", hidden=4, warmup=own)
         weights = random_rule(settings).network.state_dict() | {"control": torch.zeros(2, dtype=DOUBLE)}
         rule = ML2ORule.from_weights(settings, weights, dtype=DOUBLE)
-        draws, state = torch.Generator().manual_seed(1), rule.initial_state(instances, objectives, dimension)
+        draws, state = (
+            torch.Generator().manual_seed(1),
+            rule.initial_state(instances, objectives, ParameterLayout.vector(dimension)),
+        )
         updates[own] = []
         for _ in range(60):
             jacobian = torch.randn(instances, objectives, dimension, dtype=DOUBLE, generator=draws)
@@ -104,8 +111,8 @@ def test_a_warm_up_shortens_the_steps_by_a_known_factor_that_it_forgets(warmup, 
 def test_these_features_do_not_see_the_scale_of_the_gradients(features, scale):
     rule = random_rule(RuleSettings(features=features, hidden=4))
     jacobian = torch.randn(1, 2, 6, dtype=DOUBLE, generator=torch.Generator().manual_seed(4))
-    plain, _ = rule.update(jacobian, rule.initial_state(1, 2, 6))
-    scaled, _ = rule.update(scale * jacobian, rule.initial_state(1, 2, 6))
+    plain, _ = rule.update(jacobian, rule.initial_state(1, 2, ParameterLayout.vector(6)))
+    scaled, _ = rule.update(scale * jacobian, rule.initial_state(1, 2, ParameterLayout.vector(6)))
     assert torch.allclose(plain, scaled, rtol=1e-2)
 
 
@@ -113,15 +120,15 @@ def test_a_tied_network_ignores_the_order_of_the_objectives_and_a_per_objective_
     jacobian = torch.randn(2, 3, 6, dtype=DOUBLE, generator=torch.Generator().manual_seed(5))
     for kind, same in (("tied", True), ("per_objective", False)):
         rule = random_rule(RuleSettings(objectives=kind, count=3, hidden=4))
-        one, _ = rule.update(jacobian, rule.initial_state(2, 3, 6))
-        other, _ = rule.update(jacobian.flip(1), rule.initial_state(2, 3, 6))
+        one, _ = rule.update(jacobian, rule.initial_state(2, 3, ParameterLayout.vector(6)))
+        other, _ = rule.update(jacobian.flip(1), rule.initial_state(2, 3, ParameterLayout.vector(6)))
         assert torch.allclose(one, other, rtol=1e-9) is same
 
 
 def test_a_step_changes_no_argument_and_repeats_exactly():
     problem, rule = problem_for(2, 2), random_rule(RuleSettings(hidden=4))
     start = problem.initial_parameters([1, 2])
-    kept, state = start.clone(), rule.initial_state(2, 2, problem.dimension)
+    kept, state = start.clone(), rule.initial_state(2, 2, problem.layout)
     one, after, _ = rule.step(Oracle(problem, torch.Generator().manual_seed(0)), start, state)
     again, _, _ = rule.step(Oracle(problem, torch.Generator().manual_seed(0)), start, state)
     assert torch.equal(one, again)
@@ -134,7 +141,7 @@ def test_a_step_changes_no_argument_and_repeats_exactly():
 def test_the_oracle_charges_a_step_one_forward_and_m_backwards():
     problem, rule = problem_for(3, 2), random_rule(RuleSettings(hidden=4))
     oracle = Oracle(problem, torch.Generator().manual_seed(0))
-    rule.step(oracle, problem.initial_parameters([1, 2]), rule.initial_state(2, 3, problem.dimension))
+    rule.step(oracle, problem.initial_parameters([1, 2]), rule.initial_state(2, 3, problem.layout))
     assert (oracle.batches, oracle.forwards, oracle.backwards) == (1, 1, 3)
 
 
@@ -142,7 +149,7 @@ def test_steps_stay_in_the_box_of_a_bounded_problem():
     problem = ProblemSpec.parse("zdt1[n=5]").build(ProblemContext(3, dtype=DOUBLE))
     rule = random_rule(RuleSettings(hidden=4, lr=5.0))
     oracle, point = Oracle(problem, torch.Generator()), problem.initial_parameters([1, 2, 3])
-    state = rule.initial_state(3, 2, 5)
+    state = rule.initial_state(3, 2, ParameterLayout.vector(5))
     for _ in range(5):
         point, state, _ = rule.step(oracle, point, state)
         assert bool(((point >= 0) & (point <= 1)).all())
@@ -154,7 +161,7 @@ def test_a_coordinate_without_gradient_does_not_move(form):
     tied, output, features = form
     settings = RuleSettings(objectives=tied, output=output, features=features, count=2, hidden=4)
     rule, draws = random_rule(settings), torch.Generator().manual_seed(1)
-    state, updates = rule.initial_state(3, 2, 4), []
+    state, updates = rule.initial_state(3, 2, ParameterLayout.vector(4)), []
     for step in range(20):
         jacobian = torch.randn(3, 2, 4, dtype=DOUBLE, generator=draws)
         jacobian[..., 0] = 0
@@ -182,7 +189,7 @@ def test_initial_weights_are_a_function_of_the_shape_and_leave_the_global_stream
 def test_per_objective_refuses_another_number_of_objectives():
     rule = random_rule(RuleSettings(objectives="per_objective", count=2, hidden=4))
     with pytest.raises(UserError, match=r"rule\.count=2 objectives, the problem has 3"):
-        rule.initial_state(1, 3, 4)
+        rule.initial_state(1, 3, ParameterLayout.vector(4))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -190,8 +197,8 @@ def test_cuda_agrees_with_the_cpu():
     rule = random_rule(RuleSettings(hidden=4))
     jacobian = torch.randn(2, 3, 6, dtype=DOUBLE, generator=torch.Generator().manual_seed(5))
     there = ML2ORule.from_weights(rule.network.settings, rule.network.state_dict(), "cuda", DOUBLE)
-    here, _ = rule.update(jacobian, rule.initial_state(2, 3, 6))
-    far, _ = there.update(jacobian.to("cuda"), there.initial_state(2, 3, 6))
+    here, _ = rule.update(jacobian, rule.initial_state(2, 3, ParameterLayout.vector(6)))
+    far, _ = there.update(jacobian.to("cuda"), there.initial_state(2, 3, ParameterLayout.vector(6)))
     assert torch.allclose(here, far.cpu(), rtol=1e-9, atol=1e-12)
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ml2o_dist.config import GuardSettings, RuleSettings
 from ml2o_dist.problems import Problem
+from ml2o_dist.problems.layout import ParameterLayout
 from ml2o_dist.rules.aggregated import AggregatedRule
 from ml2o_dist.rules.base import Oracle, UpdateRule
 from ml2o_dist.rules.gml2o import guarded
@@ -84,7 +85,10 @@ def same(one: Tensor, other: Tensor) -> bool:
 
 def assert_goes_on(build: Callable[[], UpdateRule], dtype: torch.dtype, folder: Path, instances: int = 2) -> None:
     problem, rule = Noisy(instances, 3, 5, dtype), build()
-    reached, state = [problem.initial_parameters(range(instances))], rule.initial_state(instances, 3, 5)
+    reached, state = (
+        [problem.initial_parameters(range(instances))],
+        rule.initial_state(instances, 3, ParameterLayout.vector(5)),
+    )
     saved = {}
     for step in range(RESTARTS[-1] + GO_ON):  # the run that never stops
         if step in RESTARTS:
@@ -94,7 +98,7 @@ def assert_goes_on(build: Callable[[], UpdateRule], dtype: torch.dtype, folder: 
         reached.append(z)
     for taken, (tree, tensors) in saved.items():
         fresh = build()
-        modules = modules_of(fresh.initial_state(instances, 3, 5))
+        modules = modules_of(fresh.initial_state(instances, 3, ParameterLayout.vector(5)))
         restored = put_together(tree, tensors, modules.__getitem__)
         _, again = take_apart(restored)
         assert all(same(tensor, tensors[name]) for name, tensor in again.items())
@@ -123,7 +127,9 @@ def test_nor_does_the_slowest_aggregator(tmp_path: Path) -> None:
 
 def test_what_is_saved_is_independent_of_the_state() -> None:
     problem, rule = Noisy(1, 3, 5), AggregatedRule("famo", "adam", 0.01)
-    z, state = advance(rule, problem, problem.initial_parameters([0]), rule.initial_state(1, 3, 5), 0, 3)
+    z, state = advance(
+        rule, problem, problem.initial_parameters([0]), rule.initial_state(1, 3, ParameterLayout.vector(5)), 0, 3
+    )
     _, tensors = take_apart(state)
     before = {name: tensor.clone() for name, tensor in tensors.items()}
     for value in (state.first, state.second, *state.modules[0].parameters()):
@@ -134,8 +140,10 @@ def test_what_is_saved_is_independent_of_the_state() -> None:
 
 def test_a_fresh_module_is_not_written_to() -> None:
     problem, rule = Noisy(1, 3, 5), AggregatedRule("uw", "adam", 0.01)
-    _, state = advance(rule, problem, problem.initial_parameters([0]), rule.initial_state(1, 3, 5), 0, 3)
-    fresh = modules_of(rule.initial_state(1, 3, 5))
+    _, state = advance(
+        rule, problem, problem.initial_parameters([0]), rule.initial_state(1, 3, ParameterLayout.vector(5)), 0, 3
+    )
+    fresh = modules_of(rule.initial_state(1, 3, ParameterLayout.vector(5)))
     restored = put_together(*take_apart(state), fresh.__getitem__)
     assert all((parameter == 0).all() for module in fresh.values() for parameter in module.parameters())
     assert all((parameter != 0).any() for parameter in restored.modules[0].parameters())
@@ -179,7 +187,7 @@ def test_a_name_that_is_no_state_is_refused(kind: str) -> None:
 
 
 def test_a_missing_tensor_is_named() -> None:
-    tree, tensors = take_apart(DSSMG().initial_state(1, 2, 3))
+    tree, tensors = take_apart(DSSMG().initial_state(1, 2, ParameterLayout.vector(3)))
     with pytest.raises(StateError, match=r"lacks the tensor '\.alpha_0'"):
         put_together(tree, {name: t for name, t in tensors.items() if name != ".alpha_0"}, {}.__getitem__)
 
@@ -222,8 +230,8 @@ def test_a_tree_that_is_none_is_one_error(tree: Any) -> None:
 
 def test_a_state_of_other_shapes_than_the_rule_has_is_refused() -> None:
     rule = DSSMG()
-    fresh = rule.initial_state(1, 2, 3)
-    check_alike(rule.initial_state(1, 2, 3), fresh)
-    for other in (rule.initial_state(1, 3, 3), 1, "a", (fresh,), {"a": fresh}):
+    fresh = rule.initial_state(1, 2, ParameterLayout.vector(3))
+    check_alike(rule.initial_state(1, 2, ParameterLayout.vector(3)), fresh)
+    for other in (rule.initial_state(1, 3, ParameterLayout.vector(3)), 1, "a", (fresh,), {"a": fresh}):
         with pytest.raises(StateError, match="has at"):
             check_alike(other, fresh)

@@ -12,6 +12,7 @@ from torch import Tensor
 from ml2o_dist.errors import UserError
 from ml2o_dist.problems import ProblemContext, ProblemSpec, Rescaled
 from ml2o_dist.problems.analytic import Fonseca
+from ml2o_dist.problems.layout import ParameterLayout
 from ml2o_dist.rules.base import Oracle, look
 from ml2o_dist.rules.line_search import first_step
 from ml2o_dist.rules.stochastic import DSSMG, SMG, DecreasingSteps, DSSMGState
@@ -115,7 +116,7 @@ def test_off_a_plateau_both_step_sizes_shrink() -> None:
     weights = torch.full_like(seen.losses, 0.5)
     found = first_step(oracle, point, seen.jacobian.mean(dim=1), weights, seen.losses, seen.batch)
     assert (found.steepening > 2).any()
-    _, state = rule.propose(oracle, point, rule.initial_state(64, 2, 10), seen)
+    _, state = rule.propose(oracle, point, rule.initial_state(64, 2, ParameterLayout.vector(10)), seen)
     torch.testing.assert_close(state.alpha_0, found.alpha)
     square = seen.jacobian.square().sum(dim=(1, 2)) * found.steepening**2
     torch.testing.assert_close(0.5 * square * state.gamma_0, torch.ones(64, dtype=torch.float64))
@@ -168,7 +169,7 @@ def test_a_flat_start_waits_at_no_cost_and_is_searched_again(rule: type[Decreasi
     problem = Waking([0], m=2)
     problem.asleep = 3 * (2 if rule is DSSMG else 1)
     oracle, made = Oracle(problem, generator("test")), rule()
-    point, state = problem.initial_parameters([0]), made.initial_state(1, 2, 4)
+    point, state = problem.initial_parameters([0]), made.initial_state(1, 2, ParameterLayout.vector(4))
     for _ in range(3):
         following, state, _ = made.step(oracle, point, state)
         assert torch.equal(following, point)
@@ -210,7 +211,7 @@ def test_a_point_critical_in_the_box_stays_and_keeps_its_weights() -> None:
 @pytest.mark.parametrize("rule", RULES)
 def test_a_step_is_a_look_and_a_proposal_charged_in_full(rule: type[DecreasingSteps]) -> None:
     problem, made = Bowls(range(2), m=3, noise=0.5), rule(alpha_0=0.25)
-    point, state = problem.initial_parameters([0, 1]), made.initial_state(2, 3, 4)
+    point, state = problem.initial_parameters([0, 1]), made.initial_state(2, 3, ParameterLayout.vector(4))
     oracle, other = Oracle(problem, generator("a")), Oracle(problem, generator("a"))
     whole, after, info = made.step(oracle, point, state)
     seen = look(other, point)
@@ -254,7 +255,7 @@ def test_a_power_of_two_on_all_losses_changes_no_point_and_no_weight(exponent):
         problem = ProblemSpec.parse("quadratic[n=6,noise=0.3,batch=8]").build(ProblemContext(2, 0))
         rule, oracle = DSSMG(), Oracle(Rescaled(problem, loss_scale=factor), torch.Generator().manual_seed(1))
         point = problem.initial_parameters([0, 1])
-        state = rule.initial_state(2, 2, 6)
+        state = rule.initial_state(2, 2, ParameterLayout.vector(6))
         for _ in range(30):
             point, state, _ = rule.step(oracle, point, state)
         ends.append((point, state.weights))

@@ -55,7 +55,7 @@ def run(rule: AggregatedRule, problem: Problem, steps: int) -> list[Tensor]:
     """Return the points z_0 .. z_steps, each [P, n], of a run on batches that are the same at every call."""
     oracle = Oracle(problem, generator("test"))
     parameters = problem.initial_parameters(range(problem.instances))
-    state = rule.initial_state(problem.instances, problem.objectives, problem.dimension)
+    state = rule.initial_state(problem.instances, problem.objectives, problem.layout)
     points = [parameters]
     for _ in range(steps):
         parameters, state, _ = rule.step(oracle, parameters, state)

@@ -14,6 +14,7 @@ from torch.func import functional_call
 from ml2o_dist import GML2O, ML2O, ML2ORule, Oracle, Problem, load_artifact
 from ml2o_dist.config import GuardSettings, RuleSettings
 from ml2o_dist.problems.base import Batch
+from ml2o_dist.problems.layout import ParameterLayout
 from ml2o_dist.rules.gml2o import guarded
 from tests.torch_optim.small import TwoTasks, drawn, flat, jacobian, losses, weights_file
 
@@ -69,7 +70,7 @@ def test_ml2o_moves_a_model_as_the_rule_moves_a_vector(kind: str, tmp_path: Path
     model = TwoTasks()
     optimizer = ML2O(model.parameters(), place)
     rule = ML2ORule.from_weights(artifact.rule, artifact.weights)
-    state, expected = rule.initial_state(1, 2, flat(model).shape[1]), flat(model)
+    state, expected = rule.initial_state(1, 2, ParameterLayout.vector(flat(model).shape[1])), flat(model)
     twin = TwoTasks()
     for step in range(12):
         batch = drawn(step)
@@ -109,7 +110,7 @@ def test_gml2o_moves_a_model_as_the_guarded_rule_does(settings: dict, decay: flo
     optimizer = GML2O(model.parameters(), "initial", guard=guard, weight_decay=decay)
     problem = OnVectors(model, decay)
     rule = guarded(ML2ORule.from_weights(RuleSettings(), None), guard)
-    parameters, state, accepted = flat(model), rule.initial_state(1, 2, problem.dimension), 0
+    parameters, state, accepted = flat(model), rule.initial_state(1, 2, problem.layout), 0
     for step in range(15):
         batch, other = drawn(step), drawn(f"guard {step}", 24)
         problem.coming = [batch, other]

@@ -64,7 +64,7 @@ def test_a_hidden_parameter_is_named_once(named: bool, kind: type[ML2O]) -> None
     with said() as lines:
         for _ in range(3):
             optimizer.step(closure)
-    hidden = ["'hidden.weight' [6, 6]", "'hidden.bias' [6]"]
+    hidden = ["hidden.weight [6, 6]", "hidden.bias [6]"]
     if not named:
         hidden = ["param_groups[0]['params'][2] [6, 6]", "param_groups[0]['params'][3] [6]"]
     (line,) = lines
@@ -87,7 +87,7 @@ def test_parameters_that_come_later_are_named_in_their_first_step() -> None:
         optimizer.step(closure)
         optimizer.step(closure)
     (line,) = lines
-    assert "'extra.weight' [4, 4], 'extra.bias' [4]" in line
+    assert "extra.weight [4, 4], extra.bias [4]" in line
     many = nn.ModuleList([nn.Linear(1, 1) for _ in range(10)])
     optimizer.add_param_group({"params": [(f"many.{name}", each) for name, each in many.named_parameters()]})
     with said() as lines:

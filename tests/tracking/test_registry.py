@@ -17,6 +17,7 @@ from mlflow.exceptions import MlflowException
 
 from ml2o_dist.artifact import load_artifact, save_artifact
 from ml2o_dist.errors import UserError
+from ml2o_dist.problems.layout import ParameterLayout
 from ml2o_dist.rules.ml2o import ML2ONetwork, ML2ORule
 from ml2o_dist.tracking.names import checked_model_name
 from ml2o_dist.tracking.pareto_sets import resolve_set
@@ -190,7 +191,7 @@ def test_mlflow_loads_a_version_without_pickle(registry: Registry, monkeypatch: 
 
     artifact = load_artifact(registry.artifact(1))
     rule = ML2ORule.from_weights(artifact.rule, artifact.weights)
-    state = rule.initial_state(1, 2, 7)
+    state = rule.initial_state(1, 2, ParameterLayout.vector(7))
     for step in range(5):
         update, state = rule.update(torch.from_numpy(gradients[None, step]), state)
         np.testing.assert_array_equal(updates[step], update[0].numpy())

@@ -9,9 +9,11 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 
 from ml2o_dist.errors import UserError
+from ml2o_dist.problems.layout import ParameterLayout
+from ml2o_dist.torch_optim.modules import embedding_tables
 
 
-class Layout:
+class FlatParameters:
     """The place of each parameter in the flat vector z [1, n], in the order in which they came in.
 
     z is on the device of the first parameter, in float32, or float64 where a parameter is. A parameter of lower
@@ -20,11 +22,13 @@ class Layout:
 
     Attributes:
         parameters: in order.
+        names: what they are called.
         device, dtype: of z, and with it of the rule's states; the first parameters decide.
     """
 
     def __init__(self) -> None:
         self.parameters: list[Tensor] = []
+        self.names: list[str] = []
         self.device, self.dtype = torch.device("cpu"), torch.float32
         self._exact: Tensor | None = None  # [1, n], the last z that was kept, where there is a use for it
 
@@ -33,8 +37,21 @@ class Layout:
         """n."""
         return sum(parameter.numel() for parameter in self.parameters)
 
-    def add(self, parameters: Sequence[Tensor]) -> None:
-        """Append parameters.
+    @property
+    def layout(self) -> ParameterLayout:
+        """The parameters' names, shapes and kinds, in order."""
+        return self.layout_behind(0)
+
+    def layout_behind(self, count: int) -> ParameterLayout:
+        """Return the layout of all parameters but the first `count`."""
+        named = list(zip(self.names, self.parameters, strict=True))[count:]
+        tables = embedding_tables(parameter for _, parameter in named)
+        return ParameterLayout.of(
+            (name, p.shape, "embedding") if id(p) in tables else (name, p.shape) for name, p in named
+        )
+
+    def add(self, parameters: Sequence[Tensor], names: Sequence[str]) -> None:
+        """Append parameters, by name.
 
         Raises:
             UserError: one has no values yet, is neither real nor floating, or changes the precision.
@@ -57,6 +74,7 @@ class Layout:
         elif _precision([*self.parameters, *parameters]) != self.dtype:
             raise UserError("a float64 parameter was added to an optimizer of float32 ones: make a new optimizer")
         self.parameters += parameters
+        self.names += names
         if self._exact is not None:
             self._exact = torch.cat([self._exact, self._joined(parameters)], dim=1)
 

@@ -1,0 +1,34 @@
+"""The user's modules, of which an optimizer is given the parameters only.
+
+No hook finds them, because torch.compile would trace it and compile everything again without it. They are found among
+the objects that Python's garbage collector knows, when parameters come in.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterable
+
+from torch import Tensor, nn
+
+
+def every_module() -> list[nn.Module]:
+    """Return the modules of this process that are whole."""
+    frozen = gc.get_freeze_count() > 0  # objects that gc.freeze() has hidden are not listed
+    if frozen:
+        gc.unfreeze()
+    try:
+        return [each for each in gc.get_objects() if issubclass(type(each), nn.Module) and "_modules" in vars(each)]
+    finally:
+        if frozen:
+            gc.collect()  # else what is garbage by now would be kept for good
+            gc.freeze()
+
+
+def embedding_tables(parameters: Iterable[Tensor]) -> set[int]:
+    """Return the ids of those `parameters` that are the table of an embedding."""
+    matrices = {id(parameter) for parameter in parameters if parameter.dim() == 2}
+    if not matrices:
+        return set()
+    tables = (m._parameters.get("weight") for m in every_module() if isinstance(m, nn.Embedding | nn.EmbeddingBag))
+    return {id(table) for table in tables if id(table) in matrices}
