@@ -24,7 +24,7 @@ from ml2o_dist.metatrain.metagradient import Rollout, replay
 from ml2o_dist.problems import ProblemSpec
 from ml2o_dist.problems.layout import ParameterLayout
 from ml2o_dist.rules import ml2o
-from ml2o_dist.rules.ml2o import ML2ONetwork, ML2ORule
+from ml2o_dist.rules.coordinatewise.rule import ML2ONetwork, ML2ORule
 
 OBJECTIVES, STEPS = 2, 200
 HIDDEN = RuleSettings().hidden

@@ -30,7 +30,7 @@ from ml2o_dist.artifact import load_artifact
 from ml2o_dist.config import EstimatorSettings, RuleSettings
 from ml2o_dist.metatrain.episode import EpisodeSpec, Weights, run_episode
 from ml2o_dist.problems import ProblemSpec
-from ml2o_dist.rules.ml2o import ML2ONetwork
+from ml2o_dist.rules.coordinatewise.rule import ML2ONetwork
 
 PROBLEMS = (
     "multimnist[net=mlp,hidden=20,size=12,batch=32]",

@@ -28,7 +28,7 @@ from ml2o_dist.problems import Problem, ProblemContext, ProblemSpec
 from ml2o_dist.problems.base import register_problem
 from ml2o_dist.problems.networks import build_network
 from ml2o_dist.rules.base import Oracle
-from ml2o_dist.rules.ml2o import ML2ONetwork, ML2ORule
+from ml2o_dist.rules.coordinatewise.rule import ML2ONetwork, ML2ORule
 from ml2o_dist.seeding import generator
 
 BATCH, CLASSES, SAMPLES = 128, 10, 2048

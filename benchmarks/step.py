@@ -21,7 +21,7 @@ import torch
 
 from ml2o_dist.config import RuleSettings
 from ml2o_dist.problems.layout import ParameterLayout
-from ml2o_dist.rules.ml2o import ML2ONetwork, ML2ORule
+from ml2o_dist.rules.coordinatewise.rule import ML2ONetwork, ML2ORule
 
 SIZES = (1_000, 3_000, 10_000, 30_000, 100_000, 300_000)
 FITTED = (3_000, 300_000)

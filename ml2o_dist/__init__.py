@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from ml2o_dist.errors import UserError
     from ml2o_dist.problems import Problem, ProblemContext, ProblemFamily, ProblemSpec
     from ml2o_dist.rules.base import Oracle, UpdateRule
-    from ml2o_dist.rules.ml2o import ML2ONetwork, ML2ORule
+    from ml2o_dist.rules.coordinatewise.rule import ML2ONetwork, ML2ORule
     from ml2o_dist.torch_optim import GML2O, ML2O
 
 __all__ = [
@@ -37,8 +37,8 @@ _HOME = {
     "Artifact": "artifact",
     "GML2O": "torch_optim",
     "ML2O": "torch_optim",
-    "ML2ONetwork": "rules.ml2o",
-    "ML2ORule": "rules.ml2o",
+    "ML2ONetwork": "rules.coordinatewise.rule",
+    "ML2ORule": "rules.coordinatewise.rule",
     "MetaTrainSettings": "config",
     "Oracle": "rules.base",
     "Problem": "problems",

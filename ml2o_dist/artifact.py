@@ -298,7 +298,7 @@ def _card_sha256(card: Mapping[str, Any]) -> str:
 
 
 def _check_fit(weights: Mapping[str, Tensor], rule: RuleSettings, file: Path) -> None:
-    from ml2o_dist.rules.ml2o import ML2ONetwork  # late: a rule may itself be built from an artifact
+    from ml2o_dist.rules.coordinatewise.rule import ML2ONetwork  # late: a rule may itself be built from an artifact
 
     with torch.device("meta"):  # shapes alone: of a network that the tensors do not have, nothing is made
         expected = {name: tuple(tensor.shape) for name, tensor in ML2ONetwork(rule).state_dict().items()}

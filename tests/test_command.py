@@ -13,7 +13,7 @@ from click.testing import CliRunner
 from ml2o_dist.artifact import save_artifact
 from ml2o_dist.cli import main
 from ml2o_dist.config import RuleSettings
-from ml2o_dist.rules.ml2o import ML2ONetwork
+from ml2o_dist.rules.coordinatewise.rule import ML2ONetwork
 
 LONG = "a" * 300
 EVALUATE = ("evaluate", "--optimizer", "initial", "--problem", "fonseca")

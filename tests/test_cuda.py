@@ -17,7 +17,7 @@ from ml2o_dist.metatrain.episode import EpisodeSpec, run_episode
 from ml2o_dist.metatrain.pool import WorkerPool
 from ml2o_dist.metatrain.trainer import Trainer
 from ml2o_dist.problems import ProblemSpec
-from ml2o_dist.rules.ml2o import ML2ONetwork
+from ml2o_dist.rules.coordinatewise.rule import ML2ONetwork
 from tests.metatrain.executing import digests, in_process, later
 from tests.metatrain.settings import small
 

@@ -9,7 +9,7 @@ from ml2o_dist import evaluations
 from ml2o_dist.artifact import save_artifact
 from ml2o_dist.config import RuleSettings
 from ml2o_dist.config_file import load_evaluation
-from ml2o_dist.rules.ml2o import ML2ONetwork
+from ml2o_dist.rules.coordinatewise.rule import ML2ONetwork
 from ml2o_dist.tracking.registry import register_version
 from tests.evaluate_command import DIGITS, QUICK, ml2o, named, strict
 from tests.tracking.empty_store import new_store

@@ -17,8 +17,8 @@ from ml2o_dist.evaluation.measured_runs import Course, measured_run
 from ml2o_dist.problems import ProblemSpec
 from ml2o_dist.problems.layout import ParameterLayout
 from ml2o_dist.rules.adversaries import AdversaryRule
+from ml2o_dist.rules.coordinatewise.rule import ML2ONetwork, ML2ORule
 from ml2o_dist.rules.gml2o import GML2O
-from ml2o_dist.rules.ml2o import ML2ONetwork, ML2ORule
 from ml2o_dist.rules.stochastic import DSSMG
 from tests.tracking.empty_store import new_store
 

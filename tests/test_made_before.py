@@ -19,7 +19,7 @@ from ml2o_dist.cli import main
 from ml2o_dist.config_file import load_settings
 from ml2o_dist.metatrain.trainer import Trainer
 from ml2o_dist.problems.layout import ParameterLayout
-from ml2o_dist.rules.ml2o import ML2ORule
+from ml2o_dist.rules.coordinatewise.rule import ML2ORule
 from ml2o_dist.tracking.registry import list_versions
 from tests.made_before import figures
 from tests.made_before.make import HERE, HOME

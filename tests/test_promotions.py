@@ -13,7 +13,7 @@ from ml2o_dist.artifact import save_artifact
 from ml2o_dist.cli import main
 from ml2o_dist.config import RuleSettings
 from ml2o_dist.evaluation.cells import CellFailure, run_cell
-from ml2o_dist.rules.ml2o import ML2ONetwork
+from ml2o_dist.rules.coordinatewise.rule import ML2ONetwork
 from ml2o_dist.tracking.promotion import champion_of, promote_version
 from ml2o_dist.tracking.registry import find_version, register_version
 

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from ml2o_dist.artifact import save_artifact
 from ml2o_dist.config import RuleSettings
 from ml2o_dist.evaluation.suites import load_suite
-from ml2o_dist.rules.ml2o import ML2ONetwork
+from ml2o_dist.rules.coordinatewise.rule import ML2ONetwork
 
 RATIOS = {
     "mean+adam": 1.0,

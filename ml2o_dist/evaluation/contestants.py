@@ -15,8 +15,8 @@ from ml2o_dist.errors import UserError
 from ml2o_dist.rules.adversaries import AdversaryRule
 from ml2o_dist.rules.aggregated import AggregatedRule, parse_optimizer_name
 from ml2o_dist.rules.base import UpdateRule
+from ml2o_dist.rules.coordinatewise.rule import ML2ORule
 from ml2o_dist.rules.gml2o import guarded
-from ml2o_dist.rules.ml2o import ML2ORule
 from ml2o_dist.rules.stochastic import DSSMG, SMG
 
 

@@ -21,8 +21,8 @@ from ml2o_dist.metatrain.recorder import Trajectory, TrajectoryRecorder
 from ml2o_dist.metatrain.second_order import exact
 from ml2o_dist.problems import Problem, ProblemContext, ProblemSpec, Rescaled
 from ml2o_dist.rules.base import Oracle, UpdateRule
+from ml2o_dist.rules.coordinatewise.rule import ML2ORule
 from ml2o_dist.rules.gml2o import GuardedInfo, guarded
-from ml2o_dist.rules.ml2o import ML2ORule
 from ml2o_dist.seeding import derive_seed, generator
 
 Weights = Mapping[str, Tensor]

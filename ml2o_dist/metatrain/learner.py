@@ -14,7 +14,7 @@ from ml2o_dist.config import MetaTrainSettings
 from ml2o_dist.errors import UserError
 from ml2o_dist.metatrain.episode import EpisodeResult
 from ml2o_dist.reading_tensors import check_floats
-from ml2o_dist.rules.ml2o import ML2ONetwork
+from ml2o_dist.rules.coordinatewise.rule import ML2ONetwork
 
 
 @dataclass(frozen=True)

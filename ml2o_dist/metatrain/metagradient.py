@@ -15,9 +15,9 @@ from torch import Tensor
 from ml2o_dist.config import EstimatorSettings
 from ml2o_dist.errors import UserError
 from ml2o_dist.problems.base import Problem
-from ml2o_dist.rules import features
-from ml2o_dist.rules.ml2o import ML2ONetwork, even_blocks
-from ml2o_dist.rules.unrolled import Unrolled
+from ml2o_dist.rules.coordinatewise import features
+from ml2o_dist.rules.coordinatewise.rule import ML2ONetwork, even_blocks
+from ml2o_dist.rules.coordinatewise.unrolled import Unrolled
 
 FLOOR = 1e-8
 """Added inside logarithms, so that an objective that reaches its minimum exactly gives a finite meta-loss."""

@@ -15,7 +15,7 @@ from ml2o_dist.config import EstimatorSettings
 from ml2o_dist.metatrain.metagradient import meta_loss_kind, step_losses, step_weights
 from ml2o_dist.metatrain.recorder import TrajectoryRecorder
 from ml2o_dist.problems.base import Problem, autograd_jacobian
-from ml2o_dist.rules.ml2o import ML2ONetwork, ML2ORule, ML2OState, StackedWeights, even_blocks
+from ml2o_dist.rules.coordinatewise.rule import ML2ONetwork, ML2ORule, ML2OState, StackedWeights, even_blocks
 
 COLUMNS = 2016
 """Of a block on a CPU under autograd: as the weights in the wheel were trained with, whose bits depend on it (the

@@ -21,6 +21,12 @@ Tree = Any
 """JSON: null, a number, a text, or {"kind": ...}."""
 
 _ROOM = "ml2o_dist.rules."
+_MOVED = {
+    "ml2o_dist.rules.ml2o": "ml2o_dist.rules.coordinatewise.rule",
+    "ml2o_dist.rules.features": "ml2o_dist.rules.coordinatewise.features",
+}
+"""Where classes are that a state names by the module in which an older version had them."""
+
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _PLAIN = (type(None), bool, int, float, str)
 _SAVED = (*_PLAIN, tuple, list, dict, Tensor, np.ndarray, torch.dtype, torch.device, torch.optim.Adam)
@@ -218,6 +224,7 @@ def _parts(value: Any) -> list[tuple[str, Any]]:
 
 def _known_class(kind: str) -> Callable[..., Any]:
     module, _, name = kind.partition(":")
+    module = _MOVED.get(module, module)
     try:
         found = getattr(importlib.import_module(module), name) if module.startswith(_ROOM) else None
     except (ImportError, AttributeError, ValueError):

@@ -10,7 +10,7 @@ from torch import Tensor
 from ml2o_dist.artifact import load_artifact, weights_sha256
 from ml2o_dist.config import RuleSettings
 from ml2o_dist.remote_files import is_uri
-from ml2o_dist.rules.ml2o import ML2ONetwork, ML2ORule
+from ml2o_dist.rules.coordinatewise.rule import ML2ONetwork, ML2ORule
 
 UNTRAINED = "initial"
 """The name of the network before any meta-training: Adam on the sum of the losses."""

@@ -19,7 +19,7 @@ import torch
 
 from ml2o_dist.artifact import load_artifact
 from ml2o_dist.problems.layout import ParameterLayout
-from ml2o_dist.rules.ml2o import ML2ORule
+from ml2o_dist.rules.coordinatewise.rule import ML2ORule
 
 
 class LearnedOptimizer(mlflow.pyfunc.PythonModel):  # type: ignore[misc]  # MLflow is untyped

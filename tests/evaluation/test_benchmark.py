@@ -22,8 +22,8 @@ from ml2o_dist.evaluation.optimizer_names import parse_optimizers
 from ml2o_dist.problems import ProblemContext, ProblemSpec
 from ml2o_dist.problems.layout import ParameterLayout
 from ml2o_dist.rules.base import Oracle
+from ml2o_dist.rules.coordinatewise.rule import ML2ORule
 from ml2o_dist.rules.gml2o import GML2O
-from ml2o_dist.rules.ml2o import ML2ORule
 from ml2o_dist.rules.stochastic import DSSMG
 from ml2o_dist.seeding import derive_seed, generator
 

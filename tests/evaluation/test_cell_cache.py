@@ -18,7 +18,7 @@ from ml2o_dist.evaluation.cell_cache import CellCache, cell_key, run_cached
 from ml2o_dist.evaluation.cells import Cell, CellFailure, CellResult, run_cell
 from ml2o_dist.evaluation.contestants import Adversary, Guarded, HandDesigned, Learned, Stochastic
 from ml2o_dist.problems import ProblemSpec
-from ml2o_dist.rules.ml2o import ML2ONetwork
+from ml2o_dist.rules.coordinatewise.rule import ML2ONetwork
 
 RULE = RuleSettings(hidden=3)
 WEIGHTS = {name: tensor + 0.1 for name, tensor in ML2ONetwork(RULE).state_dict().items()}

@@ -17,7 +17,7 @@ from ml2o_dist.evaluation.cell_tasks import run_outcomes_on_ray
 from ml2o_dist.evaluation.cells import Cell, CellFailure, Outcome, run_cell
 from ml2o_dist.evaluation.contestants import HandDesigned, Learned
 from ml2o_dist.problems import Problem, ProblemContext, ProblemSpec, base
-from ml2o_dist.rules.ml2o import ML2ONetwork
+from ml2o_dist.rules.coordinatewise.rule import ML2ONetwork
 from ml2o_dist.seeding import generator
 
 

@@ -15,8 +15,8 @@ from ml2o_dist.evaluation.optimizer_names import Entrant, parse_optimizers
 from ml2o_dist.rules.adversaries import ADVERSARIES, AdversaryRule
 from ml2o_dist.rules.aggregated import AggregatedRule
 from ml2o_dist.rules.base import UpdateRule
+from ml2o_dist.rules.coordinatewise.rule import ML2ONetwork, ML2ORule
 from ml2o_dist.rules.gml2o import GML2O
-from ml2o_dist.rules.ml2o import ML2ONetwork, ML2ORule
 from ml2o_dist.rules.stochastic import DSSMG, SMG
 
 

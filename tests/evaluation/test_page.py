@@ -18,7 +18,7 @@ from ml2o_dist.evaluation.page_document import Section
 from ml2o_dist.evaluation.run_record import RunRecord
 from ml2o_dist.metatrain.schedule import training_items
 from ml2o_dist.metatrain.trajectories import episodes_table
-from ml2o_dist.rules.ml2o import ML2ONetwork
+from ml2o_dist.rules.coordinatewise.rule import ML2ONetwork
 from ml2o_dist.run_log import RunLog, Warned
 from tests.evaluation.synthetic import DIGITS_ROWS, HOSTILE, evaluation
 from tests.metatrain.executing import in_process

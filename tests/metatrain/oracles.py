@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ml2o_dist.config import RuleSettings
 from ml2o_dist.problems import Problem, ProblemContext, ProblemSpec
-from ml2o_dist.rules.ml2o import ML2ONetwork, ML2ORule
+from ml2o_dist.rules.coordinatewise.rule import ML2ONetwork, ML2ORule
 
 DOUBLE = torch.float64
 

@@ -11,7 +11,7 @@ import torch
 from ml2o_dist.config import EstimatorSettings, GuardSettings, RuleSettings
 from ml2o_dist.metatrain.episode import EpisodeSpec, run_episode
 from ml2o_dist.problems import ProblemSpec
-from ml2o_dist.rules.ml2o import ML2ONetwork
+from ml2o_dist.rules.coordinatewise.rule import ML2ONetwork
 
 RULE = RuleSettings(hidden=4, lr=0.05)
 SPEC = EpisodeSpec(ProblemSpec.parse("quadratic[n=6,noise=0.1]"), 7, 12, 2, RULE, EstimatorSettings())

@@ -15,7 +15,7 @@ from ml2o_dist.metatrain.recorder import TrajectoryRecorder
 from ml2o_dist.problems import ProblemContext, ProblemSpec
 from ml2o_dist.problems.layout import ParameterLayout
 from ml2o_dist.rules.base import Oracle
-from ml2o_dist.rules.ml2o import ML2ONetwork, ML2ORule
+from ml2o_dist.rules.coordinatewise.rule import ML2ONetwork, ML2ORule
 from ml2o_dist.seeding import derive_seed, generator
 
 RULE = RuleSettings(hidden=4, lr=0.05)

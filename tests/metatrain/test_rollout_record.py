@@ -14,7 +14,7 @@ from ml2o_dist.config import EstimatorSettings, GuardSettings, RuleSettings
 from ml2o_dist.metatrain.episode import EpisodeSpec, replay_episode, replayed, roll_out_episode, run_episode
 from ml2o_dist.metatrain.rollout_record import read_rollout, rollout_batch
 from ml2o_dist.problems import ProblemSpec
-from ml2o_dist.rules.ml2o import ML2ONetwork
+from ml2o_dist.rules.coordinatewise.rule import ML2ONetwork
 
 RULE = RuleSettings(hidden=4)
 CONTROLLED = RuleSettings(hidden=4, features="agreement", output="controlled")

@@ -16,7 +16,7 @@ from ml2o_dist.metatrain.checkpoint import Checkpoint, newest_checkpoint, save_c
 from ml2o_dist.metatrain.schedule import training_items, validation_items
 from ml2o_dist.metatrain.trainer import Trainer, TrainingError
 from ml2o_dist.rules.base import Oracle
-from ml2o_dist.rules.ml2o import ML2ONetwork
+from ml2o_dist.rules.coordinatewise.rule import ML2ONetwork
 from tests.metatrain.executing import Cut, cut_after, digests, in_process, later
 from tests.metatrain.faulty_disk import FaultyDisk, Killed
 from tests.metatrain.settings import small

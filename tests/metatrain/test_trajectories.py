@@ -28,7 +28,7 @@ from ml2o_dist.metatrain.trajectories import (
     read_trajectories,
     recorded_problems,
 )
-from ml2o_dist.rules.ml2o import ML2ONetwork
+from ml2o_dist.rules.coordinatewise.rule import ML2ONetwork
 from tests.metatrain.executing import Cut, cut_after, digests, in_process, later
 from tests.metatrain.settings import small
 

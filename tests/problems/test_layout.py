@@ -11,7 +11,7 @@ from torch import nn
 from ml2o_dist import GML2O, ML2O
 from ml2o_dist.problems import ProblemContext, ProblemSpec, Rescaled
 from ml2o_dist.problems.layout import ParameterLayout
-from ml2o_dist.rules.ml2o import ML2ORule
+from ml2o_dist.rules.coordinatewise.rule import ML2ORule
 
 NETWORKS = [
     "multidigits[hidden=7-5]",

@@ -8,7 +8,7 @@ import torch
 from ml2o_dist.config import RuleSettings
 from ml2o_dist.problems import ProblemContext, ProblemSpec, Rescaled
 from ml2o_dist.rules.base import Oracle
-from ml2o_dist.rules.ml2o import ML2ORule
+from ml2o_dist.rules.coordinatewise.rule import ML2ORule
 from tests.problems.contract import check_problem
 
 DOUBLE = torch.float64

@@ -15,8 +15,8 @@ from ml2o_dist.problems.layout import ParameterLayout
 from ml2o_dist.rules.adversaries import AdversaryRule
 from ml2o_dist.rules.aggregated import AggregatedRule
 from ml2o_dist.rules.base import Oracle
+from ml2o_dist.rules.coordinatewise.rule import ML2ORule
 from ml2o_dist.rules.gml2o import GML2O
-from ml2o_dist.rules.ml2o import ML2ORule
 
 FALLBACK, BOLD = AggregatedRule("mean", "sgd", 0.1), AggregatedRule("mean", "sgd", 0.8)
 

@@ -12,8 +12,8 @@ from ml2o_dist.problems import ProblemContext, ProblemSpec
 from ml2o_dist.problems.layout import ParameterLayout
 from ml2o_dist.rules.adversaries import ADVERSARIES, AdversaryRule
 from ml2o_dist.rules.base import Oracle, UpdateRule
+from ml2o_dist.rules.coordinatewise.rule import ML2ORule
 from ml2o_dist.rules.gml2o import GML2O
-from ml2o_dist.rules.ml2o import ML2ORule
 from ml2o_dist.rules.stochastic import DSSMG
 
 DOUBLE = torch.float64

@@ -18,8 +18,8 @@ from ml2o_dist.problems import Problem
 from ml2o_dist.problems.layout import ParameterLayout
 from ml2o_dist.rules.aggregated import AggregatedRule
 from ml2o_dist.rules.base import Oracle, UpdateRule
+from ml2o_dist.rules.coordinatewise.rule import ML2ORule
 from ml2o_dist.rules.gml2o import guarded
-from ml2o_dist.rules.ml2o import ML2ORule
 from ml2o_dist.rules.saved_state import StateError, check_alike, modules_of, put_together, take_apart
 from ml2o_dist.rules.stochastic import DSSMG, SMG
 from ml2o_dist.seeding import generator
@@ -215,9 +215,9 @@ def test_what_cannot_be_saved_is_told(value: Any) -> None:
         {"kind": "device", "name": "nowhere"},
         {"kind": "dict", "keys": ["a"], "items": []},
         {"kind": "dict", "keys": [[1]], "items": [1]},
-        {"kind": "ml2o_dist.rules.ml2o:ML2OState", "items": [1]},
-        {"kind": "ml2o_dist.rules.ml2o:BlockState", "items": []},
-        {"kind": "ml2o_dist.rules.ml2o:RuleSettings", "items": []},
+        {"kind": "ml2o_dist.rules.coordinatewise.rule:ML2OState", "items": [1]},
+        {"kind": "ml2o_dist.rules.coordinatewise.rule:BlockState", "items": []},
+        {"kind": "ml2o_dist.rules.coordinatewise.rule:RuleSettings", "items": []},
         {"kind": "ml2o_dist.rules..ml2o:ML2OState", "items": []},
         {"kind": "ml2o_dist.rules.\0:x", "items": []},
     ],

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ml2o_dist import GML2O, ML2O
 from ml2o_dist.artifact import save_artifact
 from ml2o_dist.config import GuardSettings, RuleSettings
-from ml2o_dist.rules.ml2o import ML2ONetwork
+from ml2o_dist.rules.coordinatewise.rule import ML2ONetwork
 from ml2o_dist.seeding import generator
 
 Batch = tuple[Tensor, Tensor, Tensor]

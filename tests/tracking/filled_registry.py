@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ml2o_dist.artifact import save_artifact
 from ml2o_dist.config import RuleSettings
-from ml2o_dist.rules.ml2o import ML2ONetwork
+from ml2o_dist.rules.coordinatewise.rule import ML2ONetwork
 from ml2o_dist.tracking.registry import list_versions
 from ml2o_dist.tracking.store import connect, ensure_experiment
 from tests.tracking.empty_store import new_store

@@ -18,7 +18,7 @@ from mlflow.exceptions import MlflowException
 from ml2o_dist.artifact import load_artifact, save_artifact
 from ml2o_dist.errors import UserError
 from ml2o_dist.problems.layout import ParameterLayout
-from ml2o_dist.rules.ml2o import ML2ONetwork, ML2ORule
+from ml2o_dist.rules.coordinatewise.rule import ML2ONetwork, ML2ORule
 from ml2o_dist.tracking.names import checked_model_name
 from ml2o_dist.tracking.pareto_sets import resolve_set
 from ml2o_dist.tracking.registry import list_versions, register_version, resolve_model

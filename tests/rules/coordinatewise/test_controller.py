@@ -11,8 +11,8 @@ from torch import Tensor
 from ml2o_dist import ML2O, load_artifact
 from ml2o_dist.config import RuleSettings
 from ml2o_dist.problems.layout import ParameterLayout
-from ml2o_dist.rules.features import initial_agreement, judge, remember
-from ml2o_dist.rules.ml2o import LARGEST, SMALLEST, ML2ORule, ML2OState
+from ml2o_dist.rules.coordinatewise.features import initial_agreement, judge, remember
+from ml2o_dist.rules.coordinatewise.rule import LARGEST, SMALLEST, ML2ORule, ML2OState
 
 SHIPPED = load_artifact("pretrained")
 LENGTHS = torch.linspace(1.0, 30.0, 10)  # curvatures of a quadratic

@@ -13,7 +13,7 @@ from ml2o_dist.errors import UserError
 from ml2o_dist.problems import ProblemContext, ProblemSpec
 from ml2o_dist.problems.layout import ParameterLayout
 from ml2o_dist.rules.base import Oracle
-from ml2o_dist.rules.ml2o import ML2ONetwork, ML2ORule
+from ml2o_dist.rules.coordinatewise.rule import ML2ONetwork, ML2ORule
 from tests.metatrain.oracles import DOUBLE, WrittenOut, problem_for, random_rule
 
 FORMS = list(
@@ -26,7 +26,7 @@ FORMS = list(
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize(("instances", "objectives", "dimension"), [(1, 1, 1), (1, 2, 7), (4, 3, 5), (2, 5, 1)])
 def test_the_blockwise_rule_equals_the_written_out_network(form, instances, objectives, dimension, monkeypatch):
-    monkeypatch.setattr("ml2o_dist.rules.ml2o.BLOCK", 3 * 4)
+    monkeypatch.setattr("ml2o_dist.rules.coordinatewise.rule.BLOCK", 3 * 4)
     tied, output, features = form
     warmup = 1.5 if output == "controlled" else 0.0
     rule = random_rule(
@@ -206,7 +206,7 @@ def test_agreement_tells_short_steps_from_overshooting_ones():
     """f = |z|^2 / 2: a step of length t along -z keeps 1 - t of the promise, whatever the scale."""
     problem = ProblemSpec.parse("quadratic[m=1,n=1,condition=1]").build(ProblemContext(1, dtype=DOUBLE))
     for length in (0.1, 0.5, 1.0, 1.5):
-        from ml2o_dist.rules.features import initial_agreement, judge, remember
+        from ml2o_dist.rules.coordinatewise.features import initial_agreement, judge, remember
 
         point = problem.initial_parameters([3])
         before, _ = problem.jacobian(point, None)

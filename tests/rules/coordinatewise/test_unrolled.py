@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from ml2o_dist.config import RuleSettings
-from ml2o_dist.rules import features
-from ml2o_dist.rules.ml2o import ML2ONetwork
-from ml2o_dist.rules.unrolled import Unrolled
+from ml2o_dist.rules.coordinatewise import features
+from ml2o_dist.rules.coordinatewise.rule import ML2ONetwork
+from ml2o_dist.rules.coordinatewise.unrolled import Unrolled
 
 DOUBLE = torch.float64
 

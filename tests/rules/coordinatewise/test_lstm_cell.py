@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from ml2o_dist.rules.lstm_cell import lstm_cell, stacked_weights
+from ml2o_dist.rules.coordinatewise.lstm_cell import lstm_cell, stacked_weights
 
 DOUBLE = torch.float64
 

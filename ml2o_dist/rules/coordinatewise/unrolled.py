@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ml2o_dist.config import RuleSettings
-from ml2o_dist.rules.lstm_cell import BackwardScratch, amplified, backward, forward
-from ml2o_dist.rules.ml2o import StackedWeights
+from ml2o_dist.rules.coordinatewise.lstm_cell import BackwardScratch, amplified, backward, forward
+from ml2o_dist.rules.coordinatewise.rule import StackedWeights
 
 
 class Unrolled:

@@ -22,7 +22,7 @@ MOST = 4.0
 """Most that one step adds to the averages, in units of what it promised; met on none of five networks."""
 
 NEGLIGIBLE = 1e-20
-"""A gradient's norm, in the unit that `rules/ml2o.py` gives it, below which its step is not judged: 1 / g overflows."""
+"""A gradient's norm, in the unit that the rule gives it, below which its step is not judged: 1 / g overflows."""
 
 LOG_SIGN_P = 10.0
 """p of Andrychowicz et al. 2016, appendix A."""

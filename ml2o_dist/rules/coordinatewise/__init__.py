@@ -1,0 +1,1 @@
+"""The network of the paper: one LSTM step for every coordinate."""

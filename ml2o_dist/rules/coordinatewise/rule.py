@@ -1,0 +1,370 @@
+"""ML2O: the learned rule. An LSTM maps every coordinate's gradients to its update (Yang, Tang, Yang 2023).
+
+Shapes: P instances, m objectives, n parameters, R = P * n coordinates, H hidden, c feature channels, T steps.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ml2o_dist.config import RuleSettings
+from ml2o_dist.errors import UserError
+from ml2o_dist.problems.layout import ParameterLayout
+from ml2o_dist.rules.base import Oracle, StepInfo, UpdateRule
+from ml2o_dist.rules.coordinatewise import features
+from ml2o_dist.rules.coordinatewise.lstm_cell import Cell, lstm_cell, stacked_weights
+from ml2o_dist.seeding import derive_seed
+
+CONTROL = (0.12, 0.1)
+"""Where the controller's a and b start: set by hand (ours) on small MLPs and CNNs, the network untrained."""
+
+WARMUP_DECAY = 0.9
+"""How fast a warm-up is forgotten, a step (ours; among 0.8, 0.9, 0.95 the best on four of five held-out problems)."""
+
+SMALLEST, LARGEST = -30.0, 10.0
+"""Bounds of the controller's log step size (ours): lr times 1e-13 and 2e4. The shipped weights went from -2 to 3 on
+small networks and up to 7 on quadratics. From the lower bound, where a step moves hardly any parameter, they need 150
+steps back to 0."""
+
+USUAL = 20
+"""Gradients whose largest entry lies within 2^-20 and 2^20 at first are taken as they are. Others are multiplied by a
+power of two (ours), which rounds nothing, so that their squares neither under- nor overflow."""
+
+BLOCK = 64512
+"""Columns (coordinates times objectives) times H walked at a time, so that an LSTM's gates, 1 MB, stay in the cache
+(measured: a half takes a quarter longer, the double a tenth less; no powers of two, whose rows fall into the same
+cache lines)."""
+
+GPU_BLOCK = 2**20
+"""The same on a GPU, where every block costs some thirty kernel launches: as many as memory bears, 1 kB a column."""
+
+
+@dataclass(frozen=True)
+class BlockState:
+    """What is remembered of a block of coordinates: the features' memory, the LSTMs' states, the shared one's last.
+
+    `born` is the step before which its averages began: 0, but for parameters that came later.
+    """
+
+    memory: features.Memory
+    cells: tuple[Cell, ...]
+    born: int = 0
+
+    @property
+    def rows(self) -> int:
+        """How many coordinates it has."""
+        return self.memory.slow.shape[1]
+
+
+@dataclass(frozen=True)
+class ML2OState:
+    """After `step` steps: how the instances fare, and each block of coordinates.
+
+    `unit` [P] is the power of two that the gradients are multiplied by, 0 until there was one that is not 0; None in
+    states that older versions wrote, whose gradients were taken as they are.
+    """
+
+    step: int
+    agreement: features.Agreement
+    blocks: tuple[BlockState, ...]
+    unit: Tensor | None = None
+
+    def tensors(self) -> list[Tensor]:
+        """Return all that it holds, in order."""
+        cells = (tensor for block in self.blocks for tensor in (*block.memory, *chain.from_iterable(block.cells)))
+        return [*self.agreement, *cells]
+
+    def with_tensors(self, tensors: Iterable[Tensor]) -> ML2OState:
+        """Return it with others in their places."""
+        each = iter(tensors)
+        agreement = features.Agreement(*(next(each) for _ in self.agreement))
+        blocks = tuple(
+            replace(
+                block,
+                memory=features.Memory(*(next(each) for _ in block.memory)),
+                cells=tuple((next(each), next(each)) for _ in block.cells),
+            )
+            for block in self.blocks
+        )
+        return replace(self, agreement=agreement, blocks=blocks)
+
+
+class StackedWeights(NamedTuple):
+    """The LSTMs' `stacked_weights`, and the head's [o, H + 1] for the stacked (h / 2, 1)."""
+
+    specific: tuple[Tensor, ...]
+    shared: Tensor
+    head: Tensor
+
+    def tensors(self) -> list[Tensor]:
+        """Return them in order."""
+        return [*self.specific, self.shared, self.head]
+
+    def detach(self) -> StackedWeights:
+        """Return them without their history."""
+        *specific, shared, head = (tensor.detach() for tensor in self.tensors())
+        return StackedWeights(tuple(specific), shared, head)
+
+
+class ML2ONetwork(nn.Module):
+    """Specific LSTM per objective -> shared LSTM -> linear layer, the same for every coordinate.
+
+    `objectives: tied` (ours): one specific module serves every objective and its outputs are averaged, so that any
+    m works and their order does not matter. `per_objective` (as the paper draws it): a module each, outputs
+    concatenated, m fixed by `rule.count`. `output: residual` and `controlled` (ours) start with a zero linear layer:
+    before training the rule is Adam on the sum of the objectives. The weights are a pure function of the shape.
+    """
+
+    def __init__(self, settings: RuleSettings) -> None:
+        super().__init__()
+        self.settings = settings
+        channels, hidden = features.CHANNELS[settings.features], settings.hidden
+        tied = settings.objectives == "tied"
+        with torch.random.fork_rng(devices=[]):
+            torch.default_generator.manual_seed(derive_seed("ml2o initial weights"))
+            self.specific = nn.ModuleList(nn.LSTM(channels, hidden) for _ in range(1 if tied else settings.count))
+            self.shared = nn.LSTM(hidden * len(self.specific), hidden)
+            self.head = nn.Linear(hidden, 2 if settings.output == "residual" else 1)
+        if settings.output == "controlled":
+            self.control = nn.Parameter(torch.tensor(CONTROL))
+        if settings.output != "scaled":
+            nn.init.zeros_(self.head.weight)
+            nn.init.zeros_(self.head.bias)
+
+    def advance(self, jacobian: Tensor, state: ML2OState, weights: StackedWeights) -> tuple[Tensor, ML2OState]:
+        """Map the Jacobian [P, m, n] to the update [P, n] and the next state, differentiably in everything.
+
+        `weights` are those of `stacked_weights()`.
+        """
+        state = _with_unit(state, jacobian.detach())
+        jacobian = _in_unit(jacobian, state.unit)
+        instances, objectives, dimension = jacobian.shape
+        total = jacobian.sum(dim=1)
+        before = state.agreement
+        agreement = self.bounded(features.judge(before, total, self.pace(before.value)), state.step + 1)
+        gradients = jacobian.transpose(0, 1).reshape(objectives, instances * dimension)
+        value, shift = (
+            each[:, None].expand(-1, dimension).reshape(-1)
+            for each in (agreement.value, self.shift(agreement.total, state.step + 1))
+        )
+        updates, after, begin = [], [], 0
+        for block in state.blocks:
+            part = slice(begin, begin + block.rows)
+            begin = part.stop
+            seen, direction, memory = features.advance(
+                self.settings, gradients[:, part], block.memory, state.step - block.born, value[part]
+            )
+            outputs, cells = self.step(seen, block.cells, weights)
+            updates.append(self.step_update(seen, outputs, direction, shift[part]))
+            after.append(BlockState(memory, cells, block.born))
+        update = torch.cat(updates).view(instances, dimension)
+        agreement = features.remember(agreement, total, update)
+        return update, replace(state, step=state.step + 1, agreement=agreement, blocks=tuple(after))
+
+    def stacked_weights(self) -> StackedWeights:
+        """Return the weights as `step` takes them, attached to the parameters (see `lstm_cell.stacked_weights`)."""
+        specific = [stacked_weights(lstm, halved_inputs=False) for lstm in self.specific]
+        head = torch.cat((2 * self.head.weight, self.head.bias[:, None]), dim=1)
+        return StackedWeights(tuple(specific), stacked_weights(self.shared, halved_inputs=True), head)
+
+    def initial_blocks(self, objectives: int, rows: int, born: int = 0, columns: int = 0) -> tuple[BlockState, ...]:
+        """Return the states of `rows` coordinates before their first step: zeros, in even blocks of `columns`.
+
+        0 columns: as many as are fast.
+        """
+        on_cpu = self.head.weight.device.type == "cpu"
+        fast = BLOCK // self.settings.hidden if on_cpu else GPU_BLOCK
+        blocks = even_blocks(rows, (columns or fast) // objectives)
+        return tuple(self.initial_block(objectives, part.stop - part.start, born) for part in blocks)
+
+    def initial_block(self, objectives: int, rows: int, born: int = 0) -> BlockState:
+        """Return the state of one block of `rows` coordinates before their first step."""
+        zero, hidden = self.head.weight.new_zeros(objectives, rows), self.settings.hidden
+        tied = self.settings.objectives == "tied"
+        widths = [objectives * rows, rows] if tied else [rows] * (objectives + 1)
+        cells = tuple((zero.new_zeros(hidden, width), zero.new_zeros(hidden, width)) for width in widths)
+        return BlockState(features.initial_memory(self.settings, zero), cells, born)
+
+    def step(self, inputs: Tensor, cells: tuple[Cell, ...], weights: StackedWeights) -> tuple[Tensor, tuple[Cell, ...]]:
+        """Run one step of one block, differentiably: features [c, m, R] to outputs [o, R] and the next states."""
+        channels, objectives, rows = inputs.shape
+        if self.settings.objectives == "tied":
+            parts = [lstm_cell(inputs.reshape(channels, objectives * rows), cells[0], weights.specific[0])]
+            pooled = parts[0][0].view(-1, objectives, rows).mean(dim=1)
+        else:
+            parts = [lstm_cell(inputs[:, i], cells[i], weights.specific[i]) for i in range(objectives)]
+            pooled = torch.cat([hidden for hidden, _ in parts])
+        shared = lstm_cell(pooled, cells[-1], weights.shared)
+        outputs = torch.addmm(weights.head[:, -1:], weights.head[:, :-1], shared[0])
+        return outputs, (*parts, shared)
+
+    def step_update(self, inputs: Tensor, outputs: Tensor, direction: Tensor, shift: Tensor) -> Tensor:
+        """Turn outputs [..., o, R], Adam's direction and the controller's shift, both [..., R], into u [..., R].
+
+        `inputs` [..., c, m, R] are the features; d and out count as 0 where there is no gradient (`features.presence`).
+        residual: u = -lr * exp(s) * (direction + d) with outputs (s, d); controlled: u = -lr * exp(shift) *
+        (direction + d) with output d, for the step's size is the controller's alone (a second hand on it learned from
+        rough episodes to step too far); scaled: u = scale * out (the paper's kind).
+        """
+        own = features.presence(inputs) * outputs[..., -1, :]
+        if self.settings.output == "scaled":
+            return self.settings.scale * own
+        size = outputs[..., 0, :] if self.settings.output == "residual" else shift
+        return -self.settings.lr * size.exp() * (direction + own)
+
+    def shift(self, total: Tensor, count: Tensor | int) -> Tensor:
+        """Return the controller's share of the log step size, shaped like `total`; zero unless `output: controlled`.
+
+        shift = 0.5 a sum_{k <= t} r_k - 0.02 b (t + 1) - w 0.9^t: an integral controller (ours) on the agreement r,
+        whose sum is `total` after `count` = t + 1 steps. Steps grow while they keep what they promise and shrink when
+        they overshoot; a and b are learned, from `CONTROL` on. The factors set their pace: a few tens of meta-steps
+        move a by as much as it is worth, and b moves the last of 200 steps no faster than the other weights do. The
+        warm-up w, a setting, keeps the first steps short, whose averages are of a few gradients: on large networks
+        they overshoot before the controller has seen it.
+        """
+        if self.settings.output != "controlled":
+            return torch.zeros_like(total)
+        warmup = self.settings.warmup * WARMUP_DECAY ** (count - 1)
+        return 0.5 * self.control[0] * total - 0.02 * self.control[1] * count - warmup
+
+    def pace(self, value: Tensor) -> Tensor | float:
+        """Return by how much the agreement's last `value` [P] changed the log step size: 0 without a controller."""
+        return (0.5 * self.control[0] * value).abs() if self.settings.output == "controlled" else 0.0
+
+    def bounded(self, agreement: features.Agreement, count: int) -> features.Agreement:
+        """Return the agreement after `count` steps with its total where the log step size keeps within its bounds.
+
+        What lies beyond is forgotten, not only cut off: the next steps count from the bound.
+        """
+        if self.settings.output != "controlled":
+            return agreement
+        gain, drift = 0.5 * self.control[0], 0.02 * self.control[1] * count
+        ends = (SMALLEST + drift) / gain, (LARGEST + drift) / gain
+        total = agreement.total.clamp(torch.minimum(*ends), torch.maximum(*ends))
+        return agreement._replace(total=torch.where(gain == 0, agreement.total, total))
+
+    def check_objectives(self, objectives: int) -> None:
+        """Raise UserError where a per_objective network meets another number of objectives than it was built for."""
+        if self.settings.objectives == "per_objective" and objectives != self.settings.count:
+            raise UserError(
+                f"rule.objectives=per_objective was built for rule.count={self.settings.count} objectives, "
+                f"the problem has {objectives}; use rule.objectives=tied for any number"
+            )
+
+
+class ML2ORule(UpdateRule):
+    """The network as an update rule: z_{k+1} = z_k + u_k, computed without autograd, block by block."""
+
+    def __init__(self, network: ML2ONetwork) -> None:
+        self.network = network
+        with torch.no_grad():
+            self._weights = network.stacked_weights()
+
+    @classmethod
+    def from_weights(
+        cls,
+        settings: RuleSettings,
+        weights: Mapping[str, Tensor] | None,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+    ) -> ML2ORule:
+        """Build the rule from a state dict; None gives the untrained network (`initial`)."""
+        network = ML2ONetwork(settings)
+        if weights is not None:
+            network.load_state_dict(dict(weights))
+        return cls(network.to(device=device, dtype=dtype))
+
+    def initial_state(self, instances: int, objectives: int, layout: ParameterLayout | int) -> ML2OState:
+        """Return zero memory and LSTM states for R = P * n coordinates."""
+        # Models that were registered by older versions bring the code that calls this, with n.
+        dimension = layout if isinstance(layout, int) else layout.dimension
+        self.network.check_objectives(objectives)
+        weight = self.network.head.weight
+        agreement = features.initial_agreement(weight.new_zeros(instances, dimension))
+        blocks = self.network.initial_blocks(objectives, instances * dimension)
+        return ML2OState(0, agreement, blocks, weight.new_zeros(instances))
+
+    @torch.no_grad()
+    def propose(self, oracle: Oracle, parameters: Tensor, state: ML2OState, seen: StepInfo) -> tuple[Tensor, ML2OState]:
+        """Move every coordinate by the network's update for the Jacobian J [P, m, n]."""
+        update, state = self.update(seen.jacobian, state)
+        return oracle.problem.project(parameters + update), state
+
+    def overruled(self, state: ML2OState, seen: StepInfo, update: Tensor, where: Tensor) -> ML2OState:
+        """Let the agreement judge the step that was really taken; averages and LSTMs keep what they saw (ours).
+
+        The gradient at the point was real whoever chose the step from it; the promise of a step that was not taken
+        could only be judged wrongly.
+        """
+        total = _in_unit(seen.jacobian.sum(dim=1), state.unit)
+        taken = features.remember(state.agreement, total, update)
+        agreement = state.agreement._replace(
+            update=torch.where(where[:, None], taken.update, state.agreement.update),
+            promise=torch.where(where, taken.promise, state.agreement.promise),
+        )
+        return replace(state, agreement=agreement)
+
+    def grown(self, state: ML2OState, more: ParameterLayout) -> ML2OState:
+        """Append blocks of `more` coordinates whose averages and LSTMs begin now."""
+        first, agreement = state.blocks[0], state.agreement
+        tied = self.network.settings.objectives == "tied"
+        objectives = first.cells[0][0].shape[1] // first.rows if tied else len(first.cells) - 1
+        update = torch.cat([agreement.update, agreement.update.new_zeros(1, more.dimension)], dim=1)
+        blocks = self.network.initial_blocks(objectives, more.dimension, born=state.step)
+        return replace(state, agreement=agreement._replace(update=update), blocks=(*state.blocks, *blocks))
+
+    @torch.no_grad()
+    def update(self, jacobian: Tensor, state: ML2OState) -> tuple[Tensor, ML2OState]:
+        """Map the Jacobian [P, m, n] to the update [P, n] and the next state."""
+        return self.network.advance(jacobian, state, self._weights)
+
+
+def _in_unit(gradients: Tensor, unit: Tensor | None) -> Tensor:
+    """Return gradients [P, ..] multiplied by their instance's `unit` [P]."""
+    return gradients if unit is None else gradients * unit.view(-1, *[1] * (gradients.dim() - 1))
+
+
+def _with_unit(state: ML2OState, jacobian: Tensor) -> ML2OState:
+    """Return the state with a unit for the Jacobian [P, m, n], and all that it remembers of gradients in this unit.
+
+    The first gradient that is not 0 decides; one that is 2^40 times as large as it was to be, later, again.
+    """
+    if state.unit is None:
+        return state
+    largest = torch.linalg.vector_norm(jacobian, ord=math.inf, dim=(1, 2))
+    begins = (state.unit == 0) & (largest > 0) & largest.isfinite()
+    outgrown = (largest * state.unit > 2.0 ** (2 * USUAL)) & largest.isfinite()
+    if not bool((begins | outgrown).any()):
+        return state
+    exponents = torch.frexp(largest).exponent.clamp(-126, 126)
+    powers = torch.where(begins & (exponents.abs() <= USUAL), 0, -exponents)
+    found = largest.new_tensor([math.ldexp(1.0, power) for power in powers.tolist()])
+    unit = torch.where(begins | outgrown, found, state.unit)
+    ratio = torch.where(state.unit > 0, unit / state.unit, 1.0)
+    same, agreement = ratio == 1, state.agreement  # whose averages have no unit; only the last step is not judged
+    agreement = agreement._replace(
+        update=torch.where(same[:, None], agreement.update, 0.0), promise=torch.where(same, agreement.promise, 0.0)
+    )
+    by_row = ratio.repeat_interleave(jacobian.shape[2])
+    blocks, begin = [], 0
+    for block in state.blocks:
+        factor = by_row[begin : begin + block.rows]
+        begin += block.rows
+        slow, fast, second = block.memory
+        memory = features.Memory(slow * factor, fast * factor, second * factor.square())
+        blocks.append(replace(block, memory=memory))
+    return replace(state, unit=unit, agreement=agreement, blocks=tuple(blocks))
+
+
+def even_blocks(rows: int, largest: int) -> list[slice]:
+    """Cut `rows` coordinates into the fewest blocks of at most max(1, `largest`), as even as can be, widest first."""
+    count = -(-rows // max(1, largest))
+    size, wider = divmod(rows, count)
+    return [slice(i * size + min(i, wider), (i + 1) * size + min(i + 1, wider)) for i in range(count)]
