@@ -18,18 +18,19 @@ import click
 import torch
 
 from ml2o_dist.config import EstimatorSettings, RuleSettings
-from ml2o_dist.metatrain import metagradient
 from ml2o_dist.metatrain.episode import EpisodeSpec, run_episode
-from ml2o_dist.metatrain.metagradient import Rollout, replay
+from ml2o_dist.metatrain.estimators.replay import replay
 from ml2o_dist.problems import ProblemSpec
 from ml2o_dist.problems.layout import ParameterLayout
-from ml2o_dist.rules import ml2o
+from ml2o_dist.rules.coordinatewise import replay as replaying
+from ml2o_dist.rules.coordinatewise import rule as ruling
 from ml2o_dist.rules.coordinatewise.rule import ML2ONetwork, ML2ORule
+from ml2o_dist.rules.learned import Rollout
 
 OBJECTIVES, STEPS = 2, 200
 HIDDEN = RuleSettings().hidden
-STEP_BLOCKS = (ml2o.BLOCK // HIDDEN, 2**14, ml2o.GPU_BLOCK)
-REPLAY_COLUMNS = (metagradient.REPLAY_BLOCK // HIDDEN, 2**12, metagradient.GPU_REPLAY // STEPS)
+STEP_BLOCKS = (ruling.BLOCK // HIDDEN, 2**14, ruling.GPU_BLOCK)
+REPLAY_COLUMNS = (replaying.REPLAY_BLOCK // HIDDEN, 2**12, replaying.GPU_REPLAY // STEPS)
 
 
 def milliseconds(call: Callable[[], object], rounds: int) -> float:
@@ -46,7 +47,7 @@ def milliseconds(call: Callable[[], object], rounds: int) -> float:
 
 def step_ms(network: ML2ONetwork, dimension: int, block: int) -> float:
     """Return what one step takes."""
-    with mock.patch.object(ml2o, "GPU_BLOCK", block):
+    with mock.patch.object(ruling, "GPU_BLOCK", block):
         rule = ML2ORule(network)
         jacobian = torch.randn(1, OBJECTIVES, dimension, device="cuda")
         _, state = rule.update(jacobian, rule.initial_state(1, OBJECTIVES, ParameterLayout.vector(dimension)))
@@ -58,9 +59,11 @@ def replay_ms(network: ML2ONetwork, dimension: int, columns: int) -> float:
     losses = torch.rand(STEPS + 1, 1, OBJECTIVES, device="cuda")
     gradients = torch.randn(STEPS + 1, 1, OBJECTIVES, dimension, device="cuda")
     ones = torch.ones(STEPS, 1, device="cuda")
-    rollout = Rollout(losses, gradients, ones, ones, ones, ones[0], 1.0)
-    with mock.patch.object(metagradient, "GPU_REPLAY", columns * STEPS):
-        return milliseconds(lambda: replay(network, rollout, EstimatorSettings(), "log_sum", 0, None), 1)
+    record = {"agreement": ones, "total": ones, "unit": ones}
+    rollout = Rollout(losses, gradients, record, ones, 1.0, ParameterLayout.vector(dimension))
+    rule = ML2ORule(network)
+    with mock.patch.object(replaying, "GPU_REPLAY", columns * STEPS):
+        return milliseconds(lambda: replay(rule, rollout, EstimatorSettings(), "log_sum", 0, None), 1)
 
 
 def inner_steps_per_s(problem: str, instances: int, device: str) -> float:

@@ -28,9 +28,10 @@ from torch import Tensor
 
 from ml2o_dist.artifact import load_artifact
 from ml2o_dist.config import EstimatorSettings, RuleSettings
-from ml2o_dist.metatrain.episode import EpisodeSpec, Weights, run_episode
+from ml2o_dist.metatrain.episode import EpisodeSpec, run_episode
 from ml2o_dist.problems import ProblemSpec
 from ml2o_dist.rules.coordinatewise.rule import ML2ONetwork
+from ml2o_dist.rules.learned import Weights
 
 PROBLEMS = (
     "multimnist[net=mlp,hidden=20,size=12,batch=32]",

@@ -23,10 +23,11 @@ import torch
 from torch import Tensor
 
 from ml2o_dist.config import EstimatorSettings, RuleSettings
-from ml2o_dist.metatrain.episode import EpisodeSpec, roll_out, run_episode
+from ml2o_dist.metatrain.episode import EpisodeSpec, run_episode
+from ml2o_dist.metatrain.estimators.base import roll_out
 from ml2o_dist.problems import Problem, ProblemContext, ProblemSpec
-from ml2o_dist.problems.base import register_problem
 from ml2o_dist.problems.networks import build_network
+from ml2o_dist.problems.spec import register_problem
 from ml2o_dist.rules.base import Oracle
 from ml2o_dist.rules.coordinatewise.rule import ML2ONetwork, ML2ORule
 from ml2o_dist.seeding import generator

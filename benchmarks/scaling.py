@@ -33,12 +33,13 @@ from ml2o_dist.cluster_connection import connected
 from ml2o_dist.config import MetaTrainSettings
 from ml2o_dist.config_file import load_settings
 from ml2o_dist.metatrain import pool as pool_module
-from ml2o_dist.metatrain.episode import EpisodeResult, EpisodeSpec, Weights, run_episode
+from ml2o_dist.metatrain.episode import EpisodeResult, EpisodeSpec, run_episode
 from ml2o_dist.metatrain.learner import Learner
 from ml2o_dist.metatrain.pool import WorkerPool
 from ml2o_dist.metatrain.schedule import training_items
 from ml2o_dist.metatrain.trainer import Trainer
 from ml2o_dist.metatrain.workers import Worker, Workers
+from ml2o_dist.rules.learned import Weights
 
 HOSTS = 2
 """Processes that play the workers."""

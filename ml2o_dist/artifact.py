@@ -23,7 +23,7 @@ from pydantic import ValidationError
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from ml2o_dist.config import RuleSettings
+from ml2o_dist.config import LearnedRuleSettings, rule_settings
 from ml2o_dist.errors import UserError, unknown
 from ml2o_dist.files import cache_folder, expanded, home_folder, replacing
 from ml2o_dist.reading import MIB, one_line, parse_json, read_bytes
@@ -44,7 +44,7 @@ PRETRAINED = "pretrained"
 _DEFAULT = "ml2o-small"
 
 WEIGHTS_LIMIT = 1024 * MIB
-"""Bytes of a file of weights: twice what the largest network of `RuleSettings` has."""
+"""Bytes of a file of weights: twice what the largest network that `rule.hidden` allows has."""
 
 CARD_LIMIT = 4 * MIB
 """Bytes of a card: a thousand times what a usual one has."""
@@ -75,7 +75,7 @@ class Artifact:
     """
 
     weights: dict[str, Tensor] = field(repr=False)
-    rule: RuleSettings
+    rule: LearnedRuleSettings
     card: dict[str, Any] = field(repr=False)
     path: Path
 
@@ -110,7 +110,7 @@ def package_version() -> str:
 
 
 def save_artifact(
-    path: Path | str, weights: Mapping[str, Tensor], rule: RuleSettings, card: Mapping[str, Any]
+    path: Path | str, weights: Mapping[str, Tensor], rule: LearnedRuleSettings, card: Mapping[str, Any]
 ) -> Artifact:
     """Write `weights` and their card, each atomically, the card last: without it a reader refuses the weights.
 
@@ -204,7 +204,9 @@ def load_artifact(path: Path | str) -> Artifact:
         said = card["weights_sha256"][:12]
         raise UserError(f"the tensors in {str(file)!r} have sha256 {found[:12]}..., the card says {said}...")
     try:
-        rule = RuleSettings.model_validate(card["rule"])
+        rule = rule_settings(card["rule"])
+    except UserError as error:
+        raise UserError(f"{str(card_file)!r}: {error}") from error
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(str(part) for part in ("rule", *first["loc"]))
@@ -297,11 +299,10 @@ def _card_sha256(card: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(rest, sort_keys=True, allow_nan=False).encode()).hexdigest()
 
 
-def _check_fit(weights: Mapping[str, Tensor], rule: RuleSettings, file: Path) -> None:
-    from ml2o_dist.rules.coordinatewise.rule import ML2ONetwork  # late: a rule may itself be built from an artifact
+def _check_fit(weights: Mapping[str, Tensor], rule: LearnedRuleSettings, file: Path) -> None:
+    from ml2o_dist.rules.learned import RULES  # late: a rule may itself be built from an artifact
 
-    with torch.device("meta"):  # shapes alone: of a network that the tensors do not have, nothing is made
-        expected = {name: tuple(tensor.shape) for name, tensor in ML2ONetwork(rule).state_dict().items()}
+    expected = RULES[rule.kind].shapes(rule)
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
     misfit = f"the tensors of {str(file)!r} do not fit its rule settings"

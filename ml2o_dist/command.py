@@ -14,6 +14,7 @@ from typing import Any
 import click
 
 from ml2o_dist.errors import Aborted, Incomplete, Interrupted, Refused, UserError
+from ml2o_dist.plugins import load_installed, load_plugin
 from ml2o_dist.shown_text import ForeignTextConsole, visible
 from ml2o_dist.stopping import exit_on_signals, stop_on_signals
 
@@ -24,14 +25,24 @@ def command(body: Callable[..., Any]) -> Callable[..., None]:
     """Add --json and --quiet, print the answer, and turn what went wrong into one line and its exit code."""
 
     @click.option("--json", "as_json", is_flag=True, help="One JSON value on stdout, everything else on stderr.")
+    @click.option(
+        "--plugin",
+        "plugins",
+        multiple=True,
+        metavar="FILE.py|MODULE",
+        help="Bring problems, rules, optimizers ... of your own; repeatable.",
+    )
     @click.option("--quiet", is_flag=True, help="No progress, no tables; errors only.")
     @functools.wraps(body)
-    def run(*args: Any, as_json: bool, quiet: bool, **kwargs: Any) -> None:
+    def run(*args: Any, as_json: bool, quiet: bool, plugins: tuple[str, ...], **kwargs: Any) -> None:
         console = ForeignTextConsole(stderr=as_json, quiet=quiet, width=None if sys.stdout.isatty() else 120)
         try:
             # Ray's driver prints what its hosts say of a process that died, and libraries print what they like.
             with redirect_stdout(sys.stderr if as_json else sys.stdout), stop_on_signals(at_once=True):
-                _check_words(kwargs)
+                _check_words(kwargs | {"plugin": plugins})
+                load_installed()
+                for plugin in plugins:
+                    load_plugin(plugin)
                 answer = body(*args, console=console, **kwargs)
         except UserError as error:
             _fail(str(error), USAGE)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, field_validator, model_validator
 
-from ml2o_dist.errors import UserError
+from ml2o_dist.errors import UserError, unknown
+from ml2o_dist.plugins import find_loaded, loaded
 from ml2o_dist.problems import FamilyMember, ProblemFamily, ProblemSpec
 from ml2o_dist.tracking.names import ExperimentName, ModelName
 
@@ -46,6 +48,42 @@ class _Settings(BaseModel):
         return value
 
 
+class PluginSettings(_Settings):
+    """A plug-in that a run was made with, by its name and content."""
+
+    name: str
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+
+def _loaded_plugins() -> tuple[PluginSettings, ...]:
+    return tuple(PluginSettings(name=each.name, sha256=each.sha256) for each in loaded())
+
+
+def _found_plugins(given: Any) -> Any:
+    """Return the plug-ins that settings name; raises UserError where one is not loaded.
+
+    A file or module by its name alone is loaded by whoever reads a configuration that the user has named.
+    """
+    if isinstance(given, list | tuple):
+        for each in given:
+            if isinstance(each, str):
+                raise UserError(f"{each!r} is not loaded here: give it by --plugin {each}")
+            if isinstance(each, Mapping) and isinstance(each.get("name"), str):
+                find_loaded(each["name"], str(each.get("sha256")))
+    return given
+
+
+Plugins = Annotated[tuple[PluginSettings, ...], BeforeValidator(_found_plugins), Field(max_length=1000)]
+
+
+def plugins_field() -> Any:
+    """Return the field `plugins`, which comes first in all settings: what follows may name what they register."""
+    return Field(
+        default_factory=_loaded_plugins,
+        description="files NAME.py (beside this one) or installed modules that bring problems, rules, optimizers ...",
+    )
+
+
 class GuardSettings(_Settings):
     """How GML2O decides between the learned and the fallback's candidate (rules/gml2o.py has the theorem)."""
 
@@ -72,9 +110,28 @@ class GuardSettings(_Settings):
         return 4 if self.budget else 2
 
 
-class RuleSettings(_Settings):
-    """The ML2O network and how its output becomes a step (DESIGN section 5 has the formulas)."""
+class LearnedRuleSettings(_Settings):
+    """What every learned rule is set by; each kind adds its own.
 
+    A kind of one's own gives `kind: Literal["NAME"] = "NAME"` (see rules/learned.py).
+    """
+
+    kind: str
+    guard: GuardSettings | None = Field(None, description="GML2O: every step is checked against a fallback's")
+
+    @classmethod
+    def own_kind(cls) -> str:
+        """Return the kind that these settings are of; raises UserError where they name none."""
+        kind = cls.model_fields["kind"].default
+        if not isinstance(kind, str):
+            raise UserError(f'{cls.__name__} needs a line `kind: Literal["NAME"] = "NAME"`')
+        return kind
+
+
+class RuleSettings(LearnedRuleSettings):
+    """The coordinatewise network, and how its output becomes a step (formulas: rules/coordinatewise/rule.py)."""
+
+    kind: Literal["coordinatewise"] = "coordinatewise"
     features: Literal["adam", "agreement", "log_sign"] = "adam"
     output: Literal["residual", "controlled", "scaled"] = "residual"
     objectives: Literal["tied", "per_objective"] = "tied"
@@ -85,7 +142,6 @@ class RuleSettings(_Settings):
     warmup: float = Field(
         0.0, ge=0, description="output=controlled: the first step is exp(-warmup) as long; forgotten as 0.9^t"
     )
-    guard: GuardSettings | None = Field(None, description="GML2O: every step is checked against a fallback's")
 
     @model_validator(mode="after")
     def _warmup_needs_a_controller(self) -> RuleSettings:
@@ -96,10 +152,38 @@ class RuleSettings(_Settings):
         return self
 
 
+RULE_SETTINGS: dict[str, type[LearnedRuleSettings]] = {"coordinatewise": RuleSettings}
+"""The settings of each `rule.kind`; `register_rule` adds to it."""
+
+
+def rule_settings(given: Any) -> Any:
+    """Return the settings of a learned rule from a mapping, by its `kind`; others as they are.
+
+    Raises:
+        UserError: a kind that there is not.
+    """
+    if not isinstance(given, Mapping):
+        return given
+    kind = given.get("kind", "coordinatewise")
+    if kind not in RULE_SETTINGS:
+        from ml2o_dist.rules.learned import RULES  # late: most settings need no rule
+
+        if kind not in RULES:
+            raise unknown("setting rule.kind", str(kind), RULES)
+    return RULE_SETTINGS[kind].model_validate(given)
+
+
+AnyRule = Annotated[SerializeAsAny[LearnedRuleSettings], BeforeValidator(rule_settings)]
+"""A learned rule of any kind."""
+
+
+_ESTIMATORS = ("replay", "exact", "es")
+
+
 class EstimatorSettings(_Settings):
     """How an episode becomes a meta-gradient."""
 
-    kind: Literal["replay", "exact", "es"] = "replay"
+    kind: str = Field("replay", description="replay, exact, es, or what a plug-in registers")
     gamma: float = Field(0.95, ge=0, le=1, description="a soft window of 1 / (1 - gamma) steps")
     step_weights: Literal["linear", "uniform", "quadratic"] = "linear"
     coordinates: float = Field(1.0, gt=0, le=1, description="share of the coordinates that is replayed")
@@ -108,6 +192,16 @@ class EstimatorSettings(_Settings):
     sigma: float = Field(0.01, gt=0, description="es: standard deviation of the weights' perturbation")
     pairs: int = Field(1, ge=1, le=10_000, description="es: antithetic pairs of episodes")
     clip: float = Field(1.0, gt=0, description="largest norm of one slot's meta-gradient")
+
+    @field_validator("kind")
+    @classmethod
+    def _known_kind(cls, kind: str) -> str:
+        if kind not in _ESTIMATORS:
+            from ml2o_dist.metatrain.estimators.base import ESTIMATORS  # late: most settings name one of ours
+
+            if kind not in ESTIMATORS:
+                raise unknown("estimator.kind", kind, ESTIMATORS)
+        return kind
 
 
 class ShareSettings(_Settings):
@@ -310,6 +404,7 @@ Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
 class MetaTrainSettings(_Settings):
     """All of one meta-training run."""
 
+    plugins: Plugins = plugins_field()
     seed: int = Field(0, ge=0, le=LARGEST_SEED)
     meta_steps: int = Field(100, ge=1, le=MOST_META_STEPS)
     workers: int = Field(2, ge=1, le=MOST_WORKERS)
@@ -339,7 +434,7 @@ class MetaTrainSettings(_Settings):
     begin: str = Field("", description="weights to go on from: a run directory, a file, a name, models:/NAME@ALIAS")
     device: Device = "auto"
     family: FamilySettings
-    rule: RuleSettings = RuleSettings()
+    rule: AnyRule = RuleSettings()
     estimator: EstimatorSettings = EstimatorSettings()
     learner: LearnerSettings = LearnerSettings()
     validation: ValidationSettings = ValidationSettings()
@@ -369,6 +464,14 @@ class MetaTrainSettings(_Settings):
             raise ValueError("estimator.truncated needs unroll >= 1")
         replayed = self.estimator.truncated or self.unroll or self.estimator.coordinates < 1
         kind = self.estimator.kind
+        if self.estimator.coordinates < 1:
+            from ml2o_dist.rules.learned import RULES  # late, see rule_settings
+
+            if not RULES[self.rule.kind].separable:
+                raise ValueError(
+                    f"estimator.coordinates={self.estimator.coordinates:g} needs a rule that can be replayed on some "
+                    f"parameters without the others; rule.kind={self.rule.kind} cannot"
+                )
         if kind != "replay" and replayed:
             raise ValueError(f"estimator.kind={kind} takes no unroll, estimator.truncated or estimator.coordinates < 1")
         if kind == "exact" and self.rule.guard is not None:
@@ -392,6 +495,7 @@ class EvaluateSettings(_Settings):
     A suite is a YAML file of these settings that leaves `optimizers` to whoever uses it.
     """
 
+    plugins: Plugins = plugins_field()
     suite: _Name = Field("", description="name of the suite that this is")
     about: str = Field("", description="what the suite is for, in a sentence")
     optimizers: tuple[str, ...] = Field(
@@ -413,7 +517,7 @@ class EvaluateSettings(_Settings):
         64, ge=1, le=100_000, description="batches that are averaged to measure an end point"
     )
     device: Device = "auto"
-    rule: RuleSettings = Field(RuleSettings(), description="the network of `initial`")
+    rule: AnyRule = Field(RuleSettings(), description="the network of `initial`")
     guard: GuardSettings = Field(GuardSettings(), description="of gml2o:NAME; its p is also that of dssmg and smg")
     resources: ShareSettings = Field(ShareSettings(), description="of one task: an optimizer, a problem, a seed")
     data: DataSettings = DataSettings()

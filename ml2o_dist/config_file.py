@@ -13,9 +13,10 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from ml2o_dist.artifact import located
-from ml2o_dist.config import DataSettings, EvaluateSettings, MetaTrainSettings
+from ml2o_dist.config import RULE_SETTINGS, DataSettings, EvaluateSettings, LearnedRuleSettings, MetaTrainSettings
 from ml2o_dist.errors import UserError, unknown
 from ml2o_dist.files import home_folder
+from ml2o_dist.plugins import load_plugin
 from ml2o_dist.problems.image_files import data_folder
 from ml2o_dist.reading import one_line, parse_yaml, read_yaml
 
@@ -87,8 +88,28 @@ def read_settings(
     within: Path | None = None,
 ) -> Settings:
     """Read settings of any `kind`; `of_run` is what a run directory calls them. Raises UserError as `load_settings`."""
-    tree = read_tree(found_file(file, of_run), within=within) if file else {}
+    tree = read_named(file, of_run, within) if file else {}
     return checked(kind, overridden(tree, overrides))
+
+
+def read_named(file: Path, of_run: str, within: Path | None = None) -> dict[str, Any]:
+    """Read what `found_file` finds, and load the plug-ins that a file names; raises UserError.
+
+    Only a file that the user has named loads plug-ins: not one in a run directory, which may come from anywhere.
+    """
+    found = found_file(file, of_run)
+    of_folder = found.name == of_run and file.name != of_run
+    tree = read_tree(found, within=found.parent if of_folder else within)
+    plugins = tree.get("plugins")
+    if within is None and not of_folder and isinstance(plugins, list) and all(isinstance(p, str) for p in plugins):
+        load_named(tree.pop("plugins"), found.parent)
+    return tree
+
+
+def load_named(plugins: Iterable[str], beside: Path | None = None) -> None:
+    """Load plug-ins, files `beside` the one that names them; raises UserError."""
+    for plugin in plugins:
+        load_plugin(plugin, beside)
 
 
 def found_file(given: Path, of_run: str = RUN_CONFIG) -> Path:
@@ -192,7 +213,7 @@ def checked(kind: type[Settings], tree: Any) -> Settings:
     try:
         return kind.model_validate(tree)
     except ValidationError as error:
-        raise _one_line(kind, error) from None
+        raise _one_line(kind, error, tree) from None
 
 
 def read_tree(source: Path, extended: tuple[Path, ...] = (), within: Path | None = None) -> dict[str, Any]:
@@ -229,6 +250,8 @@ def laid_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     both = dict(below)
     for key, value in above.items():
         under = both.get(key)
+        if key == "rule" and isinstance(value, dict):
+            under = _of_kind(under, value.get("kind"))
         both[key] = laid_over(under, value) if isinstance(under, dict) and isinstance(value, dict) else value
     return both
 
@@ -254,19 +277,30 @@ def put(tree: dict[str, Any], key: str, value: Any, source: str) -> None:
         node = node[part]
         if not isinstance(node, dict):
             raise UserError(f"{source}: {part!r} is a value, it has no keys below it")
+    if path[-1:] == ["rule"] and last == "kind":
+        kept = _of_kind(node, value)
+        node.clear()
+        node.update(kept)
     node[last] = value
+
+
+def _of_kind(rule: Any, kind: Any) -> Any:
+    """Return the settings of a rule without those that another `kind` of rule has not got."""
+    if not isinstance(rule, dict) or kind in (None, rule.get("kind", "coordinatewise")):
+        return rule
+    return {key: value for key, value in rule.items() if key in LearnedRuleSettings.model_fields}
 
 
 def _short(text: str) -> str:
     return text if len(text) <= LONGEST_SHOWN else f"{text[:LONGEST_SHOWN]}..."
 
 
-def _one_line(kind: type[BaseModel], error: ValidationError) -> UserError:
+def _one_line(kind: type[BaseModel], error: ValidationError, tree: Any) -> UserError:
     errors = error.errors(include_url=False)
     first = min(errors, key=lambda each: each["type"] == "missing")  # last: it may be there, but misspelt
     place = one_line(".".join(str(part) for part in first["loc"]))
     if first["type"] == "extra_forbidden":
-        model = _model_at(kind, first["loc"][:-1])
+        model = _model_at(kind, first["loc"][:-1], tree)
         return unknown("setting", place, [_join(first["loc"][:-1], key) for key in _keys(model)])
     cause = first.get("ctx", {}).get("error")
     if isinstance(cause, UserError):
@@ -284,12 +318,14 @@ def _one_line(kind: type[BaseModel], error: ValidationError) -> UserError:
     return UserError(f"{where}: {verb}{message[0].lower()}{message[1:]}{given}")
 
 
-def _model_at(model: type[BaseModel], path: tuple[int | str, ...]) -> type[BaseModel]:
+def _model_at(model: type[BaseModel], path: tuple[int | str, ...], tree: Any) -> type[BaseModel]:
+    """Return the settings at `path` in settings of kind `model`, of which `tree` says what kind of rule they have."""
     for part in path:
-        if isinstance(part, str):
-            found = _annotation(model, part)
-            if found is not None:
-                model = found
+        tree = tree.get(part) if isinstance(tree, Mapping) else None
+        if isinstance(part, str) and (found := _annotation(model, part)) is not None:
+            model = found
+            if model is LearnedRuleSettings:
+                model = RULE_SETTINGS[tree.get("kind", "coordinatewise") if isinstance(tree, Mapping) else ""]
     return model
 
 

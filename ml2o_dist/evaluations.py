@@ -17,7 +17,7 @@ from rich.console import Console
 from ml2o_dist.benchmark_run import BenchmarkStopped, run_benchmark
 from ml2o_dist.cluster_connection import connected
 from ml2o_dist.config import EvaluateSettings, GuardSettings
-from ml2o_dist.config_file import dump_settings, resolve_settings
+from ml2o_dist.config_file import dump_settings, load_evaluation, resolve_settings
 from ml2o_dist.errors import Incomplete, Interrupted, UserError
 from ml2o_dist.evaluation.contestants import Guarded, Learned
 from ml2o_dist.evaluation.evaluated import Evaluation
@@ -25,7 +25,6 @@ from ml2o_dist.evaluation.evaluation_plots import plot_evaluation
 from ml2o_dist.evaluation.optimizer_names import GUARD, REGISTRY, Entrant, parse_optimizers
 from ml2o_dist.evaluation.report import evaluation_markdown, evaluation_table
 from ml2o_dist.files import replacing
-from ml2o_dist.reading import YAML_LIMIT, read_bytes
 from ml2o_dist.run_directory import check_folder, check_writable, logged_to
 from ml2o_dist.run_report import write_report
 from ml2o_dist.run_storage import RunStorage, StorageError, open_storage
@@ -158,8 +157,7 @@ def _check_free(storage: RunStorage, settings: EvaluateSettings) -> None:
     if not (storage.folder / RESULT).exists():
         return
     try:
-        written = read_bytes(storage.folder / CONFIG, "config file", YAML_LIMIT, storage.folder)
-        same = written == dump_settings(settings).encode()
+        same = settings == load_evaluation(storage.folder / CONFIG, within=storage.folder)
     except (FileNotFoundError, UserError):
         same = False
     if not same:

@@ -24,9 +24,9 @@ from ml2o_dist.metatrain.pool import WorkerPool
 from ml2o_dist.metatrain.trainer import Trainer, TrainingError
 from ml2o_dist.metatrain.workers import PoolError, Stopped
 from ml2o_dist.problems import ProblemContext, ProblemSpec
-from ml2o_dist.problems.multitask import MultiTaskImages
 from ml2o_dist.progress import StepDisplay
 from ml2o_dist.rules.gml2o import fallback_rule
+from ml2o_dist.rules.learned import learned_rule
 from ml2o_dist.run_directory import (
     check_begun_with,
     check_folder,
@@ -232,16 +232,14 @@ def check_problems(settings: MetaTrainSettings) -> dict[str, str]:
     family = settings.family
     training = [spec for member in family.training().members for spec in islice(member.specs(), MOST_CHECKED)]
     test = [ProblemSpec.parse(text) for text in family.test]
-    objectives = settings.rule.count if settings.rule.objectives == "per_objective" else None
+    rule = learned_rule(settings.rule)
     for spec in dict.fromkeys([*training, *map(ProblemSpec.parse, family.validation), *test]):
         problem = spec.build(ProblemContext(data_root=settings.data.root))
-        if isinstance(problem, MultiTaskImages):
-            data |= problem.data_hashes(test=spec in test)
-        if objectives is not None and problem.objectives != objectives:
-            raise UserError(
-                f"rule.count={objectives} with rule.objectives=per_objective, but {spec} has {problem.objectives} "
-                "objectives; use rule.objectives=tied for any number"
-            )
+        data |= problem.data_hashes(test=spec in test)
+        try:
+            rule.check_objectives(problem.objectives)
+        except UserError as error:
+            raise UserError(f"{spec}: {error}") from error
     return data
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
 
 
 def derive_seed(*parts: str | int) -> int:
@@ -18,4 +20,6 @@ def derive_seed(*parts: str | int) -> int:
 
 def generator(*parts: str | int, device: torch.device | str = "cpu") -> torch.Generator:
     """Return a fresh torch generator on `device` for the stream that `parts` name."""
+    import torch  # late: seeds alone need none
+
     return torch.Generator(device=device).manual_seed(derive_seed(*parts))

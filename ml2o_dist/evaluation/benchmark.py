@@ -32,7 +32,6 @@ from ml2o_dist.evaluation.statistics import mean_and_standard_error
 from ml2o_dist.evaluation.suites import suite_sha256
 from ml2o_dist.evaluation.tuning import Tunable, Tuned, tune
 from ml2o_dist.problems import Problem, ProblemContext, ProblemSpec
-from ml2o_dist.problems.multitask import MultiTaskImages
 from ml2o_dist.rules.base import Oracle
 from ml2o_dist.seeding import derive_seed, generator
 
@@ -90,7 +89,7 @@ def check_fit(settings: EvaluateSettings, entrants: Sequence[Entrant]) -> dict[P
     data: dict[ProblemSpec, dict[str, str]] = {}
     for task in tasks(settings):
         problem = task.problem.build(ProblemContext(seed=PROBLEM_SEED, data_root=settings.data.root))
-        data[task.problem] = problem.data_hashes(test=True) if isinstance(problem, MultiTaskImages) else {}
+        data[task.problem] = problem.data_hashes(test=True)
         start = problem.initial_parameters([settings.seed])
         for entrant in entrants:
             contestant = entrant.contestant(settings.learning_rates[0] if entrant.tuned else None)

@@ -10,6 +10,7 @@ import json
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from ml2o_dist.errors import UserError
 from ml2o_dist.evaluation.cells import Cell, CellResult, GuardRecord, Measured, Outcome
 from ml2o_dist.evaluation.criticality import Criticality
 from ml2o_dist.files import cache_folder, replacing
+from ml2o_dist.plugins import loaded
 from ml2o_dist.reading import MIB, parse_json, validated
 from ml2o_dist.reading_tensors import read_tensors
 
@@ -30,8 +32,20 @@ FORMAT = 1
 """Version of the files; others are not found."""
 
 _PACKAGE = Path(__file__).parents[1]
-_CODE = ("rules", "problems", "evaluation/cells.py", "evaluation/criticality.py", "evaluation/metrics.py", "seeding.py")
+_CODE = (
+    "rules",
+    "problems",
+    "evaluation/cells.py",
+    "evaluation/contestants.py",
+    "evaluation/criticality.py",
+    "evaluation/metrics.py",
+    "config.py",
+    "seeding.py",
+)
 """The code that a cell runs: where it changes, no cell of before is found."""
+
+LIBRARIES = ("numpy", "scikit-learn", "scipy", "torch", "torchjd", "clarabel", "cvxpy", "ecos", "qpsolvers", "quadprog")
+"""Whose numbers are in a cell: the last five solve what some aggregators ask."""
 
 _END = ("absolute", "relative", "gap", "weights", "losses")
 
@@ -54,13 +68,14 @@ log = logging.getLogger(__name__)
 def cell_key(cell: Cell, data_sha256: Mapping[str, str]) -> str:
     """Return the sha256 of everything that decides what `cell` does; `data_sha256` is of the data behind its problem.
 
-    The optimizer counts as what it is, not as what it is called; torch's version and the code of rules and problems
-    count, too.
+    The optimizer counts as what it is, not as what it is called; the versions of the libraries, the code that a
+    cell runs and the plug-ins that are loaded count, too.
     """
     content = {
         "format": FORMAT,
         "code": code_sha256(),
-        "torch": torch.__version__,
+        "versions": library_versions(),
+        "plugins": sorted(plugin.sha256 for plugin in loaded()),
         "contestant": cell.contestant.identity,
         "problem": str(cell.problem),
         "data": dict(data_sha256),
@@ -73,6 +88,20 @@ def cell_key(cell: Cell, data_sha256: Mapping[str, str]) -> str:
         "criticality_batches": cell.criticality_batches,
     }
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def library_versions() -> dict[str, str]:
+    """Return the versions of every library that the figures of a cell depend on, and of those that plug-ins name."""
+    named = {name for plugin in loaded() for name in plugin.libraries}
+    return {name: _version(name) for name in sorted({*LIBRARIES, *named})}
+
+
+@cache
+def _version(library: str) -> str:
+    try:
+        return version(library)
+    except PackageNotFoundError:
+        return ""
 
 
 @cache

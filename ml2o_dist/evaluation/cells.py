@@ -12,6 +12,7 @@ from torch import Tensor
 from ml2o_dist.evaluation.contestants import Contestant
 from ml2o_dist.evaluation.criticality import Criticality, criticality
 from ml2o_dist.evaluation.metrics import gradient_conflict
+from ml2o_dist.plugins import Carrying
 from ml2o_dist.problems import Batch, Problem, ProblemContext, ProblemSpec
 from ml2o_dist.rules.base import Oracle
 from ml2o_dist.rules.gml2o import GuardedInfo
@@ -28,7 +29,7 @@ Progress = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
-class Cell:
+class Cell(Carrying):
     """One optimizer on one problem, P = len(seeds) instances advanced together for `steps` steps.
 
     Cells of one problem, `stream` and `seeds` are paired: the same problem, starting points and batch order for

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from ml2o_dist.artifact import weights_sha256
-from ml2o_dist.config import GuardSettings, RuleSettings
+from ml2o_dist.config import GuardSettings, LearnedRuleSettings
 from ml2o_dist.errors import UserError
 from ml2o_dist.rules.adversaries import AdversaryRule
-from ml2o_dist.rules.aggregated import AggregatedRule, parse_optimizer_name
+from ml2o_dist.rules.aggregated import AggregatedRule, parse_optimizer_name, takes_learning_rate
 from ml2o_dist.rules.base import UpdateRule
-from ml2o_dist.rules.coordinatewise.rule import ML2ORule
 from ml2o_dist.rules.gml2o import guarded
+from ml2o_dist.rules.learned import learned_rule
 from ml2o_dist.rules.stochastic import DSSMG, SMG
 
 
@@ -37,11 +37,11 @@ class Contestant(Protocol):
 
 @dataclass(frozen=True)
 class HandDesigned:
-    """A torchjd aggregator with a classical optimizer at one learning rate."""
+    """An aggregator with an optimizer at one learning rate, or one that has none."""
 
     aggregator: str
     optimizer: str
-    lr: float
+    lr: float | None
 
     @classmethod
     def parse(cls, text: str, lr: float | None = None) -> HandDesigned:
@@ -51,6 +51,10 @@ class HandDesigned:
             UserError: an unknown name, or a learning rate that is missing or no positive number.
         """
         aggregator, optimizer, written = parse_optimizer_name(text)
+        if not takes_learning_rate(optimizer):
+            if written is not None:
+                raise UserError(f"optimizer {text!r}: {optimizer} takes no learning rate")
+            return cls(aggregator, optimizer, None)
         rate = lr if written is None else written
         if rate is None:
             raise UserError(f"optimizer {text!r} needs a learning rate: write {text}@0.01")
@@ -59,7 +63,7 @@ class HandDesigned:
     @property
     def label(self) -> str:
         """`AGGREGATOR+OPTIMIZER@LR`."""
-        return f"{self.aggregator}+{self.optimizer}@{self.lr:g}"
+        return f"{self.aggregator}+{self.optimizer}" + ("" if self.lr is None else f"@{self.lr:g}")
 
     @property
     def identity(self) -> Mapping[str, Any]:
@@ -73,10 +77,10 @@ class HandDesigned:
 
 @dataclass(frozen=True, eq=False)
 class Learned:
-    """An ML2O network: its settings and weights (None: as it is before training). Equal only to itself."""
+    """A learned rule: its settings and weights (None: as it is before training). Equal only to itself."""
 
     label: str
-    settings: RuleSettings
+    settings: LearnedRuleSettings
     weights: Mapping[str, Tensor] | None
 
     @property
@@ -87,7 +91,7 @@ class Learned:
 
     def rule(self, device: torch.device, dtype: torch.dtype) -> UpdateRule:
         """Build the rule from the weights, under its guard where the settings have one."""
-        return guarded(ML2ORule.from_weights(self.settings, self.weights, device, dtype), self.settings.guard)
+        return guarded(learned_rule(self.settings, self.weights, device, dtype), self.settings.guard)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Optimizers by name, as DESIGN section 6 lists them, read before anything is run."""
+"""Optimizers by name, read before anything is run."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from ml2o_dist.evaluation.contestants import Adversary, Contestant, Guarded, Han
 from ml2o_dist.evaluation.evaluated import Role
 from ml2o_dist.files import home_folder
 from ml2o_dist.rules.adversaries import ADVERSARIES
-from ml2o_dist.rules.aggregated import parse_optimizer_name
+from ml2o_dist.rules.aggregated import parse_optimizer_name, takes_learning_rate
 from ml2o_dist.rules.aggregators import AGGREGATORS
+from ml2o_dist.rules.torch_optimizers import OPTIMIZERS
 
 log = logging.getLogger(__name__)
 
@@ -81,8 +82,9 @@ def _entrant(text: str, settings: EvaluateSettings, resolve: Resolve) -> Entrant
     if name.startswith(REGISTRY):
         return _learned(text, name, resolve(name), guard)
     if _is_hand_designed(name):
-        _, _, lr = parse_optimizer_name(name)
-        return Entrant(text, partial(_hand_designed, name, guard), tuned=lr is None, learning_rate=lr)
+        _, optimizer, lr = parse_optimizer_name(name)
+        tuned = lr is None and takes_learning_rate(optimizer)
+        return Entrant(text, partial(_hand_designed, name, guard), tuned=tuned, learning_rate=lr)
     if "/" in name or name.endswith(".safetensors") or (name and (home_folder() / name).exists()):
         return _learned(text, name, located(name), guard)
     raise _unknown(text)
@@ -109,11 +111,11 @@ def _hand_designed(name: str, guard: GuardSettings | None, lr: float | None) -> 
 
 def _is_hand_designed(name: str) -> bool:
     """Tell whether the name is meant as one: it has the parts of one, or is an aggregator alone."""
-    return "/" not in name and (name in AGGREGATORS or "+" in name or "@" in name)
+    return "/" not in name and (name in AGGREGATORS or name in OPTIMIZERS or "+" in name or "@" in name)
 
 
 def _unknown(text: str) -> UserError:
-    names = sorted({*_OWN, *shipped_names(), *ADVERSARIES, *AGGREGATORS})
+    names = sorted({*_OWN, *shipped_names(), *ADVERSARIES, *AGGREGATORS, *OPTIMIZERS})
     near = difflib.get_close_matches(text.lower(), [*names, *(GUARD + name for name in names)], n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return UserError(

@@ -14,7 +14,7 @@ from ml2o_dist.files import home_folder
 
 FOLDER = Path(__file__).parents[1] / "suites"
 
-_LEFT_OUT = ("suite", "about", "optimizers", "rule", "guard", "device", "resources", "data", "tracking")
+_LEFT_OUT = ("plugins", "suite", "about", "optimizers", "rule", "guard", "device", "resources", "data", "tracking")
 """What says which optimizers are evaluated, or where: not what they are measured by."""
 
 

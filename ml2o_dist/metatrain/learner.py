@@ -14,7 +14,7 @@ from ml2o_dist.config import MetaTrainSettings
 from ml2o_dist.errors import UserError
 from ml2o_dist.metatrain.episode import EpisodeResult
 from ml2o_dist.reading_tensors import check_floats
-from ml2o_dist.rules.coordinatewise.rule import ML2ONetwork
+from ml2o_dist.rules.learned import initial_weights
 
 
 @dataclass(frozen=True)
@@ -37,15 +37,16 @@ class Learner:
     def __init__(self, settings: MetaTrainSettings) -> None:
         self.settings = settings
         self.version = 0
-        self._shapes = {name: t.shape for name, t in ML2ONetwork(settings.rule).state_dict().items()}
-        start = torch.cat([t.flatten() for t in ML2ONetwork(settings.rule).state_dict().values()])
+        initial = initial_weights(settings.rule)
+        self._shapes = {name: tensor.shape for name, tensor in initial.items()}
+        start = torch.cat([tensor.flatten() for tensor in initial.values()])
         self._theta = start.clone().requires_grad_(True)
         self._average = start.clone()
         self._adam = torch.optim.Adam([self._theta], lr=settings.learner.lr)
         self._earlier: deque[Tensor] = deque(maxlen=settings.staleness)  # theta of the versions before, oldest first
 
     def begin(self, weights: Mapping[str, Tensor]) -> None:
-        """Go on from these weights instead of the untrained network's."""
+        """Go on from these weights instead of the untrained rule's."""
         start = torch.cat([weights[name].flatten() for name in self._shapes])
         with torch.no_grad():
             self._theta.copy_(start)
@@ -53,17 +54,17 @@ class Learner:
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        """The network's state dict at `version`."""
+        """The meta-parameters by name at `version`."""
         return self._named(self._theta.detach())
 
     def weights_of(self, version: int) -> dict[str, Tensor]:
-        """Return the state dict of `version`: the current one, or one of the `staleness` before it."""
+        """Return the meta-parameters of `version`: the current one, or one of the `staleness` before it."""
         back = self.version - version
         return self._named(self._earlier[-back]) if back else self.weights
 
     @property
     def averaged_weights(self) -> dict[str, Tensor]:
-        """The state dict of the moving average: what is validated and shipped."""
+        """The meta-parameters of the moving average: what is validated and shipped."""
         return self._named(self._average)
 
     def update(self, results: Sequence[EpisodeResult]) -> UpdateInfo:
@@ -108,7 +109,7 @@ class Learner:
         }
 
     def check(self, tensors: Mapping[str, Tensor], best: Mapping[str, Tensor], version: int) -> None:
-        """Raise UserError unless `restore` can take `tensors` over, and `best` is a state dict of the network."""
+        """Raise UserError unless `restore` can take `tensors` over, and `best` has the rule's meta-parameters."""
         earlier = [f"earlier/{back}" for back in range(1, min(version, self.settings.staleness) + 1)]
         shapes = dict.fromkeys(("theta", "average", "exp_avg", "exp_avg_sq", *earlier), self._theta.shape)
         wanted = {**shapes, "adam_step": torch.Size([1]), **{f"best/{name}": s for name, s in self._shapes.items()}}
@@ -116,7 +117,7 @@ class Learner:
         if missing := sorted(wanted.keys() - found.keys()):
             raise UserError(f"it lacks the tensor {missing[0]}")
         if best.keys() != self._shapes.keys():
-            raise UserError("its best weights have tensors that the network has not")
+            raise UserError("its best weights have tensors that the rule has not")
         for name, shape in wanted.items():
             if found[name].shape != shape:
                 raise UserError(f"its tensor {name} has shape {list(found[name].shape)}, not {list(shape)}")

@@ -14,26 +14,32 @@ import torch
 from torch import Tensor
 
 from ml2o_dist.metatrain.episode import Replayable
-from ml2o_dist.metatrain.metagradient import Rollout
+from ml2o_dist.problems.layout import ParameterLayout
+from ml2o_dist.rules.learned import Rollout
+
+_RECORD = "record/"
 
 
 def rollout_batch(replayable: Replayable) -> pa.RecordBatch:
-    """Return the batch: K + 1 rows, 4 P (m (1 + S) + 3) bytes each. Tensors on a CPU are not copied."""
+    """Return the batch: K + 1 rows, 4 P (m (1 + S) + 1) bytes each and the rule's record. Most is not copied."""
     rollout = replayable.rollout
     points, instances, objectives, coordinates = rollout.gradients.shape
     columns = {
         "losses": ("losses of the instances' objectives at the point, P * m", rollout.losses),
         "gradients": ("gradients of the chosen coordinates, P * m * S", rollout.gradients),
-        "agreement": ("agreement of the instances before the step from here, P; 0 at z_K", _padded(rollout.agreement)),
-        "total": ("sum of the agreement so far, within the controller's bounds, P; 0 at z_K", _padded(rollout.total)),
-        "accepted": ("1 where the step from here was the network's own, P; 0 at z_K", _padded(rollout.accepted)),
+        "accepted": ("1 where the step from here was the rule's own, P; 0 at z_K", _padded(rollout.accepted)),
+        **{
+            f"{_RECORD}{name}": (f"what the rule records of the step from here: {name}; 0 at z_K", _padded(tensor))
+            for name, tensor in rollout.record.items()
+        },
     }
     shared = {
         "instances": instances,
         "objectives": objectives,
         "coordinates": coordinates,
-        "unit": rollout.unit.tolist(),
+        "record": {name: list(tensor.shape[1:]) for name, tensor in rollout.record.items()},
         "scale": rollout.scale,
+        "layout": [(tensor.name, tensor.shape, tensor.kind) for tensor in rollout.layout.tensors],
         "kind": replayable.kind,
         "minima": None if replayable.minima is None else replayable.minima.tolist(),
     }
@@ -59,11 +65,10 @@ def read_rollout(batch: pa.RecordBatch, device: str | torch.device) -> Replayabl
     rollout = Rollout(
         losses,
         tensor("gradients", steps + 1, instances, objectives, coordinates),
-        tensor("agreement", steps, instances),
-        tensor("total", steps, instances),
+        {name: tensor(f"{_RECORD}{name}", steps, *shape) for name, shape in shared["record"].items()},
         tensor("accepted", steps, instances),
-        losses.new_tensor(shared["unit"]),
         shared["scale"],
+        ParameterLayout.of(shared["layout"]),
     )
     minima = None if shared["minima"] is None else losses.new_tensor(np.array(shared["minima"]))
     return Replayable(rollout, shared["kind"], minima)

@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 from ml2o_dist.metatrain.episode import (
     EpisodeResult,
     EpisodeSpec,
-    Weights,
     replay_episode,
     roll_out_episode,
     run_episode,
 )
 from ml2o_dist.metatrain.rollout_record import read_rollout, rollout_batch
+from ml2o_dist.rules.learned import Weights
 
 
 class _OneThread:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import json
 import resource
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,34 +30,24 @@ from ml2o_dist.artifact import weights_sha256
 from ml2o_dist.errors import UserError
 from ml2o_dist.evaluation.contestants import Contestant, HandDesigned
 from ml2o_dist.files import replacing
-from ml2o_dist.paretoset.conditioned import (
-    Conditioned,
-    ConditionedInput,
-    Fused,
-    Hypernetwork,
-    Plain,
-    WeightLine,
-    trainable,
-)
+from ml2o_dist.paretoset.comparators.base import COMPARATORS, Ingredients, Merged, State, Training
+from ml2o_dist.paretoset.conditioned import Conditioned, Fused, trainable
 from ml2o_dist.paretoset.experts import network_of
 from ml2o_dist.paretoset.fronts import Front, front_from_json
 from ml2o_dist.paretoset.fusion import Fusion
 from ml2o_dist.paretoset.image_tasks import load_tasks
-from ml2o_dist.paretoset.merging import rewarded_soup, simple_average, task_arithmetic, ties
 from ml2o_dist.paretoset.networks import MultiHead
 from ml2o_dist.paretoset.preference_problem import PreferenceProblem
 from ml2o_dist.paretoset.preferences import evaluation_rays
 from ml2o_dist.paretoset.scalarization import Scalarization
-from ml2o_dist.paretoset.settings import MERGED, PER_RAY, WHOLE, ParetoSetSettings
+from ml2o_dist.paretoset.settings import ParetoSetSettings
 from ml2o_dist.paretoset.states import read_state
-from ml2o_dist.paretoset.task_vectors import TaskVectors
 from ml2o_dist.paretoset.tasks import TaskSet
 from ml2o_dist.paretoset.training import Diverged, train
+from ml2o_dist.plugins import Carrying
 from ml2o_dist.reading import read_bytes, read_json_object, validated
 
 OURS, EXPERTS = "pwe", "experts"
-LAMBDAS = tuple(round(0.1 * i, 1) for i in range(1, 16))
-"""What the factor of task arithmetic and TIES is chosen from, on the validation split."""
 
 TOLD_EVERY = 50
 """Steps between two times that a training tells how far it is."""
@@ -81,7 +71,7 @@ _OUTCOME = TypeAdapter(_OutcomeJson)
 
 
 @dataclass(frozen=True)
-class Work:
+class Work(Carrying):
     """One piece: a whole approach, or one ray of it.
 
     Attributes:
@@ -106,14 +96,19 @@ class Work:
         """The approach, with the ray's number where it has one."""
         return self.approach if self.ray is None else f"{self.approach}_{self.ray:02d}"
 
+    @property
+    def training(self) -> Training:
+        """How a comparator is trained."""
+        return "none" if self.approach == EXPERTS else COMPARATORS[self.approach].training
+
     def steps(self, tasks: int) -> int:
         """Return how many steps its training has; 0 where there is none. `tasks`: T."""
         settings = self.settings
-        if self.approach in (EXPERTS, *MERGED):
-            return 0
         if self.approach == OURS:
             return settings.routers.steps
-        if self.approach in WHOLE:
+        if self.training == "none":
+            return 0
+        if self.training == "all":
             return settings.start.steps + tasks * settings.experts.steps + settings.routers.steps
         return settings.start.steps + settings.experts.steps
 
@@ -139,13 +134,13 @@ def all_work(
     settings: ParetoSetSettings, tasks: int, contestant: Contestant, folder: str, files: tuple[str, ...]
 ) -> list[Work]:
     """Return every piece of work of a run, ours first; `contestant` trains the routers."""
-    adam = HandDesigned("mean", "adam", settings.comparator_lr)
     anneals = isinstance(contestant, HandDesigned)
     found = [Work(OURS, None, settings, contestant, anneals, folder, files)]
     for name in (EXPERTS, *settings.comparators):
-        trainer = HandDesigned("mgda", "adam", settings.comparator_lr) if name == "mgda" else adam
-        rays = range(len(evaluation_rays(tasks, settings.divisions))) if name in ("ls", "epo") else [None]
-        found += [Work(name, ray, settings, trainer, True, folder, files) for ray in rays]
+        aggregator = "mean" if name == EXPERTS else COMPARATORS[name].aggregator
+        work = Work(name, None, settings, HandDesigned(aggregator, "adam", settings.comparator_lr), True, folder, files)
+        each = range(len(evaluation_rays(tasks, settings.divisions))) if work.training == "ray" else [None]
+        found += [replace(work, ray=ray) for ray in each]
     return found
 
 
@@ -165,10 +160,30 @@ def run_work(work: Work) -> Outcome:
     if (kept := kept_outcome(work.result, mark)) is not None:
         return kept
     network = network_of(tasks, settings.network, settings.seed)
-    if work.approach in (EXPERTS, *MERGED):
-        outcome = _merged(work.approach, settings, tasks, network, states, device)
+    rays = evaluation_rays(tasks.count, settings.divisions)
+
+    def measure(state: State, split: str) -> tuple[Tensor, Tensor]:
+        answer: Callable[[Tensor], list[Tensor]] = lambda images: functional_call(network, state, (images,))  # noqa: E731
+        return tasks.measure(answer, split, device, settings.test_samples)
+
+    made: Merged | Conditioned
+    if work.approach == OURS:
+        made = _fused(settings, network, states)
+    elif work.training == "none":
+        network.to(device).eval()
+        start, *experts = [{key: tensor.to(device) for key, tensor in state.items()} for state in states]
+        given = Ingredients(settings, tasks, network, start, experts, rays, measure)
+        made = _experts(given) if work.approach == EXPERTS else COMPARATORS[work.approach].make(given)
     else:
-        outcome = _trained(work, tasks, network, states, device, mark)
+        start, *experts = states
+        made = COMPARATORS[work.approach].make(Ingredients(settings, tasks, network, start, experts, rays, measure))
+    if isinstance(made, Merged):
+        fronts = {
+            split: _front(made.rays, [measure(s, split) for s in made.states]) for split in ("validation", "test")
+        }
+        outcome: Outcome = {**fronts, **_UNTRAINED, **made.chosen}
+    else:
+        outcome = _trained(work, made, tasks, device, mark)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
     outcome = {"name": work.name, "approach": work.approach, "fingerprint": mark, "peak_mb": peak, **outcome}
     with replacing(work.result) as stream:
@@ -203,7 +218,9 @@ def kept_outcome(file: Path, mark: Mapping[str, Any] | None = None) -> Outcome |
 def _fingerprint(work: Work, states: list[dict[str, Tensor]]) -> dict[str, Any]:
     """Return what determines the outcome, as JSON values."""
     settings = work.settings
-    kept = settings.model_dump(mode="json", exclude={"comparators", "resources", "data", "tracking"}, by_alias=True)
+    kept = settings.model_dump(
+        mode="json", exclude={"plugins", "comparators", "resources", "data", "tracking"}, by_alias=True
+    )
     for part in ("start", "experts", "routers"):
         for key in ("checkpoint_every", "max_failures", "files"):
             kept[part].pop(key, None)
@@ -212,64 +229,30 @@ def _fingerprint(work: Work, states: list[dict[str, Tensor]]) -> dict[str, Any]:
             kept["routers"].pop(key)
     return {
         "settings": kept,
+        **({"plugins": sorted(each.sha256 for each in settings.plugins)} if settings.plugins else {}),
         "trainer": json.loads(json.dumps(work.contestant.identity)),
         "states": [weights_sha256(state) for state in states],
     }
 
 
-def _merged(
-    name: str,
-    settings: ParetoSetSettings,
-    tasks: TaskSet,
-    network: MultiHead,
-    states: list[dict[str, Tensor]],
-    device: torch.device,
-) -> Outcome:
-    network.to(device).eval()
-    start, *experts = [{key: tensor.to(device) for key, tensor in state.items()} for state in states]
-    vectors = TaskVectors.of(network, start, experts, network.head_names)
-    rays = evaluation_rays(tasks.count, settings.divisions)
-    even = torch.full((1, tasks.count), 1 / tasks.count, dtype=torch.float64)
-
-    def measure(state: Mapping[str, Tensor], split: str) -> tuple[Tensor, Tensor]:
-        answer: Callable[[Tensor], list[Tensor]] = lambda images: functional_call(network, dict(state), (images,))  # noqa: E731
-        return tasks.measure(answer, split, device, settings.test_samples)
-
-    chosen: dict[str, Any] = {}
-    if name == EXPERTS:
-        names = vectors.names
-        points = [names.whole(names.fitted(expert, f"expert {t + 1}")) for t, expert in enumerate(experts)]
-        rays = torch.eye(tasks.count, dtype=torch.float64)
-    elif name == "soup":
-        points = [rewarded_soup(vectors, ray) for ray in rays]
-    elif name == "average":
-        rays, points = even, [simple_average(vectors)]
-    else:
-        merge = task_arithmetic if name == "arithmetic" else ties
-        totals = {scale: float(measure(merge(vectors, scale), "validation")[0].sum()) for scale in LAMBDAS}
-        best = min(totals, key=lambda scale: (totals[scale], scale))
-        chosen = {"scale": best, "validation_by_scale": {str(scale): total for scale, total in totals.items()}}
-        rays, points = even, [merge(vectors, best)]
-    fronts = {split: _front(rays, [measure(point, split) for point in points]) for split in ("validation", "test")}
-    return {**fronts, "steps": 0, "seconds": 0.0, "trained_parameters": 0, "failures": 0, "diverged": "", **chosen}
+_UNTRAINED = {"steps": 0, "seconds": 0.0, "trained_parameters": 0, "failures": 0, "diverged": ""}
 
 
-def _trained(
-    work: Work,
-    tasks: TaskSet,
-    network: MultiHead,
-    states: list[dict[str, Tensor]],
-    device: torch.device,
-    mark: Mapping[str, Any],
-) -> Outcome:
+def _experts(given: Ingredients) -> Merged:
+    """Return the experts themselves, each for its own task."""
+    names = given.vectors.names
+    states = [names.whole(names.fitted(expert, f"expert {t + 1}")) for t, expert in enumerate(given.experts)]
+    return Merged(torch.eye(given.tasks.count, dtype=torch.float64), states)
+
+
+def _trained(work: Work, model: Conditioned, tasks: TaskSet, device: torch.device, mark: Mapping[str, Any]) -> Outcome:
     settings = work.settings
     rays = evaluation_rays(tasks.count, settings.divisions)
     even = torch.full((tasks.count,), 1 / tasks.count, dtype=torch.float64)
     fixed = None
-    if work.approach in PER_RAY:
+    if work.approach != OURS and work.training != "all":
         fixed = even if work.ray is None else rays[work.ray]
         rays = fixed.unsqueeze(0)
-    model = _model(work.approach, settings, tasks, network, states)
     problem = PreferenceProblem(
         model, tasks, Scalarization(_loss(work)), batch=_batch(work), device=device, preference=fixed
     )
@@ -296,41 +279,29 @@ def _trained(
     return {**outcome, **fronts, "seconds": trained.seconds, "failures": trained.failures}
 
 
-def _model(
-    approach: str, settings: ParetoSetSettings, tasks: TaskSet, network: MultiHead, states: list[dict[str, Tensor]]
-) -> Conditioned:
-    if approach == OURS:
-        start, *experts = states
-        return Fused(
-            Fusion(
-                network,
-                start,
-                experts,
-                modules=settings.modules,
-                heads=network.head_names,
-                scale=settings.scale,
-                begin=settings.routers.begin,
-                seed=settings.seed,
-            )
+def _fused(settings: ParetoSetSettings, network: MultiHead, states: list[dict[str, Tensor]]) -> Conditioned:
+    start, *experts = states
+    return Fused(
+        Fusion(
+            network,
+            start,
+            experts,
+            modules=settings.modules,
+            heads=network.head_names,
+            scale=settings.scale,
+            begin=settings.routers.begin,
+            seed=settings.seed,
         )
-    if approach in PER_RAY:
-        return Plain(network)
-    if approach == "pamal":
-        ends = [network_of(tasks, settings.network, settings.seed + t) for t in range(tasks.count)]
-        return WeightLine(network, ends)
-    if approach == "cosmos":
-        return ConditionedInput(network, tasks.count, settings.seed)
-    return Hypernetwork(network, tasks.count, settings.seed)
+    )
 
 
 def _loss(work: Work) -> str:
-    if work.approach == OURS:
-        return work.settings.routers.loss
-    return {"epo": "epo", "phn-epo": "epo", "cosmos": "cosmos"}.get(work.approach, "ls")
+    return work.settings.routers.loss if work.approach == OURS else COMPARATORS[work.approach].loss
 
 
 def _batch(work: Work) -> int:
-    return work.settings.experts.batch if work.approach in PER_RAY else work.settings.routers.batch
+    per_ray = work.approach != OURS and work.training != "all"
+    return work.settings.experts.batch if per_ray else work.settings.routers.batch
 
 
 def _front(rays: Tensor, measured: list[tuple[Tensor, Tensor]]) -> dict[str, object]:

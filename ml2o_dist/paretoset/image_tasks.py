@@ -20,7 +20,8 @@ from numpy.typing import NDArray
 
 from ml2o_dist.errors import UserError, unknown
 from ml2o_dist.paretoset.tasks import SPLITS, Group, TaskSet
-from ml2o_dist.problems.images import CLASSES, DATA_SETS, image_pool, image_side, load_pairs, mean_and_deviation
+from ml2o_dist.problems.image_sets import IMAGE_SETS, image_classes, image_side, image_tasks, load_images
+from ml2o_dist.problems.images import CLASSES, DATA_SETS, image_pool, mean_and_deviation
 from ml2o_dist.problems.pairs import ImagePool
 from ml2o_dist.seeding import derive_seed
 
@@ -57,32 +58,39 @@ EIGHT = (
 )
 """Class subsets, parity, how an image is turned (by quarters), and clothes, shoes or bags."""
 
-TASK_SETS = (*DATA_SETS, "multimnist3", "eight", "eightdigits")
+_OTHERS = ("multimnist3", "eight", "eightdigits")
+
+
+def task_sets() -> list[str]:
+    """Return the names of all task sets."""
+    return [*DATA_SETS, *_OTHERS, *IMAGE_SETS]
 
 
 def load_tasks(name: str, data_root: str = "") -> TaskSet:
-    """Build the task set `name`; `data_root` is as in `load_pairs`.
+    """Build the task set `name`; `data_root` is as in `load_images`.
 
     Raises:
         UserError: an unknown name, or missing or damaged data.
     """
-    if name in DATA_SETS:
-        return _pairs(name, data_root)
+    if name in DATA_SETS or name in IMAGE_SETS:
+        return _images(name, data_root)
     if name == "multimnist3":
         return _triples(data_root)
     if name in ("eight", "eightdigits"):
         return _separate(data_root, "" if name == "eight" else "digits")
-    raise unknown("task set", name, TASK_SETS)
+    raise unknown("task set", name, task_sets())
 
 
-def _pairs(name: str, data_root: str) -> TaskSet:
-    loaded = {split: load_pairs(name, split, 0, data_root) for split in SPLITS}
-    splits = {split: (Group((0, 1), pairs.images, pairs.labels),) for split, pairs in loaded.items()}
+def _images(name: str, data_root: str) -> TaskSet:
+    loaded = {split: load_images(name, split, 0, data_root) for split in SPLITS}
+    count = 2 if name in DATA_SETS else image_tasks(name)
+    tasks = tuple(range(count))
+    splits = {split: (Group(tasks, each.images, each.labels[:, :count]),) for split, each in loaded.items()}
     train = loaded["train"]
-    names = ("top left", "bottom right")
-    hashes = {f"{name} {split}": pairs.sha256 for split, pairs in loaded.items()}
+    names = ("top left", "bottom right") if name in DATA_SETS else tuple(f"task {i + 1}" for i in tasks)
+    hashes = {f"{name} {split}": each.sha256 for split, each in loaded.items()}
     side = image_side(name)
-    return TaskSet(names, (CLASSES, CLASSES), side, splits, (train.mean,), (train.deviation,), hashes)
+    return TaskSet(names, (image_classes(name),) * count, side, splits, (train.mean,), (train.deviation,), hashes)
 
 
 def _triples(data_root: str) -> TaskSet:

@@ -11,27 +11,18 @@ from ml2o_dist.config import (
     DataSettings,
     Device,
     MetaTrainSettings,
+    Plugins,
     ShareSettings,
     TrackingSettings,
     check_device,
+    plugins_field,
 )
 from ml2o_dist.errors import unknown
-from ml2o_dist.paretoset.image_tasks import TASK_SETS
+from ml2o_dist.paretoset.image_tasks import task_sets
 from ml2o_dist.tracking.names import ExperimentName, ModelName
-
-MERGED = ("average", "arithmetic", "ties", "soup")
-"""Comparators without training."""
-
-PER_RAY = ("ls", "epo", "mgda")
-"""Comparators that train a network for each ray (`mgda`: one, which knows no ray)."""
-
-WHOLE = ("phn-ls", "phn-epo", "cosmos", "pamal")
-"""Comparators that train one model for all rays."""
 
 MOST_SAMPLES = 1_000_000
 """Samples of each task in a batch."""
-
-COMPARATORS = (*MERGED, *PER_RAY, *WHOLE)
 
 
 class _Settings(BaseModel):
@@ -112,8 +103,9 @@ class ParetoTracking(TrackingSettings):
 class ParetoSetSettings(_Settings):
     """All of one Pareto set: tasks, network, experts, fusion, routers, comparators."""
 
+    plugins: Plugins = plugins_field()
     seed: int = Field(0, ge=0, le=LARGEST_SEED)
-    tasks: str = Field("multidigits", description="a task set: " + ", ".join(TASK_SETS))
+    tasks: str = Field("multidigits", description="a task set: " + ", ".join(task_sets()))
     network: NetworkSettings = NetworkSettings()
     start: FineTuning = FineTuning()
     experts: ExpertSettings = ExpertSettings()
@@ -124,7 +116,8 @@ class ParetoSetSettings(_Settings):
     )
     routers: RouterSettings = RouterSettings()
     comparators: tuple[str, ...] = Field(
-        ("average", "arithmetic", "ties", "soup"), description="any of " + ", ".join(COMPARATORS)
+        ("average", "arithmetic", "ties", "soup"),
+        description="any of average, arithmetic, ties, soup; trained: ls, epo, mgda, phn-ls, phn-epo, cosmos, pamal",
     )
     comparator_lr: float = Field(0.001, gt=0, description="Adam's, of the comparators that train networks")
     divisions: int = Field(10, ge=1, le=50, description="of the grid of preferences, up to three tasks")
@@ -137,13 +130,15 @@ class ParetoSetSettings(_Settings):
     @field_validator("tasks")
     @classmethod
     def _known_tasks(cls, name: str) -> str:
-        if name not in TASK_SETS:
-            raise unknown("task set", name, TASK_SETS)
+        if name not in task_sets():
+            raise unknown("task set", name, task_sets())
         return name
 
     @field_validator("comparators")
     @classmethod
     def _known_comparators(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        from ml2o_dist.paretoset.comparators.base import COMPARATORS  # late: it is made of these settings
+
         for name in names:
             if name not in COMPARATORS:
                 raise unknown("comparator", name, COMPARATORS)

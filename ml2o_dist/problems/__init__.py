@@ -1,21 +1,20 @@
-"""What is optimized. Importing this package registers every problem by name."""
+"""What is optimized. Names are imported when they are first used: the classes need torch, names and settings do not."""
 
-from ml2o_dist.problems import analytic as analytic
-from ml2o_dist.problems import multitask as multitask
-from ml2o_dist.problems import quadratic as quadratic
-from ml2o_dist.problems import tabular as tabular
-from ml2o_dist.problems.base import (
-    Batch,
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from ml2o_dist.problems.spec import (
     FamilyMember,
-    Problem,
-    ProblemContext,
     ProblemFamily,
     ProblemSpec,
     problem_description,
     problem_names,
     problem_settings,
 )
-from ml2o_dist.problems.rescaled import Rescaled
+
+if TYPE_CHECKING:
+    from ml2o_dist.problems.base import Batch, Problem, ProblemContext
+    from ml2o_dist.problems.rescaled import Rescaled
 
 __all__ = [
     "Batch",
@@ -29,3 +28,13 @@ __all__ = [
     "problem_names",
     "problem_settings",
 ]
+
+_HOME = {"Batch": "base", "Problem": "base", "ProblemContext": "base", "Rescaled": "rescaled"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value

@@ -1,29 +1,23 @@
-"""What is optimized: the `Problem` contract, problems by name, and families to draw them from.
+"""What is optimized: the `Problem` contract.
 
 Shapes everywhere: P instances advanced together, m objectives, n parameters (flat), B samples in a batch.
 """
 
 from __future__ import annotations
 
-import inspect
-import itertools
-import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ml2o_dist.errors import UserError, unknown
+from ml2o_dist.errors import UserError
 from ml2o_dist.problems.layout import ParameterLayout
-from ml2o_dist.seeding import derive_seed
 
 Batch = Any
 """What `sample_batch` returns; opaque to everything but the problem that drew it."""
-
-Scalar = str | int | float | bool
 
 
 class Problem(ABC):
@@ -94,6 +88,13 @@ class Problem(ABC):
 
     def test_metrics(self, parameters: Tensor) -> dict[str, Tensor]:
         """Return figures on unseen data, each [P, m] (`test_loss`, `test_accuracy`), or {} where there is none."""
+        return {}
+
+    def data_hashes(self, *, test: bool) -> dict[str, str]:
+        """Return the sha256 of the data that the losses come from, by name; with `test` also of unseen data.
+
+        A run and a finished cell are named by it. {} where there is none.
+        """
         return {}
 
     def pareto_front(self, points: int) -> Tensor:
@@ -174,137 +175,3 @@ class ProblemContext:
     def __post_init__(self) -> None:
         if self.instances < 1:
             raise UserError(f"a problem needs at least 1 instance, not {self.instances}")
-
-
-@dataclass(frozen=True)
-class ProblemSpec:
-    """A problem by name with its settings: `multimnist[net=lenet5,batch=64]`. Hashable, picklable, printable."""
-
-    name: str
-    settings: tuple[tuple[str, Scalar], ...] = ()
-
-    def __str__(self) -> str:
-        inside = ",".join(f"{key}={_written(value)}" for key, value in self.settings)
-        return f"{self.name}[{inside}]" if inside else self.name
-
-    @classmethod
-    def parse(cls, text: str) -> ProblemSpec:
-        """Read `name` or `name[key=value,...]`; raises UserError on bad syntax, an unknown name or setting."""
-        match = re.fullmatch(r"\s*([A-Za-z0-9_\-+]+)\s*(?:\[(.*)\])?\s*", text)
-        if match is None:
-            raise UserError(f"problem {text!r} is not of the form name or name[key=value,...]")
-        name, inside = match.group(1), match.group(2)
-        pairs: dict[str, Scalar] = {}
-        for item in filter(None, (part.strip() for part in (inside or "").split(","))):
-            key, equals, value = item.partition("=")
-            if not equals or not key.strip() or not value.strip():
-                raise UserError(f"problem {text!r}: {item!r} is not of the form key=value")
-            pairs[key.strip()] = _scalar(value.strip())
-        return cls.of(name, pairs)
-
-    @classmethod
-    def of(cls, name: str, settings: Mapping[str, Scalar]) -> ProblemSpec:
-        """Build a spec, checked against what the problem `name` accepts; settings are kept in name order."""
-        allowed = problem_settings(name)
-        for key in settings:
-            if key not in allowed:
-                raise unknown(f"setting of problem {name!r}", key, allowed)
-        return cls(name, tuple(sorted(settings.items())))
-
-    def build(self, context: ProblemContext) -> Problem:
-        """Construct the problem; raises UserError for a wrong value or missing data."""
-        try:
-            return _factory(self.name)(context, **dict(self.settings))
-        except TypeError as error:
-            raise UserError(f"problem {self}: {error}") from error
-
-
-Factory = Callable[..., Problem]
-_FACTORIES: dict[str, Factory] = {}
-
-
-def register_problem(name: str) -> Callable[[Factory], Factory]:
-    """Register a factory `(context: ProblemContext, *, key=default, ...) -> Problem` under `name` (a decorator).
-
-    Its keyword-only parameters are the problem's settings; the first line of its docstring describes it.
-    """
-
-    def register(factory: Factory) -> Factory:
-        if name in _FACTORIES:
-            raise ValueError(f"problem {name!r} is registered twice")
-        _FACTORIES[name] = factory
-        return factory
-
-    return register
-
-
-def problem_names() -> list[str]:
-    """Return the names of all registered problems, sorted."""
-    return sorted(_FACTORIES)
-
-
-def problem_settings(name: str) -> dict[str, Scalar]:
-    """Return the settings of problem `name` with their defaults; raises UserError for an unknown name."""
-    parameters = inspect.signature(_factory(name)).parameters.values()
-    return {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
-
-
-def problem_description(name: str) -> str:
-    """Return the docstring of problem `name`'s factory; raises UserError for an unknown name."""
-    return inspect.getdoc(_factory(name)) or ""
-
-
-def _factory(name: str) -> Factory:
-    if name not in _FACTORIES:
-        raise unknown("problem", name, _FACTORIES)
-    return _FACTORIES[name]
-
-
-def _scalar(text: str) -> Scalar:
-    if text.lower() in ("true", "false"):
-        return text.lower() == "true"
-    for kind in (int, float):
-        try:
-            return kind(text)
-        except ValueError:
-            continue
-    return text
-
-
-def _written(value: Scalar) -> str:
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-@dataclass(frozen=True)
-class FamilyMember:
-    """One line of a family: a problem, how often it is drawn, and the values each setting is drawn from."""
-
-    name: str
-    weight: float
-    choices: tuple[tuple[str, tuple[Scalar, ...]], ...]
-
-    def specs(self) -> Iterator[ProblemSpec]:
-        """Yield every problem that can be drawn from this member."""
-        keys = [key for key, _ in self.choices]
-        for values in itertools.product(*(values for _, values in self.choices)):
-            yield ProblemSpec.of(self.name, dict(zip(keys, values, strict=True)))
-
-
-@dataclass(frozen=True)
-class ProblemFamily:
-    """A distribution over problems: a member by weight, then each of its settings uniformly from its choices."""
-
-    members: tuple[FamilyMember, ...]
-
-    def sample(self, seed: int) -> ProblemSpec:
-        """Return the problem that `seed` names: a pure function of the family and the seed."""
-        if not self.members:
-            raise UserError("the problem family is empty: give it at least one member")
-        total = sum(member.weight for member in self.members)
-        left = (derive_seed("member", seed) / 2**63) * total
-        for member in self.members:
-            left -= member.weight
-            if left < 0:
-                break
-        picked = {key: values[derive_seed("choice", seed, key) % len(values)] for key, values in member.choices}
-        return ProblemSpec.of(member.name, picked)

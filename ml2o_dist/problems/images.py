@@ -178,7 +178,8 @@ def _pool(source: str, split: str, root: Path) -> ImagePool:
     return ImagePool(raw, raw_labels.astype(np.int64), rows)
 
 
-def _digest(arrays: Iterable[NDArray[np.generic]]) -> str:
+def arrays_sha256(arrays: Iterable[NDArray[np.generic]]) -> str:
+    """Return the sha256 of arrays, their kinds and shapes."""
     digest = hashlib.sha256()
     for array in arrays:
         digest.update(f"{array.dtype.str}{array.shape}".encode())
@@ -200,7 +201,7 @@ def _write(path: Path, pairs: PairRecords, title: str) -> None:
     columns = [pa.FixedSizeListArray.from_arrays(pa.array(a.reshape(-1)), a.shape[1]) for a in arrays.values()]
     schema = pa.schema(
         [pa.field(key, column.type, nullable=False) for key, column in zip(arrays, columns, strict=True)],
-        metadata={"title": title, "sha256": _digest(arrays.values())},
+        metadata={"title": title, "sha256": arrays_sha256(arrays.values())},
     )
     batch = pa.record_batch(columns, schema=schema)
     try:
@@ -227,7 +228,7 @@ def _read(path: Path, side: int) -> Pairs | None:
         arrays = [column.flatten().to_numpy().reshape(batch.num_rows, -1) for column in columns]
         sha256 = metadata.get(b"sha256", b"").decode()
         labels_fit = len(arrays[1]) > 0 and 0 <= arrays[1].min() <= arrays[1].max() < CLASSES
-        if _digest(arrays) != sha256 or not labels_fit:
+        if arrays_sha256(arrays) != sha256 or not labels_fit:
             return None
     except (OSError, KeyError, ValueError, pa.ArrowException):
         return None

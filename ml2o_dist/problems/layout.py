@@ -6,13 +6,15 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal, Self
+from typing import Literal, Self, get_args
 
 import torch
 from torch import Tensor
 
 Kind = Literal["scalar", "vector", "matrix", "convolution", "embedding"]
 """What a tensor is to a rule: a matrix [out, in], a convolution [out, in, ...], an embedding [entries, width]."""
+
+KINDS: tuple[Kind, ...] = get_args(Kind)
 
 
 @dataclass(frozen=True)
@@ -96,5 +98,4 @@ class ParameterLayout:
 
 def kind_of(shape: tuple[int, ...]) -> Kind:
     """Return what a tensor of this shape is, where nothing but its shape is known."""
-    kinds: tuple[Kind, ...] = ("scalar", "vector", "matrix", "convolution")
-    return kinds[min(len(shape), 3)]
+    return KINDS[min(len(shape), 3)]

@@ -13,11 +13,12 @@ import torch
 from torch import Tensor
 
 from ml2o_dist.errors import UserError
-from ml2o_dist.problems.base import Batch, Problem, ProblemContext, register_problem
+from ml2o_dist.problems.base import Batch, Problem, ProblemContext
 from ml2o_dist.problems.closed_form import LARGEST
-from ml2o_dist.problems.images import CLASSES, image_side, load_pairs
+from ml2o_dist.problems.image_sets import image_classes, image_side, image_tasks, load_images
 from ml2o_dist.problems.layout import ParameterLayout
 from ml2o_dist.problems.networks import Network, build_network
+from ml2o_dist.problems.spec import register_problem
 
 TEST_SAMPLES = 2000
 """How many test pairs `test_metrics` uses: a standard error of about one point of accuracy, for a second of work."""
@@ -39,7 +40,7 @@ class MultiTaskImages(Problem):
     reference point is the (2, 2) of the published hypervolumes on these data.
 
     Attributes:
-        network: shapes and forward function.  data, size, data_root: what `load_pairs` is called with.
+        network: shapes and forward function.  data, size, data_root: what `load_images` is called with.
         data_sha256: of the training pairs.
     """
 
@@ -66,9 +67,10 @@ class MultiTaskImages(Problem):
         self.objectives, self.dimension = network.tasks, network.dimension
         self.reference_point = torch.full((self.objectives,), 2.0, dtype=self.dtype, device=self.device)
         self.network, self.data, self.size, self.data_root = network, data, size, context.data_root
-        pairs = load_pairs(data, "train", size, context.data_root)
+        pairs = load_images(data, "train", size, context.data_root)
         self.data_sha256 = pairs.sha256
-        self._images, self._labels = pairs.images.to(self.device), pairs.labels.to(self.device)
+        self._images = pairs.images.to(self.device)
+        self._labels = pairs.labels[:, : self.objectives].to(self.device)
         self._mean, self._deviation = pairs.mean, pairs.deviation
         self._batch, self._init = batch, init
         together = self.device.type != "cpu" or not network.convolutional
@@ -84,7 +86,7 @@ class MultiTaskImages(Problem):
         name = f"{self.data}[size={self.size}]"
         hashes = {name: self.data_sha256}
         if test:
-            hashes[f"{name} test"] = load_pairs(self.data, "test", self.size, self.data_root).sha256
+            hashes[f"{name} test"] = load_images(self.data, "test", self.size, self.data_root).sha256
         return hashes
 
     def initial_parameters(self, seeds: Sequence[int]) -> Tensor:
@@ -96,7 +98,7 @@ class MultiTaskImages(Problem):
         """Draw B training pairs with replacement for each instance."""
         rows = torch.randint(len(self._images), (self.instances, self._batch), generator=generator)
         rows = rows.to(self.device)
-        return ImageBatch(self._floats(self._images[rows]), _task_labels(self._labels[rows], self.objectives))
+        return ImageBatch(self._floats(self._images[rows]), self._labels[rows])
 
     def sample_losses(self, parameters: Tensor, batch: Batch) -> Tensor:
         """Return the cross-entropies [P, B, m]; `parameters` [P, n]."""
@@ -124,7 +126,7 @@ class MultiTaskImages(Problem):
 
         The pairs are `samples` evenly spaced ones (all with None): the same at every call, for every method.
         """
-        pairs = load_pairs(self.data, split, self.size, self.data_root)
+        pairs = load_images(self.data, split, self.size, self.data_root)
         count = len(pairs.images) if samples is None else min(samples, len(pairs.images))
         rows = torch.arange(count) * len(pairs.images) // count
         loss = torch.zeros(len(parameters), self.objectives, dtype=torch.float64, device=self.device)
@@ -133,7 +135,7 @@ class MultiTaskImages(Problem):
             for start in range(0, count, _TEST_CHUNK):
                 chunk = rows[start : start + _TEST_CHUNK]
                 images = self._floats(pairs.images[chunk].to(self.device))
-                labels = _task_labels(pairs.labels[chunk].to(self.device), self.objectives)
+                labels = pairs.labels[chunk, : self.objectives].to(self.device)
                 for p, row in enumerate(parameters.detach()):
                     tensors = self.network.split(row)
                     logits = self.network.logits(tensors, self.network.features(tensors.trunk, images))
@@ -192,67 +194,69 @@ class MultiTaskImages(Problem):
             jacobian[:, i, own : own + network.head_dimension] = to_heads[:, i]
 
 
-def _task_labels(labels: Tensor, tasks: int) -> Tensor:
-    """Return the labels [..., m] of the tasks, of those [..., 2] of the images."""
-    both = labels.sum(dim=-1, keepdim=True) % CLASSES
-    return torch.cat([labels, both], dim=-1)[..., :tasks]
-
-
 def _log_likelihoods(logits: Tensor, labels: Tensor) -> Tensor:
     """Return the log-likelihoods [..., m, B] of `labels` [..., B, m] under `logits` [..., m, B, classes]."""
     return logits.log_softmax(dim=-1).gather(-1, labels.mT.unsqueeze(-1)).squeeze(-1)
 
 
-def _register(data: str, summary: str) -> None:
-    """Register data set `data` as a problem of its own; the settings are the keyword parameters of `build`."""
-
-    def build(
-        context: ProblemContext,
-        *,
-        net: str = "mlp",
-        hidden: str | int = "24",
-        channels: str | int = "8-16",
-        kernel: int = 3,
-        variant: str = "cosmos",
-        activation: str = "relu",
-        batch: int = 64,
-        size: int = 0,
-        tasks: int = 2,
-        init: float = 1.0,
-    ) -> Problem:
-        for setting, value, least in (("batch", batch, 1), ("tasks", tasks, 1), ("size", size, 0)):
-            if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= LARGEST:
-                raise UserError(f"{setting} {value!r} of {data} is not an integer >= {least} (and <= {LARGEST})")
-        if tasks > 3:
-            raise UserError(f"tasks {tasks} of {data} is not 1 (the top-left image), 2 (both) or 3 (and their sum)")
-        if isinstance(init, bool) or not isinstance(init, int | float) or not 0 < init < float("inf"):
-            raise UserError(f"init {init!r} of {data} is not a positive number")
-        network = build_network(
-            str(net),
-            side=image_side(data, size),
-            classes=CLASSES,
-            tasks=tasks,
-            hidden=hidden,
-            channels=channels,
-            kernel=kernel,
-            variant=str(variant),
-            activation=str(activation),
-        )
-        return MultiTaskImages(data, network, context, size=size, batch=batch, init=init)
-
-    build.__doc__ = f"{summary}\n\n{_SETTINGS}"
-    register_problem(data)(build)
-
-
-_SETTINGS = """\
-net: mlp (uses hidden), cnn (channels, kernel 3 or 5), lenet5 (variant cosmos or paretomtl), vgg (channels, one
-    width for each block). Settings that the net does not use are ignored.
-hidden, channels: widths joined by '-', as in 24 or 40-40.  activation: relu, tanh or gelu.
-batch: pairs in a batch, for each instance.  size: side after average pooling, a divisor of the canvas; 0 keeps it.
-tasks: 2, one for each image; 1 for the top-left one only; 3 for both and, as a third task (ours), the sum of the two
-    class indices modulo 10.  init: factor on torch's default initialisation."""
-
-_register("multimnist", "Two overlapping MNIST digits on 36x36 pixels, one classification task for each.")
-_register("multifashion", "Two overlapping Fashion-MNIST articles on 36x36 pixels, one classification task for each.")
-_register("multifashionmnist", "A Fashion-MNIST article (task 1) overlapping an MNIST digit (task 2) on 36x36 pixels.")
-_register("multidigits", "Two overlapping 8x8 digits of scikit-learn on 12x12 pixels: small, and needs no download.")
+@register_problem(
+    "multimnist",
+    "Two overlapping MNIST digits on 36x36 pixels, one classification task for each.",
+    data="multimnist",
+)
+@register_problem(
+    "multifashion",
+    "Two overlapping Fashion-MNIST articles on 36x36 pixels, one classification task for each.",
+    data="multifashion",
+)
+@register_problem(
+    "multifashionmnist",
+    "A Fashion-MNIST article (task 1) overlapping an MNIST digit (task 2) on 36x36 pixels.",
+    data="multifashionmnist",
+)
+@register_problem(
+    "multidigits",
+    "Two overlapping 8x8 digits of scikit-learn on 12x12 pixels: small, and needs no download.",
+    data="multidigits",
+)
+def build(
+    context: ProblemContext,
+    *,
+    data: str,
+    net: str = "mlp",
+    hidden: str | int = "24",
+    channels: str | int = "8-16",
+    kernel: int = 3,
+    variant: str = "cosmos",
+    activation: str = "relu",
+    batch: int = 64,
+    size: int = 0,
+    tasks: int = 2,
+    init: float = 1.0,
+) -> Problem:
+    """net: mlp (uses hidden), cnn (channels, kernel 3 or 5), lenet5 (variant cosmos or paretomtl), vgg (channels, one
+        width for each block). Settings that the net does not use are ignored.
+    hidden, channels: widths joined by '-', as in 24 or 40-40.  activation: relu, tanh or gelu.
+    batch: pairs in a batch, for each instance.  size: side after average pooling, a divisor of the canvas; 0 keeps it.
+    tasks: 2, one for each image; 1 for the top-left one only; 3 for both and, as a third task (ours), the sum of the
+        two class indices modulo 10.  init: factor on torch's default initialisation.
+    """
+    for setting, value, least in (("batch", batch, 1), ("tasks", tasks, 1), ("size", size, 0)):
+        if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= LARGEST:
+            raise UserError(f"{setting} {value!r} of {data} is not an integer >= {least} (and <= {LARGEST})")
+    if tasks > image_tasks(data):
+        raise UserError(f"tasks {tasks} of {data} is not one of 1 to {image_tasks(data)}")
+    if isinstance(init, bool) or not isinstance(init, int | float) or not 0 < init < float("inf"):
+        raise UserError(f"init {init!r} of {data} is not a positive number")
+    network = build_network(
+        str(net),
+        side=image_side(data, size),
+        classes=image_classes(data),
+        tasks=tasks,
+        hidden=hidden,
+        channels=channels,
+        kernel=kernel,
+        variant=str(variant),
+        activation=str(activation),
+    )
+    return MultiTaskImages(data, network, context, size=size, batch=batch, init=init)

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from ml2o_dist.errors import UserError
-from ml2o_dist.problems.base import Batch, Problem, ProblemContext, register_problem
+from ml2o_dist.problems.base import Batch, Problem, ProblemContext
 from ml2o_dist.problems.closed_form import at_least, at_least_real, simplex_points
+from ml2o_dist.problems.spec import register_problem
 from ml2o_dist.seeding import generator
 
 CENTRE_SPREAD = 1.0  # standard deviation of the minimisers' coordinates

@@ -57,6 +57,10 @@ class Rescaled(Problem):
         """Return the wrapped problem's figures at c z."""
         return self.problem.test_metrics(self.scale * parameters)
 
+    def data_hashes(self, *, test: bool) -> dict[str, str]:
+        """Return the wrapped problem's."""
+        return self.problem.data_hashes(test=test)
+
     def pareto_front(self, points: int) -> Tensor:
         """Return the wrapped problem's front, times s."""
         return self.loss_scale * self.problem.pareto_front(points)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +25,7 @@ from ml2o_dist.rules.aggregators import (
     learned_parameters,
 )
 from ml2o_dist.rules.base import Oracle, StepInfo, UpdateRule
+from ml2o_dist.rules.torch_optimizers import OPTIMIZERS, torch_step
 from ml2o_dist.seeding import derive_seed
 
 MOMENTUM = 0.9
@@ -37,13 +39,16 @@ class AggregatedState:
 
     `first` is the velocity of `momentum` or the first moment of `adam`; `second` the second moment of `adam`; both
     stay zero where the optimizer has no use for them. They are [P, n + k], k parameters of the aggregator's own among
-    those that the optimizer trains. `modules` has torchjd's object for each instance, which no step changes.
+    those that the optimizer trains. `modules` has torchjd's object for each instance, which no step changes. Of an
+    optimizer of torch's, `memories` has the state dict for each instance, on tensors of these `shapes`.
     """
 
     steps: int
     first: Tensor
     second: Tensor
     modules: tuple[nn.Module, ...]
+    shapes: tuple[tuple[int, ...], ...] = ()
+    memories: tuple[dict[str, Any] | None, ...] = ()
 
 
 class AggregatedRule(UpdateRule):
@@ -60,10 +65,16 @@ class AggregatedRule(UpdateRule):
     An instance whose Jacobian has an entry that is not finite gets NaN parameters: it has diverged, which is a result.
     """
 
-    def __init__(self, aggregator: str, optimizer: str = "adam", lr: float = 0.01) -> None:
-        """Raises UserError for an unknown name, a missing solver, or an `lr` that is not positive and finite."""
+    def __init__(self, aggregator: str, optimizer: str = "adam", lr: float | None = 0.01) -> None:
+        """`lr`: None for an optimizer that takes none, or has its own.
+
+        Raises:
+            UserError: an unknown name, a missing solver, or an `lr` that is not positive and finite.
+        """
         _check_names(aggregator, optimizer)
-        if not (math.isfinite(lr) and lr > 0):
+        if lr is None and optimizer in _OPTIMIZERS:
+            raise UserError(f"{aggregator}+{optimizer} needs a learning rate")
+        if lr is not None and not (math.isfinite(lr) and lr > 0):
             raise UserError(f"learning rate {lr!r} of {aggregator}+{optimizer} must be a positive, finite number")
         self.aggregator = aggregator
         self.optimizer = optimizer
@@ -78,7 +89,12 @@ class AggregatedRule(UpdateRule):
         modules = tuple(build_aggregator(self.aggregator, objectives) for _ in range(instances))
         own = sum(parameter.numel() for parameter in learned_parameters(self.aggregator, modules[0]))
         zeros = torch.zeros(instances, layout.dimension + own)
-        return AggregatedState(0, zeros, zeros, modules)
+        if self.optimizer in _OPTIMIZERS:
+            return AggregatedState(0, zeros, zeros, modules)
+        if own:
+            raise UserError(f"{self.aggregator} trains parameters of its own: by sgd, momentum or adam")
+        shapes = tuple(tensor.shape for tensor in layout.tensors)
+        return AggregatedState(0, zeros[:, :0], zeros[:, :0], modules, shapes, (None,) * instances)
 
     def step(
         self, oracle: Oracle, parameters: Tensor, state: AggregatedState
@@ -115,15 +131,26 @@ class AggregatedRule(UpdateRule):
         ]
         direction = torch.stack([each for each, _ in pairs])
         modules = tuple(module for _, module in pairs)
-        move, first, second = _OPTIMIZERS[self.optimizer](direction, state)
-        move = self.lr * move
-        moved = oracle.problem.project(parameters - move[:, : parameters.shape[1]])
+        first, second, memories = state.first, state.second, state.memories
+        if self.optimizer in _OPTIMIZERS:
+            move, first, second = _OPTIMIZERS[self.optimizer](direction, state)
+            assert self.lr is not None
+            move = self.lr * move
+            moved = oracle.problem.project(parameters - move[:, : parameters.shape[1]])
+        else:
+            optimizer, move = OPTIMIZERS[self.optimizer], direction
+            steps = [
+                torch_step(optimizer, self.lr, state.shapes, *each)
+                for each in zip(parameters, direction, memories, strict=True)
+            ]
+            moved = oracle.problem.project(torch.stack([point for point, _ in steps]))
+            memories = tuple(memory for _, memory in steps)
         after = oracle.losses(moved, seen.batch) if method.looks_back else seen.losses
         for p, finite in enumerate(direction.isfinite().all(dim=1).tolist()):
             if finite:
                 own_move = move[p, parameters.shape[1] :]
                 after_step(self.aggregator, modules[p], own_move, after[p], (state.steps + 1) % DWA_EPOCH == 0)
-        return moved, AggregatedState(state.steps + 1, first, second, modules)
+        return moved, AggregatedState(state.steps + 1, first, second, modules, state.shapes, memories)
 
     def grown(self, state: AggregatedState, more: ParameterLayout) -> AggregatedState:
         """Raise UserError: the moments of all parameters are corrected by one count of steps."""
@@ -131,9 +158,9 @@ class AggregatedRule(UpdateRule):
 
 
 def parse_optimizer_name(text: str) -> tuple[str, str, float | None]:
-    """Read `AGGREGATOR[+sgd|+momentum|+adam][@LR]` as (aggregator, optimizer, learning rate).
+    """Read `AGGREGATOR[+OPTIMIZER][@LR]` or `OPTIMIZER[@LR]` as (aggregator, optimizer, learning rate).
 
-    The optimizer is `adam` where none is named; the learning rate is None where it is left to be tuned.
+    The optimizer is `adam` where none is named, the aggregator `mean`; the learning rate is None where none is written.
 
     Raises:
         UserError: an unknown aggregator or optimizer (the nearest name is given), or a learning rate that is no
@@ -142,7 +169,7 @@ def parse_optimizer_name(text: str) -> tuple[str, str, float | None]:
     names, at, rate = text.strip().partition("@")
     aggregator, plus, optimizer = names.partition("+")
     if not plus:
-        optimizer = "adam"
+        aggregator, optimizer = ("mean", aggregator) if aggregator in OPTIMIZERS else (aggregator, "adam")
     _check_names(aggregator, optimizer)
     if not at:
         return aggregator, optimizer, None
@@ -157,8 +184,13 @@ def parse_optimizer_name(text: str) -> tuple[str, str, float | None]:
 
 def _check_names(aggregator: str, optimizer: str) -> None:
     check_aggregator(aggregator)
-    if optimizer not in _OPTIMIZERS:
-        raise unknown(f"optimizer after {aggregator!r}+", optimizer, _OPTIMIZERS)
+    if optimizer not in _OPTIMIZERS and optimizer not in OPTIMIZERS:
+        raise unknown(f"optimizer after {aggregator!r}+", optimizer, [*_OPTIMIZERS, *OPTIMIZERS])
+
+
+def takes_learning_rate(optimizer: str) -> bool:
+    """Tell whether an optimizer by name has a learning rate to tune."""
+    return optimizer in _OPTIMIZERS or OPTIMIZERS[optimizer].takes_lr
 
 
 def _sgd(direction: Tensor, state: AggregatedState) -> tuple[Tensor, Tensor, Tensor]:

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from torchjd import Stateful, aggregation, scalarization
 
 from ml2o_dist.errors import UserError, unknown
+from ml2o_dist.registry import Registry
 
 DWA_EPOCH = 20
 """Steps over which `dwa` averages losses. Ours: batches are drawn with replacement, so nothing else ends an epoch; 20
@@ -58,7 +59,7 @@ def _crmogm(objectives: int) -> nn.Module:
     return module
 
 
-AGGREGATORS: dict[str, Method] = {
+_BUILT_IN: dict[str, Method] = {
     # Senushkin et al. 2023, Algorithm 1: smallest singular value as the common one.
     "alignedmtl": Method(lambda m: aggregation.AlignedMTL()),
     # Liu et al. 2021; c = 0.5 is LibMTL's. Solver: Clarabel.
@@ -100,7 +101,37 @@ AGGREGATORS: dict[str, Method] = {
     "upgrad": Method(lambda m: aggregation.UPGrad(), rescaled=True),  # Quinton & Rey 2024; solver: quadprog
     "uw": Method(lambda m: scalarization.UW(m), positive=True, learned=True),  # Kendall, Gal & Cipolla 2018
 }
-"""Name -> how torchjd is called."""
+
+AGGREGATORS: Registry[Method] = Registry("aggregator")
+for _name, _method in _BUILT_IN.items():
+    AGGREGATORS.register(_name)(_method)
+
+Direction = Callable[[Tensor], Tensor]
+"""J [m, n] -> the direction to descend along, [n]."""
+
+
+def register_aggregator(name: str, *, objectives: int = 1) -> Callable[[Direction], Direction]:
+    """Register a function from the Jacobian [m, n] to a direction [n] (a decorator).
+
+    What it draws at random by torch is seeded by the number of the step. `objectives`: the fewest that it works with.
+    """
+
+    def register(direction: Direction) -> Direction:
+        AGGREGATORS.register(name)(Method(lambda m: _Function(direction), objectives=objectives))
+        return direction
+
+    return register
+
+
+class _Function(nn.Module):
+    """A function as torchjd's objects are: it remembers nothing."""
+
+    def __init__(self, direction: Direction) -> None:
+        super().__init__()
+        self._direction = direction
+
+    def forward(self, jacobian: Tensor) -> Tensor:
+        return self._direction(jacobian)
 
 
 def check_aggregator(name: str) -> Method:

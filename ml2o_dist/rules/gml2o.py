@@ -272,7 +272,7 @@ def guarded(learned: UpdateRule, settings: GuardSettings | None) -> UpdateRule:
 def fallback_rule(settings: GuardSettings) -> UpdateRule:
     """Build the fallback that the settings name; raises UserError as `guarded`."""
     # late: workers without a guard need neither scipy nor torchjd, whose imports take a second
-    from ml2o_dist.rules.aggregated import AggregatedRule, parse_optimizer_name
+    from ml2o_dist.rules.aggregated import AggregatedRule, parse_optimizer_name, takes_learning_rate
     from ml2o_dist.rules.stochastic import DSSMG, SMG
 
     if settings.fallback == "dssmg":
@@ -280,7 +280,7 @@ def fallback_rule(settings: GuardSettings) -> UpdateRule:
     if settings.fallback == "smg":
         return SMG(settings.p)
     aggregator, optimizer, lr = parse_optimizer_name(settings.fallback)
-    if lr is None:
+    if lr is None and takes_learning_rate(optimizer):
         raise UserError(f"rule.guard.fallback={settings.fallback!r} needs its learning rate: {settings.fallback}@0.01")
     return AggregatedRule(aggregator, optimizer, lr)
 

@@ -20,6 +20,7 @@ from ml2o_dist.config_file import (
     overridden,
     parse_settings,
     put,
+    read_named,
     read_tree,
 )
 from ml2o_dist.errors import UserError
@@ -54,8 +55,8 @@ def load_sweep(file: Path | None, overrides: Iterable[str] = (), within: Path | 
     Raises:
         UserError: an unreadable file, a misspelt key or a wrong value, also among those of the space.
     """
+    tree = read_named(file, SETTINGS, within) if file else {}
     file = found_file(file, SETTINGS) if file else None
-    tree = read_tree(file, within=within) if file else {}
     given = tree.get("meta_train") or {}
     beside = file.parent if file else Path()
     if isinstance(given, str):

@@ -17,6 +17,7 @@ from ml2o_dist.metatrain.checkpoint import load_checkpoint
 from ml2o_dist.metatrain.history import Row
 from ml2o_dist.metatrain.pool import WorkerPool
 from ml2o_dist.metatrain.trainer import Trainer
+from ml2o_dist.plugins import Carried
 from ml2o_dist.sweeping.settings import SweepSettings
 from ml2o_dist.sweeping.space import as_values, trial_settings
 
@@ -29,15 +30,16 @@ SCORE, TIME = "validation", "meta_step"
 
 def as_trainable(settings: SweepSettings) -> Any:
     """Return what Ray Tune runs for each trial, with the placement group that it asks for."""
+    sent = Carried(settings)
 
     def meta_training(sampled: dict[str, Any]) -> None:  # Tune knows it by this name when it is gone on with
-        meta_train_trial(_in_trial(settings, sampled))
+        meta_train_trial(_in_trial(sent.value, sampled))
 
     def resources(sampled: dict[str, Any]) -> Any:
         try:
-            return placement(settings, _in_trial(settings, sampled))
+            return placement(sent.value, _in_trial(sent.value, sampled))
         except UserError:  # values that do not go together: the trial itself will say so
-            return placement(settings, settings.meta_train)
+            return placement(sent.value, sent.value.meta_train)
 
     return tune.with_resources(meta_training, resources)
 

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ml2o_dist.artifact import load_artifact, weights_sha256
-from ml2o_dist.config import RuleSettings
+from ml2o_dist.config import LearnedRuleSettings, RuleSettings
 from ml2o_dist.remote_files import is_uri
-from ml2o_dist.rules.coordinatewise.rule import ML2ONetwork, ML2ORule
+from ml2o_dist.rules.learned import LearnedRule, initial_weights, learned_rule
 
 UNTRAINED = "initial"
 """The name of the network before any meta-training: Adam on the sum of the losses."""
@@ -22,13 +22,13 @@ class LearnedWeights:
     def __init__(self, origin: str) -> None:
         """Raises UserError for a file that cannot be read."""
         self.origin = origin
-        self._rules: dict[tuple[torch.device, torch.dtype], ML2ORule] = {}  # the last one that was asked for
-        self._read: tuple[RuleSettings, Mapping[str, Tensor], str] | None = None
+        self._rules: dict[tuple[torch.device, torch.dtype], LearnedRule] = {}  # the last one that was asked for
+        self._read: tuple[LearnedRuleSettings, Mapping[str, Tensor], str] | None = None
         if not (is_uri(origin) or origin.startswith("models:/")):
             self._contents()
 
     @property
-    def settings(self) -> RuleSettings:
+    def settings(self) -> LearnedRuleSettings:
         """The rule's settings."""
         return self._contents()[0]
 
@@ -37,19 +37,19 @@ class LearnedWeights:
         """The weights' sha256."""
         return self._contents()[2]
 
-    def rule(self, device: torch.device, dtype: torch.dtype) -> ML2ORule:
+    def rule(self, device: torch.device, dtype: torch.dtype) -> LearnedRule:
         """Return the rule, built once for a device and precision."""
         settings, weights, _ = self._contents()
         place = device, dtype
         if place not in self._rules:
-            self._rules = {place: ML2ORule.from_weights(settings, weights, device, dtype)}
+            self._rules = {place: learned_rule(settings, weights, device, dtype)}
         return self._rules[place]
 
-    def _contents(self) -> tuple[RuleSettings, Mapping[str, Tensor], str]:
+    def _contents(self) -> tuple[LearnedRuleSettings, Mapping[str, Tensor], str]:
         if self._read is None:
             if self.origin == UNTRAINED:
-                settings = RuleSettings()
-                weights: Mapping[str, Tensor] = ML2ONetwork(settings).state_dict()
+                settings: LearnedRuleSettings = RuleSettings()
+                weights: Mapping[str, Tensor] = initial_weights(settings)
             else:
                 artifact = load_artifact(self.origin)
                 settings, weights = artifact.rule, artifact.weights

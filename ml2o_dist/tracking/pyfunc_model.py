@@ -19,7 +19,7 @@ import torch
 
 from ml2o_dist.artifact import load_artifact
 from ml2o_dist.problems.layout import ParameterLayout
-from ml2o_dist.rules.coordinatewise.rule import ML2ORule
+from ml2o_dist.rules.learned import learned_rule
 
 
 class LearnedOptimizer(mlflow.pyfunc.PythonModel):  # type: ignore[misc]  # MLflow is untyped
@@ -28,7 +28,7 @@ class LearnedOptimizer(mlflow.pyfunc.PythonModel):  # type: ignore[misc]  # MLfl
     def load_context(self, context: Any) -> None:
         """Load the weights that `context.artifacts["weights"]` names; raises UserError if they were altered."""
         artifact = load_artifact(Path(context.artifacts["weights"]))
-        self.rule = ML2ORule.from_weights(artifact.rule, artifact.weights)
+        self.rule = learned_rule(artifact.rule, artifact.weights)
 
     def predict(self, context: Any, model_input: np.ndarray, params: dict[str, Any] | None = None) -> np.ndarray:
         """Map gradients [T, m, n] to updates [T, n], both float32; raises ValueError for another shape."""

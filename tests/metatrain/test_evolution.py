@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ml2o_dist.config import EstimatorSettings
-from ml2o_dist.metatrain.evolution import evolution_strategy
+from ml2o_dist.metatrain.estimators.es import evolution_strategy
 
 
 def settings(**changes):

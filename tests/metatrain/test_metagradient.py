@@ -11,10 +11,12 @@ import torch
 
 from ml2o_dist.config import EstimatorSettings, GuardSettings, RuleSettings
 from ml2o_dist.errors import UserError
-from ml2o_dist.metatrain.episode import _choose, roll_out
-from ml2o_dist.metatrain.metagradient import meta_loss_kind, replay, step_weights
+from ml2o_dist.metatrain.estimators import exact as exact_module
+from ml2o_dist.metatrain.estimators import replay as replay_module
+from ml2o_dist.metatrain.estimators.base import roll_out
+from ml2o_dist.metatrain.estimators.replay import choose
+from ml2o_dist.metatrain.meta_loss import meta_loss_kind, step_weights
 from ml2o_dist.metatrain.recorder import TrajectoryRecorder
-from ml2o_dist.metatrain.second_order import exact
 from ml2o_dist.problems import ProblemContext, ProblemSpec, Rescaled
 from ml2o_dist.rules.aggregated import AggregatedRule
 from ml2o_dist.rules.base import Oracle
@@ -34,6 +36,18 @@ def rolled(rule, problem, horizon=HORIZON, chosen="all", seed=11):
         chosen = torch.arange(problem.dimension).expand(problem.instances, -1)
     rollout = roll_out(rule, Oracle(problem, torch.Generator().manual_seed(seed)), start, horizon, chosen)
     return rollout, start, batches
+
+
+def replay(rule, *words):
+    """L, and its gradient in the order of the network's parameters."""
+    loss, gradient = replay_module.replay(rule, *words)
+    assert list(gradient) == [name for name, _ in rule.network.named_parameters()]
+    return loss, list(gradient.values())
+
+
+def exact(*words):
+    loss, gradient, losses = exact_module.exact(*words)
+    return loss, list(gradient.values()), losses
 
 
 def assert_close(ours, theirs, tolerance=1e-10):
@@ -69,7 +83,7 @@ def test_replay_is_first_order_backpropagation(objectives, instances, form):
     rollout, start, batches = rolled(rule, problem)
     estimator = EstimatorSettings(gamma=1.0)
     kind = meta_loss_kind(estimator, problem)
-    loss, gradient = replay(rule.network, rollout, estimator, kind, HORIZON, problem.minima)
+    loss, gradient = replay(rule, rollout, estimator, kind, HORIZON, problem.minima)
     weights = step_weights("linear", HORIZON, start)
     expected_loss, expected = first_order(rule.network, problem, start, batches, weights)
     assert abs(loss.item() - expected_loss.item()) < 1e-10
@@ -97,10 +111,10 @@ def test_so_it_is_where_coordinates_have_no_gradient(output, features):
     rule = random_rule(RuleSettings(output=output, features=features, hidden=4, lr=0.1, scale=0.1))
     rollout, start, batches = rolled(rule, problem)
     assert (rollout.gradients == 0).all(dim=2).double().mean() == 0.5
-    _, gradient = replay(rule.network, rollout, EstimatorSettings(gamma=1.0), "normalised", HORIZON, None)
+    _, gradient = replay(rule, rollout, EstimatorSettings(gamma=1.0), "normalised", HORIZON, None)
     _, expected = first_order(rule.network, problem, start, batches, step_weights("linear", HORIZON, start))
     assert_close(gradient, expected)
-    _, whole, losses = exact(rule.network, problem, start, batches, EstimatorSettings(meta_loss="normalised"))
+    _, whole, losses = exact(rule, problem, start, batches, EstimatorSettings(meta_loss="normalised"))
     torch.testing.assert_close(losses, rollout.losses)
     assert all(bool(each.isfinite().all()) for each in whole)
 
@@ -113,10 +127,10 @@ def test_gradients_of_any_unit_have_the_same_meta_gradient(features):
     for exponent in (30, 60):  # so large that the meta-loss's own floor does not count
         rule, problem = random_rule(settings), Rescaled(problem_for(2, 3), loss_scale=2.0**exponent)
         rollout, start, batches = rolled(rule, problem)
-        assert rollout.unit.gt(0).all()
-        assert rollout.unit.lt(2.0**-20).all()
-        _, replayed = replay(rule.network, rollout, EstimatorSettings(gamma=1.0), "normalised", HORIZON, None)
-        _, whole, losses = exact(rule.network, problem, start, batches, EstimatorSettings(meta_loss="normalised"))
+        assert rollout.record["unit"][-1].gt(0).all()
+        assert rollout.record["unit"][-1].lt(2.0**-20).all()
+        _, replayed = replay(rule, rollout, EstimatorSettings(gamma=1.0), "normalised", HORIZON, None)
+        _, whole, losses = exact(rule, problem, start, batches, EstimatorSettings(meta_loss="normalised"))
         torch.testing.assert_close(losses, rollout.losses, rtol=1e-12, atol=0)
         found.append([*replayed, *whole])
     assert_close(*found, tolerance=1e-8)
@@ -136,7 +150,7 @@ def test_replay_of_a_guarded_rollout_is_first_order_backpropagation_through_its_
     every = torch.arange(problem.dimension).expand(6, -1)
     rollout = roll_out(guard, oracle, start, HORIZON, every)
     assert 0.1 < rollout.accepted.mean() < 0.9
-    _, gradient = replay(rule.network, rollout, EstimatorSettings(gamma=1.0), "normalised", 0, problem.minima)
+    _, gradient = replay(rule, rollout, EstimatorSettings(gamma=1.0), "normalised", 0, problem.minima)
     written, point, total = WrittenOut(rule.network), start, 0.0
     initial = problem.losses(start, drawn[0]).detach()
     for step, weight in enumerate(step_weights("linear", HORIZON, start)):
@@ -157,7 +171,7 @@ def test_discounted_replay_is_the_written_out_sum(gamma, kind):
     rule, problem = random_rule(RuleSettings(hidden=4, lr=0.1)), problem_for(2, 3)
     rollout, _, _ = rolled(rule, problem)
     estimator = EstimatorSettings(gamma=gamma, step_weights=kind, meta_loss="normalised")
-    _, gradient = replay(rule.network, rollout, estimator, "normalised", 0, None)
+    _, gradient = replay(rule, rollout, estimator, "normalised", 0, None)
     raw = torch.arange(1, HORIZON + 1, dtype=DOUBLE) ** {"uniform": 0, "linear": 1, "quadratic": 2}[kind]
     weights = raw / raw.sum()
     written, total = WrittenOut(rule.network), 0.0
@@ -178,7 +192,7 @@ def test_chunks_cut_the_lstm_and_truncation_cuts_the_answers(unroll, truncated):
     rule, problem = random_rule(RuleSettings(hidden=4, lr=0.1)), problem_for(2, 2)
     rollout, _, _ = rolled(rule, problem)
     estimator = EstimatorSettings(gamma=0.9, truncated=truncated, meta_loss="normalised")
-    _, gradient = replay(rule.network, rollout, estimator, "normalised", unroll, None)
+    _, gradient = replay(rule, rollout, estimator, "normalised", unroll, None)
     weights = torch.arange(1, HORIZON + 1, dtype=DOUBLE) / 28
     written, total = WrittenOut(rule.network), 0.0
     for s in range(HORIZON):
@@ -196,9 +210,9 @@ def test_chunks_cut_the_lstm_and_truncation_cuts_the_answers(unroll, truncated):
 def test_replay_does_not_depend_on_its_block_size(monkeypatch):
     rule, problem = random_rule(RuleSettings(hidden=4, lr=0.1)), problem_for(3, 4)
     rollout, _, _ = rolled(rule, problem)
-    _, whole = replay(rule.network, rollout, EstimatorSettings(), "normalised", 0, None)
-    monkeypatch.setattr("ml2o_dist.metatrain.metagradient.REPLAY_BLOCK", 6 * 4)
-    _, blocked = replay(rule.network, rollout, EstimatorSettings(), "normalised", 0, None)
+    _, whole = replay(rule, rollout, EstimatorSettings(), "normalised", 0, None)
+    monkeypatch.setattr("ml2o_dist.rules.coordinatewise.replay.REPLAY_BLOCK", 6 * 4)
+    _, blocked = replay(rule, rollout, EstimatorSettings(), "normalised", 0, None)
     assert_close(blocked, whole, 1e-12)
 
 
@@ -210,11 +224,11 @@ def test_subsampled_replay_is_unbiased():
     estimator = EstimatorSettings(gamma=0.95, meta_loss="normalised")
 
     def flat(part):
-        return torch.cat([g.flatten() for g in replay(rule.network, part, estimator, "normalised", 0, None)[1]])
+        return torch.cat([g.flatten() for g in replay(rule, part, estimator, "normalised", 0, None)[1]])
 
     full, draws, count = flat(rollout), [], 400
     for seed in range(count):
-        index = _choose(problem, 0.3, seed)
+        index = choose(problem, 0.3, seed)
         assert index.shape == (2, 3)
         kept = rollout.gradients.gather(3, index[None, :, None].expand(HORIZON + 1, -1, 2, -1))
         draws.append(flat(replace(rollout, gradients=kept, scale=10 / 3)))
@@ -256,7 +270,7 @@ def test_exact_agrees_with_finite_differences(output, features, problem):
     rule = random_rule(settings)
     _, start, batches = rolled(rule, built)
     estimator = EstimatorSettings(kind="exact")
-    loss, gradient, losses = exact(rule.network, built, start, batches, estimator)
+    loss, gradient, losses = exact(rule, built, start, batches, estimator)
     assert losses.shape == (HORIZON + 1, 2, 2)
     parameters, step = list(rule.network.parameters()), 1e-5
     for index in range(len(parameters)):
@@ -266,11 +280,11 @@ def test_exact_agrees_with_finite_differences(output, features, problem):
             ends = []
             for sign in (1, -1):
                 flat[entry] = before + sign * step
-                ends.append(exact(rule.network, built, start, batches, estimator)[0].item())
+                ends.append(exact(rule, built, start, batches, estimator)[0].item())
             flat[entry] = before
             slope = (ends[0] - ends[1]) / (2 * step)
             assert gradient[index].view(-1)[entry].item() == pytest.approx(slope, rel=1e-4, abs=1e-8)
-    assert loss.item() == pytest.approx(exact(rule.network, built, start, batches, estimator)[0].item(), abs=1e-14)
+    assert loss.item() == pytest.approx(exact(rule, built, start, batches, estimator)[0].item(), abs=1e-14)
 
 
 @pytest.mark.parametrize("meta_loss", ["log_sum", "normalised"])
@@ -282,9 +296,9 @@ def test_exact_does_not_depend_on_its_stretches(monkeypatch, output, features, m
     rule, problem = random_rule(RuleSettings(output=output, features=features, hidden=3, lr=0.1)), problem_for(3, 2)
     _, start, batches = rolled(rule, problem)
     estimator, recorders = EstimatorSettings(meta_loss=meta_loss), [TrajectoryRecorder(), TrajectoryRecorder()]
-    loss, whole, losses = exact(rule.network, problem, start, batches, estimator, recorders[0])
-    monkeypatch.setattr("ml2o_dist.metatrain.second_order.STEPS", steps)
-    again, stretched, same = exact(rule.network, problem, start, batches, estimator, recorders[1])
+    loss, whole, losses = exact(rule, problem, start, batches, estimator, recorders[0])
+    monkeypatch.setattr("ml2o_dist.metatrain.estimators.exact.STEPS", steps)
+    again, stretched, same = exact(rule, problem, start, batches, estimator, recorders[1])
     assert torch.equal(same, losses)
     assert again.item() == pytest.approx(loss.item(), rel=1e-14)
     assert_close(stretched, whole, 1e-12)
@@ -296,9 +310,9 @@ def test_exact_differs_from_first_order_where_curvature_counts():
     rule, problem = random_rule(RuleSettings(hidden=3, lr=0.1)), problem_for(2, 1)
     rollout, start, batches = rolled(rule, problem)
     estimator = EstimatorSettings(gamma=1.0)
-    _, second, losses = exact(rule.network, problem, start, batches, estimator)
+    _, second, losses = exact(rule, problem, start, batches, estimator)
     kind = meta_loss_kind(estimator, problem)
-    _, first = replay(rule.network, rollout, estimator, kind, 0, problem.minima)
+    _, first = replay(rule, rollout, estimator, kind, 0, problem.minima)
     assert torch.allclose(losses, rollout.losses, rtol=1e-12, atol=1e-12)
     gap = max((a - b).abs().max().item() for a, b in zip(second, first, strict=True))
     assert gap > 1e-4 * max(a.abs().max().item() for a in second)

@@ -71,7 +71,9 @@ def test_the_tensors_are_the_batch_s_own_memory_and_its_size_is_as_documented():
     batch = rollout_batch(replayable)
     points, instances, objectives, coordinates = replayable.rollout.gradients.shape
     assert batch.num_rows == points == spec.horizon + 1
-    assert batch.nbytes == points * 4 * instances * (objectives * (1 + coordinates) + 3)
+    record = replayable.rollout.record
+    assert {name: tensor.shape for name, tensor in record.items()} == dict.fromkeys(record, (points - 1, instances))
+    assert batch.nbytes == points * 4 * instances * (objectives * (1 + coordinates) + 1 + len(record))
     read = read_rollout(batch, "cpu")
     assert read.rollout.gradients.data_ptr() == batch["gradients"].flatten().buffers()[1].address
     assert torch.equal(read.rollout.gradients, replayable.rollout.gradients)

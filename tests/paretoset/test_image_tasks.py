@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from ml2o_dist.errors import MissingData, UserError
-from ml2o_dist.paretoset.image_tasks import EIGHT, TASK_SETS, load_tasks
+from ml2o_dist.paretoset.image_tasks import EIGHT, load_tasks, task_sets
 from ml2o_dist.paretoset.tasks import SPLITS, Group, TaskSet
 from ml2o_dist.problems.images import image_pool, load_pairs
 
@@ -164,7 +164,7 @@ def test_an_unknown_name_and_missing_data_are_told(tmp_path: object, monkeypatch
     with pytest.raises(UserError, match="unknown task set 'eigth'; did you mean 'eight'"):
         load_tasks("eigth")
     monkeypatch.delenv("ML2O_DATA", raising=False)
-    for name in TASK_SETS:
+    for name in task_sets():
         if "digits" not in name:
             with pytest.raises(MissingData):
                 load_tasks(name, str(tmp_path))

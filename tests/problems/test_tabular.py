@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from ml2o_dist.errors import UserError
-from ml2o_dist.problems.base import ProblemContext, ProblemSpec
+from ml2o_dist.problems import ProblemContext, ProblemSpec
 from ml2o_dist.problems.tabular import TABLES, _tables
 from tests.problems.contract import check_named_problem
 

@@ -5,21 +5,23 @@ Shapes: P instances, m objectives, n parameters, R = P * n coordinates, H hidden
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from itertools import chain
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import register_pytree_node
 
 from ml2o_dist.config import RuleSettings
 from ml2o_dist.errors import UserError
 from ml2o_dist.problems.layout import ParameterLayout
-from ml2o_dist.rules.base import Oracle, StepInfo, UpdateRule
+from ml2o_dist.rules.base import StepInfo
+from ml2o_dist.rules.blocks import even_blocks
 from ml2o_dist.rules.coordinatewise import features
 from ml2o_dist.rules.coordinatewise.lstm_cell import Cell, lstm_cell, stacked_weights
+from ml2o_dist.rules.learned import LearnedRule, Rollout, register_rule
 from ml2o_dist.seeding import derive_seed
 
 CONTROL = (0.12, 0.1)
@@ -41,6 +43,10 @@ BLOCK = 64512
 """Columns (coordinates times objectives) times H walked at a time, so that an LSTM's gates, 1 MB, stay in the cache
 (measured: a half takes a quarter longer, the double a tenth less; no powers of two, whose rows fall into the same
 cache lines)."""
+
+COLUMNS = 2016
+"""Of a block on a CPU under autograd: as the weights in the wheel were trained with, whose bits depend on it (the
+rule's own blocks are 1.3 to 1.6 times as fast there, for weights to come)."""
 
 GPU_BLOCK = 2**20
 """The same on a GPU, where every block costs some thirty kernel launches: as many as memory bears, 1 kB a column."""
@@ -76,24 +82,9 @@ class ML2OState:
     blocks: tuple[BlockState, ...]
     unit: Tensor | None = None
 
-    def tensors(self) -> list[Tensor]:
-        """Return all that it holds, in order."""
-        cells = (tensor for block in self.blocks for tensor in (*block.memory, *chain.from_iterable(block.cells)))
-        return [*self.agreement, *cells]
 
-    def with_tensors(self, tensors: Iterable[Tensor]) -> ML2OState:
-        """Return it with others in their places."""
-        each = iter(tensors)
-        agreement = features.Agreement(*(next(each) for _ in self.agreement))
-        blocks = tuple(
-            replace(
-                block,
-                memory=features.Memory(*(next(each) for _ in block.memory)),
-                cells=tuple((next(each), next(each)) for _ in block.cells),
-            )
-            for block in self.blocks
-        )
-        return replace(self, agreement=agreement, blocks=blocks)
+for _kind in (BlockState, ML2OState):
+    register_pytree_node(_kind, lambda state: ([*vars(state).values()], type(state)), lambda parts, kind: kind(*parts))
 
 
 class StackedWeights(NamedTuple):
@@ -259,27 +250,35 @@ class ML2ONetwork(nn.Module):
             )
 
 
-class ML2ORule(UpdateRule):
-    """The network as an update rule: z_{k+1} = z_k + u_k, computed without autograd, block by block."""
+@register_rule(RuleSettings)
+class ML2ORule(LearnedRule):
+    """The network as an update rule, block by block; without autograd unless it is `attached`."""
+
+    separable = True
+    network: ML2ONetwork
 
     def __init__(self, network: ML2ONetwork) -> None:
-        self.network = network
+        super().__init__(network)
         with torch.no_grad():
             self._weights = network.stacked_weights()
+        self._columns = 0
 
-    @classmethod
-    def from_weights(
-        cls,
-        settings: RuleSettings,
-        weights: Mapping[str, Tensor] | None,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
-    ) -> ML2ORule:
-        """Build the rule from a state dict; None gives the untrained network (`initial`)."""
-        network = ML2ONetwork(settings)
-        if weights is not None:
-            network.load_state_dict(dict(weights))
-        return cls(network.to(device=device, dtype=dtype))
+    @staticmethod
+    def make_network(settings: RuleSettings) -> ML2ONetwork:
+        """Return the network, whose initial weights are a pure function of its shape."""
+        return ML2ONetwork(settings)
+
+    def attached(self) -> ML2ORule:
+        """Return the rule with a graph to its parameters, and on a CPU with narrower blocks."""
+        rule = copy.copy(self)
+        with torch.enable_grad():
+            rule._weights = self.network.stacked_weights()
+        rule._columns = COLUMNS if self.network.head.weight.device.type == "cpu" else 0
+        return rule
+
+    def check_objectives(self, objectives: int) -> None:
+        """Raise UserError where a per_objective network meets another number of objectives than it was built for."""
+        self.network.check_objectives(objectives)
 
     def initial_state(self, instances: int, objectives: int, layout: ParameterLayout | int) -> ML2OState:
         """Return zero memory and LSTM states for R = P * n coordinates."""
@@ -288,14 +287,23 @@ class ML2ORule(UpdateRule):
         self.network.check_objectives(objectives)
         weight = self.network.head.weight
         agreement = features.initial_agreement(weight.new_zeros(instances, dimension))
-        blocks = self.network.initial_blocks(objectives, instances * dimension)
+        blocks = self.network.initial_blocks(objectives, instances * dimension, columns=self._columns)
         return ML2OState(0, agreement, blocks, weight.new_zeros(instances))
 
-    @torch.no_grad()
-    def propose(self, oracle: Oracle, parameters: Tensor, state: ML2OState, seen: StepInfo) -> tuple[Tensor, ML2OState]:
-        """Move every coordinate by the network's update for the Jacobian J [P, m, n]."""
-        update, state = self.update(seen.jacobian, state)
-        return oracle.problem.project(parameters + update), state
+    def advance(self, gradients: Tensor, losses: Tensor, state: ML2OState) -> tuple[Tensor, ML2OState]:
+        """Map gradients [P, m, n] to the update [P, n] and the next state; the losses are not looked at."""
+        return self.network.advance(gradients, state, self._weights)
+
+    def record(self, state: ML2OState, update: Tensor) -> dict[str, Tensor]:
+        """Return each instance's agreement, its bounded sum and the unit of its gradients, [P] each."""
+        assert state.unit is not None
+        return {"agreement": state.agreement.value, "total": state.agreement.total, "unit": state.unit}
+
+    def replay(self, rollout: Rollout, adjoints: Tensor, chunk: int) -> dict[str, Tensor]:
+        """Replay the chosen coordinates in one fused pass over the sequence, and one back."""
+        from ml2o_dist.rules.coordinatewise.replay import replay  # late: it is made of this module
+
+        return replay(self.network, rollout, adjoints, chunk)
 
     def overruled(self, state: ML2OState, seen: StepInfo, update: Tensor, where: Tensor) -> ML2OState:
         """Let the agreement judge the step that was really taken; averages and LSTMs keep what they saw (ours).
@@ -319,11 +327,6 @@ class ML2ORule(UpdateRule):
         update = torch.cat([agreement.update, agreement.update.new_zeros(1, more.dimension)], dim=1)
         blocks = self.network.initial_blocks(objectives, more.dimension, born=state.step)
         return replace(state, agreement=agreement._replace(update=update), blocks=(*state.blocks, *blocks))
-
-    @torch.no_grad()
-    def update(self, jacobian: Tensor, state: ML2OState) -> tuple[Tensor, ML2OState]:
-        """Map the Jacobian [P, m, n] to the update [P, n] and the next state."""
-        return self.network.advance(jacobian, state, self._weights)
 
 
 def _in_unit(gradients: Tensor, unit: Tensor | None) -> Tensor:
@@ -361,10 +364,3 @@ def _with_unit(state: ML2OState, jacobian: Tensor) -> ML2OState:
         memory = features.Memory(slow * factor, fast * factor, second * factor.square())
         blocks.append(replace(block, memory=memory))
     return replace(state, unit=unit, agreement=agreement, blocks=tuple(blocks))
-
-
-def even_blocks(rows: int, largest: int) -> list[slice]:
-    """Cut `rows` coordinates into the fewest blocks of at most max(1, `largest`), as even as can be, widest first."""
-    count = -(-rows // max(1, largest))
-    size, wider = divmod(rows, count)
-    return [slice(i * size + min(i, wider), (i + 1) * size + min(i + 1, wider)) for i in range(count)]

@@ -1,4 +1,4 @@
-"""The exact meta-gradient: autograd through the whole episode, stretch by stretch.
+"""The estimator `exact`: autograd through the whole episode, stretch by stretch.
 
 Shapes: K steps, P instances, m objectives, n parameters.
 """
@@ -6,33 +6,41 @@ Shapes: K steps, P instances, m objectives, n parameters.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ml2o_dist.config import EstimatorSettings
-from ml2o_dist.metatrain.metagradient import meta_loss_kind, step_losses, step_weights
+from ml2o_dist.metatrain.estimators.base import Episode, Estimate, register_estimator
+from ml2o_dist.metatrain.meta_loss import meta_loss_kind, step_losses, step_weights
 from ml2o_dist.metatrain.recorder import TrajectoryRecorder
 from ml2o_dist.problems.base import Problem, autograd_jacobian
-from ml2o_dist.rules.coordinatewise.rule import ML2ONetwork, ML2ORule, ML2OState, StackedWeights, even_blocks
-
-COLUMNS = 2016
-"""Of a block on a CPU under autograd: as the weights in the wheel were trained with, whose bits depend on it (the
-rule's own blocks are 1.3 to 1.6 times as fast there, for weights to come)."""
+from ml2o_dist.rules.base import State
+from ml2o_dist.rules.blocks import even_blocks
+from ml2o_dist.rules.learned import LearnedRule
 
 STEPS = 400
 """Of the longest stretch, whose graph is in memory at once: 2 GB at n = 11,000, H = 8, m = 2, batch 32."""
 
 
+@register_estimator("exact")
+def estimate(episode: Episode) -> Estimate:
+    """Differentiate the whole episode, on the batches that a rollout draws."""
+    oracle = episode.oracle()
+    batches = [oracle.draw() for _ in range(episode.horizon + 1)]
+    return Estimate(*exact(episode.rule, episode.problem, episode.start, batches, episode.settings, episode.recorder))
+
+
 def exact(
-    network: ML2ONetwork,
+    rule: LearnedRule,
     problem: Problem,
     start: Tensor,
     batches: Sequence[object],
     settings: EstimatorSettings,
     recorder: TrajectoryRecorder | None = None,
-) -> tuple[Tensor, list[Tensor], Tensor]:
+) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """Second-order meta-gradient: autograd through the whole episode, the task's own gradients included.
 
     Costs about 1.5 to 3 times replay's time and the memory of a stretch's graph: for small problems, where it is free
@@ -42,42 +50,40 @@ def exact(
     do not apply. The weighting of steps does.
 
     Returns:
-        L, its gradient in the order of `network.parameters()`, and the losses [K+1, P, m].
+        L, its gradient by meta-parameter, and the losses [K+1, P, m].
     """
     kind, horizon = meta_loss_kind(settings, problem), len(batches) - 1
+    run = _Run(rule, problem, batches)
     first = problem.losses(start, batches[0]).detach()
     by_step = torch.cat([first.new_zeros(1), step_weights(settings.step_weights, horizon, first)])
-    with torch.enable_grad():
-        attached = network.stacked_weights()
-    weights = attached.detach()
-    controls = [network.control] if network.settings.output == "controlled" else []
-    inputs = [*(tensor.requires_grad_(True) for tensor in weights.tensors()), *controls]
-    episode = _Episode(network, weights, problem, batches)
+    theta = rule.meta_parameters
     *earlier, last = even_blocks(horizon, STEPS)
-    begins = [episode.begin(start)]
+    state = rule.attached().initial_state(len(start), problem.objectives, problem.layout)
+    begins = [_Place(start.detach().requires_grad_(True), state)]
     for part in earlier:
-        begins.append(episode.go(part, begins[-1], recorder)[1].leaves())
+        begins.append(run.go(part, begins[-1], recorder)[1].leaves())
 
-    loss, gradients = first.new_zeros(()), [torch.zeros_like(each) for each in inputs]
-    adjoints: list[Tensor] = []  # of where a stretch ends
+    loss, gradients = first.new_zeros(()), [torch.zeros_like(each) for each in theta.values()]
+    by_end: list[Tensor] = []
     seen: list[Tensor] = []
     for part in (last, *reversed(earlier)):
         begin = begins.pop()
-        losses, end = episode.go(part, begin, recorder if part is last else None)
+        losses, end = run.go(part, begin, recorder if part is last else None)
         with torch.enable_grad():
             each = step_losses(kind, losses, first, problem.minima)
             value = (by_step[part.start : part.start + len(losses), None] * each).sum(dim=0).mean()
-            later = sum((adjoint * tensor).sum() for adjoint, tensor in zip(adjoints, end.tensors(), strict=False))
+            later = sum((adjoint * tensor).sum() for adjoint, tensor in zip(by_end, end.tensors(), strict=False))
         carried = begin.tensors() if begins else []
-        found = torch.autograd.grad(value + later, [*inputs, *carried], materialize_grads=True)
+        found = torch.autograd.grad(
+            value + later, [*theta.values(), *carried], materialize_grads=True, allow_unused=True
+        )
         for gradient, one in zip(gradients, found, strict=False):
             gradient += one
-        adjoints = list(found[len(inputs) :])
+        by_end = list(found[len(theta) :])
         loss = loss + value.detach()
         seen.insert(0, losses.detach())
         del losses, end, each, value, later  # what is left of the graph, before the next one is there
-    by_parameters = torch.autograd.grad([*attached.tensors(), *controls], list(network.parameters()), gradients)
-    return loss, list(by_parameters), torch.cat(seen)
+    return loss, dict(zip(theta, gradients, strict=True)), torch.cat(seen)
 
 
 @dataclass(frozen=True)
@@ -85,43 +91,42 @@ class _Place:
     """Where a stretch begins or ends."""
 
     point: Tensor
-    state: ML2OState
+    state: State
 
     def tensors(self) -> list[Tensor]:
-        return [self.point, *self.state.tensors()]
+        """Return what derivatives go through."""
+        return [each for each in tree_flatten((self.point, self.state))[0] if _differentiable(each)]
 
     def leaves(self) -> _Place:
         """Return it without its history, to be differentiated in."""
-        point, *state = (tensor.detach().requires_grad_(True) for tensor in self.tensors())
-        return _Place(point, self.state.with_tensors(state))
+        values, tree = tree_flatten((self.point, self.state))
+        fresh = [each.detach().requires_grad_(True) if _differentiable(each) else each for each in values]
+        return _Place(*tree_unflatten(fresh, tree))
+
+
+def _differentiable(value: object) -> bool:
+    return isinstance(value, Tensor) and value.is_floating_point()
 
 
 @dataclass(frozen=True)
-class _Episode:
-    network: ML2ONetwork
-    weights: StackedWeights
+class _Run:
+    rule: LearnedRule
     problem: Problem
     batches: Sequence[object]
-
-    def begin(self, start: Tensor) -> _Place:
-        state = ML2ORule(self.network).initial_state(len(start), self.problem.objectives, self.problem.layout)
-        if start.device.type == "cpu":
-            blocks = self.network.initial_blocks(self.problem.objectives, start.numel(), columns=COLUMNS)
-            state = replace(state, blocks=blocks)
-        return _Place(start.detach().requires_grad_(True), state)
 
     @torch.enable_grad()
     def go(self, part: slice, begin: _Place, recorder: TrajectoryRecorder | None) -> tuple[Tensor, _Place]:
         """Return the losses [k, P, m] where its steps begin, and behind the last step those at z_K; and its end."""
+        problem, rule = self.problem, self.rule.attached()
         point, state = begin.point, begin.state
         seen = []
         for batch in self.batches[part]:
-            jacobian, losses = autograd_jacobian(self.problem.losses, point, batch, create_graph=True)
+            jacobian, losses = autograd_jacobian(problem.losses, point, batch, create_graph=True)
             seen.append(losses)
-            update, state = self.network.advance(jacobian, state, self.weights)
-            before, point = point, self.problem.project(point + update)
+            update, state = rule.advance(jacobian, losses, state)
+            before, point = point, problem.project(point + update)
             if recorder is not None:
                 recorder.add(jacobian, losses, before, point)
         if part.stop == len(self.batches) - 1:
-            seen.append(self.problem.losses(point, self.batches[-1]))
+            seen.append(problem.losses(point, self.batches[-1]))
         return torch.stack(seen), _Place(point, state)

@@ -6,10 +6,33 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from ml2o_dist.config import EstimatorSettings
-from ml2o_dist.metatrain import metagradient
+from ml2o_dist.metatrain.estimators.base import Episode, Estimate, register_estimator
+from ml2o_dist.metatrain.meta_loss import episode_loss, step_weights
 from ml2o_dist.seeding import generator
+
+
+@register_estimator("es")
+def estimate(episode: Episode) -> Estimate:
+    """Perturb the meta-parameters and run whole episodes, under the guard if there is one."""
+    named = episode.rule.meta_parameters
+    parameters = list(named.values())
+    recorders = iter([episode.recorder])  # of the first trial
+
+    def trial(theta: Tensor) -> Tensor:
+        vector_to_parameters(theta.to(parameters[0].device), parameters)
+        rule = type(episode.rule)(episode.rule.network)
+        return episode.roll_out(rule, None, next(recorders, None)).losses
+
+    theta = parameters_to_vector(parameters).detach().cpu()
+    loss, gradient, losses = evolution_strategy(
+        theta, trial, episode.settings, episode.meta_loss, episode.problem.minima, episode.seed
+    )
+    parts = torch.split(gradient, [parameter.numel() for parameter in parameters])
+    by_name = {name: part.view_as(p) for (name, p), part in zip(named.items(), parts, strict=True)}
+    return Estimate(loss, by_name, losses, 2 * episode.settings.pairs)
 
 
 def evolution_strategy(
@@ -28,9 +51,9 @@ def evolution_strategy(
     weights and falls with `settings.pairs`.
 
     Args:
-        theta: the flat weights, float32.
-        trial: the losses [K+1, P, m] of a whole episode under flat weights.
-        kind, minima: as for `metagradient.episode_loss`.
+        theta: the flat meta-parameters, float32.
+        trial: the losses [K+1, P, m] of a whole episode under flat meta-parameters.
+        kind, minima: as for `episode_loss`.
         seed: names the perturbations.
 
     Returns:
@@ -43,8 +66,8 @@ def evolution_strategy(
         ends = []
         for sign in (1, -1):
             losses = trial(theta + sign * settings.sigma * direction)
-            weights = metagradient.step_weights(settings.step_weights, len(losses) - 1, losses)
-            ends.append(metagradient.episode_loss(kind, weights, losses, minima).cpu())
+            weights = step_weights(settings.step_weights, len(losses) - 1, losses)
+            ends.append(episode_loss(kind, weights, losses, minima).cpu())
             seen.append(losses)
         gradient += (ends[0] - ends[1]) / (2 * settings.sigma * settings.pairs) * direction
         values += ends

@@ -1,0 +1,1 @@
+"""Estimators of the meta-gradient by name; each module here is one."""

@@ -1,0 +1,207 @@
+"""What users bring: files and modules that register problems, learned rules, optimizers and the like by a decorator.
+
+A plug-in is one file, or an installed module. It is loaded wherever something of it is needed: what is sent to another
+process takes the file along (`Carrying`). Its sha256 is part of what names a run and a finished cell.
+
+A plug-in is code that runs. It is loaded where the user names it, or has installed it under the entry-point group
+`ml2o_dist.plugins`, and never because a run directory or an artifact names it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import linecache
+import sys
+import traceback
+from collections.abc import Iterable
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import entry_points
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from ml2o_dist.errors import UserError
+from ml2o_dist.registry import registering
+
+GROUP = "ml2o_dist.plugins"
+"""The entry-point group: `mine = "my_package.my_module"` in a project's metadata."""
+
+LARGEST = 4 * 2**20
+"""Bytes of a file: it travels with every episode."""
+
+_loaded: dict[str, Plugin] = {}
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """A plug-in that is loaded in this process, or, on its way to another one, will be loaded there.
+
+    Attributes:
+        name: the file's name, or the module's.
+        sha256: of the file; of a module, of all its Python files.
+        source: the file's text; "" for a module.
+    """
+
+    name: str
+    sha256: str
+    source: str
+
+    @property
+    def libraries(self) -> tuple[str, ...]:
+        """The distributions that its figures depend on: what the module has as `LIBRARIES`."""
+        return tuple(getattr(sys.modules.get(_module_name(self)), "LIBRARIES", ()))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _install, (self.name, self.sha256, self.source)
+
+
+class Carrying:
+    """What is pickled with the plug-ins that are loaded, which are loaded before it where it is read."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _arrived, (loaded(), type(self), dict(self.__dict__))
+
+
+class Carried(Carrying):
+    """A value of any kind that is pickled so."""
+
+    def __init__(self, value: Any) -> None:
+        self.value = value
+
+
+def loaded() -> tuple[Plugin, ...]:
+    """Return the plug-ins of this process, in the order in which they were loaded."""
+    return tuple(_loaded.values())
+
+
+def load_plugin(given: str, beside: Path | None = None) -> Plugin:
+    """Load a file `NAME.py`, or an installed module by its dotted name; one that is loaded stays as it is.
+
+    Args:
+        beside: the folder that a relative file is looked for in first; then the current one, then ML2O_HOME.
+
+    Raises:
+        UserError: there is none, it cannot be imported, or it registers a name that is taken.
+    """
+    if given.endswith(".py"):
+        file = _found(given, beside)
+        content = file.read_bytes()
+        if len(content) > LARGEST:
+            raise UserError(f"plug-in {given!r} has {len(content):,} bytes; at most {LARGEST:,} are allowed")
+        try:
+            source = content.decode()
+        except UnicodeDecodeError as error:
+            raise UserError(f"plug-in {given!r} is not UTF-8 text") from error
+        return _install(file.name, hashlib.sha256(content).hexdigest(), source)
+    return _install(given, _module_sha256(given), "")
+
+
+def load_installed() -> None:
+    """Load every plug-in that an installed package names in the entry-point group; raises UserError."""
+    for entry in sorted(entry_points(group=GROUP), key=lambda each: each.value):
+        load_plugin(entry.module)
+
+
+def find_loaded(name: str, sha256: str) -> Plugin:
+    """Return the plug-in that a run or a configuration was made with.
+
+    Raises:
+        UserError: it is not loaded here, or another one of its name is.
+    """
+    if sha256 in _loaded:
+        return _loaded[sha256]
+    others = [each for each in loaded() if each.name == name]
+    if others:
+        raise UserError(
+            f"plug-in {name!r} has sha256 {others[0].sha256[:12]}..., the one that this was made with {sha256[:12]}..."
+        )
+    raise UserError(f"this was made with the plug-in {name!r} (sha256 {sha256[:12]}...): give it, --plugin {name}")
+
+
+def _install(name: str, sha256: str, source: str) -> Plugin:
+    """Load a plug-in from its source, or a module by its name, unless it is loaded."""
+    if sha256 in _loaded:
+        return _loaded[sha256]
+    if any(each.name == name for each in loaded()):
+        raise UserError(f"plug-in {name!r} is loaded already, with another content")
+    plugin = Plugin(name, sha256, source)
+    try:
+        with registering(name):
+            if source:
+                _run(plugin)
+            elif _module_sha256(name) != sha256:
+                raise UserError(f"plug-in {name!r} is another version here: install the same everywhere")
+            else:
+                import_module(name)
+    except UserError as error:
+        raise UserError(f"plug-in {name!r}: {error}") from error
+    except (Exception, SystemExit) as error:
+        raise UserError(f"plug-in {name!r} cannot be loaded: {_reason(error, plugin)}") from error
+    _loaded[sha256] = plugin
+    return plugin
+
+
+def _run(plugin: Plugin) -> None:
+    """Execute a file as a module that pickle finds by name."""
+    name = _module_name(plugin)
+    module = ModuleType(name)
+    module.__file__ = f"<plug-in {plugin.name}>"
+    linecache.cache[module.__file__] = (len(plugin.source), None, plugin.source.splitlines(True), module.__file__)
+    sys.modules[name] = module
+    try:
+        exec(compile(plugin.source, module.__file__, "exec"), vars(module))
+    except BaseException:
+        del sys.modules[name]
+        raise
+
+
+def _module_name(plugin: Plugin) -> str:
+    if not plugin.source:
+        return plugin.name
+    stem = "".join(c if c.isalnum() else "_" for c in plugin.name.removesuffix(".py"))
+    return f"ml2o_plugin_{stem}_{plugin.sha256[:8]}"
+
+
+def _found(given: str, beside: Path | None) -> Path:
+    from ml2o_dist.files import home_folder
+
+    folders = list(dict.fromkeys([*([beside] if beside else []), Path.cwd(), home_folder()]))
+    for folder in folders:
+        if (folder / given).is_file():
+            return folder / given
+    where = "" if Path(given).is_absolute() else f" in {', nor in '.join(map(str, folders))}"
+    raise UserError(f"plug-in {given!r} does not exist{where}")
+
+
+def _module_sha256(name: str) -> str:
+    try:
+        spec = find_spec(name)
+    except (ImportError, ValueError, AttributeError):
+        spec = None
+    if spec is None or spec.origin is None:
+        raise UserError(f"plug-in {name!r} is neither a file NAME.py nor an installed module")
+    origin = Path(spec.origin)
+    files = sorted(origin.parent.rglob("*.py")) if spec.submodule_search_locations else [origin]
+    digest = hashlib.sha256(name.encode())
+    for file in files:
+        content = file.read_bytes()
+        digest.update(f"\n{file.relative_to(origin.parent)}\n{len(content)}\n".encode() + content)
+    return digest.hexdigest()
+
+
+def _reason(error: BaseException, plugin: Plugin) -> str:
+    """Return what was raised, with the last line of the plug-in that it came through."""
+    if isinstance(error, SyntaxError):
+        return f"line {error.lineno}: SyntaxError: {error.msg}"
+    own = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if plugin.name in frame.filename]
+    text = " ".join(str(error).split())
+    return f"{f'line {own[-1]}: ' if own else ''}{type(error).__name__}{f': {text}' if text else ''}"
+
+
+def _arrived(plugins: Iterable[Plugin], kind: type, values: dict[str, Any]) -> Any:
+    """Return a `Carrying` object from what was sent; the plug-ins are loaded by now, since pickle reads them first."""
+    found: Any = object.__new__(kind)
+    found.__dict__.update(values)
+    return found
