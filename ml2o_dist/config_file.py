@@ -99,7 +99,7 @@ def read_named(file: Path, of_run: str, within: Path | None = None) -> dict[str,
     """
     found = found_file(file, of_run)
     of_folder = found.name == of_run and file.name != of_run
-    tree = read_tree(found, within=found.parent if of_folder else within)
+    tree = read_tree(found, within=within)
     plugins = tree.get("plugins")
     if within is None and not of_folder and isinstance(plugins, list) and all(isinstance(p, str) for p in plugins):
         load_named(tree.pop("plugins"), found.parent)

@@ -51,22 +51,28 @@ class Registry(Mapping[str, T], Generic[T]):
         self._values: dict[str, T] = {}
         self._modules: Callable[[], Iterable[str]] | None = modules
 
-    def register(self, name: str) -> Callable[[T], T]:
+    def register(self, name: str, definition: object = None) -> Callable[[T], T]:
         """Return a decorator that registers a value under `name`.
+
+        Args:
+            definition: the function or class that the user has written, if the value is made of it: its module says
+                whether it is the package's.
 
         Raises:
             UserError: the name is taken.
         """
 
         def decorate(value: T) -> T:
-            if _plugin:
+            module = str(getattr(value if definition is None else definition, "__module__", ""))
+            foreign = bool(_plugin) and not module.startswith("ml2o_dist.")
+            if foreign:
                 self._load()  # so that no name of the package is taken
             if name in self._values:
                 owner = self.plugins.get(name)
                 by = f"the plug-in {owner!r}" if owner else "ml2o_dist"
-                raise UserError(f"the name {name!r} is taken: {by} has a {self.what} that is called so")
+                raise UserError(f"the {self.what} {name!r} is there already, from {by}")
             self._values[name] = value
-            if _plugin:
+            if foreign:
                 self.plugins[name] = _plugin[-1]
                 _added.append((self, name))
             return value

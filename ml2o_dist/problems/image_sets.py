@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -13,8 +14,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ml2o_dist.errors import UserError, unknown
+from ml2o_dist.problems.base import Problem, ProblemContext
 from ml2o_dist.problems.images import CLASSES, DATA_SETS, SPLITS, arrays_sha256, load_pairs, mean_and_deviation
 from ml2o_dist.problems.images import image_side as pair_side
+from ml2o_dist.problems.spec import register_problem
 from ml2o_dist.registry import Registry
 
 Load = Callable[[str, str], tuple[NDArray[np.uint8], NDArray[np.int64]]]
@@ -57,15 +60,24 @@ def register_images(name: str, *, side: int, classes: int = 10, tasks: int = 2) 
     """
 
     def register(load: Load) -> Load:
-        from ml2o_dist.problems.multitask import build  # late: it is made of this module
-        from ml2o_dist.problems.spec import register_problem
-
-        IMAGE_SETS.register(name)(ImageSet(load, side, classes, tasks))
+        IMAGE_SETS.register(name, load)(ImageSet(load, side, classes, tasks))
         about = " ".join((load.__doc__ or f"The image data set {name}.").split())
-        register_problem(name, about, data=name)(build)
+        register_problem(name, about, data=name)(_of(load))
         return load
 
     return register
+
+
+def _of(load: Load) -> Any:
+    """Return the factory of the problem, as a definition of whoever has written `load`."""
+    from ml2o_dist.problems.multitask import build  # late: it is made of this module
+
+    @functools.wraps(build)
+    def factory(context: ProblemContext, **settings: Any) -> Problem:
+        return build(context, **settings)
+
+    factory.__module__ = load.__module__
+    return factory
 
 
 def image_set_names() -> list[str]:

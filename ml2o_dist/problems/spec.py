@@ -43,7 +43,7 @@ def register_problem(name: str, about: str = "", **fixed: Scalar) -> Callable[[F
 
         make.__signature__ = _without(inspect.signature(factory), fixed)  # type: ignore[attr-defined]
         make.__doc__ = "\n\n".join(filter(None, (about, inspect.getdoc(factory))))
-        FACTORIES.register(name)(make)
+        FACTORIES.register(name, factory)(make)
         return factory
 
     return register

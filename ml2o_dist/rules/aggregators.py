@@ -104,7 +104,7 @@ _BUILT_IN: dict[str, Method] = {
 
 AGGREGATORS: Registry[Method] = Registry("aggregator")
 for _name, _method in _BUILT_IN.items():
-    AGGREGATORS.register(_name)(_method)
+    AGGREGATORS.register(_name, Method)(_method)
 
 Direction = Callable[[Tensor], Tensor]
 """J [m, n] -> the direction to descend along, [n]."""
@@ -117,7 +117,7 @@ def register_aggregator(name: str, *, objectives: int = 1) -> Callable[[Directio
     """
 
     def register(direction: Direction) -> Direction:
-        AGGREGATORS.register(name)(Method(lambda m: _Function(direction), objectives=objectives))
+        AGGREGATORS.register(name, direction)(Method(lambda m: _Function(direction), objectives=objectives))
         return direction
 
     return register

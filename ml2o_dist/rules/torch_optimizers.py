@@ -48,7 +48,7 @@ def register_optimizer(name: str) -> Callable[[Build], Build]:
 
     def register(build: Build) -> Build:
         takes_lr = "lr" in inspect.signature(build).parameters
-        OPTIMIZERS.register(name)(TorchOptimizer(build, takes_lr))
+        OPTIMIZERS.register(name, build)(TorchOptimizer(build, takes_lr))
         return build
 
     return register

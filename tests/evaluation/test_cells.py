@@ -16,7 +16,8 @@ from ml2o_dist.errors import UserError
 from ml2o_dist.evaluation.cell_tasks import run_outcomes_on_ray
 from ml2o_dist.evaluation.cells import Cell, CellFailure, Outcome, run_cell
 from ml2o_dist.evaluation.contestants import HandDesigned, Learned
-from ml2o_dist.problems import Problem, ProblemContext, ProblemSpec, base
+from ml2o_dist.problems import Problem, ProblemContext, ProblemSpec
+from ml2o_dist.problems.spec import FACTORIES
 from ml2o_dist.rules.coordinatewise.rule import ML2ONetwork
 from ml2o_dist.seeding import generator
 
@@ -56,8 +57,8 @@ class Echo(Bowl):
 
 @pytest.fixture(autouse=True)
 def _problems(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(base._FACTORIES, "bowl", Bowl)
-    monkeypatch.setitem(base._FACTORIES, "echo", Echo)
+    monkeypatch.setitem(FACTORIES._values, "bowl", Bowl)
+    monkeypatch.setitem(FACTORIES._values, "echo", Echo)
 
 
 LEARNED = Learned("learned", RuleSettings(lr=0.3), ML2ONetwork(RuleSettings(lr=0.3)).state_dict())

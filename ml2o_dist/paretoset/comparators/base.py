@@ -94,7 +94,7 @@ def register_comparator(
     """
 
     def register(make: Make) -> Make:
-        COMPARATORS.register(name)(Comparator(make, training, loss, aggregator))
+        COMPARATORS.register(name, make)(Comparator(make, training, loss, aggregator))
         return make
 
     return register
