@@ -159,11 +159,13 @@ class ModuleProblem(Problem):
         """Return the losses [B, m] of one instance."""
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices):
-            torch.manual_seed(seed)
+            torch.default_generator.manual_seed(seed)
+            for device in devices:
+                torch.cuda.default_generators[device.index or 0].manual_seed(seed)
             found = self._losses(self._model(row), *tensors)
-        losses = found if isinstance(found, Tensor) else torch.stack(tuple(found), dim=1)
-        shape = (len(tensors[0]), self.objectives or losses.shape[-1])
-        if losses.dim() != 2 or losses.shape != shape:
+        losses = found if isinstance(found, Tensor) else torch.stack(tuple(found), dim=-1)
+        wanted = len(tensors[0]), self.objectives
+        if losses.dim() != 2 or len(losses) != wanted[0] or losses.shape[1] != (wanted[1] or losses.shape[1]):
             raise UserError(
                 f"the losses of {type(self._module).__name__} must be m vectors of one value for each of the "
                 f"{len(tensors[0])} samples, not {list(losses.shape)}: use reduction='none'"
