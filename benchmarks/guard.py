@@ -28,11 +28,11 @@ import torch
 from guard_parts import PARTS, Scale
 from guard_runs import Results, Unit, compute
 
-from ml2o_dist.files import replacing
+from ml2o_dist.runtime.files import replacing
 from ml2o_dist.tracking.identity import RunIdentity, load_identity, save_identity
 from ml2o_dist.tracking.records import End, Params, Point, Upload
-from ml2o_dist.tracking.run import MlflowRun
 from ml2o_dist.tracking.store import redacted, resolve_tracking_uri
+from ml2o_dist.tracking.store_run import MlflowRun
 
 EXPERIMENT = "ml2o/evaluate"
 

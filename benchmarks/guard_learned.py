@@ -24,7 +24,7 @@ from ml2o_dist.config import GuardSettings
 from ml2o_dist.evaluation.measured_runs import Course, measured_run
 from ml2o_dist.evaluation.statistics import mean_and_standard_error
 from ml2o_dist.rules.base import UpdateRule
-from ml2o_dist.rules.gml2o import guarded
+from ml2o_dist.rules.guarded import guarded
 from ml2o_dist.rules.stochastic import DSSMG
 
 

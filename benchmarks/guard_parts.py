@@ -11,7 +11,7 @@ from typing import Any
 
 from guard_runs import Guard, Results, Unit
 
-from ml2o_dist.evaluation.guard_plots import Curve, GuardColumn, plot_guard
+from ml2o_dist.reporting.guard_plots import Curve, GuardColumn, plot_guard
 from ml2o_dist.rules.adversaries import ADVERSARIES
 
 RULES = (*ADVERSARIES, "initial")

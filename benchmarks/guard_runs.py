@@ -15,7 +15,7 @@ from ml2o_dist.problems import ProblemSpec
 from ml2o_dist.rules.adversaries import ADVERSARIES, AdversaryRule
 from ml2o_dist.rules.base import UpdateRule
 from ml2o_dist.rules.coordinatewise.rule import ML2ORule
-from ml2o_dist.rules.gml2o import GuardedInfo, fallback_rule, guarded
+from ml2o_dist.rules.guarded import GuardedInfo, fallback_rule, guarded
 
 UNTRAINED = RuleSettings(features="agreement", output="controlled", hidden=8, lr=0.005)
 """The network of the embedded default (`make train`)."""

@@ -30,7 +30,7 @@ from ml2o_dist.problems.networks import build_network
 from ml2o_dist.problems.spec import register_problem
 from ml2o_dist.rules.base import Oracle
 from ml2o_dist.rules.coordinatewise.rule import ML2ONetwork, ML2ORule
-from ml2o_dist.seeding import generator
+from ml2o_dist.runtime.seeding import generator
 
 BATCH, CLASSES, SAMPLES = 128, 10, 2048
 EPISODES, STEPS = 8, 20

@@ -22,13 +22,13 @@ from typing import Any
 import click
 import torch
 
-from ml2o_dist.cluster_connection import connected
 from ml2o_dist.config import MetaTrainSettings, ResourceSettings
 from ml2o_dist.config_file import load_settings
 from ml2o_dist.metatrain.episode import run_episode
 from ml2o_dist.metatrain.learner import Learner
 from ml2o_dist.metatrain.pool import WorkerPool
 from ml2o_dist.metatrain.schedule import training_items
+from ml2o_dist.runtime.cluster import connected
 
 
 def plain_worker(tasks: Any, results: Any, weights: Any) -> None:

@@ -29,7 +29,6 @@ import click
 import ray
 import torch
 
-from ml2o_dist.cluster_connection import connected
 from ml2o_dist.config import MetaTrainSettings
 from ml2o_dist.config_file import load_settings
 from ml2o_dist.metatrain import pool as pool_module
@@ -40,6 +39,7 @@ from ml2o_dist.metatrain.schedule import training_items
 from ml2o_dist.metatrain.trainer import Trainer
 from ml2o_dist.metatrain.workers import Worker, Workers
 from ml2o_dist.rules.learned import Weights
+from ml2o_dist.runtime.cluster import connected
 
 HOSTS = 2
 """Processes that play the workers."""

@@ -22,7 +22,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from ml2o_dist import ML2O
 from ml2o_dist.config_file import load_settings
 from ml2o_dist.problems import Problem, ProblemContext, ProblemSpec
-from ml2o_dist.seeding import generator
+from ml2o_dist.runtime.seeding import generator
 
 Schedule = Callable[[float], float]
 """The share of the steps that are taken -> factor on the step's size."""

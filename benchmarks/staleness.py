@@ -20,12 +20,12 @@ from pathlib import Path
 import click
 import torch
 
-from ml2o_dist.cluster_connection import connected
 from ml2o_dist.config import MetaTrainSettings
 from ml2o_dist.config_file import load_settings
 from ml2o_dist.metatrain.pool import WorkerPool
 from ml2o_dist.metatrain.schedule import training_items
 from ml2o_dist.metatrain.trainer import Trainer
+from ml2o_dist.runtime.cluster import connected
 
 UNEVEN = (
     "family.train=[{problem: multidigits, weight: 2, choices: {hidden: [16]}},"

@@ -4,7 +4,7 @@ Relative paths are resolved against ML2O_HOME; give it to the job, since Ray run
 deleted afterwards. The run directory must be a folder that all machines of the cluster share.
 """
 
-from ml2o_dist.cli_pareto_set import train
+from ml2o_dist.cli.pareto_set import train
 
 if __name__ == "__main__":
     train()

@@ -4,7 +4,7 @@ Relative paths are resolved against ML2O_HOME; give it to the job, since Ray run
 deleted afterwards. The run directory must be a folder that all machines of the cluster share.
 """
 
-from ml2o_dist.cli_sweep import sweep
+from ml2o_dist.cli.sweep import sweep
 
 if __name__ == "__main__":
     sweep()

@@ -7,7 +7,6 @@ if TYPE_CHECKING:
     from ml2o_dist.artifact import Artifact, load_artifact, save_artifact
     from ml2o_dist.config import EvaluateSettings, GuardSettings, LearnedRuleSettings, MetaTrainSettings, RuleSettings
     from ml2o_dist.config_file import load_settings
-    from ml2o_dist.errors import UserError
     from ml2o_dist.metatrain.estimators.base import Episode, Estimate, register_estimator
     from ml2o_dist.paretoset.comparators.base import Ingredients, Merged, register_comparator
     from ml2o_dist.plugins import load_plugin
@@ -21,6 +20,7 @@ if TYPE_CHECKING:
     from ml2o_dist.rules.coordinatewise.rule import ML2ONetwork, ML2ORule
     from ml2o_dist.rules.learned import LearnedRule, learned_rule, register_rule
     from ml2o_dist.rules.torch_optimizers import register_optimizer
+    from ml2o_dist.runtime.errors import UserError
     from ml2o_dist.torch_optim import GML2O, ML2O
 
 __all__ = [
@@ -90,7 +90,7 @@ _HOME = {
     "RuleSettings": "config",
     "StepInfo": "rules.base",
     "UpdateRule": "rules.base",
-    "UserError": "errors",
+    "UserError": "runtime.errors",
     "learned_rule": "rules.learned",
     "load_artifact": "artifact",
     "load_plugin": "plugins",

@@ -24,11 +24,11 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from ml2o_dist.config import LearnedRuleSettings, rule_settings
-from ml2o_dist.errors import UserError, unknown
-from ml2o_dist.files import cache_folder, expanded, home_folder, replacing
-from ml2o_dist.reading import MIB, one_line, parse_json, read_bytes
-from ml2o_dist.reading_tensors import check_floats, parse_tensors
-from ml2o_dist.remote_files import answering, connect, is_uri, read_remote
+from ml2o_dist.rundir.remote_files import answering, connect, is_uri, read_remote
+from ml2o_dist.runtime.errors import UserError, unknown
+from ml2o_dist.runtime.files import cache_folder, expanded, home_folder, replacing
+from ml2o_dist.runtime.reading import MIB, one_line, parse_json, read_bytes
+from ml2o_dist.runtime.reading_tensors import check_floats, parse_tensors
 
 FORMAT = 1
 """Version of the layout. A reader refuses a newer one and reads every older one."""

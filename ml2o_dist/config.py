@@ -7,9 +7,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsAny, field_validator, model_validator
 
-from ml2o_dist.errors import UserError, unknown
 from ml2o_dist.plugins import find_loaded, loaded
 from ml2o_dist.problems import FamilyMember, ProblemFamily, ProblemSpec
+from ml2o_dist.runtime.errors import UserError, unknown
 from ml2o_dist.tracking.names import ExperimentName, ModelName
 
 Scalar = bool | int | float | str

@@ -14,11 +14,11 @@ from pydantic import BaseModel, ValidationError
 
 from ml2o_dist.artifact import located
 from ml2o_dist.config import RULE_SETTINGS, DataSettings, EvaluateSettings, LearnedRuleSettings, MetaTrainSettings
-from ml2o_dist.errors import UserError, unknown
-from ml2o_dist.files import home_folder
 from ml2o_dist.plugins import load_plugin
 from ml2o_dist.problems.image_files import data_folder
-from ml2o_dist.reading import one_line, parse_yaml, read_yaml
+from ml2o_dist.runtime.errors import UserError, unknown
+from ml2o_dist.runtime.files import home_folder
+from ml2o_dist.runtime.reading import one_line, parse_yaml, read_yaml
 
 Settings = TypeVar("Settings", bound=BaseModel)
 Job = TypeVar("Job", MetaTrainSettings, EvaluateSettings)

@@ -22,8 +22,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from ml2o_dist.errors import UserError
-from ml2o_dist.registry import registering
+from ml2o_dist.runtime.errors import UserError
+from ml2o_dist.runtime.registry import registering
 
 GROUP = "ml2o_dist.plugins"
 """The entry-point group: `mine = "my_package.my_module"` in a project's metadata."""
@@ -165,7 +165,7 @@ def _module_name(plugin: Plugin) -> str:
 
 
 def _found(given: str, beside: Path | None) -> Path:
-    from ml2o_dist.files import home_folder
+    from ml2o_dist.runtime.files import home_folder
 
     folders = list(dict.fromkeys([*([beside] if beside else []), Path.cwd(), home_folder()]))
     for folder in folders:

@@ -76,7 +76,7 @@ def cluster() -> Iterator[None]:
     """A local Ray with 4 CPUs, one for the whole session of this process."""
     import ray
 
-    from ml2o_dist.cluster_connection import one_start_at_a_time
+    from ml2o_dist.runtime.cluster import one_start_at_a_time
 
     with one_start_at_a_time():
         ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)

@@ -22,7 +22,6 @@ from ml2o_dist.evaluation.cell_cache import CellCache
 from ml2o_dist.evaluation.cells import Cell, run_cell
 from ml2o_dist.evaluation.contestants import HandDesigned
 from ml2o_dist.evaluation.suites import load_suite
-from ml2o_dist.finishing import RESULT_FILE, finished_answer
 from ml2o_dist.metatrain.episode import run_episode
 from ml2o_dist.metatrain.history import read_history
 from ml2o_dist.metatrain.trainer import Trainer
@@ -31,7 +30,6 @@ from ml2o_dist.paretoset.conditioned import Plain
 from ml2o_dist.paretoset.fronts import Front
 from ml2o_dist.paretoset.fusion import Fusion
 from ml2o_dist.paretoset.networks import MultiHead, build_multi_head
-from ml2o_dist.paretoset.page import render_set, set_page_sections
 from ml2o_dist.paretoset.preference_problem import PreferenceProblem
 from ml2o_dist.paretoset.results import ApproachResult
 from ml2o_dist.paretoset.saved_set import SetCard, load_set, save_set
@@ -42,8 +40,8 @@ from ml2o_dist.paretoset.training import train
 from ml2o_dist.problems import ProblemSpec, images
 from ml2o_dist.problems.image_files import read_idx
 from ml2o_dist.problems.pairs import ImagePool, build_pairs
-from ml2o_dist.run_log import read_log
-from ml2o_dist.run_report import load_evaluation_record, load_record, load_set_record, write_report
+from ml2o_dist.reporting.pareto_set_page import render_set, set_page_sections
+from ml2o_dist.rundir.log import read_log
 from ml2o_dist.sweeping.outcome import finished_answer as finished_sweep
 from ml2o_dist.sweeping.outcome import keep_answer
 from ml2o_dist.sweeping.record import Report, SweepRecord
@@ -51,6 +49,8 @@ from ml2o_dist.sweeping.space import load_sweep
 from ml2o_dist.tracking.identity import RunIdentity, load_identity, save_identity
 from ml2o_dist.tracking.records import Point
 from ml2o_dist.tracking.spool import Spool, unsent_values
+from ml2o_dist.workflows.meta_train_end import RESULT_FILE, finished_answer
+from ml2o_dist.workflows.report import load_evaluation_record, load_record, load_set_record, write_report
 from tests.evaluation.synthetic import DIGITS_ROWS, evaluation
 from tests.hostile_changes import changed_tensors, changed_value
 from tests.metatrain.settings import small

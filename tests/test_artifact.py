@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 
 from ml2o_dist.artifact import FORMAT, load_artifact, save_artifact, weights_sha256
 from ml2o_dist.config import RuleSettings
-from ml2o_dist.errors import UserError
 from ml2o_dist.rules.coordinatewise.rule import ML2ONetwork
+from ml2o_dist.runtime.errors import UserError
 from tests.forged_artifact import edit_card, replace_tensors
 
 RULE = RuleSettings(hidden=4, objectives="per_objective", count=3)

@@ -11,8 +11,8 @@ import pytest
 from click.testing import CliRunner
 
 from ml2o_dist.cli import main
-from ml2o_dist.command import command
-from ml2o_dist.errors import Incomplete
+from ml2o_dist.cli.command import command
+from ml2o_dist.runtime.errors import Incomplete
 
 
 def call(*words):

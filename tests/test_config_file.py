@@ -18,7 +18,7 @@ from ml2o_dist.config_file import (
     parse_settings,
     settings_hash,
 )
-from ml2o_dist.errors import UserError
+from ml2o_dist.runtime.errors import UserError
 
 FOLDER = Path(__file__).parents[1] / "jobs" / "configs"
 CONFIGS = sorted(file for file in FOLDER.glob("*.yaml") if file.stem != "sweep" and "pareto" not in file.stem)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import pytest
 from mlflow.tracking import MlflowClient
 
-from ml2o_dist import evaluations
 from ml2o_dist.artifact import save_artifact
 from ml2o_dist.config import RuleSettings
 from ml2o_dist.config_file import load_evaluation
 from ml2o_dist.rules.coordinatewise.rule import ML2ONetwork
 from ml2o_dist.tracking.registry import register_version
+from ml2o_dist.workflows import evaluate as evaluations
 from tests.evaluate_command import DIGITS, QUICK, ml2o, named, strict
 from tests.tracking.empty_store import new_store
 

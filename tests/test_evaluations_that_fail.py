@@ -13,11 +13,12 @@ import time
 import pytest
 from click.testing import CliRunner
 
-from ml2o_dist import benchmark_run, evaluations
 from ml2o_dist.cli import main
 from ml2o_dist.evaluation.cell_tasks import run_outcomes_on_ray
 from ml2o_dist.evaluation.cells import CellFailure
-from ml2o_dist.progress import StepDisplay
+from ml2o_dist.runtime.progress import StepDisplay
+from ml2o_dist.workflows import benchmark_run
+from ml2o_dist.workflows import evaluate as evaluations
 from tests.evaluate_command import DIGITS, QUICK, ml2o, named, strict
 
 pytestmark = pytest.mark.usefixtures("fresh_cache")

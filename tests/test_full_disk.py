@@ -11,12 +11,12 @@ from contextlib import contextmanager
 import pyarrow.parquet as pq
 import pytest
 
-from ml2o_dist import evaluations
 from ml2o_dist.artifact import load_artifact
-from ml2o_dist.errors import UserError
 from ml2o_dist.metatrain.checkpoint import newest_checkpoint
 from ml2o_dist.metatrain.pool import WorkerPool
-from ml2o_dist.run_directory import check_writable
+from ml2o_dist.rundir.directory import check_writable
+from ml2o_dist.runtime.errors import UserError
+from ml2o_dist.workflows import evaluate as evaluations
 from tests.evaluate_command import QUICK as EVALUATION
 from tests.evaluate_command import ml2o as evaluate
 from tests.meta_train_command import QUICK, ml2o
@@ -122,7 +122,10 @@ def test_a_full_disk_at_the_weights_is_exit_code_4_and_leaves_no_torn_file(clust
 @pytest.mark.long
 @pytest.mark.parametrize(
     ("before", "file"),
-    [("ml2o_dist.finishing.write_report", "report.html"), ("ml2o_dist.finishing._register", "result.json")],
+    [
+        ("ml2o_dist.workflows.meta_train_end.write_report", "report.html"),
+        ("ml2o_dist.workflows.meta_train_end._register", "result.json"),
+    ],
 )
 def test_a_full_disk_at_the_page_or_the_answer_is_no_success_and_resuming_completes_it(
     cluster, home, disk, monkeypatch, before, file
@@ -167,7 +170,7 @@ def test_a_full_disk_at_the_results_of_an_evaluation_is_no_success(cluster, home
 
 
 def test_a_read_only_run_directory_is_one_line_before_ray_is_started(home, disk, monkeypatch):
-    monkeypatch.setattr("ml2o_dist.runs.connected", lambda address: pytest.fail("Ray was asked for"))
+    monkeypatch.setattr("ml2o_dist.workflows.meta_train.connected", lambda address: pytest.fail("Ray was asked for"))
     subprocess.run(["mount", "-o", "remount,ro", disk], check=True)
     for place in (disk, disk / "runs" / "a"):
         result = ml2o(*QUICK, "--run-dir", str(place))

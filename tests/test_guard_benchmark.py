@@ -18,7 +18,7 @@ from ml2o_dist.problems import ProblemSpec
 from ml2o_dist.problems.layout import ParameterLayout
 from ml2o_dist.rules.adversaries import AdversaryRule
 from ml2o_dist.rules.coordinatewise.rule import ML2ONetwork, ML2ORule
-from ml2o_dist.rules.gml2o import GML2O
+from ml2o_dist.rules.guarded import GuardedRule
 from ml2o_dist.rules.stochastic import DSSMG
 from tests.tracking.empty_store import new_store
 
@@ -57,7 +57,8 @@ def test_the_drifts_figures_are_those_of_runs_by_hand(script, tmp_path):
         course = Course.build(ProblemSpec.parse(entry["unit"]["problem"]), (0, 1), torch.float64)
         rule = DSSMG()
         if entry["unit"]["guard"] is not None:
-            rule = GML2O(AdversaryRule("drift"), rule, GuardSettings(**{"budget": 0.0, **dict(entry["unit"]["guard"])}))
+            guard = GuardSettings(**{"budget": 0.0, **dict(entry["unit"]["guard"])})
+            rule = GuardedRule(AdversaryRule("drift"), rule, guard)
         oracle, point = course.oracle(), course.start
         state, passed = rule.initial_state(2, 2, ParameterLayout.vector(10)), 0.0
         for _ in range(STEPS):

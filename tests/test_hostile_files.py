@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from ml2o_dist.errors import UserError
+from ml2o_dist.runtime.errors import UserError
 from tests.hostile_changes import WATCH, changed_bytes, little_memory
 from tests.hostile_kinds import FOLDERS, KINDS, PAGES, Kind
 

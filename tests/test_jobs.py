@@ -18,10 +18,10 @@ from pathlib import Path
 import pytest
 
 from ml2o_dist.artifact import load_artifact, weights_sha256
-from ml2o_dist.cluster_connection import one_start_at_a_time
 from ml2o_dist.config_file import load_settings
 from ml2o_dist.metatrain.checkpoint import newest_checkpoint
 from ml2o_dist.metatrain.trainer import Trainer
+from ml2o_dist.runtime.cluster import one_start_at_a_time
 from ml2o_dist.tracking.registry import list_versions
 from tests.metatrain.executing import in_process, later
 

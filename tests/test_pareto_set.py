@@ -17,12 +17,12 @@ from torch import nn
 from ml2o_dist.artifact import load_artifact
 from ml2o_dist.cli import main
 from ml2o_dist.config_file import dump_settings, read_settings
-from ml2o_dist.errors import UserError
 from ml2o_dist.paretoset.experts import network_of
 from ml2o_dist.paretoset.image_tasks import load_tasks
 from ml2o_dist.paretoset.library_trunks import GreyImages
 from ml2o_dist.paretoset.saved_set import FILE, load_set
 from ml2o_dist.paretoset.settings import NetworkSettings, ParetoSetSettings
+from ml2o_dist.runtime.errors import UserError
 from ml2o_dist.tracking.registry import list_versions
 from tests.tracking.empty_store import new_store
 
@@ -118,7 +118,9 @@ def test_a_finished_run_is_only_told_again(finished, monkeypatch):
     home, answer, _ = finished
     monkeypatch.setenv("ML2O_HOME", str(home))
     before = {file: file.stat().st_mtime_ns for file in (home / "runs" / "a").rglob("*.safetensors")}
-    monkeypatch.setattr("ml2o_dist.pareto_sets.connected", lambda address: pytest.fail("Ray was asked for"))
+    monkeypatch.setattr(
+        "ml2o_dist.workflows.train_pareto_set.connected", lambda address: pytest.fail("Ray was asked for")
+    )
     result = ml2o("train", "--run-dir", "runs/a", "--resume", "--json")
     assert result.exit_code == 0, result.output
     again = json.loads(result.stdout)

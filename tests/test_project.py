@@ -75,7 +75,7 @@ def test_the_wheel_holds_what_runs_without_a_checkout(tmp_path: Path) -> None:
     names = subprocess.run(
         [sys.executable, "-m", "zipfile", "-l", str(wheel)], check=True, capture_output=True, text=True, timeout=60
     ).stdout
-    wanted = ["configs/digits.yaml", "tracking/pyfunc_model.py", "cli.py"]
+    wanted = ["configs/digits.yaml", "tracking/pyfunc_model.py", "cli/commands.py"]
     assert [name for name in wanted if f"ml2o_dist/{name}" not in names] == []
     assert "tests/" not in names
 

@@ -8,14 +8,14 @@ from contextlib import nullcontext
 import pytest
 from click.testing import CliRunner
 
-from ml2o_dist import promotions
 from ml2o_dist.artifact import save_artifact
 from ml2o_dist.cli import main
 from ml2o_dist.config import RuleSettings
 from ml2o_dist.evaluation.cells import CellFailure, run_cell
 from ml2o_dist.rules.coordinatewise.rule import ML2ONetwork
-from ml2o_dist.tracking.promotion import champion_of, promote_version
+from ml2o_dist.tracking.champion import champion_of, promote_version
 from ml2o_dist.tracking.registry import find_version, register_version
+from ml2o_dist.workflows import promote as promotions
 
 SUITE = """
 problems: ["quadratic[n=3]", "quadratic[n=5]"]
@@ -43,9 +43,9 @@ def ran(monkeypatch):
             cells.append(cell)
             on_outcome(index, run_cell(cell))
 
-    monkeypatch.setattr("ml2o_dist.evaluations.connected", lambda address: nullcontext("nowhere"))
-    monkeypatch.setattr("ml2o_dist.benchmark_run.run_outcomes_on_ray", here)
-    monkeypatch.setattr("ml2o_dist.evaluations.plot_evaluation", lambda *words: [])  # nobody looks at them
+    monkeypatch.setattr("ml2o_dist.workflows.evaluate.connected", lambda address: nullcontext("nowhere"))
+    monkeypatch.setattr("ml2o_dist.workflows.benchmark_run.run_outcomes_on_ray", here)
+    monkeypatch.setattr("ml2o_dist.workflows.evaluate.plot_evaluation", lambda *words: [])  # nobody looks at them
     return cells
 
 
@@ -156,7 +156,7 @@ def test_a_cell_that_fails_promotes_nobody(home, ran, monkeypatch):
         for index in range(len(cells)):
             on_outcome(index, CellFailure(RuntimeError("out of memory")))
 
-    monkeypatch.setattr("ml2o_dist.benchmark_run.run_outcomes_on_ray", failing)
+    monkeypatch.setattr("ml2o_dist.workflows.benchmark_run.run_outcomes_on_ray", failing)
     number = register(home, 0.05)
     result = promote()
     assert result.exit_code == 3, result.output

@@ -17,10 +17,10 @@ from mlflow.tracking import MlflowClient
 from ml2o_dist.artifact import load_artifact
 from ml2o_dist.cli import main
 from ml2o_dist.config_file import load_settings
-from ml2o_dist.finishing import finished_answer
 from ml2o_dist.metatrain.checkpoint import newest_checkpoint
 from ml2o_dist.metatrain.trainer import Trainer
-from ml2o_dist.tracked_run import git_commit
+from ml2o_dist.workflows.meta_train_end import finished_answer
+from ml2o_dist.workflows.tracked_run import git_commit
 from tests.meta_train_command import CONFIG, QUICK, QUIET, ml2o, refusal
 from tests.tracking.empty_store import new_store
 
@@ -117,7 +117,7 @@ def test_a_page_that_cannot_be_made_costs_a_line_not_the_run(finished, home, mon
     def broken(run_dir, place):
         raise RuntimeError("no fonts")
 
-    monkeypatch.setattr("ml2o_dist.finishing.write_report", broken)
+    monkeypatch.setattr("ml2o_dist.workflows.meta_train_end.write_report", broken)
     without_end(finished, home / "runs" / "h")
     result = ml2o("--run-dir", "runs/h", "--resume", "--set", "compare=false", "--json")
     assert result.exit_code == 0, result.output
@@ -160,8 +160,10 @@ def test_models_list_shows_the_version(finished, monkeypatch):
 def test_resuming_a_finished_run_says_so_and_needs_neither_ray_nor_the_registry(finished, monkeypatch):
     home, answer, _ = finished
     monkeypatch.setenv("ML2O_HOME", str(home))
-    monkeypatch.setattr("ml2o_dist.runs.connected", lambda address: pytest.fail("Ray was asked for"))
-    monkeypatch.setattr("ml2o_dist.finishing.register_version", lambda *a, **k: pytest.fail("registered again"))
+    monkeypatch.setattr("ml2o_dist.workflows.meta_train.connected", lambda address: pytest.fail("Ray was asked for"))
+    monkeypatch.setattr(
+        "ml2o_dist.workflows.meta_train_end.register_version", lambda *a, **k: pytest.fail("registered again")
+    )
     again = ml2o("--run-dir", "runs/a", "--resume", "--json")
     assert again.exit_code == 0, again.output
     assert json.loads(again.stdout) == answer
@@ -268,7 +270,9 @@ def test_the_commit_is_that_of_the_package_wherever_it_is_run_from(tmp_path, mon
 
 def test_resume_refuses_other_image_data(finished, home, monkeypatch):
     without_end(finished, home / "runs" / "f")  # else there is nothing to do, with whatever data
-    monkeypatch.setattr("ml2o_dist.runs.check_problems", lambda settings: {"multidigits[size=0]": "0" * 64})
+    monkeypatch.setattr(
+        "ml2o_dist.workflows.meta_train.check_problems", lambda settings: {"multidigits[size=0]": "0" * 64}
+    )
     assert "multidigits[size=0] has sha256 000000000000, it was" in refusal("--run-dir", "runs/f", "--resume")
 
 

@@ -10,9 +10,9 @@ import pytest
 
 from ml2o_dist.artifact import load_artifact
 from ml2o_dist.config_file import dump_settings, load_settings
-from ml2o_dist.errors import UserError
 from ml2o_dist.metatrain.checkpoint import newest_checkpoint
 from ml2o_dist.metatrain.pool import WorkerPool
+from ml2o_dist.runtime.errors import UserError
 from tests.meta_train_command import CONFIG, QUIET, ml2o, refusal
 
 
@@ -23,7 +23,7 @@ def test_a_comparison_that_breaks_costs_neither_weights_nor_version_and_exits_wi
     def broken(cells, on_outcome, **options):
         raise error
 
-    monkeypatch.setattr("ml2o_dist.benchmark_run.run_outcomes_on_ray", broken)
+    monkeypatch.setattr("ml2o_dist.workflows.benchmark_run.run_outcomes_on_ray", broken)
     result = ml2o("--config", str(CONFIG), "--set", "meta_steps=2", "--run-dir", "runs/d", "--json")
     assert result.exit_code == 3, result.output
     answer = json.loads(result.stdout)
@@ -38,7 +38,7 @@ def test_a_comparison_that_breaks_costs_neither_weights_nor_version_and_exits_wi
     [("dsmg", "unknown aggregator 'dsmg'"), ("mgda+sgd", "rule.guard.fallback='mgda+sgd' needs its learning rate")],
 )
 def test_a_wrong_fallback_of_the_guard_is_said_before_ray_is_asked_for(home, monkeypatch, fallback, line):
-    monkeypatch.setattr("ml2o_dist.runs.connected", lambda address: pytest.fail("Ray was asked for"))
+    monkeypatch.setattr("ml2o_dist.workflows.meta_train.connected", lambda address: pytest.fail("Ray was asked for"))
     words = ["--set", "estimator.kind=replay", "--set", f"rule.guard.fallback={fallback}", "--run-dir", "runs/f"]
     result = ml2o("--config", str(CONFIG), *words)
     assert result.exit_code == 2, result.output

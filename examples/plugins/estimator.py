@@ -7,7 +7,7 @@ import torch
 
 from ml2o_dist import Episode, Estimate, register_estimator
 from ml2o_dist.metatrain.meta_loss import episode_loss, step_weights
-from ml2o_dist.seeding import generator
+from ml2o_dist.runtime.seeding import generator
 
 
 @register_estimator("forward-difference")

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 from ml2o_dist.config import EvaluateSettings, split_steps
-from ml2o_dist.errors import UserError
 from ml2o_dist.evaluation.cells import Cell, CellFailure, CellResult, Outcome, finite_sum
 from ml2o_dist.evaluation.contestants import Contestant
 from ml2o_dist.evaluation.evaluated import (
@@ -33,7 +32,8 @@ from ml2o_dist.evaluation.suites import suite_sha256
 from ml2o_dist.evaluation.tuning import Tunable, Tuned, tune
 from ml2o_dist.problems import Problem, ProblemContext, ProblemSpec
 from ml2o_dist.rules.base import Oracle
-from ml2o_dist.seeding import derive_seed, generator
+from ml2o_dist.runtime.errors import UserError
+from ml2o_dist.runtime.seeding import derive_seed, generator
 
 PROBLEM_SEED = 0
 """Coefficients are those of `ProblemContext()`: a seed is a starting point and an order of batches of one problem, so

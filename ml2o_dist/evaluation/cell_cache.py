@@ -20,13 +20,13 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from ml2o_dist.artifact import weights_sha256
-from ml2o_dist.errors import UserError
 from ml2o_dist.evaluation.cells import Cell, CellResult, GuardRecord, Measured, Outcome
 from ml2o_dist.evaluation.criticality import Criticality
-from ml2o_dist.files import cache_folder, replacing
 from ml2o_dist.plugins import loaded
-from ml2o_dist.reading import MIB, parse_json, validated
-from ml2o_dist.reading_tensors import read_tensors
+from ml2o_dist.runtime.errors import UserError
+from ml2o_dist.runtime.files import cache_folder, replacing
+from ml2o_dist.runtime.reading import MIB, parse_json, validated
+from ml2o_dist.runtime.reading_tensors import read_tensors
 
 FORMAT = 1
 """Version of the files; others are not found."""
@@ -40,7 +40,7 @@ _CODE = (
     "evaluation/criticality.py",
     "evaluation/metrics.py",
     "config.py",
-    "seeding.py",
+    "runtime/seeding.py",
 )
 """The code that a cell runs: where it changes, no cell of before is found."""
 

@@ -7,9 +7,9 @@ from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from ml2o_dist.cluster_connection import check_own_ray
-from ml2o_dist.errors import UserError
 from ml2o_dist.evaluation.cells import Cell, CellFailure, CellResult, Outcome, Progress, run_cell
+from ml2o_dist.runtime.cluster import check_own_ray
+from ml2o_dist.runtime.errors import UserError
 
 POLL_S = 0.5
 """How long to wait for a cell before `on_done` is called again."""

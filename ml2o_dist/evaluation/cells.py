@@ -15,8 +15,8 @@ from ml2o_dist.evaluation.metrics import gradient_conflict
 from ml2o_dist.plugins import Carrying
 from ml2o_dist.problems import Batch, Problem, ProblemContext, ProblemSpec
 from ml2o_dist.rules.base import Oracle
-from ml2o_dist.rules.gml2o import GuardedInfo
-from ml2o_dist.seeding import derive_seed, generator
+from ml2o_dist.rules.guarded import GuardedInfo
+from ml2o_dist.runtime.seeding import derive_seed, generator
 
 DIVERGED = 1e6
 """A summed loss so many times the one at the start counts as diverged, though it may still be finite."""

@@ -11,13 +11,13 @@ from torch import Tensor
 
 from ml2o_dist.artifact import weights_sha256
 from ml2o_dist.config import GuardSettings, LearnedRuleSettings
-from ml2o_dist.errors import UserError
 from ml2o_dist.rules.adversaries import AdversaryRule
 from ml2o_dist.rules.aggregated import AggregatedRule, parse_optimizer_name, takes_learning_rate
 from ml2o_dist.rules.base import UpdateRule
-from ml2o_dist.rules.gml2o import guarded
+from ml2o_dist.rules.guarded import guarded
 from ml2o_dist.rules.learned import learned_rule
 from ml2o_dist.rules.stochastic import DSSMG, SMG
+from ml2o_dist.runtime.errors import UserError
 
 
 class Contestant(Protocol):

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from scipy.optimize import nnls
 from torch import Tensor
 
-from ml2o_dist.errors import UserError
 from ml2o_dist.problems import Problem
 from ml2o_dist.rules.min_norm import MinNorm, min_norm, normalised
-from ml2o_dist.seeding import generator
+from ml2o_dist.runtime.errors import UserError
+from ml2o_dist.runtime.seeding import generator
 
 BATCHES = 64
 """How many batches are averaged. Noise lengthens the shortest combination by about its standard deviation / sqrt(all

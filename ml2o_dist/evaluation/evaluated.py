@@ -14,9 +14,9 @@ from typing import Any, Literal
 from pydantic import TypeAdapter, ValidationError
 
 from ml2o_dist.config import EvaluateSettings
-from ml2o_dist.errors import UserError
 from ml2o_dist.evaluation.statistics import Figure, Interval
-from ml2o_dist.reading import one_line
+from ml2o_dist.runtime.errors import UserError
+from ml2o_dist.runtime.reading import one_line
 
 Role = Literal["learned", "baseline", "other"]
 """What an optimizer is in an evaluation: meta-trained weights, one of the settings' baselines, or anything else."""

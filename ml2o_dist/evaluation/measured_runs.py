@@ -15,8 +15,8 @@ from torch import Tensor
 from ml2o_dist.evaluation.criticality import BATCHES, criticality
 from ml2o_dist.problems import Problem, ProblemContext, ProblemSpec, Rescaled
 from ml2o_dist.rules.base import Oracle, State, StepInfo, UpdateRule
-from ml2o_dist.rules.gml2o import GML2O, GuardedInfo
-from ml2o_dist.seeding import derive_seed, generator
+from ml2o_dist.rules.guarded import GuardedInfo, GuardedRule
+from ml2o_dist.runtime.seeding import derive_seed, generator
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,7 +136,7 @@ def measured_run(
         if isinstance(info, GuardedInfo):
             passed, compared = info.accepted.cpu(), info.checked
             guard_seconds += info.guard_seconds
-            if excess and isinstance(rule, GML2O) and bool(passed.any()):
+            if excess and isinstance(rule, GuardedRule) and bool(passed.any()):
                 worse = true_excess(course, rule, step).cpu()
         accepted.append(passed)
         checked.append(compared)
@@ -160,7 +160,7 @@ def measured_run(
     )
 
 
-def true_excess(course: Course, rule: GML2O, step: Step) -> Tensor:
+def true_excess(course: Course, rule: GuardedRule, step: Step) -> Tensor:
     """Return [P]: by how much the step left the worst-hit objective above the fallback's candidate, at least 0.
 
     max_i (f_i(z_{t+1}) - f_i(x_D)) by the judge's losses, which must be exact (a noise-free judge). x_D is computed

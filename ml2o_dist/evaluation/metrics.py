@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ml2o_dist.errors import UserError
+from ml2o_dist.runtime.errors import UserError
 
 
 class Hypervolume(NamedTuple):

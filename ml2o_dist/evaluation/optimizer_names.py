@@ -10,16 +10,16 @@ from functools import partial
 from pathlib import Path
 
 from ml2o_dist.artifact import load_artifact, located, shipped_names
-from ml2o_dist.card_guard import admitted
 from ml2o_dist.config import EvaluateSettings, GuardSettings
-from ml2o_dist.errors import UserError
 from ml2o_dist.evaluation.contestants import Adversary, Contestant, Guarded, HandDesigned, Learned, Stochastic
 from ml2o_dist.evaluation.evaluated import Role
-from ml2o_dist.files import home_folder
 from ml2o_dist.rules.adversaries import ADVERSARIES
 from ml2o_dist.rules.aggregated import parse_optimizer_name, takes_learning_rate
 from ml2o_dist.rules.aggregators import AGGREGATORS
+from ml2o_dist.rules.card_guard import admitted
 from ml2o_dist.rules.torch_optimizers import OPTIMIZERS
+from ml2o_dist.runtime.errors import UserError
+from ml2o_dist.runtime.files import home_folder
 
 log = logging.getLogger(__name__)
 

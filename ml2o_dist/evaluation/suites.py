@@ -9,8 +9,8 @@ from typing import Any
 
 from ml2o_dist.config import EvaluateSettings, MetaTrainSettings, ShareSettings
 from ml2o_dist.config_file import load_evaluation
-from ml2o_dist.errors import UserError, unknown
-from ml2o_dist.files import home_folder
+from ml2o_dist.runtime.errors import UserError, unknown
+from ml2o_dist.runtime.files import home_folder
 
 FOLDER = Path(__file__).parents[1] / "suites"
 

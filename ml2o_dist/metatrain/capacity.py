@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 import ray
 
 from ml2o_dist.config import MetaTrainSettings, ResourceSettings
-from ml2o_dist.errors import UserError
+from ml2o_dist.runtime.errors import UserError
 
 
 def check_capacity(workers: int, resources: ResourceSettings, total: Mapping[str, float], place: str) -> None:

@@ -21,10 +21,10 @@ from typing import Any
 from safetensors.torch import save
 from torch import Tensor
 
-from ml2o_dist.errors import UserError
-from ml2o_dist.files import flush_folder, flush_to_disk
-from ml2o_dist.reading import JSON_LIMIT, MIB, parse_json, read_bytes
-from ml2o_dist.reading_tensors import parse_tensors
+from ml2o_dist.runtime.errors import UserError
+from ml2o_dist.runtime.files import flush_folder, flush_to_disk
+from ml2o_dist.runtime.reading import JSON_LIMIT, MIB, parse_json, read_bytes
+from ml2o_dist.runtime.reading_tensors import parse_tensors
 
 FORMAT = 2
 MANIFEST, TENSORS, STATE = "manifest.json", "tensors.safetensors", "state.json"

@@ -20,7 +20,7 @@ from ml2o_dist.metatrain.recorder import Trajectory, TrajectoryRecorder
 from ml2o_dist.plugins import Carrying
 from ml2o_dist.problems import ProblemContext, ProblemSpec, Rescaled
 from ml2o_dist.rules.learned import LearnedRule, Rollout, Weights, learned_rule
-from ml2o_dist.seeding import derive_seed
+from ml2o_dist.runtime.seeding import derive_seed
 
 
 @dataclass(frozen=True)

@@ -15,9 +15,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ml2o_dist.errors import UserError
-from ml2o_dist.files import replacing
-from ml2o_dist.reading_tables import read_table
+from ml2o_dist.runtime.errors import UserError
+from ml2o_dist.runtime.files import replacing
+from ml2o_dist.runtime.reading_tables import read_table
 
 FILE = "metrics.parquet"
 

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 from ml2o_dist.config import MetaTrainSettings
-from ml2o_dist.errors import UserError
 from ml2o_dist.metatrain.episode import EpisodeResult
-from ml2o_dist.reading_tensors import check_floats
 from ml2o_dist.rules.learned import initial_weights
+from ml2o_dist.runtime.errors import UserError
+from ml2o_dist.runtime.reading_tensors import check_floats
 
 
 @dataclass(frozen=True)

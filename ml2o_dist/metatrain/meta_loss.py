@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from ml2o_dist.config import EstimatorSettings
-from ml2o_dist.errors import UserError
 from ml2o_dist.problems.base import Problem
+from ml2o_dist.runtime.errors import UserError
 
 FLOOR = 1e-8
 """Added inside logarithms, so that an objective that reaches its minimum exactly gives a finite meta-loss."""

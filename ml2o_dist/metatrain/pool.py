@@ -9,9 +9,7 @@ from typing import Any
 import ray
 from ray.exceptions import ObjectLostError, RayTaskError
 
-from ml2o_dist.cluster_connection import check_own_ray
 from ml2o_dist.config import FaultSettings, LearnerSettings, MetaTrainSettings, ResourceSettings
-from ml2o_dist.errors import UserError
 from ml2o_dist.metatrain.dispatch import Batch, Dispatch, Flight
 from ml2o_dist.metatrain.episode import EpisodeResult, failed_episode, replayed
 from ml2o_dist.metatrain.replays import Replays
@@ -20,6 +18,8 @@ from ml2o_dist.metatrain.worker import RolloutWorker
 from ml2o_dist.metatrain.worker_loss import LOST, reason
 from ml2o_dist.metatrain.workers import POLL_S, PoolError, Stopped, Workers
 from ml2o_dist.rules.learned import Weights
+from ml2o_dist.runtime.cluster import check_own_ray
+from ml2o_dist.runtime.errors import UserError
 
 log = logging.getLogger(__name__)
 

@@ -10,13 +10,13 @@ from typing import Any
 import ray
 
 from ml2o_dist.config import FaultSettings, LearnerSettings
-from ml2o_dist.errors import UserError
 from ml2o_dist.metatrain.capacity import check_labels
 from ml2o_dist.metatrain.dispatch import Task
 from ml2o_dist.metatrain.episode import EpisodeResult
 from ml2o_dist.metatrain.worker import Replayer
 from ml2o_dist.metatrain.worker_loss import LOST, reason
 from ml2o_dist.metatrain.workers import POLL_S, Stopped, actor_options
+from ml2o_dist.runtime.errors import UserError
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from ml2o_dist.config import MetaTrainSettings
 from ml2o_dist.metatrain.episode import EpisodeSpec, log_uniform
 from ml2o_dist.problems import ProblemSpec
-from ml2o_dist.seeding import derive_seed
+from ml2o_dist.runtime.seeding import derive_seed
 
 
 @dataclass(frozen=True, order=True)

@@ -18,7 +18,6 @@ from torch import Tensor
 from ml2o_dist.artifact import load_artifact
 from ml2o_dist.config import MetaTrainSettings
 from ml2o_dist.config_file import first_difference, parse_settings
-from ml2o_dist.errors import UserError
 from ml2o_dist.metatrain.checkpoint import Checkpoint, newest_checkpoint, save_checkpoint
 from ml2o_dist.metatrain.episode import EpisodeResult
 from ml2o_dist.metatrain.history import History, Row, write_history
@@ -34,6 +33,7 @@ from ml2o_dist.metatrain.schedule import (
 )
 from ml2o_dist.metatrain.trajectories import TrajectoryWriter
 from ml2o_dist.rules.learned import Weights
+from ml2o_dist.runtime.errors import UserError
 
 CHECKPOINT_SECONDS = 30.0
 """With `checkpoint_every: 0` a checkpoint is written when this much work would be lost."""

@@ -20,14 +20,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from ml2o_dist.errors import UserError
-from ml2o_dist.files import replacing
 from ml2o_dist.metatrain.episode import EpisodeResult
 from ml2o_dist.metatrain.recorder import Trajectory
 from ml2o_dist.metatrain.schedule import WorkItem
 from ml2o_dist.problems import ProblemSpec
-from ml2o_dist.reading import one_line
-from ml2o_dist.reading_tables import read_table
+from ml2o_dist.runtime.errors import UserError
+from ml2o_dist.runtime.files import replacing
+from ml2o_dist.runtime.reading import one_line
+from ml2o_dist.runtime.reading_tables import read_table
 
 FOLDER = "trajectories"
 _NAME = re.compile(r"step_(\d{6,})\.parquet")

@@ -14,12 +14,12 @@ import ray
 from ray.util import get_current_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from ml2o_dist.cluster_connection import check_own_ray
 from ml2o_dist.config import PlacementSettings, ResourceSettings
-from ml2o_dist.errors import UserError
 from ml2o_dist.metatrain.capacity import check_capacity, check_labels, cluster_total, free_room
 from ml2o_dist.metatrain.quarantine import Quarantine
 from ml2o_dist.metatrain.worker_loss import LOST, reason
+from ml2o_dist.runtime.cluster import check_own_ray
+from ml2o_dist.runtime.errors import UserError
 
 POLL_S = 0.2
 """How often the driver looks whether it was asked to stop."""

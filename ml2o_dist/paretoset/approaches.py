@@ -27,9 +27,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from ml2o_dist.artifact import weights_sha256
-from ml2o_dist.errors import UserError
 from ml2o_dist.evaluation.contestants import Contestant, HandDesigned
-from ml2o_dist.files import replacing
 from ml2o_dist.paretoset.comparators.base import COMPARATORS, Ingredients, Merged, State, Training
 from ml2o_dist.paretoset.conditioned import Conditioned, Fused, trainable
 from ml2o_dist.paretoset.experts import network_of
@@ -45,7 +43,9 @@ from ml2o_dist.paretoset.states import read_state
 from ml2o_dist.paretoset.tasks import TaskSet
 from ml2o_dist.paretoset.training import Diverged, train
 from ml2o_dist.plugins import Carrying
-from ml2o_dist.reading import read_bytes, read_json_object, validated
+from ml2o_dist.runtime.errors import UserError
+from ml2o_dist.runtime.files import replacing
+from ml2o_dist.runtime.reading import read_bytes, read_json_object, validated
 
 OURS, EXPERTS = "pwe", "experts"
 

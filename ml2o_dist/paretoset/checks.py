@@ -6,10 +6,8 @@ from pathlib import Path
 
 from ml2o_dist.config import DataSettings, EvaluateSettings
 from ml2o_dist.config_file import flat_settings, read_settings
-from ml2o_dist.errors import UserError
 from ml2o_dist.evaluation.contestants import Contestant, Guarded, HandDesigned, Learned, Stochastic
 from ml2o_dist.evaluation.optimizer_names import Resolve, parse_optimizers
-from ml2o_dist.files import home_folder
 from ml2o_dist.paretoset.conditioned import ConditionedInput, WeightLine
 from ml2o_dist.paretoset.experts import network_of
 from ml2o_dist.paretoset.fusion import Fusion
@@ -19,6 +17,8 @@ from ml2o_dist.paretoset.settings import ParetoSetSettings
 from ml2o_dist.paretoset.states import read_state
 from ml2o_dist.paretoset.tasks import TaskSet
 from ml2o_dist.problems.image_files import data_folder
+from ml2o_dist.runtime.errors import UserError
+from ml2o_dist.runtime.files import home_folder
 
 OPERATIONAL = ("comparators", "resources", "data", "tracking")
 """Keys that a resumed run may change; so may it checkpoint_every and max_failures."""

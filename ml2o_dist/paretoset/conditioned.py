@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ml2o_dist.errors import UserError
 from ml2o_dist.paretoset.fitted_states import TensorNames
 from ml2o_dist.paretoset.fusion import Fusion
 from ml2o_dist.paretoset.networks import MultiHead
 from ml2o_dist.paretoset.tasks import Logits
-from ml2o_dist.seeding import derive_seed
+from ml2o_dist.runtime.errors import UserError
+from ml2o_dist.runtime.seeding import derive_seed
 
 EMBEDDING = 100
 """Width of the hypernetwork's ray encoding, as published."""

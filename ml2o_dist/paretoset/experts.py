@@ -20,7 +20,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ml2o_dist.errors import UserError
 from ml2o_dist.metatrain.checkpoint import Checkpoint, newest_checkpoint, newest_manifest, save_checkpoint
 from ml2o_dist.paretoset.image_tasks import load_tasks
 from ml2o_dist.paretoset.networks import MultiHead, build_multi_head
@@ -28,8 +27,9 @@ from ml2o_dist.paretoset.settings import FineTuning, NetworkSettings, ParetoSetS
 from ml2o_dist.paretoset.states import about_state, read_state, save_state
 from ml2o_dist.paretoset.tasks import TaskSet, sample_losses
 from ml2o_dist.paretoset.training import annealed
-from ml2o_dist.reading import one_line
-from ml2o_dist.seeding import generator
+from ml2o_dist.runtime.errors import UserError
+from ml2o_dist.runtime.reading import one_line
+from ml2o_dist.runtime.seeding import generator
 
 
 @dataclass(frozen=True)

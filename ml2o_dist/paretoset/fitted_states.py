@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from ml2o_dist.errors import UserError
+from ml2o_dist.runtime.errors import UserError
 
 State = Mapping[str, Tensor]
 """What `state_dict` returns."""

@@ -9,9 +9,9 @@ import torch
 from pydantic import BaseModel, TypeAdapter
 from torch import Tensor
 
-from ml2o_dist.errors import UserError
 from ml2o_dist.evaluation.metrics import hypervolume
-from ml2o_dist.reading import validated
+from ml2o_dist.runtime.errors import UserError
+from ml2o_dist.runtime.reading import validated
 
 REFERENCE = 2.0
 """Of the hypervolume, in each task's cross-entropy: that of the published figures."""

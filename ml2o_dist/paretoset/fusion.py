@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ml2o_dist.errors import UserError
 from ml2o_dist.paretoset.fitted_states import State
 from ml2o_dist.paretoset.preferences import checked_preference
 from ml2o_dist.paretoset.router import Routers
 from ml2o_dist.paretoset.task_vectors import TaskVectors, combined
+from ml2o_dist.runtime.errors import UserError
 
 SCALE = 0.3
 """lambda_0, as in the paper: the usual factor of task arithmetic."""

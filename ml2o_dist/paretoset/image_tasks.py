@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ml2o_dist.errors import UserError, unknown
 from ml2o_dist.paretoset.tasks import SPLITS, Group, TaskSet
 from ml2o_dist.problems.image_sets import IMAGE_SETS, image_classes, image_side, image_tasks, load_images
 from ml2o_dist.problems.images import CLASSES, DATA_SETS, image_pool, mean_and_deviation
 from ml2o_dist.problems.pairs import ImagePool
-from ml2o_dist.seeding import derive_seed
+from ml2o_dist.runtime.errors import UserError, unknown
+from ml2o_dist.runtime.seeding import derive_seed
 
 GENERATOR = "ml2o-tasks-1"
 """The version of how these images are made; any change to them needs a new one."""

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ml2o_dist.errors import UserError, unknown
+from ml2o_dist.runtime.errors import UserError, unknown
 
 LIBRARIES = ("timm", "hf", "open_clip")
 

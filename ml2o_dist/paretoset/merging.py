@@ -10,9 +10,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ml2o_dist.errors import UserError
 from ml2o_dist.paretoset.preferences import checked_preference
 from ml2o_dist.paretoset.task_vectors import TaskVectors
+from ml2o_dist.runtime.errors import UserError
 
 
 def simple_average(vectors: TaskVectors) -> dict[str, Tensor]:

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ml2o_dist.errors import UserError, unknown
 from ml2o_dist.paretoset.library_trunks import LIBRARIES, library_trunk
 from ml2o_dist.problems.networks import MOST_PARAMETERS, NETWORKS, Convolution, build_network
-from ml2o_dist.seeding import derive_seed
+from ml2o_dist.runtime.errors import UserError, unknown
+from ml2o_dist.runtime.seeding import derive_seed
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"relu": nn.ReLU, "tanh": nn.Tanh, "gelu": nn.GELU}
 

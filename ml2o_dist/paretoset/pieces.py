@@ -7,11 +7,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ml2o_dist.cluster_connection import check_own_ray
 from ml2o_dist.config import ShareSettings
-from ml2o_dist.errors import UserError
 from ml2o_dist.paretoset.approaches import Outcome, Work, run_work
 from ml2o_dist.paretoset.experts import Stage, fit_stage
+from ml2o_dist.runtime.cluster import check_own_ray
+from ml2o_dist.runtime.errors import UserError
 
 POLL_S = 0.5
 RUNS = 2

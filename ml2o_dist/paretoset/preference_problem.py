@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from ml2o_dist.errors import UserError
 from ml2o_dist.paretoset.conditioned import Conditioned, flat_parameters, named_views
 from ml2o_dist.paretoset.preferences import draw_preferences
 from ml2o_dist.paretoset.scalarization import Scalarization
 from ml2o_dist.paretoset.tasks import TaskBatch, TaskSet, sample_losses
 from ml2o_dist.problems.base import Batch, Problem
+from ml2o_dist.runtime.errors import UserError
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from ml2o_dist.errors import UserError
-from ml2o_dist.seeding import generator
+from ml2o_dist.runtime.errors import UserError
+from ml2o_dist.runtime.seeding import generator
 
 DRAWN = 16
 """Preferences inside the simplex that a front of more than three tasks is evaluated at."""

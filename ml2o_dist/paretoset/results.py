@@ -11,12 +11,12 @@ from typing import Annotated, Any
 import torch
 from pydantic import BaseModel, Field, TypeAdapter
 
-from ml2o_dist import shown_text
-from ml2o_dist.errors import UserError
 from ml2o_dist.evaluation.metrics import igd_plus
 from ml2o_dist.paretoset.approaches import OURS, Outcome
 from ml2o_dist.paretoset.fronts import REFERENCE, Front, front_from_json
-from ml2o_dist.reading import read_json, validated
+from ml2o_dist.runtime import shown_text
+from ml2o_dist.runtime.errors import UserError
+from ml2o_dist.runtime.reading import read_json, validated
 
 SPLITS = ("validation", "test")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ml2o_dist.errors import unknown
-from ml2o_dist.seeding import generator
+from ml2o_dist.runtime.errors import unknown
+from ml2o_dist.runtime.seeding import generator
 
 BEGINNINGS = ("soup", "arithmetic")
 """What the routers' first answers are: the preference itself (ours), or lambda_0 for every task (the paper's)."""

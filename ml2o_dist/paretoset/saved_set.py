@@ -14,15 +14,15 @@ from pydantic import Field, TypeAdapter
 from torch import Tensor, nn
 
 from ml2o_dist.artifact import weights_sha256
-from ml2o_dist.errors import UserError
 from ml2o_dist.paretoset.fitted_states import State
 from ml2o_dist.paretoset.fronts import MOST_TASKS
 from ml2o_dist.paretoset.fusion import Fusion
 from ml2o_dist.paretoset.networks import MultiHead, build_multi_head
 from ml2o_dist.paretoset.settings import NetworkSettings
 from ml2o_dist.paretoset.states import save_state
-from ml2o_dist.reading import MIB, parse_json, validated
-from ml2o_dist.reading_tensors import read_tensors
+from ml2o_dist.runtime.errors import UserError
+from ml2o_dist.runtime.reading import MIB, parse_json, validated
+from ml2o_dist.runtime.reading_tensors import read_tensors
 
 FILE = "pareto_set.safetensors"
 FORMAT = 1

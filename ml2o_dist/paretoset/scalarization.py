@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ml2o_dist.errors import UserError, unknown
 from ml2o_dist.paretoset.epo import LEAST, epo_weights
+from ml2o_dist.runtime.errors import UserError, unknown
 
 SCALARIZATIONS = ("ls", "epo", "tchebycheff", "hypervolume", "cosmos")
 

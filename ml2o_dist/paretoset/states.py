@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from ml2o_dist.errors import UserError
-from ml2o_dist.files import replacing
-from ml2o_dist.reading import MIB, one_line, parse_json, read_bytes
-from ml2o_dist.reading_tensors import read_tensors, read_texts
+from ml2o_dist.runtime.errors import UserError
+from ml2o_dist.runtime.files import replacing
+from ml2o_dist.runtime.reading import MIB, one_line, parse_json, read_bytes
+from ml2o_dist.runtime.reading_tensors import read_tensors, read_texts
 
 STATE_LIMIT = 16 * 1024 * MIB
 """Bytes of a state dict, and of what it becomes in memory: four times the largest trunk of the libraries."""

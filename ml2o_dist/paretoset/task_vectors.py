@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ml2o_dist.errors import UserError
 from ml2o_dist.paretoset.fitted_states import State, TensorNames, check_finite
+from ml2o_dist.runtime.errors import UserError
 
 COUNTER = "num_batches_tracked"
 """BatchNorm's count of batches. It differs between experts as their training did, and no answer depends on it."""

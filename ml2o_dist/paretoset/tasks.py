@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ml2o_dist.errors import unknown
+from ml2o_dist.runtime.errors import unknown
 
 Logits = Sequence[Tensor]
 """One network's answer to images [B, 1, H, W]: for each task its logits [B, classes]."""

@@ -18,12 +18,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ml2o_dist.errors import UserError
 from ml2o_dist.metatrain.checkpoint import Checkpoint, newest_checkpoint, save_checkpoint
 from ml2o_dist.paretoset.preference_problem import PreferenceProblem
 from ml2o_dist.rules.base import Oracle, UpdateRule
 from ml2o_dist.rules.saved_state import StateError, check_alike, modules_of, put_together, take_apart
-from ml2o_dist.seeding import generator
+from ml2o_dist.runtime.errors import UserError
+from ml2o_dist.runtime.seeding import generator
 
 
 class Diverged(Exception):

@@ -11,10 +11,10 @@ from abc import abstractmethod
 import torch
 from torch import Tensor
 
-from ml2o_dist.errors import UserError
 from ml2o_dist.problems.base import ProblemContext
 from ml2o_dist.problems.closed_form import ClosedForm, UnitBox, at_least, simplex_points
 from ml2o_dist.problems.spec import register_problem
+from ml2o_dist.runtime.errors import UserError
 
 
 @register_problem("fonseca")

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ml2o_dist.errors import UserError
 from ml2o_dist.problems.layout import ParameterLayout
+from ml2o_dist.runtime.errors import UserError
 
 Batch = Any
 """What `sample_batch` returns; opaque to everything but the problem that drew it."""

@@ -12,9 +12,9 @@ from typing import IO, Literal
 from urllib.parse import urlsplit
 from urllib.request import HTTPRedirectHandler, Request, build_opener
 
-from ml2o_dist.errors import UserError
-from ml2o_dist.files import replacing
 from ml2o_dist.problems.image_files import RAW_FILES, RawFile, data_folder, unpacked
+from ml2o_dist.runtime.errors import UserError
+from ml2o_dist.runtime.files import replacing
 
 MIRRORS = {
     "MNIST": "https://ossci-datasets.s3.amazonaws.com/mnist/",

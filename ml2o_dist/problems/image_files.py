@@ -19,9 +19,9 @@ from stat import S_ISREG
 import numpy as np
 from numpy.typing import NDArray
 
-from ml2o_dist.errors import MissingData, UserError
-from ml2o_dist.files import cache_folder, expanded, home_folder
-from ml2o_dist.reading import MIB, read_bytes
+from ml2o_dist.runtime.errors import MissingData, UserError
+from ml2o_dist.runtime.files import cache_folder, expanded, home_folder
+from ml2o_dist.runtime.reading import MIB, read_bytes
 
 PACKED_LIMIT = 64 * MIB
 """Bytes of a packed file: the largest has 26 million."""

@@ -13,12 +13,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ml2o_dist.errors import UserError, unknown
 from ml2o_dist.problems.base import Problem, ProblemContext
 from ml2o_dist.problems.images import CLASSES, DATA_SETS, SPLITS, arrays_sha256, load_pairs, mean_and_deviation
 from ml2o_dist.problems.images import image_side as pair_side
 from ml2o_dist.problems.spec import register_problem
-from ml2o_dist.registry import Registry
+from ml2o_dist.runtime.errors import UserError, unknown
+from ml2o_dist.runtime.registry import Registry
 
 Load = Callable[[str, str], tuple[NDArray[np.uint8], NDArray[np.int64]]]
 """(split, data root) -> images uint8 [N, H, H] and labels [N, T]; splits are train, validation and test."""

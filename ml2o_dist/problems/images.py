@@ -31,11 +31,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from ml2o_dist.errors import UserError, unknown
-from ml2o_dist.files import cache_folder, replacing
 from ml2o_dist.problems.image_files import RAW_FILES, file_sha256, read_source, require_files
 from ml2o_dist.problems.pairs import GENERATOR, ImagePool, PairLayout, PairRecords, build_pairs, cut_rows
-from ml2o_dist.seeding import derive_seed
+from ml2o_dist.runtime.errors import UserError, unknown
+from ml2o_dist.runtime.files import cache_folder, replacing
+from ml2o_dist.runtime.seeding import derive_seed
 
 SPLITS = ("train", "validation", "test")
 CLASSES = 10

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ml2o_dist.errors import UserError
 from ml2o_dist.problems.base import Batch, Problem, ProblemContext
 from ml2o_dist.problems.layout import ParameterLayout
-from ml2o_dist.seeding import derive_seed
+from ml2o_dist.runtime.errors import UserError
+from ml2o_dist.runtime.seeding import derive_seed
 
 Losses = Callable[..., Tensor | Sequence[Tensor]]
 """(model, *batch) -> the m losses of every sample: m vectors [B], or one tensor [B, m]."""

@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ml2o_dist.errors import UserError
 from ml2o_dist.problems.base import Batch, Problem, ProblemContext
 from ml2o_dist.problems.closed_form import LARGEST
 from ml2o_dist.problems.image_sets import image_classes, image_side, image_tasks, load_images
 from ml2o_dist.problems.layout import ParameterLayout
 from ml2o_dist.problems.networks import Network, build_network
 from ml2o_dist.problems.spec import register_problem
+from ml2o_dist.runtime.errors import UserError
 
 TEST_SAMPLES = 2000
 """How many test pairs `test_metrics` uses: a standard error of about one point of accuracy, for a second of work."""

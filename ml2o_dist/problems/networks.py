@@ -25,9 +25,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ml2o_dist.errors import UserError, unknown
 from ml2o_dist.problems.layout import ParameterLayout
-from ml2o_dist.seeding import generator
+from ml2o_dist.runtime.errors import UserError, unknown
+from ml2o_dist.runtime.seeding import generator
 
 Activation = Callable[[Tensor], Tensor]
 ACTIVATIONS: dict[str, Activation] = {"relu": F.relu, "tanh": torch.tanh, "gelu": F.gelu}

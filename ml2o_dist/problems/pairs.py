@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from ml2o_dist.seeding import derive_seed
+from ml2o_dist.runtime.seeding import derive_seed
 
 GENERATOR = "ml2o-pairs-1"
 """The version of this construction; any change to what it makes needs a new one."""

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ml2o_dist.errors import UserError
 from ml2o_dist.problems.base import Batch, Problem, ProblemContext
 from ml2o_dist.problems.closed_form import at_least, at_least_real, simplex_points
 from ml2o_dist.problems.spec import register_problem
-from ml2o_dist.seeding import generator
+from ml2o_dist.runtime.errors import UserError
+from ml2o_dist.runtime.seeding import generator
 
 CENTRE_SPREAD = 1.0  # standard deviation of the minimisers' coordinates
 START_SPREAD = 3.0  # and of the starts', which so lie outside the Pareto set's hull as a rule

@@ -16,9 +16,9 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ml2o_dist.errors import UserError, unknown
-from ml2o_dist.registry import Registry, modules_of
-from ml2o_dist.seeding import derive_seed
+from ml2o_dist.runtime.errors import UserError, unknown
+from ml2o_dist.runtime.registry import Registry, modules_of
+from ml2o_dist.runtime.seeding import derive_seed
 
 if TYPE_CHECKING:
     from ml2o_dist.problems.base import Problem, ProblemContext

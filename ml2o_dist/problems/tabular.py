@@ -16,13 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ml2o_dist.errors import UserError, unknown
 from ml2o_dist.problems.base import Batch, Problem, ProblemContext
 from ml2o_dist.problems.closed_form import LARGEST
 from ml2o_dist.problems.layout import ParameterLayout
 from ml2o_dist.problems.networks import ACTIVATIONS, MOST_PARAMETERS, Dense, layout_of, widths
 from ml2o_dist.problems.spec import register_problem
-from ml2o_dist.seeding import generator
+from ml2o_dist.runtime.errors import UserError, unknown
+from ml2o_dist.runtime.seeding import generator
 
 TABLES = {"breast_cancer": 2, "diabetes": 0, "iris": 3, "wine": 3}
 """Data set -> classes of its target; 0: a number."""

@@ -9,10 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ml2o_dist.errors import unknown
 from ml2o_dist.problems.layout import ParameterLayout
 from ml2o_dist.rules.base import Oracle, StepInfo, UpdateRule
-from ml2o_dist.seeding import generator
+from ml2o_dist.runtime.errors import unknown
+from ml2o_dist.runtime.seeding import generator
 
 RATE = 0.05
 """Step size of the adversaries along gradients, and length of a drift's step: what a usual learned step is like."""

@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ml2o_dist.errors import UserError, unknown
 from ml2o_dist.problems.layout import ParameterLayout
 from ml2o_dist.rules.aggregators import (
     AGGREGATORS,
@@ -26,7 +25,8 @@ from ml2o_dist.rules.aggregators import (
 )
 from ml2o_dist.rules.base import Oracle, StepInfo, UpdateRule
 from ml2o_dist.rules.torch_optimizers import OPTIMIZERS, torch_step
-from ml2o_dist.seeding import derive_seed
+from ml2o_dist.runtime.errors import UserError, unknown
+from ml2o_dist.runtime.seeding import derive_seed
 
 MOMENTUM = 0.9
 BETAS = (0.9, 0.999)

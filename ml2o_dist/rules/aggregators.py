@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 from torchjd import Stateful, aggregation, scalarization
 
-from ml2o_dist.errors import UserError, unknown
-from ml2o_dist.registry import Registry
+from ml2o_dist.runtime.errors import UserError, unknown
+from ml2o_dist.runtime.registry import Registry
 
 DWA_EPOCH = 20
 """Steps over which `dwa` averages losses. Ours: batches are drawn with replacement, so nothing else ends an epoch; 20

@@ -23,9 +23,9 @@ from torch import Tensor, nn
 
 from ml2o_dist.config import RULE_SETTINGS, LearnedRuleSettings
 from ml2o_dist.problems.layout import ParameterLayout
-from ml2o_dist.registry import Registry, modules_of
 from ml2o_dist.rules.base import Oracle, State, StepInfo, UpdateRule
-from ml2o_dist.seeding import derive_seed
+from ml2o_dist.runtime.registry import Registry, modules_of
+from ml2o_dist.runtime.seeding import derive_seed
 
 Weights = Mapping[str, Tensor]
 """Meta-parameters by name; floats are float32 on the CPU while they travel."""

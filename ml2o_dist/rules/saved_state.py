@@ -23,6 +23,7 @@ Tree = Any
 _ROOM = "ml2o_dist.rules."
 _MOVED = {
     "ml2o_dist.rules.ml2o": "ml2o_dist.rules.coordinatewise.rule",
+    "ml2o_dist.rules.gml2o": "ml2o_dist.rules.guarded",
     "ml2o_dist.rules.features": "ml2o_dist.rules.coordinatewise.features",
 }
 """Where classes are that a state names by the module in which an older version had them."""

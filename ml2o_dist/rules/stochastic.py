@@ -11,12 +11,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ml2o_dist.errors import UserError
 from ml2o_dist.problems.base import Problem
 from ml2o_dist.problems.layout import ParameterLayout
 from ml2o_dist.rules.base import Oracle, StepInfo, UpdateRule
 from ml2o_dist.rules.line_search import first_step
 from ml2o_dist.rules.min_norm import min_norm_weights, project_to_simplex
+from ml2o_dist.runtime.errors import UserError
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from ml2o_dist.registry import Registry
+from ml2o_dist.runtime.registry import Registry
 
 Build = Callable[..., torch.optim.Optimizer]
 """(parameters, lr=...) -> optimizer."""

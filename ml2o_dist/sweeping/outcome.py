@@ -16,21 +16,21 @@ from rich.text import Text
 
 from ml2o_dist import artifact
 from ml2o_dist.config_file import RUN_CONFIG, dump_settings
-from ml2o_dist.errors import UserError
-from ml2o_dist.files import replacing
 from ml2o_dist.metatrain.checkpoint import load_checkpoint
 from ml2o_dist.metatrain.trainer import checked_progress
-from ml2o_dist.reading import read_json, validated
-from ml2o_dist.run_report import write_report
-from ml2o_dist.shown_text import headed
+from ml2o_dist.reporting.sweep_plots import plot_sweep
+from ml2o_dist.runtime.errors import UserError
+from ml2o_dist.runtime.files import replacing
+from ml2o_dist.runtime.reading import read_json, validated
+from ml2o_dist.runtime.shown_text import headed
 from ml2o_dist.sweeping.importance import importance
-from ml2o_dist.sweeping.plots import plot_sweep
 from ml2o_dist.sweeping.record import SweepRecord, Trial, markdown, shown, shown_step, write_table
 from ml2o_dist.sweeping.settings import SweepSettings
 from ml2o_dist.sweeping.space import trial_settings
 from ml2o_dist.tracking.registry import register_version
 from ml2o_dist.tracking.sink import MlflowSink
 from ml2o_dist.tracking.sweep_runs import SweepRuns
+from ml2o_dist.workflows.report import write_report
 
 BEST, RESULT, LIST = RUN_CONFIG, "result.json", "trials.md"
 """The best trial's settings (for `ml2o meta-train --config`), the answer, and the trials as a table."""

@@ -10,7 +10,7 @@ import numpy as np
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import PopulationBasedTraining, TrialScheduler
 
-from ml2o_dist.ray_internals import check_has
+from ml2o_dist.runtime.ray_internals import check_has
 
 Recorded = Mapping[str, Mapping[int, float]]
 """What trials have reported before the process that goes on, by their id: scores by meta-step."""

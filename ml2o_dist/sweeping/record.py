@@ -13,10 +13,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ml2o_dist import shown_text
-from ml2o_dist.errors import UserError
-from ml2o_dist.files import replacing
-from ml2o_dist.reading import MIB, check_own_file, read_bytes
+from ml2o_dist.runtime import shown_text
+from ml2o_dist.runtime.errors import UserError
+from ml2o_dist.runtime.files import replacing
+from ml2o_dist.runtime.reading import MIB, check_own_file, read_bytes
 from ml2o_dist.sweeping.record_lines import Beginning, Copy, End, Entry, Report, State, entry_of, line_of
 
 FILE, TABLE = "trials.jsonl", "results.parquet"

@@ -9,8 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
-from ml2o_dist.errors import UserError
-from ml2o_dist.reading import MIB, parse_json
+from ml2o_dist.runtime.errors import UserError
+from ml2o_dist.runtime.reading import MIB, parse_json
 
 LINE_LIMIT = MIB // 4
 """Bytes of a line. Ours have some hundred."""

@@ -10,7 +10,7 @@ import numpy as np
 from ray import tune
 from ray.tune.schedulers import ASHAScheduler, FIFOScheduler
 
-from ml2o_dist.errors import UserError
+from ml2o_dist.runtime.errors import UserError
 from ml2o_dist.sweeping.population import LockstepPbt, OnCopy, Recorded
 from ml2o_dist.sweeping.settings import Distribution, SweepSettings
 from ml2o_dist.sweeping.space import as_sampled

@@ -23,7 +23,7 @@ from ml2o_dist.config_file import (
     read_named,
     read_tree,
 )
-from ml2o_dist.errors import UserError
+from ml2o_dist.runtime.errors import UserError
 from ml2o_dist.sweeping.settings import Distribution, SweepSettings
 
 SETTINGS = "sweep.yaml"

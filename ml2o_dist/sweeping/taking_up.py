@@ -15,9 +15,9 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from ml2o_dist.errors import UserError
 from ml2o_dist.metatrain.checkpoint import CheckpointError, load_checkpoint
-from ml2o_dist.reading import lies_within
+from ml2o_dist.runtime.errors import UserError
+from ml2o_dist.runtime.reading import lies_within
 from ml2o_dist.sweeping.record import FOLDER, SweepRecord, Trial
 from ml2o_dist.sweeping.search import asha, result
 from ml2o_dist.sweeping.settings import Distribution, SweepSettings

@@ -12,12 +12,12 @@ import torch
 from ray import tune
 
 from ml2o_dist.config import MetaTrainSettings, PlacementSettings
-from ml2o_dist.errors import UserError
 from ml2o_dist.metatrain.checkpoint import load_checkpoint
 from ml2o_dist.metatrain.history import Row
 from ml2o_dist.metatrain.pool import WorkerPool
 from ml2o_dist.metatrain.trainer import Trainer
 from ml2o_dist.plugins import Carried
+from ml2o_dist.runtime.errors import UserError
 from ml2o_dist.sweeping.settings import SweepSettings
 from ml2o_dist.sweeping.space import as_values, trial_settings
 

@@ -15,7 +15,7 @@ from ray.tune.experiment import Trial
 from ray.tune.search import BasicVariantGenerator
 from ray.tune.search.search_algorithm import SearchAlgorithm
 
-from ml2o_dist.ray_internals import ray_internal
+from ml2o_dist.runtime.ray_internals import ray_internal
 from ml2o_dist.sweeping.settings import Distribution, SweepSettings
 from ml2o_dist.sweeping.space import as_sampled
 from ml2o_dist.sweeping.trial import SCORE, TIME

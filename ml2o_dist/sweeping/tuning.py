@@ -19,12 +19,12 @@ from ray import tune
 from ray.exceptions import RayActorError
 from ray.tune import Callback
 
-from ml2o_dist.cluster_connection import check_own_ray
-from ml2o_dist.errors import UserError
 from ml2o_dist.metatrain.worker_loss import reason
-from ml2o_dist.progress import StepDisplay
-from ml2o_dist.ray_internals import ray_internal
-from ml2o_dist.reading import lies_within
+from ml2o_dist.runtime.cluster import check_own_ray
+from ml2o_dist.runtime.errors import UserError
+from ml2o_dist.runtime.progress import StepDisplay
+from ml2o_dist.runtime.ray_internals import ray_internal
+from ml2o_dist.runtime.reading import lies_within
 from ml2o_dist.sweeping.record import FOLDER, SweepRecord, Trial
 from ml2o_dist.sweeping.record_lines import Report, State
 from ml2o_dist.sweeping.search import param_space, tune_config

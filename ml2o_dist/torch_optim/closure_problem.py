@@ -15,9 +15,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ml2o_dist.errors import UserError
 from ml2o_dist.problems.base import Batch, Problem
 from ml2o_dist.problems.layout import ParameterLayout
+from ml2o_dist.runtime.errors import UserError
 from ml2o_dist.torch_optim.buffers import ModuleBuffers, Snapshot
 from ml2o_dist.torch_optim.closures import ClosureBatch
 from ml2o_dist.torch_optim.differentiation import gradients_of, refuse_reentrant_checkpoints

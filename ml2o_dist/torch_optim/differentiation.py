@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ml2o_dist.errors import UserError
+from ml2o_dist.runtime.errors import UserError
 
 REENTRANT = (
     "uses torch.utils.checkpoint with use_reentrant=True, which hides the parameters inside it from "

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
 
-from ml2o_dist.errors import UserError
 from ml2o_dist.problems.layout import ParameterLayout
+from ml2o_dist.runtime.errors import UserError
 from ml2o_dist.torch_optim.modules import embedding_tables
 
 

@@ -9,13 +9,12 @@ from typing import Any
 from torch import Tensor
 
 from ml2o_dist.artifact import PRETRAINED
-from ml2o_dist.card_guard import admitted
 from ml2o_dist.config import GuardSettings
 from ml2o_dist.config_file import checked
-from ml2o_dist.errors import UserError
 from ml2o_dist.rules.base import Oracle, State, StepInfo, UpdateRule
-from ml2o_dist.rules.gml2o import GML2O as GuardedRule
-from ml2o_dist.rules.gml2o import fallback_rule
+from ml2o_dist.rules.card_guard import admitted
+from ml2o_dist.rules.guarded import GuardedRule, fallback_rule
+from ml2o_dist.runtime.errors import UserError
 from ml2o_dist.torch_optim.flat_parameters import FlatParameters
 from ml2o_dist.torch_optim.ml2o import ML2O, Closures
 from ml2o_dist.torch_optim.multiplied import multiplied

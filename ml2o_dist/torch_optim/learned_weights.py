@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ml2o_dist.artifact import load_artifact, weights_sha256
 from ml2o_dist.config import LearnedRuleSettings, RuleSettings
-from ml2o_dist.remote_files import is_uri
 from ml2o_dist.rules.learned import LearnedRule, initial_weights, learned_rule
+from ml2o_dist.rundir.remote_files import is_uri
 
 UNTRAINED = "initial"
 """The name of the network before any meta-training: Adam on the sum of the losses."""

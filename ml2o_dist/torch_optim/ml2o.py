@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from ml2o_dist.artifact import PRETRAINED
-from ml2o_dist.errors import UserError
 from ml2o_dist.rules.base import Oracle, State, StepInfo, UpdateRule
 from ml2o_dist.rules.saved_state import StateError, modules_of, put_together, take_apart
+from ml2o_dist.runtime.errors import UserError
 from ml2o_dist.torch_optim.buffers import ModuleBuffers
 from ml2o_dist.torch_optim.closure_problem import ClosureProblem
 from ml2o_dist.torch_optim.closures import Closure, ClosureBatch

@@ -8,8 +8,8 @@ from collections import deque
 from collections.abc import Sequence
 
 from ml2o_dist.tracking.records import Point, Record
-from ml2o_dist.tracking.run import METRICS_PER_CALL
 from ml2o_dist.tracking.spool import Batch, Spool
+from ml2o_dist.tracking.store_run import METRICS_PER_CALL
 
 _RETRY_S = 5.0
 """Seconds between two tries to write to a disk that is full."""

@@ -17,9 +17,9 @@ from typing import Annotated, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from ml2o_dist.errors import UserError
-from ml2o_dist.files import replacing
-from ml2o_dist.reading import MIB, read_json_object
+from ml2o_dist.runtime.errors import UserError
+from ml2o_dist.runtime.files import replacing
+from ml2o_dist.runtime.reading import MIB, read_json_object
 
 IDENTITY_FILE = "mlflow.json"
 RUN_KEY_TAG = "ml2o.run_key"

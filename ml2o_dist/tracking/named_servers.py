@@ -12,9 +12,9 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from ml2o_dist.errors import UserError
-from ml2o_dist.files import private_folder, state_folder
-from ml2o_dist.reading import read_bytes
+from ml2o_dist.runtime.errors import UserError
+from ml2o_dist.runtime.files import private_folder, state_folder
+from ml2o_dist.runtime.reading import read_bytes
 from ml2o_dist.tracking.store import redacted, resolve_tracking_uri
 
 FILE = "tracking_uris"

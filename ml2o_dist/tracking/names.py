@@ -8,7 +8,7 @@ from typing import Annotated
 
 from pydantic import AfterValidator
 
-from ml2o_dist.errors import UserError
+from ml2o_dist.runtime.errors import UserError
 
 LOCK_SUFFIX = ".lock"
 """What the name of a promotion's lock ends in; no model may be called so."""

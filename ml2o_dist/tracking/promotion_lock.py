@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
-from ml2o_dist.errors import UserError
+from ml2o_dist.runtime.errors import UserError
 from ml2o_dist.tracking.names import LOCK_SUFFIX
 from ml2o_dist.tracking.store import answering, connect, one_line, redacted
 

@@ -12,8 +12,8 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from ml2o_dist.artifact import WEIGHTS_FILE, Artifact, load_artifact, package_version
-from ml2o_dist.errors import UserError
-from ml2o_dist.files import cache_folder
+from ml2o_dist.runtime.errors import UserError
+from ml2o_dist.runtime.files import cache_folder
 from ml2o_dist.tracking.store import StoreAway, answering
 
 DIGEST_TAGS = ("weights_sha256", "card_sha256")

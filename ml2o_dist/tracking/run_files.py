@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from ml2o_dist.errors import UserError
+from ml2o_dist.runtime.errors import UserError
 
 LIMIT = 1 << 30
 """Bytes of a file that is sent: pictures, tables, settings and weights are far smaller."""

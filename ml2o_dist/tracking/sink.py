@@ -19,9 +19,9 @@ from ml2o_dist.tracking.backlog import Backlog
 from ml2o_dist.tracking.identity import RunIdentity, load_identity, save_identity
 from ml2o_dist.tracking.named_servers import remember
 from ml2o_dist.tracking.records import End, Params, Point, Record, Status, Tags, Upload, Version
-from ml2o_dist.tracking.run import MlflowRun, Run, RunGone, send_records
 from ml2o_dist.tracking.spool import SPOOL_FOLDER, Spool
 from ml2o_dist.tracking.store import is_temporary, one_line, redacted, refused, shortened
+from ml2o_dist.tracking.store_run import MlflowRun, Run, RunGone, send_records
 
 _CAPACITY = 100_000
 """Records kept in memory where the disk takes nothing: a day of a run that logs one a second, some 20 MB."""

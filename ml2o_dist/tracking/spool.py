@@ -22,9 +22,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from ml2o_dist.errors import UserError
-from ml2o_dist.files import replacing
-from ml2o_dist.reading import MIB, read_json_object
+from ml2o_dist.runtime.errors import UserError
+from ml2o_dist.runtime.files import replacing
+from ml2o_dist.runtime.reading import MIB, read_json_object
 from ml2o_dist.tracking.records import End, Point, Record, Upload, Version, from_line, to_line
 from ml2o_dist.tracking.run_files import copied
 

@@ -18,8 +18,8 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
-from ml2o_dist.errors import UserError
-from ml2o_dist.files import home_folder
+from ml2o_dist.runtime.errors import UserError
+from ml2o_dist.runtime.files import home_folder
 
 _SQLITE = "sqlite:///"
 _SERVERS = ("http", "https")

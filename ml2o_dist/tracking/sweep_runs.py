@@ -8,13 +8,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ml2o_dist.errors import UserError
+from ml2o_dist.runtime.errors import UserError
 from ml2o_dist.tracking.identity import RunIdentity
 from ml2o_dist.tracking.records import Status
-from ml2o_dist.tracking.run import MlflowRun
 from ml2o_dist.tracking.sink import MlflowSink
 from ml2o_dist.tracking.spool import Spool
 from ml2o_dist.tracking.store import redacted
+from ml2o_dist.tracking.store_run import MlflowRun
 
 PARENT_TAG = "mlflow.parentRunId"
 """What MLflow's pages nest runs by."""

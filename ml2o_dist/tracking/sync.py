@@ -10,13 +10,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypedDict
 
-from ml2o_dist.errors import UserError
+from ml2o_dist.runtime.errors import UserError
 from ml2o_dist.tracking.identity import IDENTITY_FILE, RunIdentity, load_identity, save_identity
 from ml2o_dist.tracking.named_servers import check_known, remember
 from ml2o_dist.tracking.records import End, Point, Record, Status
-from ml2o_dist.tracking.run import METRICS_PER_CALL, MlflowRun, RunGone, send_records
 from ml2o_dist.tracking.spool import SPOOL_FOLDER, Spool
 from ml2o_dist.tracking.store import one_line, redacted, refused, resolve_tracking_uri, shortened
+from ml2o_dist.tracking.store_run import METRICS_PER_CALL, MlflowRun, RunGone, send_records
 
 _log = logging.getLogger("ml2o_dist.tracking")
 

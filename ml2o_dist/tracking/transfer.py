@@ -6,8 +6,8 @@ import filecmp
 from pathlib import Path
 
 from ml2o_dist.artifact import WEIGHTS_FILE, Artifact, load_artifact
-from ml2o_dist.errors import UserError
-from ml2o_dist.files import replacing
+from ml2o_dist.runtime.errors import UserError
+from ml2o_dist.runtime.files import replacing
 from ml2o_dist.tracking.registry import list_versions, register_version, resolve_model
 from ml2o_dist.tracking.store import redacted
 

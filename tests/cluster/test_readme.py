@@ -12,7 +12,7 @@ import yaml
 from ray.scripts.scripts import cli as ray
 
 from ml2o_dist.cli import meta_train
-from ml2o_dist.cli_sweep import sweep
+from ml2o_dist.cli.sweep import sweep
 from tests.cluster.files import CLUSTER, README, ROOT, readme_commands
 from tests.cluster.kuberay import quantity
 

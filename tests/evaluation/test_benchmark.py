@@ -14,7 +14,6 @@ import torch
 
 from ml2o_dist.config import EvaluateSettings
 from ml2o_dist.config_file import load_evaluation
-from ml2o_dist.errors import UserError
 from ml2o_dist.evaluation.benchmark import check_fit, front_indicators, plan, summarise, thinned, tune_entrants
 from ml2o_dist.evaluation.cells import Cell, CellFailure, Outcome, run_cell
 from ml2o_dist.evaluation.evaluated import CURVE_POINTS, EvaluatedCell, Evaluation
@@ -23,9 +22,10 @@ from ml2o_dist.problems import ProblemContext, ProblemSpec
 from ml2o_dist.problems.layout import ParameterLayout
 from ml2o_dist.rules.base import Oracle
 from ml2o_dist.rules.coordinatewise.rule import ML2ORule
-from ml2o_dist.rules.gml2o import GML2O
+from ml2o_dist.rules.guarded import GuardedRule
 from ml2o_dist.rules.stochastic import DSSMG
-from ml2o_dist.seeding import derive_seed, generator
+from ml2o_dist.runtime.errors import UserError
+from ml2o_dist.runtime.seeding import derive_seed, generator
 
 NOISY = "quadratic[n=4,noise=0.5,batch=8]"
 DIGITS = "multidigits[net=mlp,hidden=4,batch=8]"
@@ -138,7 +138,7 @@ def test_acceptance_is_the_share_of_steps_that_took_the_learned_candidate() -> N
     for index, cell in enumerate(evaluation.cells):
         planned = plan(chosen, parse_optimizers(chosen, lambda reference: pytest.fail(reference)), {})[index]
         made = planned.cell.contestant.rule(torch.device("cpu"), torch.float32)
-        assert isinstance(made, GML2O)
+        assert isinstance(made, GuardedRule)
         assert isinstance(made.fallback, DSSMG)
         names = ("batches", "report", str(planned.cell.problem), cell.seed)
         streams = [generator(*names), generator(*names, "in one step", 1), generator(*names, "in one step", 2)]

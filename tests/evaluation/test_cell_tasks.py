@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from ml2o_dist.errors import UserError
 from ml2o_dist.evaluation.cell_tasks import run_outcomes_on_ray
 from ml2o_dist.evaluation.cells import Cell, CellFailure, CellResult, Outcome, run_cell
 from ml2o_dist.evaluation.contestants import HandDesigned
 from ml2o_dist.problems import ProblemSpec
 from ml2o_dist.rules.adversaries import AdversaryRule
+from ml2o_dist.runtime.errors import UserError
 
 CELL = Cell(HandDesigned.parse("mean+sgd@0.1"), ProblemSpec.parse("quadratic[n=3]"), (1,), "report", 5)
 

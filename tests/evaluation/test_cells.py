@@ -12,14 +12,14 @@ import torch
 from torch import Tensor
 
 from ml2o_dist.config import RuleSettings
-from ml2o_dist.errors import UserError
 from ml2o_dist.evaluation.cell_tasks import run_outcomes_on_ray
 from ml2o_dist.evaluation.cells import Cell, CellFailure, Outcome, run_cell
 from ml2o_dist.evaluation.contestants import HandDesigned, Learned
 from ml2o_dist.problems import Problem, ProblemContext, ProblemSpec
 from ml2o_dist.problems.spec import FACTORIES
 from ml2o_dist.rules.coordinatewise.rule import ML2ONetwork
-from ml2o_dist.seeding import generator
+from ml2o_dist.runtime.errors import UserError
+from ml2o_dist.runtime.seeding import generator
 
 
 class Bowl(Problem):

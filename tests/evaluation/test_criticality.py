@@ -9,11 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from ml2o_dist.errors import UserError
 from ml2o_dist.evaluation.criticality import criticality, mean_jacobian, projected_min_norm
 from ml2o_dist.problems import Problem, ProblemContext, ProblemSpec
 from ml2o_dist.rules.min_norm import min_norm
-from ml2o_dist.seeding import generator
+from ml2o_dist.runtime.errors import UserError
+from ml2o_dist.runtime.seeding import generator
 
 
 class Bowls(Problem):

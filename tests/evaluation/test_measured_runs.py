@@ -15,7 +15,7 @@ from ml2o_dist.problems import ProblemSpec
 from ml2o_dist.problems.layout import ParameterLayout
 from ml2o_dist.rules.adversaries import AdversaryRule
 from ml2o_dist.rules.aggregated import AggregatedRule
-from ml2o_dist.rules.gml2o import GML2O
+from ml2o_dist.rules.guarded import GuardedRule
 from ml2o_dist.rules.stochastic import DSSMG
 
 NOISY = ProblemSpec.parse("quadratic[m=3,n=4,noise=1.0,batch=16]")
@@ -81,9 +81,9 @@ def test_an_unguarded_run_is_measured_where_a_plain_loop_comes_by():
 def test_a_guarded_run_counts_what_passed_and_what_it_truly_cost(margin):
     learned, settings = AggregatedRule("mean", "sgd", 0.6), GuardSettings(budget=0.0, margin=margin)
     made = course()
-    run = measured_run(GML2O(learned, DSSMG(), settings), made, 60, every=60, excess=True)
+    run = measured_run(GuardedRule(learned, DSSMG(), settings), made, 60, every=60, excess=True)
     fallback = Recorded()
-    points, infos, _ = by_hand(GML2O(learned, fallback, settings), 60)
+    points, infos, _ = by_hand(GuardedRule(learned, fallback, settings), 60)
     accepted = torch.stack([info.accepted for info in infos])
     assert torch.equal(run.accepted, accepted)
     assert run.checked.all()
@@ -100,7 +100,7 @@ def test_a_guarded_run_counts_what_passed_and_what_it_truly_cost(margin):
 
 
 def test_acceptance_is_over_the_steps_that_were_checked():
-    rule = GML2O(AdversaryRule("ascent"), DSSMG(), GuardSettings(budget=0.0, every=3))
+    rule = GuardedRule(AdversaryRule("ascent"), DSSMG(), GuardSettings(budget=0.0, every=3))
     run = measured_run(rule, course(ProblemSpec.parse("quadratic[n=4]")), 9, every=9)
     assert run.checked.tolist() == [True, False, False] * 3
     assert run.acceptance == 0.0

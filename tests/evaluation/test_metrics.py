@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ml2o_dist.errors import UserError
 from ml2o_dist.evaluation.metrics import additive_epsilon, gradient_conflict, hypervolume, igd_plus
-from ml2o_dist.seeding import generator
+from ml2o_dist.runtime.errors import UserError
+from ml2o_dist.runtime.seeding import generator
 
 DTYPES = [torch.float32, torch.float64]
 SCALES = [1e-6, 1.0, 1e6]

@@ -10,14 +10,14 @@ import torch
 from ml2o_dist.artifact import save_artifact
 from ml2o_dist.config import GuardSettings, RuleSettings
 from ml2o_dist.config_file import load_evaluation
-from ml2o_dist.errors import UserError
 from ml2o_dist.evaluation.optimizer_names import Entrant, parse_optimizers
 from ml2o_dist.rules.adversaries import ADVERSARIES, AdversaryRule
 from ml2o_dist.rules.aggregated import AggregatedRule
 from ml2o_dist.rules.base import UpdateRule
 from ml2o_dist.rules.coordinatewise.rule import ML2ONetwork, ML2ORule
-from ml2o_dist.rules.gml2o import GML2O
+from ml2o_dist.rules.guarded import GuardedRule
 from ml2o_dist.rules.stochastic import DSSMG, SMG
+from ml2o_dist.runtime.errors import UserError
 
 
 def parse(*names: str, overrides: tuple[str, ...] = (), files: dict[str, Path] | None = None) -> list[Entrant]:
@@ -55,7 +55,7 @@ def test_initial_has_the_settings_of_the_rule() -> None:
 def test_any_of_them_under_the_guard(name: str) -> None:
     entrant, plain = parse(f"gml2o:{name}", name, overrides=("guard.eps=0.5", "guard.p=0.7", "guard.fallback=smg"))
     made = rule(entrant)
-    assert isinstance(made, GML2O)
+    assert isinstance(made, GuardedRule)
     assert made.settings == GuardSettings(eps=0.5, p=0.7, fallback="smg")
     assert type(made.learned) is type(rule(plain))
     assert isinstance(made.fallback, SMG)
@@ -78,7 +78,7 @@ def test_hand_designed_ones_are_tuned_where_no_rate_is_written(
     (entrant,) = parse(name)
     assert (entrant.tuned, entrant.learning_rate) == (lr is None, lr)
     made = rule(entrant, 0.25 if lr is None else None)
-    made = made.learned if isinstance(made, GML2O) else made
+    made = made.learned if isinstance(made, GuardedRule) else made
     assert isinstance(made, AggregatedRule)
     assert (made.aggregator, made.optimizer, made.lr) == (aggregator, optimizer, 0.25 if lr is None else lr)
 
@@ -100,7 +100,7 @@ def test_weights_by_file_folder_or_registry(trained: Path) -> None:
     assert [entrant.name for entrant in entrants] == names
     for entrant in entrants:
         made = rule(entrant)
-        assert isinstance(made, GML2O), "as it was meta-trained"
+        assert isinstance(made, GuardedRule), "as it was meta-trained"
         assert made.settings.margin == 7.0
         assert isinstance(made.learned, ML2ORule)
         assert made.learned.network.head.bias[0].item() == 0.5
@@ -108,7 +108,7 @@ def test_weights_by_file_folder_or_registry(trained: Path) -> None:
 
 def test_the_guard_that_is_asked_for_replaces_that_of_the_weights(trained: Path) -> None:
     made = rule(parse("gml2o:runs/a", overrides=("guard.eps=2",))[0])
-    assert isinstance(made, GML2O)
+    assert isinstance(made, GuardedRule)
     assert isinstance(made.learned, ML2ORule)
     assert made.settings.eps == 2.0
 

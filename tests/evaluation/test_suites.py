@@ -9,10 +9,10 @@ import pytest
 
 from ml2o_dist.config import GRID, split_steps
 from ml2o_dist.config_file import load_settings
-from ml2o_dist.errors import UserError
 from ml2o_dist.evaluation.optimizer_names import parse_optimizers
 from ml2o_dist.evaluation.suites import comparison_settings, load_suite, suite_names, suite_sha256
 from ml2o_dist.problems import ProblemContext
+from ml2o_dist.runtime.errors import UserError
 from tests.rules.torchjd_objects import SOLVERS
 
 PAPER_GRID = (0.0003, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3)

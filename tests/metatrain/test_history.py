@@ -13,12 +13,12 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from ml2o_dist import reading_tables
-from ml2o_dist.errors import UserError
 from ml2o_dist.metatrain.checkpoint import newest_checkpoint
 from ml2o_dist.metatrain.history import FILE, SCHEMA, History, read_history, write_history
 from ml2o_dist.metatrain.schedule import horizon
 from ml2o_dist.metatrain.trainer import Trainer
+from ml2o_dist.runtime import reading_tables
+from ml2o_dist.runtime.errors import UserError
 from tests.metatrain.executing import in_process, later
 from tests.metatrain.settings import small
 

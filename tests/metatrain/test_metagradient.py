@@ -10,7 +10,6 @@ import pytest
 import torch
 
 from ml2o_dist.config import EstimatorSettings, GuardSettings, RuleSettings
-from ml2o_dist.errors import UserError
 from ml2o_dist.metatrain.estimators import exact as exact_module
 from ml2o_dist.metatrain.estimators import replay as replay_module
 from ml2o_dist.metatrain.estimators.base import roll_out
@@ -20,7 +19,8 @@ from ml2o_dist.metatrain.recorder import TrajectoryRecorder
 from ml2o_dist.problems import ProblemContext, ProblemSpec, Rescaled
 from ml2o_dist.rules.aggregated import AggregatedRule
 from ml2o_dist.rules.base import Oracle
-from ml2o_dist.rules.gml2o import GML2O
+from ml2o_dist.rules.guarded import GuardedRule
+from ml2o_dist.runtime.errors import UserError
 from tests.metatrain.oracles import DOUBLE, WrittenOut, first_order, problem_for, random_rule
 
 HORIZON = 7
@@ -142,7 +142,7 @@ def test_replay_of_a_guarded_rollout_is_first_order_backpropagation_through_its_
     settings = RuleSettings(features=form, output="controlled", hidden=4, lr=0.5)
     rule, problem = random_rule(settings), problem_for(objectives, 6)
     fallback = AggregatedRule("mean", "sgd", 0.1)
-    guard = GML2O(rule, fallback, GuardSettings(budget=0.0, margin=0, eps=0.5))
+    guard = GuardedRule(rule, fallback, GuardSettings(budget=0.0, margin=0, eps=0.5))
     oracle, drawn = Oracle(problem, torch.Generator().manual_seed(11)), []
     draw = oracle.draw
     oracle.draw = lambda: drawn.append(draw()) or drawn[-1]

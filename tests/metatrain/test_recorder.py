@@ -16,7 +16,7 @@ from ml2o_dist.problems import ProblemContext, ProblemSpec
 from ml2o_dist.problems.layout import ParameterLayout
 from ml2o_dist.rules.base import Oracle
 from ml2o_dist.rules.coordinatewise.rule import ML2ONetwork, ML2ORule
-from ml2o_dist.seeding import derive_seed, generator
+from ml2o_dist.runtime.seeding import derive_seed, generator
 
 RULE = RuleSettings(hidden=4, lr=0.05)
 REPLAY, EXACT = EstimatorSettings(), EstimatorSettings(kind="exact")

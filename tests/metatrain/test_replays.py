@@ -12,7 +12,6 @@ import ray
 import torch
 
 from ml2o_dist.config import FaultSettings, LearnerSettings, PlacementSettings, ResourceSettings
-from ml2o_dist.errors import UserError
 from ml2o_dist.metatrain import replays as replays_module
 from ml2o_dist.metatrain.capacity import room_for_workers
 from ml2o_dist.metatrain.pool import WorkerPool
@@ -20,6 +19,7 @@ from ml2o_dist.metatrain.schedule import training_items
 from ml2o_dist.metatrain.trainer import Trainer
 from ml2o_dist.metatrain.worker import Replayer
 from ml2o_dist.metatrain.workers import PoolError
+from ml2o_dist.runtime.errors import UserError
 from tests.metatrain.executing import digests, in_process, later
 from tests.metatrain.settings import small
 

@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from ml2o_dist.artifact import save_artifact, weights_sha256
-from ml2o_dist.errors import UserError
 from ml2o_dist.metatrain.checkpoint import Checkpoint, newest_checkpoint, save_checkpoint
 from ml2o_dist.metatrain.schedule import training_items, validation_items
 from ml2o_dist.metatrain.trainer import Trainer, TrainingError
 from ml2o_dist.rules.base import Oracle
 from ml2o_dist.rules.coordinatewise.rule import ML2ONetwork
+from ml2o_dist.runtime.errors import UserError
 from tests.metatrain.executing import Cut, cut_after, digests, in_process, later
 from tests.metatrain.faulty_disk import FaultyDisk, Killed
 from tests.metatrain.settings import small

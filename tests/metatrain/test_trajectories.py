@@ -16,7 +16,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from ml2o_dist.errors import UserError
 from ml2o_dist.metatrain import trajectories
 from ml2o_dist.metatrain.episode import run_episode
 from ml2o_dist.metatrain.schedule import training_items
@@ -29,6 +28,7 @@ from ml2o_dist.metatrain.trajectories import (
     recorded_problems,
 )
 from ml2o_dist.rules.coordinatewise.rule import ML2ONetwork
+from ml2o_dist.runtime.errors import UserError
 from tests.metatrain.executing import Cut, cut_after, digests, in_process, later
 from tests.metatrain.settings import small
 

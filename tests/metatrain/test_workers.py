@@ -9,13 +9,13 @@ import time
 import pytest
 
 from ml2o_dist.config import LearnerSettings, ResourceSettings
-from ml2o_dist.errors import UserError
 from ml2o_dist.metatrain.capacity import has_labels
 from ml2o_dist.metatrain.episode import run_episode
 from ml2o_dist.metatrain.pool import WorkerPool
 from ml2o_dist.metatrain.schedule import training_items
 from ml2o_dist.metatrain.trainer import Trainer
 from ml2o_dist.metatrain.workers import PoolError
+from ml2o_dist.runtime.errors import UserError
 from tests.metatrain.executing import equal
 from tests.metatrain.settings import small
 

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ml2o_dist.paretoset.networks import MultiHead
 from ml2o_dist.paretoset.tasks import Group, TaskSet
-from ml2o_dist.seeding import generator
+from ml2o_dist.runtime.seeding import generator
 
 State = dict[str, Tensor]
 

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ml2o_dist.errors import UserError
 from ml2o_dist.paretoset.conditioned import (
     Conditioned,
     ConditionedInput,
@@ -24,6 +23,7 @@ from ml2o_dist.paretoset.conditioned import (
 from ml2o_dist.paretoset.fusion import Fusion
 from ml2o_dist.paretoset.library_trunks import GreyImages
 from ml2o_dist.paretoset.networks import MultiHead, build_multi_head
+from ml2o_dist.runtime.errors import UserError
 from tests.paretoset.small import start_and_experts
 
 SIDE, TASKS = 12, 3

@@ -14,7 +14,6 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from ml2o_dist.errors import UserError
 from ml2o_dist.paretoset.conditioned import ConditionedInput
 from ml2o_dist.paretoset.fitted_states import TensorNames
 from ml2o_dist.paretoset.fusion import Fusion
@@ -22,7 +21,8 @@ from ml2o_dist.paretoset.merging import rewarded_soup, simple_average, task_arit
 from ml2o_dist.paretoset.networks import MultiHead
 from ml2o_dist.paretoset.states import read_state
 from ml2o_dist.paretoset.task_vectors import TaskVectors
-from ml2o_dist.seeding import generator
+from ml2o_dist.runtime.errors import UserError
+from ml2o_dist.runtime.seeding import generator
 
 TOKENS = torch.tensor([[1, 2, 3]])
 PREFERENCE = torch.tensor([0.25, 0.75], dtype=torch.float64)

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ml2o_dist.errors import UserError
 from ml2o_dist.paretoset.fusion import Fusion
 from ml2o_dist.paretoset.merging import rewarded_soup, task_arithmetic
 from ml2o_dist.paretoset.networks import build_multi_head
 from ml2o_dist.paretoset.task_vectors import TaskVectors
-from ml2o_dist.seeding import generator
+from ml2o_dist.runtime.errors import UserError
+from ml2o_dist.runtime.seeding import generator
 from tests.paretoset.small import Heads, Normed, RootParameters, State, Tied, built, start_and_experts
 
 KINDS = [Heads, RootParameters, Tied, Normed]

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from ml2o_dist.errors import UserError
 from ml2o_dist.paretoset.fusion import Fusion
 from ml2o_dist.paretoset.networks import build_multi_head
-from ml2o_dist.seeding import generator
+from ml2o_dist.runtime.errors import UserError
+from ml2o_dist.runtime.seeding import generator
 from tests.paretoset.small import Heads, Normed, RootParameters, Tied, built, start_and_experts
 
 KINDS = [Heads, RootParameters, Tied, Normed]

@@ -54,7 +54,7 @@ def test_a_saved_model_is_the_trunk_of_a_network_that_is_fused_and_exported(kind
 
 
 def test_a_name_that_is_not_on_this_machine_is_one_line() -> None:
-    from ml2o_dist.errors import UserError
+    from ml2o_dist.runtime.errors import UserError
 
     with pytest.raises(UserError, match=r"network hf/nobody/nothing: ") as error:
         build_multi_head("hf/nobody/nothing", side=12, classes=(2, 2), seed=0)

@@ -10,10 +10,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from ml2o_dist.errors import MissingData, UserError
 from ml2o_dist.paretoset.image_tasks import EIGHT, load_tasks, task_sets
 from ml2o_dist.paretoset.tasks import SPLITS, Group, TaskSet
 from ml2o_dist.problems.images import image_pool, load_pairs
+from ml2o_dist.runtime.errors import MissingData, UserError
 
 # These hold on every machine; a change means that the construction changed, and wants a new GENERATOR.
 SHA256 = {

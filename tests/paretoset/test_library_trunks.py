@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ml2o_dist.errors import UserError
 from ml2o_dist.paretoset.fusion import Fusion
 from ml2o_dist.paretoset.library_trunks import library_trunk
 from ml2o_dist.paretoset.networks import build_multi_head
+from ml2o_dist.runtime.errors import UserError
 from tests.paretoset.small import start_and_experts
 
 MODULES = {"timm": "timm", "hf": "transformers", "open_clip": "open_clip"}

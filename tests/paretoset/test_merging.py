@@ -10,9 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from ml2o_dist.errors import UserError
 from ml2o_dist.paretoset.merging import rewarded_soup, simple_average, task_arithmetic, ties
 from ml2o_dist.paretoset.task_vectors import TaskVectors
+from ml2o_dist.runtime.errors import UserError
 from tests.paretoset.small import Heads, Normed, RootParameters, State, Tied, built, start_and_experts
 
 Arrays = dict[str, NDArray[np.float64]]

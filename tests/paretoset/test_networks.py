@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from ml2o_dist.errors import UserError
 from ml2o_dist.paretoset.networks import Block, VisionTransformer, build_multi_head
 from ml2o_dist.problems.networks import build_network
+from ml2o_dist.runtime.errors import UserError
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "mlp": {"hidden": "12-8"},

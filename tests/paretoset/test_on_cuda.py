@@ -13,7 +13,7 @@ from ml2o_dist.paretoset.preference_problem import PreferenceProblem
 from ml2o_dist.paretoset.scalarization import SCALARIZATIONS, Scalarization
 from ml2o_dist.rules.aggregated import AggregatedRule
 from ml2o_dist.rules.base import Oracle
-from ml2o_dist.seeding import generator
+from ml2o_dist.runtime.seeding import generator
 from tests.paretoset.small import separate_noise, start_and_experts
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")

@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ml2o_dist.errors import UserError
 from ml2o_dist.paretoset.conditioned import (
     Conditioned,
     ConditionedInput,
@@ -26,7 +25,8 @@ from ml2o_dist.paretoset.preference_problem import PreferenceBatch, PreferencePr
 from ml2o_dist.paretoset.scalarization import SCALARIZATIONS, Scalarization
 from ml2o_dist.paretoset.tasks import Logits, TaskSet
 from ml2o_dist.problems.base import autograd_jacobian
-from ml2o_dist.seeding import generator
+from ml2o_dist.runtime.errors import UserError
+from ml2o_dist.runtime.seeding import generator
 from tests.paretoset.small import separate_noise, shared_noise, small_multi_head, start_and_experts
 from tests.problems.contract import check_problem
 

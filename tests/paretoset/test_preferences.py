@@ -9,9 +9,9 @@ import pytest
 import torch
 from scipy.stats import kstest
 
-from ml2o_dist.errors import UserError
 from ml2o_dist.paretoset.preferences import checked_preference, draw_preferences, evaluation_rays, simplex_grid
-from ml2o_dist.seeding import generator
+from ml2o_dist.runtime.errors import UserError
+from ml2o_dist.runtime.seeding import generator
 
 
 @pytest.mark.parametrize("given", [[0.1, 0.9], (1, 0), torch.tensor([0.1, 0.9]), torch.tensor([0.5, 0.5]).half()])

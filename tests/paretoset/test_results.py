@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 import torch
 
-from ml2o_dist.errors import UserError
 from ml2o_dist.paretoset.fronts import Front
 from ml2o_dist.paretoset.results import ApproachResult, read_fronts
+from ml2o_dist.runtime.errors import UserError
 
 RAYS = torch.eye(2, dtype=torch.float64)
 FRONT = Front(RAYS, RAYS + 0.5, RAYS / 2)

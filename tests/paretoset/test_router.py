@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import nn
 
-from ml2o_dist.errors import UserError
 from ml2o_dist.paretoset.router import ALIVE, Routers
-from ml2o_dist.seeding import generator
+from ml2o_dist.runtime.errors import UserError
+from ml2o_dist.runtime.seeding import generator
 
 
 @pytest.mark.parametrize("tasks", [2, 3, 8])

@@ -13,12 +13,12 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from ml2o_dist.errors import UserError
-from ml2o_dist.pareto_query import query_set
 from ml2o_dist.paretoset.fusion import Fusion
 from ml2o_dist.paretoset.networks import build_multi_head
 from ml2o_dist.paretoset.saved_set import FILE, SetCard, load_set, save_set, set_network
 from ml2o_dist.paretoset.settings import NetworkSettings
+from ml2o_dist.runtime.errors import UserError
+from ml2o_dist.workflows.query_pareto_set import query_set
 
 
 def parts() -> tuple[Fusion, SetCard, dict[str, Tensor], list[dict[str, Tensor]]]:

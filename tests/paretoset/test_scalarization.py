@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from ml2o_dist.errors import UserError
 from ml2o_dist.evaluation import metrics
 from ml2o_dist.paretoset.epo import epo_weights
 from ml2o_dist.paretoset.scalarization import SCALARIZATIONS, Scalarization, hypervolume
-from ml2o_dist.seeding import generator
+from ml2o_dist.runtime.errors import UserError
+from ml2o_dist.runtime.seeding import generator
 
 
 def draw(rays: int, tasks: int, seed: int = 0) -> tuple[Tensor, Tensor]:

@@ -14,8 +14,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from ml2o_dist.errors import UserError
 from ml2o_dist.paretoset.states import about_state, read_state, save_state
+from ml2o_dist.runtime.errors import UserError
 
 STATE = {"a": torch.arange(6.0).view(2, 3), "b": torch.tensor([1, 2])}
 

@@ -10,8 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ml2o_dist.errors import UserError
 from ml2o_dist.paretoset.task_vectors import TaskVectors, combined
+from ml2o_dist.runtime.errors import UserError
 from tests.paretoset.small import Heads, Normed, RootParameters, State, Tied, built, start_and_experts
 
 HEADS = ("heads.0", "heads.1")

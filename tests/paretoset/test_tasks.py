@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ml2o_dist.errors import UserError
 from ml2o_dist.paretoset.tasks import TaskBatch, TaskSet, sample_losses
-from ml2o_dist.seeding import generator
+from ml2o_dist.runtime.errors import UserError
+from ml2o_dist.runtime.seeding import generator
 from tests.paretoset.small import separate_noise, shared_noise, small_multi_head
 
 CPU = torch.device("cpu")

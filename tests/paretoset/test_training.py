@@ -23,7 +23,7 @@ from ml2o_dist.paretoset.scalarization import Scalarization
 from ml2o_dist.paretoset.training import Diverged, Trained, annealed, train
 from ml2o_dist.rules.base import Oracle, UpdateRule
 from ml2o_dist.rules.coordinatewise.features import Agreement
-from ml2o_dist.seeding import generator
+from ml2o_dist.runtime.seeding import generator
 from tests.paretoset.small import separate_noise, small_multi_head, start_and_experts
 
 CPU = torch.device("cpu")

@@ -241,7 +241,7 @@ def test_aggregators_and_optimizers_of_plug_ins_follow_torch(tmp_path: Path) -> 
     import torch
 
     from ml2o_dist import Oracle, ProblemContext
-    from ml2o_dist.seeding import generator
+    from ml2o_dist.runtime.seeding import generator
 
     problem = ProblemSpec.parse("tabular[data=iris,tasks=2,hidden=4]").build(ProblemContext(2))
     for text, direction in (

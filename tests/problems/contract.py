@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ml2o_dist.errors import UserError
 from ml2o_dist.problems import Batch, Problem, ProblemContext, ProblemSpec
-from ml2o_dist.seeding import generator
+from ml2o_dist.runtime.errors import UserError
+from ml2o_dist.runtime.seeding import generator
 
 EVERY_COORDINATE = 40  # finite differences: up to here in each coordinate, beyond along DIRECTIONS random ones
 DIRECTIONS = 4

@@ -12,9 +12,9 @@ from pymoo.util.ref_dirs import get_reference_directions
 from scipy.optimize import minimize
 from torch import Tensor
 
-from ml2o_dist.errors import UserError
 from ml2o_dist.problems import Problem, ProblemContext, ProblemSpec, problem_description, problem_names
 from ml2o_dist.problems.analytic import ROOT_FLOOR, ZDT3
+from ml2o_dist.runtime.errors import UserError
 from tests.problems.contract import check_named_problem, dominated
 from tests.problems.oracles import gap_between, min_norm
 

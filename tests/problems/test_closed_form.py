@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from ml2o_dist.errors import UserError
 from ml2o_dist.problems.closed_form import at_least, at_least_real, simplex_points
+from ml2o_dist.runtime.errors import UserError
 
 
 @pytest.mark.parametrize("m", [1, 2, 3, 5])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ml2o_dist.problems.base import Problem, ProblemContext
 from ml2o_dist.problems.quadratic import Quadratic
-from ml2o_dist.seeding import generator
+from ml2o_dist.runtime.seeding import generator
 from tests.problems.contract import check_problem
 
 

@@ -20,10 +20,10 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from ml2o_dist.errors import UserError
 from ml2o_dist.problems import download
 from ml2o_dist.problems.download import MIRRORS, data_status, fetch
 from ml2o_dist.problems.image_files import RAW_FILES, RawFile
+from ml2o_dist.runtime.errors import UserError
 
 CONTENT = {"images.gz": b"pixels" * 1000, "labels.gz": b"some labels"}
 

@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from ml2o_dist.errors import UserError
-from ml2o_dist.files import cache_folder
 from ml2o_dist.problems.image_files import data_folder, file_sha256, read_idx, require_files
+from ml2o_dist.runtime.errors import UserError
+from ml2o_dist.runtime.files import cache_folder
 
 
 def idx(array: np.ndarray, magic: int = 8, count: int | None = None) -> bytes:

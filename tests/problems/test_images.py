@@ -14,9 +14,9 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from ml2o_dist.errors import UserError
 from ml2o_dist.problems import images
 from ml2o_dist.problems.images import DATA_SETS, SPLITS, load_pairs
+from ml2o_dist.runtime.errors import UserError
 from tests.problems.test_pairs import compose
 
 REAL = ("multimnist", "multifashion", "multifashionmnist")

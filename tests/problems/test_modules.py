@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from ml2o_dist import ModuleProblem, ProblemContext, UserError
 from ml2o_dist.metatrain.estimators.exact import exact
 from ml2o_dist.rules.learned import learned_rule
-from ml2o_dist.seeding import generator
+from ml2o_dist.runtime.seeding import generator
 from tests.problems.contract import check_problem
 
 

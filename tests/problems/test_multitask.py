@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ml2o_dist.errors import UserError
 from ml2o_dist.problems import ProblemContext, ProblemSpec, problem_description, problem_names, problem_settings
 from ml2o_dist.problems.base import autograd_jacobian
 from ml2o_dist.problems.images import load_pairs
 from ml2o_dist.problems.multitask import TEST_SAMPLES, MultiTaskImages
 from ml2o_dist.problems.networks import build_network
-from ml2o_dist.seeding import generator
+from ml2o_dist.runtime.errors import UserError
+from ml2o_dist.runtime.seeding import generator
 from tests.problems.contract import check_named_problem, check_problem
 
 NAMES = ("multidigits", "multifashion", "multifashionmnist", "multimnist")

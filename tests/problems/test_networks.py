@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from ml2o_dist.errors import UserError
 from ml2o_dist.problems.networks import Network, build_network
+from ml2o_dist.runtime.errors import UserError
 
 ACTIVATIONS = {"relu": nn.ReLU, "tanh": nn.Tanh, "gelu": nn.GELU}
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 from torch.autograd.functional import hessian
 
-from ml2o_dist.errors import UserError
 from ml2o_dist.problems import ProblemContext, ProblemSpec
 from ml2o_dist.problems.quadratic import Quadratic
-from ml2o_dist.seeding import generator
+from ml2o_dist.runtime.errors import UserError
+from ml2o_dist.runtime.seeding import generator
 from tests.problems.contract import check_named_problem, dominated
 from tests.problems.oracles import min_norm
 

@@ -7,9 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ml2o_dist.errors import UserError
 from ml2o_dist.problems import ProblemContext, ProblemSpec
 from ml2o_dist.problems.tabular import TABLES, _tables
+from ml2o_dist.runtime.errors import UserError
 from tests.problems.contract import check_named_problem
 
 

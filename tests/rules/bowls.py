@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ml2o_dist.problems import Problem
-from ml2o_dist.seeding import generator
+from ml2o_dist.runtime.seeding import generator
 
 
 class Bowls(Problem):

@@ -11,7 +11,7 @@ from torch import Tensor
 from ml2o_dist.problems import Problem
 from ml2o_dist.rules.base import Oracle
 from ml2o_dist.rules.stochastic import DecreasingSteps, DSSMGState, SMGState
-from ml2o_dist.seeding import generator
+from ml2o_dist.runtime.seeding import generator
 
 Vector = list[float]
 Rows = list[Vector]

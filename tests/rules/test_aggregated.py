@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from ml2o_dist.errors import UserError
 from ml2o_dist.problems import Problem
 from ml2o_dist.problems.layout import ParameterLayout
 from ml2o_dist.rules.aggregated import AggregatedRule, parse_optimizer_name
 from ml2o_dist.rules.base import Oracle, UpdateRule
-from ml2o_dist.seeding import derive_seed, generator
+from ml2o_dist.runtime.errors import UserError
+from ml2o_dist.runtime.seeding import derive_seed, generator
 from tests.rules.torchjd_objects import (
     FEWEST,
     NAMES,

@@ -12,9 +12,9 @@ import torchjd.aggregation
 import torchjd.scalarization
 from torch import Tensor
 
-from ml2o_dist.errors import UserError
 from ml2o_dist.rules.aggregators import AGGREGATORS, aggregate, build_aggregator, check_aggregator
-from ml2o_dist.seeding import generator
+from ml2o_dist.runtime.errors import UserError
+from ml2o_dist.runtime.seeding import generator
 from tests.rules.torchjd_objects import FEWEST, NAMES, RESCALED, SCALARIZERS, SOLVERS, marked, torchjd_object
 
 EVERY = [marked(name) for name in NAMES]

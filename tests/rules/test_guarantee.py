@@ -13,7 +13,7 @@ from ml2o_dist.problems.layout import ParameterLayout
 from ml2o_dist.rules.adversaries import ADVERSARIES, AdversaryRule
 from ml2o_dist.rules.base import Oracle, UpdateRule
 from ml2o_dist.rules.coordinatewise.rule import ML2ORule
-from ml2o_dist.rules.gml2o import GML2O
+from ml2o_dist.rules.guarded import GuardedRule
 from ml2o_dist.rules.stochastic import DSSMG
 
 DOUBLE = torch.float64
@@ -48,7 +48,7 @@ def random_network(seed):
 def test_no_step_is_worse_than_the_fallbacks_by_more_than_eps(text, name, eps):
     rule = random_network(5) if name == "network" else AdversaryRule(name)
     settings, fallback = GuardSettings(budget=0.0, eps=eps), DSSMG()
-    guarded = GML2O(rule, fallback, settings)
+    guarded = GuardedRule(rule, fallback, settings)
     oracle, point = build(text)
     problem = oracle.problem
     state = guarded.initial_state(problem.instances, problem.objectives, problem.layout)
@@ -87,7 +87,7 @@ def test_ascent_along_the_weighted_gradient_is_always_rejected_so_the_run_is_dss
     fallback = DSSMG(alpha_0=0.9)
     oracle, first = build(text)
     shape = (3, oracle.problem.objectives, oracle.problem.layout)
-    guarded, alone = GML2O(Uphill(fallback, beta), fallback, GuardSettings(budget=0.0)), fallback
+    guarded, alone = GuardedRule(Uphill(fallback, beta), fallback, GuardSettings(budget=0.0)), fallback
     point, state = first, guarded.initial_state(*shape)
     other, its = first, alone.initial_state(*shape)
     for _ in range(100):
@@ -108,7 +108,7 @@ def test_the_telescoped_bound_holds_for_every_fixed_weighting(text, name, eps):
     """
     rule = random_network(7) if name == "network" else AdversaryRule(name)
     settings, fallback = GuardSettings(budget=0.0, eps=eps), DSSMG(alpha_0=0.5)
-    guarded = GML2O(rule, fallback, settings)
+    guarded = GuardedRule(rule, fallback, settings)
     oracle, point = build(text)
     problem = oracle.problem
     m = problem.objectives
@@ -145,7 +145,7 @@ def test_unguarded_the_same_rules_diverge(name):
 def test_guarded_they_end_where_dssmg_does(name):
     fallback = DSSMG()
     shape = (3, 2, ParameterLayout.vector(6))
-    guarded = GML2O(AdversaryRule(name), fallback, GuardSettings(budget=0.0))
+    guarded = GuardedRule(AdversaryRule(name), fallback, GuardSettings(budget=0.0))
     oracle, point = build("quadratic[m=2,n=6]")
     other, state, its = point, guarded.initial_state(*shape), fallback.initial_state(*shape)
     apart = build("quadratic[m=2,n=6]")[0]
@@ -158,7 +158,7 @@ def test_guarded_they_end_where_dssmg_does(name):
 
 def excess(margin, steps):
     """By how much the accepted steps of a drift truly worsen an objective, on noisy quadratics, summed over steps."""
-    guarded = GML2O(AdversaryRule("drift"), DSSMG(), GuardSettings(budget=0.0, margin=margin))
+    guarded = GuardedRule(AdversaryRule("drift"), DSSMG(), GuardSettings(budget=0.0, margin=margin))
     oracle, point = build("quadratic[n=4,noise=1.0,batch=32]", 2)
     problem = oracle.problem
     state, total = guarded.initial_state(2, 2, ParameterLayout.vector(4)), 0.0

@@ -14,7 +14,7 @@ from torch import Tensor
 from ml2o_dist.config import GuardSettings
 from ml2o_dist.problems import Problem
 from ml2o_dist.rules.base import Oracle
-from ml2o_dist.rules.gml2o import GML2O, Debt, Verdict
+from ml2o_dist.rules.guarded import Debt, GuardedRule, Verdict
 from ml2o_dist.rules.stochastic import DSSMG, DSSMGState
 from tests.rules import stochastic_reference as reference
 from tests.rules.bowls import Bowls
@@ -43,7 +43,7 @@ def losses_of(problem: Problem, points: Tensor) -> tuple[Tensor, Tensor]:
     return losses, (problem.dimension + 8) * eps * losses
 
 
-def examine(case: Case, guard: type[GML2O] = GML2O, **changes: Any) -> list[bool]:
+def examine(case: Case, guard: type[GuardedRule] = GuardedRule, **changes: Any) -> list[bool]:
     """Assert everything that exact mode promises at every step of a run of `case`; return what was decided."""
     problem, point = case.build()
     chosen = GuardSettings(budget=0.0, eps=case.eps, p=case.p)
@@ -131,7 +131,7 @@ class Bound:
             assert (self.descent <= (potential + self.errors) * (1 + 1e-9)).all()
 
 
-def search(kind: str, examples: int, guard: type[GML2O] = GML2O, **changes: Any) -> list[bool]:
+def search(kind: str, examples: int, guard: type[GuardedRule] = GuardedRule, **changes: Any) -> list[bool]:
     """Examine so many cases, the same ones at every call; return what was decided in all of them."""
     decided: list[bool] = []
 
@@ -140,7 +140,7 @@ def search(kind: str, examples: int, guard: type[GML2O] = GML2O, **changes: Any)
         derandomize=True,
         deadline=None,
         database=None,
-        phases=(Phase.generate,) if guard is not GML2O or changes else tuple(Phase),
+        phases=(Phase.generate,) if guard is not GuardedRule or changes else tuple(Phase),
         suppress_health_check=list(HealthCheck),
     )
     @given(case=CASES[kind])
@@ -168,7 +168,7 @@ def test_every_step_of_every_case_keeps_the_guarantee(kind: str, examples: int) 
     assert 0.03 < sum(decided) / len(decided) < 0.95
 
 
-class ConstantEps(GML2O):
+class ConstantEps(GuardedRule):
     """eps_t = eps_0: its sum is infinite."""
 
     def _compare(self, oracle: Oracle, candidate: Tensor, safe: Tensor, step: int, debt: Debt) -> Verdict:
@@ -179,10 +179,10 @@ class SlowEps(ConstantEps):
     """eps_t = eps_0 (t + 1)^-p: alpha_t / alpha_0, not squared."""
 
     def _compare(self, oracle: Oracle, candidate: Tensor, safe: Tensor, step: int, debt: Debt) -> Verdict:
-        return GML2O._compare(self, oracle, candidate, safe, math.isqrt(step), debt)
+        return GuardedRule._compare(self, oracle, candidate, safe, math.isqrt(step), debt)
 
 
-class AgainstTheStart(GML2O):
+class AgainstTheStart(GuardedRule):
     """Compares with z_t in place of x_D."""
 
     def step(self, oracle: Oracle, parameters: Tensor, state: Any) -> Any:
@@ -193,7 +193,7 @@ class AgainstTheStart(GML2O):
         return super()._compare(oracle, candidate, self.start, step, debt)
 
 
-class FirstObjectiveOnly(GML2O):
+class FirstObjectiveOnly(GuardedRule):
     """Looks at the first objective."""
 
     def _compare(self, oracle: Oracle, candidate: Tensor, safe: Tensor, step: int, debt: Debt) -> Verdict:
@@ -201,7 +201,7 @@ class FirstObjectiveOnly(GML2O):
         return replace(verdict, passed=verdict.learned_losses[:, 0] <= verdict.fallback_losses[:, 0])
 
 
-class AllOrNone(GML2O):
+class AllOrNone(GuardedRule):
     """One instance's candidate lets in those of all."""
 
     def _compare(self, oracle: Oracle, candidate: Tensor, safe: Tensor, step: int, debt: Debt) -> Verdict:
@@ -209,7 +209,7 @@ class AllOrNone(GML2O):
         return replace(verdict, passed=verdict.passed.any().expand(len(verdict.passed)))
 
 
-class NotANumberPasses(GML2O):
+class NotANumberPasses(GuardedRule):
     """Refuses what is worse instead of accepting what is not."""
 
     def _compare(self, oracle: Oracle, candidate: Tensor, safe: Tensor, step: int, debt: Debt) -> Verdict:
@@ -217,7 +217,7 @@ class NotANumberPasses(GML2O):
         return replace(verdict, passed=verdict.passed | verdict.learned_losses.isnan().any(dim=1))
 
 
-class RefusesAll(GML2O):
+class RefusesAll(GuardedRule):
     """Is DSSMG."""
 
     def _compare(self, oracle: Oracle, candidate: Tensor, safe: Tensor, step: int, debt: Debt) -> Verdict:
@@ -225,7 +225,7 @@ class RefusesAll(GML2O):
         return replace(verdict, passed=torch.zeros_like(verdict.passed))
 
 
-class LosesTheFallbacksState(GML2O):
+class LosesTheFallbacksState(GuardedRule):
     """lambda and alpha_0 move at rejected steps only."""
 
     def step(self, oracle: Oracle, parameters: Tensor, state: Any) -> Any:
@@ -236,13 +236,13 @@ class LosesTheFallbacksState(GML2O):
 @pytest.mark.parametrize(
     ("guard", "changes"),
     [
-        (GML2O, {"criterion": "sum"}),
-        (GML2O, {"every": 2}),
-        (GML2O, {"p": 0.51}),
+        (GuardedRule, {"criterion": "sum"}),
+        (GuardedRule, {"every": 2}),
+        (GuardedRule, {"p": 0.51}),
         *((guard, {}) for guard in (ConstantEps, SlowEps, AgainstTheStart, FirstObjectiveOnly, AllOrNone)),
         *((guard, {}) for guard in (NotANumberPasses, RefusesAll, LosesTheFallbacksState)),
     ],
 )
-def test_a_broken_guard_is_found(guard: type[GML2O], changes: dict[str, Any]) -> None:
+def test_a_broken_guard_is_found(guard: type[GuardedRule], changes: dict[str, Any]) -> None:
     with pytest.raises(AssertionError):
         search("quadratics", 35, guard, **changes)

@@ -10,14 +10,14 @@ import pytest
 import torch
 
 from ml2o_dist.config import GuardSettings
-from ml2o_dist.errors import UserError
 from ml2o_dist.problems import ProblemContext, ProblemSpec, Rescaled
 from ml2o_dist.problems.layout import ParameterLayout
 from ml2o_dist.rules.adversaries import AdversaryRule
 from ml2o_dist.rules.aggregated import AggregatedRule
 from ml2o_dist.rules.base import Oracle
-from ml2o_dist.rules.gml2o import GML2O, Debt, Verdict
+from ml2o_dist.rules.guarded import Debt, GuardedRule, Verdict
 from ml2o_dist.rules.stochastic import DSSMG
+from ml2o_dist.runtime.errors import UserError
 
 FALLBACK, BOLD = AggregatedRule("mean", "sgd", 0.1), AggregatedRule("mean", "sgd", 0.8)
 
@@ -64,7 +64,7 @@ def test_exact_differences_add_up_to_the_budget_and_no_further(objectives, crite
     if criterion == "sum":
         owed = owed[:, :1]
     verdicts, fallen = set(), Fallen()
-    for before, _, after, info in walk(GML2O(wild, FALLBACK, settings), oracle, first, 40):
+    for before, _, after, info in walk(GuardedRule(wild, FALLBACK, settings), oracle, first, 40):
         learned, safe = (before - step * info.jacobian.mean(dim=1) for step in (rate, 0.1))
         limit = 0.1 * fallen.after(info.losses if criterion == "each" else info.losses.sum(dim=1, keepdim=True))
         for p in range(4):
@@ -96,7 +96,7 @@ def test_in_no_stretch_of_a_run_is_it_worse_than_its_fallbacks_steps_by_more(nam
     oracle, point = start(text, 3)
     begun = oracle.problem.losses(point, None)
     owed, fallen = torch.zeros_like(begun), Fallen()
-    rule = GML2O(AdversaryRule(name), DSSMG(), GuardSettings(budget=0.3))
+    rule = GuardedRule(AdversaryRule(name), DSSMG(), GuardSettings(budget=0.3))
     for _, safe, after, info in walk(rule, oracle, point, 100):
         assert after.isfinite().all()
         limit = 0.3 * fallen.after(info.losses)
@@ -109,7 +109,7 @@ def test_the_deciding_half_of_a_noisy_batch_is_not_the_paying_one():
     oracle, first = start("quadratic[n=5,noise=0.5,batch=16]", 3)
     drawn, draw = [], oracle.draw
     oracle.draw = lambda: drawn.append(draw()) or drawn[-1]
-    rule = GML2O(BOLD, FALLBACK, GuardSettings(margin=1.0, batches=2, budget=0.05))
+    rule = GuardedRule(BOLD, FALLBACK, GuardSettings(margin=1.0, batches=2, budget=0.05))
     verdicts, owed, variance, point, fallen = set(), np.zeros((3, 2)), np.zeros((3, 2)), first, Fallen()
     state = rule.initial_state(3, 2, ParameterLayout.vector(5))
     for t in range(40):
@@ -137,7 +137,7 @@ def test_the_deciding_half_of_a_noisy_batch_is_not_the_paying_one():
     assert verdicts == {True, False}
 
 
-class PaidByWhatDecided(GML2O):
+class PaidByWhatDecided(GuardedRule):
     """The same samples decide and are added: of the steps that pass, those that look better than they are."""
 
     def _compare(self, oracle: Oracle, candidate: torch.Tensor, safe: torch.Tensor, step: int, debt: Debt) -> Verdict:
@@ -149,7 +149,7 @@ class PaidByWhatDecided(GML2O):
 
 
 @pytest.mark.parametrize(
-    ("guard", "kept"), [(GML2O, True), pytest.param(PaidByWhatDecided, False, id="paid by what decided")]
+    ("guard", "kept"), [(GuardedRule, True), pytest.param(PaidByWhatDecided, False, id="paid by what decided")]
 )
 def test_what_a_noisy_run_loses_in_truth_is_within_the_budget_because_other_samples_pay(guard, kept):
     text = "quadratic[n=5,noise=1.0,batch=32]"
@@ -178,7 +178,7 @@ def test_a_rule_that_turns_hostile_finds_no_credit():
 
 def test_half_of_a_batch_must_have_a_spread():
     oracle, first = start("quadratic[n=5,noise=0.5,batch=2]")
-    rule = GML2O(BOLD, FALLBACK, GuardSettings(budget=1.0))
+    rule = GuardedRule(BOLD, FALLBACK, GuardSettings(budget=1.0))
     with pytest.raises(UserError, match="needs 4 samples or more"):
         rule.step(oracle, first, rule.initial_state(1, 2, ParameterLayout.vector(5)))
 
@@ -197,7 +197,7 @@ def shifted_run(shift, factor=1.0, adversary="ascent", seed=3):
             return factor * jacobian, factor * losses + shift
 
     moved = Oracle(Moved(problem), torch.Generator().manual_seed(seed))
-    rule = GML2O(AdversaryRule(adversary), DSSMG(), GuardSettings())
+    rule = GuardedRule(AdversaryRule(adversary), DSSMG(), GuardSettings())
     state, taken = rule.initial_state(2, 2, ParameterLayout.vector(6)), []
     for _ in range(200):
         point, state, info = rule.step(moved, point, state)
@@ -224,7 +224,7 @@ def test_the_unit_of_the_losses_changes_nothing(exponent):
 
 def test_a_state_of_an_older_version_goes_on_with_the_budget_that_it_had():
     oracle, point = start("quadratic[n=6]", 2)
-    rule = GML2O(BOLD, FALLBACK, GuardSettings(budget=5.0))
+    rule = GuardedRule(BOLD, FALLBACK, GuardSettings(budget=5.0))
     _, state, _ = rule.step(oracle, point, rule.initial_state(2, 2, ParameterLayout.vector(6)))
     old = replace(
         state, debt=replace(state.debt, limit=torch.tensor([[10.0, 20.0], [5.0, 1.0]]).double()), descent=None

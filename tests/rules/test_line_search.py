@@ -11,7 +11,7 @@ from torch import Tensor
 from ml2o_dist.problems import Problem, ProblemContext, ProblemSpec
 from ml2o_dist.rules.base import Oracle
 from ml2o_dist.rules.line_search import FirstStep, first_step
-from ml2o_dist.seeding import generator
+from ml2o_dist.runtime.seeding import generator
 from tests.rules.bowls import Bowls
 
 

@@ -19,10 +19,10 @@ from ml2o_dist.problems.layout import ParameterLayout
 from ml2o_dist.rules.aggregated import AggregatedRule
 from ml2o_dist.rules.base import Oracle, UpdateRule
 from ml2o_dist.rules.coordinatewise.rule import ML2ORule
-from ml2o_dist.rules.gml2o import guarded
+from ml2o_dist.rules.guarded import guarded
 from ml2o_dist.rules.saved_state import StateError, check_alike, modules_of, put_together, take_apart
 from ml2o_dist.rules.stochastic import DSSMG, SMG
-from ml2o_dist.seeding import generator
+from ml2o_dist.runtime.seeding import generator
 from tests.rules.torchjd_objects import NAMES, marked
 from tests.rules.toys import Positive
 
@@ -172,10 +172,10 @@ def test_a_class_of_elsewhere_is_refused(state: Any) -> None:
 @pytest.mark.parametrize(
     "kind",
     [
-        "ml2o_dist.rules.gml2o:Nothing",
+        "ml2o_dist.rules.guarded:Nothing",
         "ml2o_dist.rules.nothing:GML2OState",
-        "ml2o_dist.rules.gml2o:guarded",
-        "ml2o_dist.rules.gml2o:GML2O",  # a class, and no value
+        "ml2o_dist.rules.guarded:guarded",
+        "ml2o_dist.rules.guarded:GML2O",  # a class, and no value
         "builtins:eval",
         "os:system",
         "",

@@ -9,14 +9,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from ml2o_dist.errors import UserError
 from ml2o_dist.problems import ProblemContext, ProblemSpec, Rescaled
 from ml2o_dist.problems.analytic import Fonseca
 from ml2o_dist.problems.layout import ParameterLayout
 from ml2o_dist.rules.base import Oracle, look
 from ml2o_dist.rules.line_search import first_step
 from ml2o_dist.rules.stochastic import DSSMG, SMG, DecreasingSteps, DSSMGState
-from ml2o_dist.seeding import generator
+from ml2o_dist.runtime.errors import UserError
+from ml2o_dist.runtime.seeding import generator
 from tests.rules import stochastic_reference as reference
 from tests.rules.bowls import Bowls
 from tests.rules.stochastic_reference import run, weights_of

@@ -13,7 +13,7 @@ from ml2o_dist.problems.quadratic import Quadratic
 from ml2o_dist.rules.base import Oracle, look
 from ml2o_dist.rules.min_norm import min_norm
 from ml2o_dist.rules.stochastic import DSSMG, SMG, DecreasingSteps, DSSMGState, SMGState
-from ml2o_dist.seeding import generator
+from ml2o_dist.runtime.seeding import generator
 from tests.rules.stochastic_reference import run, weights_of
 
 pytestmark = pytest.mark.long

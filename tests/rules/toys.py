@@ -10,7 +10,7 @@ from torch import Tensor
 from ml2o_dist.problems import Problem
 from ml2o_dist.rules.aggregated import AggregatedRule
 from ml2o_dist.rules.base import Oracle
-from ml2o_dist.seeding import generator
+from ml2o_dist.runtime.seeding import generator
 
 
 class Linear(Problem):

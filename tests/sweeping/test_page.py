@@ -7,11 +7,11 @@ import math
 import pytest
 
 from ml2o_dist.config_file import dump_settings
-from ml2o_dist.errors import UserError
-from ml2o_dist.run_report import write_report
+from ml2o_dist.reporting.sweep_plots import plot_sweep
+from ml2o_dist.runtime.errors import UserError
 from ml2o_dist.sweeping.importance import importance
-from ml2o_dist.sweeping.plots import plot_sweep
 from ml2o_dist.sweeping.record import FILE
+from ml2o_dist.workflows.report import write_report
 from tests.sweeping.test_importance import recorded
 
 

@@ -8,7 +8,7 @@ import math
 import pyarrow.parquet as pq
 import pytest
 
-from ml2o_dist.errors import UserError
+from ml2o_dist.runtime.errors import UserError
 from ml2o_dist.sweeping.record import FILE, SweepRecord, markdown, write_table
 from ml2o_dist.sweeping.record_lines import Report
 

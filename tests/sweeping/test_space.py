@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from ml2o_dist.config_file import dump_settings, load_settings
-from ml2o_dist.errors import UserError
+from ml2o_dist.runtime.errors import UserError
 from ml2o_dist.sweeping.space import as_sampled, as_values, load_sweep, sweep_difference, trial_settings
 
 LR = "space={learner.lr: {loguniform: [0.001, 0.1]}}"

@@ -8,8 +8,8 @@ import shutil
 import pytest
 import torch
 
-from ml2o_dist.errors import UserError
 from ml2o_dist.metatrain.checkpoint import Checkpoint, save_checkpoint
+from ml2o_dist.runtime.errors import UserError
 from ml2o_dist.sweeping.record import SweepRecord
 from ml2o_dist.sweeping.record_lines import Report
 from ml2o_dist.sweeping.space import load_sweep

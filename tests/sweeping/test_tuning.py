@@ -9,7 +9,7 @@ import pytest
 import ray.cloudpickle
 from ray.exceptions import ActorDiedError, ActorUnavailableError, RayActorError
 
-from ml2o_dist.errors import UserError
+from ml2o_dist.runtime.errors import UserError
 from ml2o_dist.sweeping.record import SweepRecord
 from ml2o_dist.sweeping.space import load_sweep
 from ml2o_dist.sweeping.tuning import Watcher, _remove_state, run_trials

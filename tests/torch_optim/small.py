@@ -13,7 +13,7 @@ from ml2o_dist import GML2O, ML2O
 from ml2o_dist.artifact import save_artifact
 from ml2o_dist.config import GuardSettings, RuleSettings
 from ml2o_dist.rules.coordinatewise.rule import ML2ONetwork
-from ml2o_dist.seeding import generator
+from ml2o_dist.runtime.seeding import generator
 
 Batch = tuple[Tensor, Tensor, Tensor]
 Make = Callable[[nn.Module], ML2O]

@@ -15,7 +15,7 @@ from ml2o_dist import GML2O, ML2O, ML2ORule, Oracle, Problem, load_artifact
 from ml2o_dist.config import GuardSettings, RuleSettings
 from ml2o_dist.problems.base import Batch
 from ml2o_dist.problems.layout import ParameterLayout
-from ml2o_dist.rules.gml2o import guarded
+from ml2o_dist.rules.guarded import guarded
 from tests.torch_optim.small import TwoTasks, drawn, flat, jacobian, losses, weights_file
 
 OUTPUTS = {

@@ -12,7 +12,7 @@ import mlflow.store.model_registry.sqlalchemy_store
 import mlflow.store.tracking.sqlalchemy_store  # noqa: F401
 import sqlalchemy.orm
 
-import ml2o_dist.tracking.promotion  # noqa: F401
+import ml2o_dist.tracking.champion  # noqa: F401
 
 sqlalchemy.orm.configure_mappers()
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing.synchronize import Barrier
 
-from ml2o_dist.tracking.promotion import ChampionChanged, promote_version, rollback
+from ml2o_dist.tracking.champion import ChampionChanged, promote_version, rollback
 from tests.tracking.filled_registry import Registry
 from tests.tracking.quick_processes import quick_processes
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 
 from ml2o_dist.config import EvaluateSettings
-from ml2o_dist.errors import UserError
 from ml2o_dist.evaluation.evaluated import Curve, EvaluatedCell, Evaluation, Front, Row, Standing
 from ml2o_dist.evaluation.statistics import Interval
+from ml2o_dist.runtime.errors import UserError
 from ml2o_dist.tracking.evaluation_runs import Version, log_evaluation, metric_names
 from ml2o_dist.tracking.store import connect
 from tests.tracking.empty_store import new_store

@@ -11,9 +11,9 @@ from click.testing import CliRunner
 
 from ml2o_dist.cli import main
 from ml2o_dist.config_file import dump_settings, load_settings
-from ml2o_dist.errors import UserError
-from ml2o_dist.files import state_folder
 from ml2o_dist.paretoset.settings import ParetoSetSettings
+from ml2o_dist.runtime.errors import UserError
+from ml2o_dist.runtime.files import state_folder
 from ml2o_dist.sweeping.space import load_sweep
 from ml2o_dist.tracking.identity import RunIdentity, save_identity
 from ml2o_dist.tracking.named_servers import FILE, check_resumed, is_known, remember

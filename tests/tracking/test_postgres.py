@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from ml2o_dist.artifact import load_artifact
+from ml2o_dist.tracking.champion import describe_version, promote_version, rollback
 from ml2o_dist.tracking.evaluation_runs import Version, log_evaluation
-from ml2o_dist.tracking.promotion import describe_version, promote_version, rollback
 from ml2o_dist.tracking.registry import find_version, register_version, resolve_model
 from tests.browser import browser
 from tests.tracking.filled_registry import Registry

@@ -11,15 +11,15 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from ml2o_dist.errors import UserError
-from ml2o_dist.tracking.description import CUT, LIMIT
-from ml2o_dist.tracking.promotion import (
+from ml2o_dist.runtime.errors import UserError
+from ml2o_dist.tracking.champion import (
     ChampionChanged,
     champion_of,
     describe_version,
     promote_version,
     rollback,
 )
+from ml2o_dist.tracking.description import CUT, LIMIT
 from tests.tracking.filled_registry import Registry
 from tests.tracking.rival_promotions import rival_promotions
 

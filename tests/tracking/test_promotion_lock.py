@@ -17,9 +17,9 @@ import pytest
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
-from ml2o_dist.errors import UserError
+from ml2o_dist.runtime.errors import UserError
 from ml2o_dist.tracking import promotion_lock as locks
-from ml2o_dist.tracking.promotion import champion_of, promote_version
+from ml2o_dist.tracking.champion import champion_of, promote_version
 from ml2o_dist.tracking.promotion_lock import LockLost, promotion_lock
 from ml2o_dist.tracking.registry import list_versions, register_version
 from tests.tracking.filled_registry import Registry

@@ -16,11 +16,11 @@ import torch
 from mlflow.exceptions import MlflowException
 
 from ml2o_dist.artifact import load_artifact, save_artifact
-from ml2o_dist.errors import UserError
 from ml2o_dist.problems.layout import ParameterLayout
 from ml2o_dist.rules.coordinatewise.rule import ML2ONetwork, ML2ORule
+from ml2o_dist.runtime.errors import UserError
 from ml2o_dist.tracking.names import checked_model_name
-from ml2o_dist.tracking.pareto_sets import resolve_set
+from ml2o_dist.tracking.pareto_set_runs import resolve_set
 from ml2o_dist.tracking.registry import list_versions, register_version, resolve_model
 from ml2o_dist.tracking.transfer import import_version
 from tests.tracking.filled_registry import RULE, Registry

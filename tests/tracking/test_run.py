@@ -10,8 +10,8 @@ from mlflow import MlflowClient
 
 from ml2o_dist.tracking.identity import RUN_KEY_TAG, RunIdentity
 from ml2o_dist.tracking.records import End, Params, Point
-from ml2o_dist.tracking.run import MlflowRun, RunGone
 from ml2o_dist.tracking.store import connect
+from ml2o_dist.tracking.store_run import MlflowRun, RunGone
 from tests.tracking.empty_store import new_store
 
 EXPERIMENT = "ml2o/meta-train"

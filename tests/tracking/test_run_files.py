@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from ml2o_dist.errors import UserError
+from ml2o_dist.runtime.errors import UserError
 from ml2o_dist.tracking import run_files
 from ml2o_dist.tracking.run_files import copied, opened
 

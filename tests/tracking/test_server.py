@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from ml2o_dist.errors import UserError
+from ml2o_dist.runtime.errors import UserError
 from ml2o_dist.tracking.sink import MlflowSink
 from ml2o_dist.tracking.store import connect
 from ml2o_dist.tracking.sync import Synced, sync

@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 
-from ml2o_dist.errors import UserError
+from ml2o_dist.runtime.errors import UserError
 from ml2o_dist.tracking.records import Params, Point, Tags, Upload
-from ml2o_dist.tracking.run import METRICS_PER_CALL
 from ml2o_dist.tracking.sink import MlflowSink
 from ml2o_dist.tracking.spool import Spool
 from ml2o_dist.tracking.store import connect
+from ml2o_dist.tracking.store_run import METRICS_PER_CALL
 from tests.tracking.fake_run import FakeRun
 
 EXPERIMENT = "ml2o/meta-train"

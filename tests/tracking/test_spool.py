@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from ml2o_dist.errors import UserError
+from ml2o_dist.runtime.errors import UserError
 from ml2o_dist.tracking import spool as spool_module
 from ml2o_dist.tracking.records import End, Params, Point, Record, Tags, Upload, Version, to_line
 from ml2o_dist.tracking.spool import Spool, unsent_values

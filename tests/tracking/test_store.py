@@ -14,7 +14,7 @@ import requests
 import sqlalchemy
 from mlflow.exceptions import MlflowException, RestException
 
-from ml2o_dist.errors import UserError
+from ml2o_dist.runtime.errors import UserError
 from ml2o_dist.tracking.registry import register_version, resolve_model
 from ml2o_dist.tracking.store import (
     StoreAway,

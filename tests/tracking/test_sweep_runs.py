@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from ml2o_dist.errors import UserError
+from ml2o_dist.runtime.errors import UserError
 from ml2o_dist.tracking.sink import MlflowSink
 from ml2o_dist.tracking.store import connect
 from ml2o_dist.tracking.sweep_runs import PARENT_TAG, SweepRuns

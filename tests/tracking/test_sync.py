@@ -14,8 +14,8 @@ from mlflow import MlflowClient
 from ml2o_dist.artifact import save_artifact
 from ml2o_dist.cli import main
 from ml2o_dist.config import RuleSettings
-from ml2o_dist.errors import UserError
 from ml2o_dist.rules.coordinatewise.rule import ML2ONetwork
+from ml2o_dist.runtime.errors import UserError
 from ml2o_dist.tracking.identity import RUN_KEY_TAG, RunIdentity, load_identity, save_identity
 from ml2o_dist.tracking.records import End, Record, Upload, Version, to_line
 from ml2o_dist.tracking.registry import list_versions

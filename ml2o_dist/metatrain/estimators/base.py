@@ -12,11 +12,11 @@ from ml2o_dist.config import EstimatorSettings, GuardSettings
 from ml2o_dist.metatrain.meta_loss import meta_loss_kind
 from ml2o_dist.metatrain.recorder import TrajectoryRecorder
 from ml2o_dist.problems.base import Problem
-from ml2o_dist.registry import Registry, modules_of
 from ml2o_dist.rules.base import Oracle, UpdateRule
-from ml2o_dist.rules.gml2o import GML2O, GuardedInfo, guarded
+from ml2o_dist.rules.guarded import GuardedInfo, GuardedRule, guarded
 from ml2o_dist.rules.learned import LearnedRule, Rollout
-from ml2o_dist.seeding import generator
+from ml2o_dist.runtime.registry import Registry, modules_of
+from ml2o_dist.runtime.seeding import generator
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def roll_out(
     gradients = start.new_empty((horizon + 1, instances, objectives, index.shape[1]))
     accepted = start.new_ones((horizon, instances))
     everywhere = index[:, None].expand(-1, objectives, -1)
-    own = rule.learned if isinstance(rule, GML2O) else rule
+    own = rule.learned if isinstance(rule, GuardedRule) else rule
     records: list[dict[str, Tensor]] = []
     parameters, state = start, rule.initial_state(instances, objectives, layout)
     for step in range(horizon):

@@ -11,7 +11,7 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from ml2o_dist.config import EstimatorSettings
 from ml2o_dist.metatrain.estimators.base import Episode, Estimate, register_estimator
 from ml2o_dist.metatrain.meta_loss import episode_loss, step_weights
-from ml2o_dist.seeding import generator
+from ml2o_dist.runtime.seeding import generator
 
 
 @register_estimator("es")

@@ -12,7 +12,7 @@ from ml2o_dist.metatrain.estimators.base import Episode, Estimate, register_esti
 from ml2o_dist.metatrain.meta_loss import episode_loss, step_weights
 from ml2o_dist.problems.base import Problem
 from ml2o_dist.rules.learned import LearnedRule, Rollout
-from ml2o_dist.seeding import generator
+from ml2o_dist.runtime.seeding import generator
 
 
 @register_estimator("replay")

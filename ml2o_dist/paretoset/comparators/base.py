@@ -14,7 +14,7 @@ from ml2o_dist.paretoset.networks import MultiHead
 from ml2o_dist.paretoset.settings import ParetoSetSettings
 from ml2o_dist.paretoset.task_vectors import TaskVectors
 from ml2o_dist.paretoset.tasks import TaskSet
-from ml2o_dist.registry import Registry, modules_of
+from ml2o_dist.runtime.registry import Registry, modules_of
 
 State = dict[str, Tensor]
 """A whole state dict of the network."""

@@ -15,14 +15,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import register_pytree_node
 
 from ml2o_dist.config import RuleSettings
-from ml2o_dist.errors import UserError
 from ml2o_dist.problems.layout import ParameterLayout
 from ml2o_dist.rules.base import StepInfo
 from ml2o_dist.rules.blocks import even_blocks
 from ml2o_dist.rules.coordinatewise import features
 from ml2o_dist.rules.coordinatewise.lstm_cell import Cell, lstm_cell, stacked_weights
 from ml2o_dist.rules.learned import LearnedRule, Rollout, register_rule
-from ml2o_dist.seeding import derive_seed
+from ml2o_dist.runtime.errors import UserError
+from ml2o_dist.runtime.seeding import derive_seed
 
 CONTROL = (0.12, 0.1)
 """Where the controller's a and b start: set by hand (ours) on small MLPs and CNNs, the network untrained."""

@@ -9,11 +9,11 @@ import pytest
 import torch
 
 from ml2o_dist.config import RuleSettings
-from ml2o_dist.errors import UserError
 from ml2o_dist.problems import ProblemContext, ProblemSpec
 from ml2o_dist.problems.layout import ParameterLayout
 from ml2o_dist.rules.base import Oracle
 from ml2o_dist.rules.coordinatewise.rule import ML2ONetwork, ML2ORule
+from ml2o_dist.runtime.errors import UserError
 from tests.metatrain.oracles import DOUBLE, WrittenOut, problem_for, random_rule
 
 FORMS = list(

@@ -1,0 +1,1 @@
+"""Run directories: a folder, here or at a URI, and what lies in it."""

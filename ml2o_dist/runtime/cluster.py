@@ -1,0 +1,262 @@
+"""Joining or starting the Ray cluster a command runs on."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import os
+import signal
+import socket
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import ray
+
+from ml2o_dist.runtime.errors import Aborted, UserError
+from ml2o_dist.runtime.files import private_folder
+from ml2o_dist.runtime.process_tree import descendants
+from ml2o_dist.runtime.ray_internals import ray_internal
+from ml2o_dist.runtime.stopping import own_handlers_kept, sigterm_kept_from_children
+
+PROBE_S = 5.0
+"""How long a cluster may take to accept a connection; Ray itself would try for many minutes."""
+
+DEFAULT_PORT = 6379
+"""Where `ray start --head` listens."""
+
+SOCKET_LIMIT = 107
+"""Bytes of a Unix socket's path, as Linux has it."""
+
+MARK = "ML2O_RAY"
+"""The environment variable by which the processes of a Ray of our own are known."""
+
+log = logging.getLogger(__name__)
+
+
+@contextmanager
+def connected(address: str = "auto") -> Iterator[str]:
+    """Connect to Ray for the time of a `with` block; yields a line that says to what.
+
+    auto: the cluster of RAY_ADDRESS (a submitted job has it) or one running on this machine, else one is started
+    here and ended with the block; local: always started here; anything else: that cluster.
+
+    Raises:
+        UserError: nothing answers at `address`.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    named = os.environ.get("RAY_ADDRESS", "") if address == "auto" else address
+    if named not in ("", "auto", "local"):
+        _check_answers(named, "RAY_ADDRESS" if address == "auto" else "--address")
+    if ray.is_initialized():
+        if address not in ("auto", "local"):
+            raise UserError(f"--address {address!r}: this process is connected to another Ray cluster already")
+        yield "the Ray cluster of this process"
+        return
+    if address == "local" or (named in ("", "auto") and not _running_here()):
+        _check_temporary_folder()
+    mark = uuid4().hex
+    try:
+        # None: RAY_ADDRESS, else a cluster that `ray start` began here, else a new one; never a stranger's ray.init().
+        target = None if address == "auto" else address
+        try:
+            try:
+                context = _init(target, mark)
+            except (ConnectionError, ValueError, RuntimeError):
+                raise
+            except Exception as error:  # a plain one, where its processes are not up in half a minute (Ray 2.60)
+                log.warning("Ray did not start: %s; once more, as on a busy machine", _first_line(error))
+                _end(mark)
+                context = _init(target, mark)
+        except UserError:
+            raise
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            raise UserError(f"--address {address!r}: no Ray cluster answers there ({_first_line(error)})") from error
+        except Exception as error:
+            raise UserError(f"Ray did not start, twice; the machine is too busy: {_first_line(error)}") from error
+        total = ray.cluster_resources()
+        yield f"{context.address_info['address']}: {total.get('CPU', 0):g} CPU, {total.get('GPU', 0):g} GPU"
+    finally:
+        _end(mark)
+
+
+def _running_here() -> bool:
+    """Tell whether `ray start` has begun a cluster on this machine that `ray.init` would join."""
+    with ray_internal("ray._private.services.find_bootstrap_address"):  # no public name has what ray.init looks for
+        from ray._private.services import find_bootstrap_address
+
+        return bool(find_bootstrap_address(None))
+
+
+class RayEnded(Aborted):
+    """The Ray that this process has started is gone: what is done is kept, and can be gone on with."""
+
+
+def check_own_ray() -> None:
+    """Raise RayEnded where the raylet of a Ray that this process has started is dead: killed, or crashed.
+
+    To be called every second or so: whatever asks Ray some seconds later ends the process without a word (Ray 2.60).
+    Of a cluster that was joined it is not known.
+    """
+    with ray_internal("ray._private.worker._global_node"):
+        from ray._private import worker
+
+        node = worker._global_node
+        if node is not None and any(kind == "raylet" for kind, _ in node.dead_processes()):
+            raise RayEnded("Ray has ended: its raylet was killed or has crashed")
+
+
+def _check_temporary_folder() -> None:
+    """Raise UserError where the sockets of a Ray that is started here would have too long a path."""
+    variable = next((name for name in ("RAY_TMPDIR", "TMPDIR") if os.environ.get(name)), None)
+    if variable is None:
+        return
+    folder = os.environ[variable]
+    below = f"/ray/session_2000-01-01_00-00-00_000000_{os.getpid()}/sockets/plasma_store"
+    length, most = len(os.fsencode(folder)), SOCKET_LIMIT - len(below)
+    if length > most:
+        raise UserError(
+            f"{variable}={folder} is too long for Ray's sockets below it: it has {length} bytes, at most {most} fit "
+            f"into a socket's {SOCKET_LIMIT}; set RAY_TMPDIR to a shorter one, such as /tmp"
+        )
+
+
+def _init(target: str | None, mark: str) -> Any:
+    with (
+        own_handlers_kept(),
+        one_start_at_a_time(),
+        _marked(mark),
+        sigterm_kept_from_children(),  # timeout, systemd and scancel send it to all; Ray ends after us
+        _ended_at_once(),
+    ):
+        return ray.init(
+            address=target,
+            include_dashboard=False,
+            logging_level=logging.ERROR,
+            log_to_driver=log.isEnabledFor(logging.DEBUG),  # paragraphs on a worker that dies; ours are shorter
+        )
+
+
+def _end(mark: str) -> None:
+    """End a Ray of our own, and what it leaves: its agents notice only after a minute that their raylet has ended.
+
+    What it has started is looked up while it is still there. Only where there is a /proc; elsewhere it is left to Ray.
+    """
+    with ExitStack() as handles:
+        begun = _begun(mark, handles)
+        with _ended_at_once():
+            ray.shutdown()
+        for process in begun + _begun(mark, handles):  # an agent may just have been started
+            with suppress(ProcessLookupError):
+                signal.pidfd_send_signal(process, signal.SIGKILL)
+
+
+def _begun(mark: str, handles: ExitStack) -> list[int]:
+    """Return handles, which stay theirs after their end, of the processes that carry `mark` and what those started.
+
+    Of Ray's agents the environment cannot be read: they write their names over it.
+    """
+    marked = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it has ended, or is another user's
+            if f"{MARK}={mark}".encode() in (folder / "environ").read_bytes().split(b"\0"):
+                marked.append(int(folder.name))
+    begun = []
+    for pid in {*marked, *descendants(marked)}:
+        with suppress(OSError):  # it has ended
+            begun.append(os.pidfd_open(pid))
+            handles.callback(os.close, begun[-1])
+    return begun
+
+
+@contextmanager
+def _ended_at_once() -> Iterator[None]:
+    """Have Ray end its processes by SIGKILL: SIGTERM, which they do not get, it would wait a second for in each."""
+    terminate = subprocess.Popen.terminate
+    subprocess.Popen.terminate = subprocess.Popen.kill  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        subprocess.Popen.terminate = terminate  # type: ignore[method-assign]
+
+
+@contextmanager
+def one_start_at_a_time() -> Iterator[None]:
+    """Wait until no other `with` block of this user on this machine is open.
+
+    Two Rays that start at once take each other's ports: each looks for free ones, and listens there only later (Ray
+    2.60). The lock lies in a folder that only this user can write to: a link that another user left in its place would
+    otherwise have a file of this user's opened.
+
+    Raises:
+        UserError: another user has made that folder.
+    """
+    folder = Path(tempfile.gettempdir()) / f"ml2o-{os.getuid()}"
+    try:
+        handle = os.open(
+            private_folder(folder) / "ray-start.lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600
+        )
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{str(folder)!r} cannot hold the lock of Ray's start: {reason}; set TMPDIR") from error
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX)  # let go by the kernel when the process ends, however it ends
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _marked(mark: str) -> Iterator[None]:
+    """Let every process that is started in the `with` block, and what that starts, carry `mark` in its environment."""
+    os.environ[MARK] = mark
+    try:
+        yield
+    finally:
+        del os.environ[MARK]
+
+
+def own_capacity(address: str) -> dict[str, float]:
+    """Return the most that a Ray of our own would have at `address`; {} where Ray is there, or where that is not known.
+
+    Ray counts the machine's CPUs, or fewer where a container has fewer.
+    """
+    if ray.is_initialized() or os.environ.get("RAY_OVERRIDE_RESOURCES"):
+        return {}
+    begun = address == "auto" and (os.environ.get("RAY_ADDRESS") or _running_here())
+    count = os.cpu_count()
+    return {"CPU": float(count)} if address in ("auto", "local") and not begun and count else {}
+
+
+def _check_answers(address: str, source: str) -> None:
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not colon:
+        host, port = port, str(DEFAULT_PORT)
+    if not (host and port.isdigit() and int(port) < 2**16):
+        raise UserError(f"{source} {address!r} is not auto, local or HOST:PORT")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), PROBE_S) as probe:
+            speaks = os.environ.get("RAY_USE_TLS", "0") != "0" or _speaks_http2(probe)
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{source} {address!r}: no Ray cluster answers there ({reason})") from error
+    if not speaks:
+        raise UserError(f"{source} {address!r}: what answers there is no Ray cluster (its port is {DEFAULT_PORT})")
+
+
+def _speaks_http2(probe: socket.socket) -> bool:
+    """Tell whether a gRPC server, as Ray is one, is at the other end: both begin with a SETTINGS frame (RFC 9113, 3.4).
+
+    Of another server Ray would wait for minutes, and log lines of its own.
+    """
+    settings = bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
+    probe.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + settings)
+    return probe.recv(4)[3:] == settings[3:4]
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,121 @@
+"""Things by name: what the package has, and what a plug-in adds to it."""
+
+from __future__ import annotations
+
+import pkgutil
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any, Generic, TypeVar
+
+from ml2o_dist.runtime.errors import UserError, unknown
+
+T = TypeVar("T")
+
+_plugin: list[str] = []
+"""The plug-in that is being loaded, if one is."""
+
+_added: list[tuple[Registry[Any], str]] = []
+"""What it has registered so far."""
+
+
+@contextmanager
+def registering(plugin: str) -> Iterator[None]:
+    """Load a plug-in in the block: what it registered is taken back if the block raises."""
+    _plugin.append(plugin)
+    before = len(_added)
+    try:
+        yield
+    except BaseException:
+        for registry, name in _added[before:]:
+            registry.remove(name)
+        del _added[before:]
+        raise
+    finally:
+        _plugin.pop()
+
+
+class Registry(Mapping[str, T], Generic[T]):
+    """Values by name, each given by one decorator.
+
+    The package's own are registered by its modules, which are imported when a name is first asked for.
+
+    Attributes:
+        plugins: by name, which plug-in registered it; those of the package are not in it.
+    """
+
+    def __init__(self, what: str, modules: Callable[[], Iterable[str]] = tuple) -> None:
+        """`what` is what error messages call a value; `modules` returns the names of the package's own modules."""
+        self.what = what
+        self.plugins: dict[str, str] = {}
+        self._values: dict[str, T] = {}
+        self._modules: Callable[[], Iterable[str]] | None = modules
+
+    def register(self, name: str, definition: object = None) -> Callable[[T], T]:
+        """Return a decorator that registers a value under `name`.
+
+        Args:
+            definition: the function or class that the user has written, if the value is made of it: its module says
+                whether it is the package's.
+
+        Raises:
+            UserError: the name is taken.
+        """
+
+        def decorate(value: T) -> T:
+            module = str(getattr(value if definition is None else definition, "__module__", ""))
+            foreign = bool(_plugin) and not module.startswith("ml2o_dist.")
+            if foreign:
+                self._load()  # so that no name of the package is taken
+            if name in self._values:
+                owner = self.plugins.get(name)
+                by = f"the plug-in {owner!r}" if owner else "ml2o_dist"
+                raise UserError(f"the {self.what} {name!r} is there already, from {by}")
+            self._values[name] = value
+            if foreign:
+                self.plugins[name] = _plugin[-1]
+                _added.append((self, name))
+            return value
+
+        return decorate
+
+    def remove(self, name: str) -> None:
+        """Take a name out again."""
+        self._values.pop(name, None)
+        self.plugins.pop(name, None)
+
+    def registered(self) -> Mapping[str, T]:
+        """Return what is registered so far, without importing anything."""
+        return dict(self._values)
+
+    def __getitem__(self, name: str) -> T:
+        """Return the value; raises UserError, with the nearest name, where there is none."""
+        if name not in self._values:
+            self._load()
+        if name not in self._values:
+            raise unknown(self.what, name, self._values)
+        return self._values[name]
+
+    def __contains__(self, name: object) -> bool:
+        if name not in self._values:
+            self._load()
+        return name in self._values
+
+    def __iter__(self) -> Iterator[str]:
+        self._load()
+        return iter(sorted(self._values))
+
+    def __len__(self) -> int:
+        self._load()
+        return len(self._values)
+
+    def _load(self) -> None:
+        modules, self._modules = self._modules, None
+        for module in modules() if modules is not None else ():
+            import_module(module)
+
+
+def modules_of(package: str, *, packages: bool = False) -> list[str]:
+    """Return the names of the modules in a package, or of the packages in it."""
+    found = pkgutil.iter_modules(import_module(package).__path__)
+    return [f"{package}.{each.name}" for each in found if each.ispkg == packages]

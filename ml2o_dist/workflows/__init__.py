@@ -1,0 +1,1 @@
+"""What a command does, from settings to results: the rooms joined."""

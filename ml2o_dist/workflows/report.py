@@ -1,0 +1,213 @@
+"""`ml2o report`: what lies in the folder of a run, evaluation or sweep, read back and written as one page beside it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path, PurePosixPath
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from ml2o_dist.artifact import CARD_LIMIT, parse_card
+from ml2o_dist.config_file import load_evaluation, load_settings, read_settings
+from ml2o_dist.evaluation.evaluated import Evaluation
+from ml2o_dist.metatrain.checkpoint import newest_checkpoint
+from ml2o_dist.metatrain.history import FILE as HISTORY
+from ml2o_dist.metatrain.history import read_history
+from ml2o_dist.metatrain.trainer import checked_progress
+from ml2o_dist.metatrain.trajectories import FOLDER, Recorded, read_trajectories
+from ml2o_dist.paretoset.results import read_fronts
+from ml2o_dist.paretoset.settings import ParetoSetSettings
+from ml2o_dist.reporting.evaluation_page import evaluation_page_sections, render_evaluation
+from ml2o_dist.reporting.meta_train_page import page_sections, render_page
+from ml2o_dist.reporting.pareto_set_page import SetPageRecord, render_set, set_page_sections
+from ml2o_dist.reporting.run_record import EvaluationRecord, RunRecord
+from ml2o_dist.reporting.sweep_page import SweepPageRecord, read_pictures, render_sweep, sweep_page_sections
+from ml2o_dist.rundir.log import RunLog, read_log
+from ml2o_dist.rundir.remote_files import is_uri
+from ml2o_dist.runtime.errors import UserError
+from ml2o_dist.runtime.files import replacing
+from ml2o_dist.runtime.reading import MIB, read_bytes, read_json
+from ml2o_dist.sweeping.record import FILE as TRIALS
+from ml2o_dist.sweeping.record import SweepRecord
+from ml2o_dist.sweeping.space import load_sweep
+
+PAGE = "report.html"
+EVALUATION = ("evaluation.json", "evaluate.yaml")
+"""What `ml2o evaluate` leaves in its folder: results, settings."""
+SWEEP = "sweep.yaml"
+"""What `ml2o sweep` leaves in its folder first of all: its settings."""
+PARETO_SET = "pareto_set.yaml"
+"""What `ml2o pareto-set train` leaves in its folder first of all: its settings."""
+PICTURE_LIMIT = 16 * MIB
+"""Bytes of a picture that is put into a page."""
+Found = TypeVar("Found")
+
+
+def write_report(run_dir: Path, path: Path | None = None, place: str = "") -> dict[str, Any]:
+    """Write `path` (None: `RUN_DIR/report.html`) from whatever of a run, evaluation or sweep is there, finished or not.
+
+    `place` is what the user knows the folder by, where that is not its path: a URI.
+
+    Returns what `ml2o report --json` prints: `path`, the `sections` that have something to show, in `missing`, by
+    section, why something is not there, and in `unread` a line for each file that cannot be read.
+
+    Raises:
+        UserError: the folder holds none of them, or cannot be written.
+    """
+    if (run_dir / PARETO_SET).is_file():
+        pareto_set = load_set_record(run_dir, place)
+        sections, unread = set_page_sections(pareto_set), pareto_set.unread_lines
+        page = render_set(pareto_set, sections)
+    elif (run_dir / SWEEP).is_file():
+        record = load_sweep_record(run_dir, place)
+        sections, unread = sweep_page_sections(record), record.unread_lines
+        page = render_sweep(record, sections)
+    elif not (run_dir / "config.yaml").is_file() and any((run_dir / name).is_file() for name in EVALUATION):
+        evaluation = load_evaluation_record(run_dir, place)
+        sections, unread = evaluation_page_sections(evaluation), evaluation.unread_lines
+        page = render_evaluation(evaluation, sections)
+    else:
+        run = load_record(run_dir, place)
+        sections, unread = page_sections(run), run.unread_lines
+        page = render_page(run, sections)
+    path = path or run_dir / PAGE
+    try:
+        with replacing(path) as stream:
+            stream.write(page.encode())
+    except OSError as error:
+        raise UserError(f"{path} cannot be written: {error.strerror or error}") from error
+    shown = [section.name for section in sections if section.body]
+    missing = {section.name: section.missing for section in sections if section.missing}
+    return {"path": str(path), "sections": shown, "missing": missing, "unread": unread}
+
+
+def load_record(run_dir: Path, place: str = "") -> RunRecord:
+    """Read back a run: what is not there is left out, and what cannot be read is noted in `unread`.
+
+    Raises:
+        UserError: the folder holds no config.yaml, so no run.
+    """
+    files = _Files(run_dir, place)
+    if not (run_dir / "config.yaml").is_file():
+        raise UserError(
+            f"{files.place} holds no run and no evaluation: there is no config.yaml, and no {EVALUATION[0]}, in it"
+        )
+    checkpoint, refused = newest_checkpoint(run_dir / "checkpoints")
+    if refused:
+        files.note("checkpoints", [f"checkpoint refused: {refusal}" for refusal in refused])
+    recorded = files.read(FOLDER, _recorded)
+    if recorded is not None and recorded.unread:
+        files.note(FOLDER, recorded.unread)
+    return RunRecord(
+        name=files.name,
+        path=files.place,
+        settings=files.read("config.yaml", lambda file: load_settings(file, within=run_dir)),
+        history=files.read(HISTORY, lambda file: read_history(file, within=run_dir)) or (),
+        comparison=files.read("comparison.json", _evaluation),
+        card=files.read("weights.json", _card),
+        checkpoint_step=checkpoint.meta_step if checkpoint else None,
+        progress=files.checked("checkpoints", lambda: checked_progress(checkpoint.state.get("progress"))) or {}
+        if checkpoint
+        else {},
+        trajectories=recorded.rows if recorded else None,
+        log=files.read("run.log", read_log) or RunLog(),
+        unread=files.unread,
+    )
+
+
+def load_evaluation_record(folder: Path, place: str = "") -> EvaluationRecord:
+    """Read back an evaluation: what is not there is None, and what cannot be read is noted in `unread`."""
+    files = _Files(folder, place)
+    evaluation = files.read(EVALUATION[0], _evaluation)
+    settings = files.read(EVALUATION[1], lambda file: load_evaluation(file, within=folder))
+    return EvaluationRecord(
+        name=files.name,
+        path=files.place,
+        evaluation=evaluation,
+        settings=evaluation.settings if settings is None and evaluation is not None else settings,
+        log=files.read("run.log", read_log) or RunLog(),
+        unread=files.unread,
+    )
+
+
+def load_sweep_record(folder: Path, place: str = "") -> SweepPageRecord:
+    """Read back a sweep: what is not there is left out, and what cannot be read is noted in `unread`."""
+    files = _Files(folder, place)
+    return SweepPageRecord(
+        name=files.name,
+        path=files.place,
+        settings=files.read(SWEEP, lambda file: load_sweep(file, within=folder)),
+        trials=files.read(TRIALS, lambda file: SweepRecord(file.parent)),
+        pictures=files.read("plots", read_pictures) or {},
+        log=files.read("run.log", read_log) or RunLog(),
+        unread=files.unread,
+    )
+
+
+def load_set_record(folder: Path, place: str = "") -> SetPageRecord:
+    """Read back a Pareto set: what is not there is left out, and what cannot be read is noted in `unread`."""
+    files = _Files(folder, place)
+    fronts = files.read("fronts.json", read_fronts)
+    picture = folder / "plots" / "fronts.png"
+    return SetPageRecord(
+        name=files.name,
+        path=files.place,
+        settings=files.read(PARETO_SET, lambda file: read_settings(ParetoSetSettings, file, (), within=folder)),
+        names=fronts.tasks if fronts else (),
+        results=fronts.approaches if fronts else (),
+        provenance={"git": fronts.git or ""} | fronts.data_sha256 if fronts else {},
+        picture=files.read("plots", lambda _: read_bytes(picture, "picture", PICTURE_LIMIT, folder)) or b"",
+        log=files.read("run.log", read_log) or RunLog(),
+        unread=files.unread,
+    )
+
+
+class _Files:
+    """Reads a folder's files; what cannot be read is noted in `unread` by its name."""
+
+    def __init__(self, folder: Path, place: str) -> None:
+        self.folder, self.place = folder, place or str(folder)
+        self.unread: dict[str, list[str]] = {}
+
+    @property
+    def name(self) -> str:
+        return PurePosixPath(urlsplit(self.place).path).name if is_uri(self.place) else self.folder.name
+
+    def note(self, name: str, lines: Sequence[str]) -> None:
+        self.unread.setdefault(name, []).extend(line.replace(str(self.folder), self.place) for line in lines)
+
+    def read(self, name: str, reader: Callable[[Path], Found]) -> Found | None:
+        """Return what `reader` makes of a file or folder; None where it is not there or cannot be read."""
+        path = self.folder / name
+        if not os.path.lexists(path):
+            return None
+        return self.checked(name, lambda: reader(path))
+
+    def checked(self, name: str, reader: Callable[[], Found]) -> Found | None:
+        """Return what `reader` returns, or note under `name` why it cannot."""
+        try:
+            return reader()
+        except UserError as error:
+            self.note(name, [str(error)])
+        except OSError as error:  # a file that is not there, in a folder that is
+            self.note(name, [f"{self.folder / name} cannot be read: {error.strerror or error}"])
+        return None
+
+
+def _evaluation(path: Path) -> Evaluation:
+    """Read an evaluation; raises UserError for another format."""
+    tree = read_json(path, "evaluation", within=path.parent, finite=True)
+    try:
+        return Evaluation.from_json(tree)
+    except UserError as error:
+        raise UserError(f"{path} cannot be read: {error}") from error
+
+
+def _card(path: Path) -> dict[str, Any]:
+    """Read a card as far as the page shows it; raises UserError."""
+    return parse_card(path, read_bytes(path, "card file", CARD_LIMIT, path.parent))
+
+
+def _recorded(folder: Path) -> Recorded | None:
+    return read_trajectories(folder.parent) if any(folder.glob("step_*.parquet")) else None

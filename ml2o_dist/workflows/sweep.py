@@ -1,0 +1,293 @@
+"""Joins the rooms for `ml2o sweep`: settings, Ray Tune, MLflow and the run directory."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from ml2o_dist.config import MetaTrainSettings
+from ml2o_dist.config_file import dump_settings, flat_settings, resolve_settings, settings_hash
+from ml2o_dist.metatrain.capacity import check_capacity, check_labels, cluster_total, room_for_workers
+from ml2o_dist.rundir.directory import check_folder, check_writable, logged_to
+from ml2o_dist.rundir.remote_files import is_uri
+from ml2o_dist.runtime.cluster import connected, own_capacity
+from ml2o_dist.runtime.errors import Aborted, Incomplete, Interrupted, UserError
+from ml2o_dist.runtime.files import home_folder, replacing
+from ml2o_dist.runtime.progress import StepDisplay
+from ml2o_dist.runtime.shown_text import ForeignTextConsole, headed
+from ml2o_dist.runtime.stopping import StopRequest, own_handlers_kept, stop_on_signals
+from ml2o_dist.sweeping.outcome import (
+    best_optimizer,
+    finished_answer,
+    keep_answer,
+    resume_command,
+    show_trials,
+    write_results,
+)
+from ml2o_dist.sweeping.record import FILE, SweepRecord
+from ml2o_dist.sweeping.search import check_search
+from ml2o_dist.sweeping.settings import SweepSettings
+from ml2o_dist.sweeping.space import SETTINGS, load_sweep, sweep_difference, trial_settings
+from ml2o_dist.sweeping.taking_up import checkpoint_of, take_up
+from ml2o_dist.sweeping.tuning import Watcher, run_trials
+from ml2o_dist.tracking.identity import load_identity
+from ml2o_dist.tracking.named_servers import check_resumed, remember
+from ml2o_dist.tracking.records import Status
+from ml2o_dist.tracking.sink import MlflowSink
+from ml2o_dist.tracking.store import redacted, tracking_uri_to_keep
+from ml2o_dist.tracking.sweep_runs import SweepRuns
+from ml2o_dist.workflows.meta_train import check_problems
+from ml2o_dist.workflows.tracked_run import CLOSE_LIMIT_S, STOP_LIMIT_S, git_commit
+
+SPOOLS = "spools"
+"""The folder of what MLflow has not got yet of the trials."""
+
+log = logging.getLogger(__name__)
+
+
+def sweep(
+    settings: SweepSettings,
+    run_dir: str,
+    *,
+    resume: bool = False,
+    address: str = "auto",
+    console: Console | None = None,
+) -> dict[str, Any]:
+    """Run all trials, register the best one's weights; return what `ml2o sweep --json` prints.
+
+    Raises:
+        UserError: settings, data, cluster or run directory are not as they must be (exit code 2).
+        Incomplete: trials failed; Interrupted: stopped by a signal; Aborted: a disk that is full, or the like.
+    """
+    console = console or ForeignTextConsole(stderr=True)
+    settings = settings.model_copy(update={"meta_train": resolve_settings(settings.meta_train)})
+    uri = tracking_uri_to_keep(settings.tracking.uri)
+    check_search(settings)
+    folder = sweep_folder(run_dir)
+    if resume:
+        _check_same(folder, settings)
+    else:
+        _check_fresh(folder, settings)
+    check_writable(folder)
+    console.print(f"run directory  {folder}", markup=False, highlight=False, soft_wrap=True)
+    console.print(f"tracking URI   {redacted(uri)}", highlight=False, soft_wrap=True)
+    if resume and (answer := finished_answer(folder, settings)) is not None:
+        console.print(f"finished       {len(answer['trials'])} trials, nothing is left to do", highlight=False)
+        show_trials(SweepRecord(folder), settings, console)
+        return answer | {"run_dir": str(folder)}  # which may have been moved
+    data = _check_problems(settings)
+    _check_room(settings, lambda custom: own_capacity(address), "this machine")
+    record = _record(folder)
+
+    def last_words() -> str:
+        return f"go on with: {resume_command(folder)}"
+
+    with (
+        stop_on_signals(at_once=True, last_words=last_words, awaited="Ray Tune's state and MLflow") as stop,
+        logged_to(folder, console),
+        _resumable(folder),
+        connected(address) as where,
+    ):
+        console.print(f"Ray            {where}", highlight=False, soft_wrap=True)
+        _check_room(settings, cluster_total, "the cluster")
+        _check_labels(settings)
+        stop.at_once = False
+        remember(uri)  # before the folder can be resumed
+        _write_settings(folder, settings)
+        if record.left_out:
+            console.print(record.what_is_left_out, style="yellow", markup=False, highlight=False, soft_wrap=True)
+        if record.trials:
+            console.print(f"resuming       {record.so_far(settings.count)}", highlight=False, soft_wrap=True)
+        with _tracked(settings, folder, uri, console, stop) as (sink, runs):
+            checkpoints = _run(settings, folder, record, runs, console, stop)
+            if stop():
+                so_far = record.so_far(settings.count)
+                raise Interrupted(stop.signal_number, f"stopped by {stop.name}; {so_far}; {last_words()}")
+            provenance = {"config_hash": settings_hash(settings), "git": git_commit(), "data_sha256": data}
+            best = best_optimizer(settings, folder, record, checkpoints, provenance)
+            answer, wrong = write_results(settings, folder, record, best, sink, runs, uri, console)
+        keep_answer(folder, settings, answer, unsent=runs.unsent + _is_unsent(sink))
+    if wrong:
+        raise Incomplete("; ".join([*wrong, f"to try again: {resume_command(folder)}"]), answer)
+    return answer
+
+
+@contextmanager
+def _resumable(folder: Path) -> Iterator[None]:
+    """Say how to go on when the `with` block is cut short by something that no setting would mend."""
+    try:
+        yield
+    except (UserError, Interrupted):
+        raise
+    except Exception as error:
+        log.info("aborted", exc_info=True)  # the traceback belongs into run.log, the line on the screen
+        spoken = str(error) if isinstance(error, Aborted) else f"{type(error).__name__}: {' '.join(str(error).split())}"
+        raise Aborted(f"{spoken}; go on with: {resume_command(folder)}") from error
+
+
+def sweep_folder(run_dir: str) -> Path:
+    """Return the folder of a sweep; raises UserError."""
+    if not run_dir:
+        raise UserError("--run-dir is empty (a variable of the shell that is not set?)")
+    if is_uri(run_dir):
+        raise UserError(
+            f"--run-dir {run_dir!r}: a sweep needs a folder that all its machines share, not a URI; the best trial's "
+            "weights are in MLflow's registry, too"
+        )
+    folder = home_folder() / run_dir
+    check_folder(folder)
+    return folder
+
+
+def resumed_sweep(run_dir: str, overrides: Sequence[str]) -> SweepSettings:
+    """Read the settings of a sweep, to go on with it; raises UserError where there is none."""
+    file = sweep_folder(run_dir) / SETTINGS
+    if not file.exists():
+        raise UserError(f"nothing to resume: {file.parent} holds no {SETTINGS}")
+    settings = load_sweep(file, overrides, within=file.parent)
+    check_resumed(settings.tracking.uri, overrides, file)
+    return settings
+
+
+def _write_settings(folder: Path, settings: SweepSettings) -> None:
+    try:
+        with replacing(folder / SETTINGS) as stream:
+            stream.write(dump_settings(settings).encode())
+    except OSError as error:
+        raise UserError(f"run directory {str(folder)!r} cannot be written: {error.strerror or error}") from error
+
+
+def _check_fresh(folder: Path, settings: SweepSettings) -> None:
+    if not (folder / SETTINGS).exists():
+        for name, what in (
+            ("evaluation.json", "an evaluation"),
+            ("pareto_set.yaml", "a Pareto set"),
+            ("config.yaml", "a meta-training"),
+        ):
+            if (folder / name).exists():
+                raise UserError(f"{folder} holds {what}; choose another --run-dir for the sweep")
+        return
+    difference = sweep_difference(settings, load_sweep(folder / SETTINGS, within=folder))
+    if difference:
+        raise UserError(f"{folder} holds another sweep ({difference}); choose another --run-dir")
+    raise UserError(f"{folder} holds this sweep; add --resume to go on, or choose another --run-dir")
+
+
+def _check_same(folder: Path, settings: SweepSettings) -> None:
+    if not (folder / SETTINGS).exists():
+        raise UserError(f"nothing to resume: {folder} holds no {SETTINGS}")
+    difference = sweep_difference(settings, load_sweep(folder / SETTINGS, within=folder))
+    if difference.startswith("trials "):
+        difference += "; to add trials, begin another sweep, with another seed, or it draws the same ones"
+    if difference:
+        raise UserError(f"cannot resume {folder} with another configuration: {difference}")
+
+
+def _check_problems(settings: SweepSettings) -> dict[str, str]:
+    """Build the problems of every trial's family once; returns the sha256 of their data. Raises UserError."""
+    data = check_problems(settings.meta_train)
+    for key, distribution in settings.space.items():
+        if key.split(".")[0] in ("family", "rule"):
+            for value in distribution.values:
+                data |= check_problems(trial_settings(settings, {key: value}))
+    return data
+
+
+def _check_room(settings: SweepSettings, total: Callable[[Iterable[str]], Mapping[str, float]], place: str) -> None:
+    """Raise UserError where `place` has no room for the largest trial: Tune would wait for it without end.
+
+    `total` is given the names of custom resources.
+    """
+    for trial in _trials_by_room(settings):
+        have = total(trial.resources.custom)
+        left = {kind: each - settings.driver.num_cpus * (kind == "CPU") for kind, each in have.items()}
+        check_capacity(trial.workers, trial.resources, room_for_workers(trial, left), place)
+
+
+def _check_labels(settings: SweepSettings) -> None:
+    """Raise UserError where no node of the cluster has the labels that a trial's processes ask for."""
+    for trial in _trials_by_room(settings):
+        check_labels(trial.resources.labels, "resources.labels")
+        if trial.backward == "learner":
+            check_labels(trial.learner.resources.labels, "learner.resources.labels")
+
+
+def _trials_by_room(settings: SweepSettings) -> Iterator[MetaTrainSettings]:
+    """Yield the base of all trials, and it with each value of the keys that say what room a trial needs."""
+    yield settings.meta_train
+    for key, distribution in settings.space.items():
+        if key in ("workers", "backward") or key.split(".")[0] in ("resources", "learner"):
+            for value in distribution.values:
+                yield trial_settings(settings, {key: value})
+
+
+def _record(folder: Path) -> SweepRecord:
+    try:
+        return SweepRecord(folder)
+    except OSError as error:
+        raise UserError(f"{folder / FILE} cannot be read: {error.strerror or error}") from error
+
+
+@contextmanager
+def _tracked(
+    settings: SweepSettings, folder: Path, uri: str, console: Console, stop: StopRequest
+) -> Iterator[tuple[MlflowSink, SweepRuns]]:
+    """Open the MLflow run of the whole sweep, or go on with it, and end it as the `with` block ended."""
+    sink = MlflowSink.open(
+        uri,
+        settings.experiment,
+        run_name=f"{settings.name} {folder.name}",
+        params={key: str(value)[:500] for key, value in flat_settings(settings).items()},
+        tags={"config_hash": settings_hash(settings), "git": git_commit(), "run_dir": str(folder)},
+        run_dir=folder,
+        stop=stop,
+    )
+    identity = load_identity(folder)
+    runs = SweepRuns(uri, settings.experiment, sink, identity.run_key if identity else folder.name, folder / SPOOLS)
+    status: Status = "FINISHED"
+    try:
+        yield sink, runs
+    except BaseException as error:
+        status = "KILLED" if isinstance(error, Interrupted) else "FAILED"
+        raise
+    finally:
+        limit = STOP_LIMIT_S if stop() else CLOSE_LIMIT_S
+        runs.close(limit)
+        values = sink.close(status, limit) + runs.unsent_values
+        if unsent := runs.unsent + _is_unsent(sink):
+            console.print(
+                headed(
+                    "not sent to MLflow:",
+                    f"{values} values, and more, of {unsent} runs; when {redacted(uri)} answers: "
+                    f"{resume_command(folder)}",
+                ),
+                soft_wrap=True,
+            )
+
+
+def _is_unsent(sink: MlflowSink) -> bool:
+    """Tell whether MLflow lacks anything of a run that has ended: values, files, or its end."""
+    return sink.spool is not None or sink.unsent > 0
+
+
+def _run(
+    settings: SweepSettings,
+    folder: Path,
+    record: SweepRecord,
+    runs: SweepRuns,
+    console: Console,
+    stop: StopRequest,
+) -> dict[str, Path]:
+    """Run the trials; return the checkpoint of the best one's last report, by its id."""
+    earlier = take_up(settings, folder, record)
+    done = sum(trial.state != "running" for trial in record.trials.values())
+    with StepDisplay(console, "sweep", settings.count, done) as display, own_handlers_kept():
+        display.update(done, "starting")
+        run_trials(settings, folder, earlier, Watcher(settings, record, runs, display, stop))
+    best = record.best()
+    return {best.id: checkpoint_of(folder, best)} if best else {}
