@@ -26,7 +26,7 @@ import click
 import torch
 from torch import Tensor
 
-from ml2o_dist.artifact import load_artifact
+from ml2o_dist.artifact_sources import load_artifact
 from ml2o_dist.config import EstimatorSettings, RuleSettings
 from ml2o_dist.metatrain.episode import EpisodeSpec, run_episode
 from ml2o_dist.problems import ProblemSpec

@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 import ray
 import torch
 
-from ml2o_dist.artifact import SHIPPED, load_artifact, save_artifact, weights_sha256
+from ml2o_dist.artifact import save_artifact, weights_sha256
+from ml2o_dist.artifact_sources import SHIPPED, load_artifact
 from ml2o_dist.config import MetaTrainSettings
 from ml2o_dist.config_file import first_difference, load_settings
 from ml2o_dist.metatrain.pool import WorkerPool

@@ -22,7 +22,7 @@ import click
 import numpy as np
 import yaml
 
-from ml2o_dist.artifact import load_artifact
+from ml2o_dist.artifact_sources import load_artifact
 from ml2o_dist.evaluation.suites import load_suite
 
 Answer = dict[str, Any]

@@ -4,7 +4,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from ml2o_dist.artifact import Artifact, load_artifact, save_artifact
+    from ml2o_dist.artifact import Artifact, save_artifact
+    from ml2o_dist.artifact_sources import load_artifact
     from ml2o_dist.config import EvaluateSettings, GuardSettings, LearnedRuleSettings, MetaTrainSettings, RuleSettings
     from ml2o_dist.config_file import load_settings
     from ml2o_dist.metatrain.estimators.base import Episode, Estimate, register_estimator
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from ml2o_dist.rules.torch_optimizers import register_optimizer
     from ml2o_dist.runtime.errors import UserError
     from ml2o_dist.torch_optim import GML2O, ML2O
+    from ml2o_dist.workflows.api import evaluate, meta_train, sweep, train_pareto_set
 
 __all__ = [
     "GML2O",
@@ -50,10 +52,12 @@ __all__ = [
     "StepInfo",
     "UpdateRule",
     "UserError",
+    "evaluate",
     "learned_rule",
     "load_artifact",
     "load_plugin",
     "load_settings",
+    "meta_train",
     "register_aggregator",
     "register_comparator",
     "register_estimator",
@@ -62,6 +66,8 @@ __all__ = [
     "register_problem",
     "register_rule",
     "save_artifact",
+    "sweep",
+    "train_pareto_set",
 ]
 
 _HOME = {
@@ -92,9 +98,13 @@ _HOME = {
     "UpdateRule": "rules.base",
     "UserError": "runtime.errors",
     "learned_rule": "rules.learned",
-    "load_artifact": "artifact",
+    "load_artifact": "artifact_sources",
     "load_plugin": "plugins",
     "load_settings": "config_file",
+    "evaluate": "workflows.api",
+    "meta_train": "workflows.api",
+    "sweep": "workflows.api",
+    "train_pareto_set": "workflows.api",
     "register_aggregator": "rules.aggregators",
     "register_comparator": "paretoset.comparators.base",
     "register_estimator": "metatrain.estimators.base",

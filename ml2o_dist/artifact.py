@@ -1,7 +1,7 @@
 """A learned optimizer on disk: `weights.safetensors` beside `weights.json`, its card. Nothing here is pickled.
 
 The card says which rule the weights belong to, where they come from, and three digests: of the tensors, of the
-tensors' file and of the card itself. `load_artifact` refuses, by name, whatever does not agree with them.
+tensors' file and of the card itself. `read_artifact` refuses, by name, whatever does not agree with them.
 """
 
 from __future__ import annotations
@@ -24,9 +24,8 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from ml2o_dist.config import LearnedRuleSettings, rule_settings
-from ml2o_dist.rundir.remote_files import answering, connect, is_uri, read_remote
-from ml2o_dist.runtime.errors import UserError, unknown
-from ml2o_dist.runtime.files import cache_folder, expanded, home_folder, replacing
+from ml2o_dist.runtime.errors import UserError
+from ml2o_dist.runtime.files import expanded, replacing
 from ml2o_dist.runtime.reading import MIB, one_line, parse_json, read_bytes
 from ml2o_dist.runtime.reading_tensors import check_floats, parse_tensors
 
@@ -34,14 +33,6 @@ FORMAT = 1
 """Version of the layout. A reader refuses a newer one and reads every older one."""
 
 WEIGHTS_FILE = "weights.safetensors"
-
-SHIPPED = Path(__file__).parent / "pretrained"
-"""The folder of the weights that come with the package, NAME.safetensors and NAME.json each."""
-
-PRETRAINED = "pretrained"
-"""What stands for the weights that serve where none are named."""
-
-_DEFAULT = "ml2o-small"
 
 WEIGHTS_LIMIT = 1024 * MIB
 """Bytes of a file of weights: twice what the largest network that `rule.hidden` allows has."""
@@ -145,7 +136,7 @@ def save_artifact(
         raise UserError(f"the card of {str(file)!r} is not JSON: {error}") from error
     try:
         card_content = (json.dumps(full, indent=2, allow_nan=False) + "\n").encode()
-        for target, written in ((file, content), (_card_file(file), card_content)):
+        for target, written in ((file, content), (card_file(file), card_content)):
             with replacing(target) as stream:
                 stream.write(written)
     except OSError as error:
@@ -153,46 +144,20 @@ def save_artifact(
     return Artifact(tensors, rule, json.loads(json.dumps(full)), file)
 
 
-def shipped_names() -> list[str]:
-    """Return the names of the weights that come with the package, `PRETRAINED` first."""
-    return [PRETRAINED, *sorted(file.stem for file in SHIPPED.glob("*.safetensors"))]
-
-
-def located(reference: str) -> str:
-    """Return what `load_artifact` takes, a relative path resolved against ML2O_HOME, all else and "" as it is."""
-    if not reference or reference in shipped_names() or reference.startswith("models:/") or is_uri(reference):
-        return reference
-    return str(home_folder() / expanded(reference))
-
-
-def load_artifact(path: Path | str) -> Artifact:
-    """Read and verify a learned optimizer.
+def read_artifact(path: Path | str) -> Artifact:
+    """Read and verify a learned optimizer on this machine; `artifact_sources.load_artifact` takes names and URIs, too.
 
     Args:
-        path: a name of `shipped_names`; the .safetensors file, or the folder that holds `weights.safetensors`, a run
-            directory for one; as a path or a URI (`s3://bucket/runs/x`); or a registered version, `models:/NAME@ALIAS`
-            or `models:/NAME/VERSION`, of the registry that `resolve_tracking_uri` names.
+        path: the .safetensors file, or the folder that holds `weights.safetensors`: a run directory, for one.
 
     Raises:
         UserError: a file is missing, altered, too large or no regular file, the format is newer, the tensors do not
             fit the card's rule, or a weight is not finite; the line names the file and what differs.
     """
-    if str(path).startswith("models:/"):
-        from ml2o_dist.tracking.registry import resolve_model  # late: only who asks for a registry needs MLflow
-        from ml2o_dist.tracking.store import resolve_tracking_uri
-
-        path = resolve_model(resolve_tracking_uri(), str(path))
-    elif str(path) in shipped_names():
-        path = SHIPPED / f"{_DEFAULT if str(path) == PRETRAINED else path}.safetensors"
-    elif is_uri(path):
-        path = _fetched(str(path))
-    elif _is_word(str(path)) and not os.path.exists(path):
-        allowed = [*shipped_names(), "a run directory", "a weights file", "models:/NAME@ALIAS"]
-        raise unknown("weights", str(path), allowed)
     file = _weights_file(path)
     content = _read(file, "weights", WEIGHTS_LIMIT)
-    card_file = _card_file(file)
-    card = parse_card(card_file, _read(card_file, "card", CARD_LIMIT))
+    beside = card_file(file)
+    card = parse_card(beside, _read(beside, "card", CARD_LIMIT))
     found = hashlib.sha256(content).hexdigest()
     if found != card["file_sha256"]:
         raise UserError(
@@ -206,32 +171,18 @@ def load_artifact(path: Path | str) -> Artifact:
     try:
         rule = rule_settings(card["rule"])
     except UserError as error:
-        raise UserError(f"{str(card_file)!r}: {error}") from error
+        raise UserError(f"{str(beside)!r}: {error}") from error
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         place = ".".join(str(part) for part in ("rule", *first["loc"]))
-        raise UserError(f"{str(card_file)!r}: {one_line(place)}: {one_line(first['msg'])}") from error
+        raise UserError(f"{str(beside)!r}: {one_line(place)}: {one_line(first['msg'])}") from error
     _check_fit(weights, rule, file)
     check_floats(weights, f"weights file {str(file)!r}")
     return Artifact(weights, rule, card, file)
 
 
-def _fetched(place: str) -> Path:
-    """Copy an artifact from a URI into the cache folder; return the copy's .safetensors file. Raises UserError."""
-    uri, filesystem, path = connect(place, "weights")
-    folder = cache_folder() / "weights" / hashlib.sha256(uri.encode()).hexdigest()[:16]
-    if not path.endswith(".safetensors"):
-        path += f"/{WEIGHTS_FILE}"
-    file = folder / path.rpartition("/")[2]
-    files = (
-        (path, file, WEIGHTS_LIMIT),
-        (path.removesuffix(".safetensors") + ".json", _card_file(file), CARD_LIMIT),
-    )
-    for source, target, limit in files:
-        content = read_remote(filesystem, source, f"{target.name} of {uri!r}", limit)
-        with answering(f"the copy {str(target)!r} of {uri!r} cannot be written"), replacing(target) as copy:
-            copy.write(content)
-    return file
+load_artifact = read_artifact
+"""What models that were registered by older versions call it."""
 
 
 def _finite(value: Any) -> Any:
@@ -242,11 +193,6 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _is_word(text: str) -> bool:
-    """Tell whether this is a name rather than a path."""
-    return Path(text).name == text and not text.endswith(".safetensors")
-
-
 def _weights_file(path: Path | str) -> Path:
     path = expanded(path).absolute()
     if path.suffix != ".safetensors" and os.path.isfile(path):
@@ -254,7 +200,7 @@ def _weights_file(path: Path | str) -> Path:
     return path if path.suffix == ".safetensors" else path / WEIGHTS_FILE
 
 
-def _card_file(file: Path) -> Path:
+def card_file(file: Path) -> Path:
     return file.with_suffix(".json")
 
 

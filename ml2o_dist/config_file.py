@@ -12,7 +12,7 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from ml2o_dist.artifact import located
+from ml2o_dist.artifact_sources import located
 from ml2o_dist.config import RULE_SETTINGS, DataSettings, EvaluateSettings, LearnedRuleSettings, MetaTrainSettings
 from ml2o_dist.plugins import load_plugin
 from ml2o_dist.problems.image_files import data_folder

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from ml2o_dist.artifact import load_artifact
+from ml2o_dist.artifact_sources import load_artifact
 
 MEMORY = 2**30
 """Bytes that reading may take beside what the process has."""

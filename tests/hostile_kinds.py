@@ -16,7 +16,8 @@ import torch
 import yaml
 from safetensors.torch import load, save
 
-from ml2o_dist.artifact import load_artifact, save_artifact, weights_sha256
+from ml2o_dist.artifact import save_artifact, weights_sha256
+from ml2o_dist.artifact_sources import load_artifact
 from ml2o_dist.config_file import dump_settings, load_evaluation, load_settings, read_settings
 from ml2o_dist.evaluation.cell_cache import CellCache
 from ml2o_dist.evaluation.cells import Cell, run_cell

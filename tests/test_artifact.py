@@ -12,7 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ml2o_dist.artifact import FORMAT, load_artifact, save_artifact, weights_sha256
+from ml2o_dist.artifact import FORMAT, save_artifact, weights_sha256
+from ml2o_dist.artifact_sources import load_artifact
 from ml2o_dist.config import RuleSettings
 from ml2o_dist.rules.coordinatewise.rule import ML2ONetwork
 from ml2o_dist.runtime.errors import UserError

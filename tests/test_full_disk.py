@@ -11,7 +11,7 @@ from contextlib import contextmanager
 import pyarrow.parquet as pq
 import pytest
 
-from ml2o_dist.artifact import load_artifact
+from ml2o_dist.artifact_sources import load_artifact
 from ml2o_dist.metatrain.checkpoint import newest_checkpoint
 from ml2o_dist.metatrain.pool import WorkerPool
 from ml2o_dist.rundir.directory import check_writable

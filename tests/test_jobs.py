@@ -17,7 +17,8 @@ from pathlib import Path
 
 import pytest
 
-from ml2o_dist.artifact import load_artifact, weights_sha256
+from ml2o_dist.artifact import weights_sha256
+from ml2o_dist.artifact_sources import load_artifact
 from ml2o_dist.config_file import load_settings
 from ml2o_dist.metatrain.checkpoint import newest_checkpoint
 from ml2o_dist.metatrain.trainer import Trainer

@@ -14,7 +14,7 @@ from mlflow.tracking import MlflowClient
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ml2o_dist.artifact import load_artifact
+from ml2o_dist.artifact_sources import load_artifact
 from ml2o_dist.cli import main
 from ml2o_dist.config_file import dump_settings, read_settings
 from ml2o_dist.paretoset.experts import network_of

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ml2o_dist import GML2O, ML2O
-from ml2o_dist.artifact import SHIPPED, load_artifact, shipped_names
+from ml2o_dist.artifact_sources import SHIPPED, load_artifact, shipped_names
 from ml2o_dist.config import EvaluateSettings, split_steps
 from ml2o_dist.config_file import load_settings
 from ml2o_dist.evaluation.contestants import Guarded, Learned

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ml2o_dist.artifact import load_artifact
+from ml2o_dist.artifact_sources import load_artifact
 from ml2o_dist.config_file import dump_settings, load_settings
 from ml2o_dist.metatrain.checkpoint import newest_checkpoint
 from ml2o_dist.metatrain.pool import WorkerPool

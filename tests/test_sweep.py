@@ -15,7 +15,8 @@ from click.testing import CliRunner
 from mlflow.tracking import MlflowClient
 from ray import cloudpickle
 
-from ml2o_dist.artifact import load_artifact, weights_sha256
+from ml2o_dist.artifact import weights_sha256
+from ml2o_dist.artifact_sources import load_artifact
 from ml2o_dist.cli import main
 from ml2o_dist.config_file import load_settings
 from ml2o_dist.metatrain.checkpoint import load_checkpoint

@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from ml2o_dist.artifact import load_artifact
+from ml2o_dist.artifact_sources import load_artifact
 from ml2o_dist.sweeping.record import SweepRecord
 from ml2o_dist.tracking.registry import list_versions
 from tests.test_sweep import CONFIG, metric_steps, ml2o, runs_of

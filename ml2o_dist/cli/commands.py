@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ml2o_dist.cli.catalogue import optimizers, settings
 from ml2o_dist.cli.command import command, run_options, say
 from ml2o_dist.cli.models import models
 from ml2o_dist.cli.pareto_set import pareto_set
@@ -52,24 +52,13 @@ def meta_train(
     Exit codes: 0 done, 2 wrong words or settings, 3 done without the comparison, which failed, 4 aborted and 130 / 143
     stopped (checkpoint written: --resume).
     """
-    from ml2o_dist.config_file import load_settings
-    from ml2o_dist.rundir.directory import resumed_settings
-    from ml2o_dist.rundir.storage import open_storage
-    from ml2o_dist.workflows import meta_train as runs
+    from ml2o_dist.workflows import api
 
     if seed is not None:
         overrides += (f"seed={seed}",)
     if tracking_uri is not None:
         overrides += (f"tracking.uri={tracking_uri}",)
-    if resume and run_dir is None:
-        raise UserError("--resume needs --run-dir, the directory of the run to go on with")
-    place = f"runs/{datetime.now():%Y%m%d-%H%M%S}" if run_dir is None else run_dir
-    if resume and config is None:
-        storage = open_storage(place, resume=True)
-        settings = resumed_settings(storage, overrides)
-        return runs.meta_train(settings, storage, resume=True, address=address, console=console)
-    settings = load_settings(config, overrides)
-    return runs.meta_train(settings, place, resume=resume, address=address, console=console)
+    return api.meta_train(config, run_dir, overrides=overrides, resume=resume, address=address, console=console).answer
 
 
 @main.command("evaluate")
@@ -113,24 +102,24 @@ def evaluate(
 
     Exit codes: 0 done, 2 wrong words or settings, 3 some cells failed, 4 aborted, 130 / 143 stopped.
     """
-    from ml2o_dist.config_file import load_evaluation
-    from ml2o_dist.evaluation.suites import load_suite
-    from ml2o_dist.workflows import evaluate as evaluations
+    from ml2o_dist.workflows import api
 
-    given = {
-        "optimizers": list(optimizers) or None,
-        "problems": list(problems) or None,
-        "seeds": seeds,
-        "steps": steps,
-        "seed": seed,
-        "tracking.uri": tracking_uri,
-    }
-    words = [f"{key}={json.dumps(value)}" for key, value in given.items() if value is not None]
-    if suite is not None and config is not None:
-        raise UserError("--suite is a configuration itself: give it or --config, not both")
-    words = [*overrides, *words]
-    settings = load_evaluation(config, words) if suite is None else load_suite(suite, tuple(words))
-    return evaluations.evaluate(settings, run_dir, address=address, console=console)
+    if seed is not None:
+        overrides += (f"seed={seed}",)
+    if tracking_uri is not None:
+        overrides += (f"tracking.uri={json.dumps(tracking_uri)}",)
+    return api.evaluate(
+        config,
+        run_dir,
+        optimizers=optimizers or None,
+        problems=problems or None,
+        suite=suite,
+        seeds=seeds,
+        steps=steps,
+        overrides=overrides,
+        address=address,
+        console=console,
+    ).answer
 
 
 @main.command("sync")
@@ -241,6 +230,8 @@ def trajectories(
 main.add_command(models)
 main.add_command(pareto_set)
 main.add_command(sweep)
+main.add_command(settings)
+main.add_command(optimizers)
 
 
 @main.group()

@@ -212,7 +212,7 @@ def versions_table(versions: Sequence[ModelVersion], title: str) -> Table:
 
 
 def _show_version(console: Console, uri: str, version: ModelVersion) -> dict[str, Any]:
-    from ml2o_dist.artifact import load_artifact
+    from ml2o_dist.artifact_sources import load_artifact
     from ml2o_dist.tracking.registered_files import version_file
     from ml2o_dist.tracking.registry import version_source
 

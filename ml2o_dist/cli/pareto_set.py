@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ import click
 from rich.console import Console
 
 from ml2o_dist.cli.command import command
-from ml2o_dist.runtime.errors import UserError
 
 
 @click.group("pareto-set")
@@ -46,17 +44,15 @@ def train(
     Exit codes: 0 done, 2 wrong words or settings, 3 done, but comparators failed, 4 aborted, 130 / 143 stopped
     (--resume goes on).
     """
-    from ml2o_dist.workflows import train_pareto_set as pareto_sets
+    from ml2o_dist.workflows import api
 
     if seed is not None:
         overrides += (f"seed={seed}",)
     if tracking_uri is not None:
         overrides += (f"tracking.uri={tracking_uri}",)
-    if resume and run_dir is None:
-        raise UserError("--resume needs --run-dir, the directory to go on in")
-    place = f"runs/pareto-{datetime.now():%Y%m%d-%H%M%S}" if run_dir is None else run_dir
-    settings = pareto_sets.settings_for(place, config, overrides, resume=resume)
-    return pareto_sets.train_set(settings, place, resume=resume, address=address, console=console)
+    return api.train_pareto_set(
+        config, run_dir, overrides=overrides, resume=resume, address=address, console=console
+    ).answer
 
 
 @pareto_set.command("query")

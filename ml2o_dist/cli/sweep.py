@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,6 @@ import click
 from rich.console import Console
 
 from ml2o_dist.cli.command import command, run_options
-from ml2o_dist.runtime.errors import UserError
 
 
 @click.command("sweep")
@@ -43,16 +41,10 @@ def sweep(
     Exit codes: 0 done, 2 wrong words or settings, 3 done, but trials failed (--resume tries them again), 4 aborted and
     130 / 143 stopped (--resume goes on).
     """
-    from ml2o_dist.sweeping.space import load_sweep
-    from ml2o_dist.workflows import sweep as sweeps
+    from ml2o_dist.workflows import api
 
     if seed is not None:
         overrides += (f"seed={seed}",)
     if tracking_uri is not None:
         overrides += (f"tracking.uri={tracking_uri}",)
-    if resume and run_dir is None:
-        raise UserError("--resume needs --run-dir, the directory of the sweep to go on with")
-    place = f"runs/sweep-{datetime.now():%Y%m%d-%H%M%S}" if run_dir is None else run_dir
-    again = resume and config is None
-    settings = sweeps.resumed_sweep(place, overrides) if again else load_sweep(config, overrides)
-    return sweeps.sweep(settings, place, resume=resume, address=address, console=console)
+    return api.sweep(config, run_dir, overrides=overrides, resume=resume, address=address, console=console).answer

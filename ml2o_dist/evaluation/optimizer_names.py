@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import difflib
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from ml2o_dist.artifact import load_artifact, located, shipped_names
+from ml2o_dist.artifact_sources import load_artifact, located, shipped_names
 from ml2o_dist.config import EvaluateSettings, GuardSettings
 from ml2o_dist.evaluation.contestants import Adversary, Contestant, Guarded, HandDesigned, Learned, Stochastic
 from ml2o_dist.evaluation.evaluated import Role
+from ml2o_dist.evaluation.optimizer_words import GUARD, REGISTRY, is_hand_designed, unknown_optimizer
 from ml2o_dist.rules.adversaries import ADVERSARIES
 from ml2o_dist.rules.aggregated import parse_optimizer_name, takes_learning_rate
-from ml2o_dist.rules.aggregators import AGGREGATORS
 from ml2o_dist.rules.card_guard import admitted
-from ml2o_dist.rules.torch_optimizers import OPTIMIZERS
-from ml2o_dist.runtime.errors import UserError
 from ml2o_dist.runtime.files import home_folder
 
 log = logging.getLogger(__name__)
 
-GUARD = "gml2o:"
-REGISTRY = "models:/"
-_OWN = ("initial", "dssmg", "smg")
-_OTHERS = f"any of them as {GUARD}NAME, {REGISTRY}NAME@ALIAS, a weights file or a run directory"
 
 Resolve = Callable[[str], Path]
 """Gives the local weights file of `models:/NAME@ALIAS`."""
@@ -81,13 +74,13 @@ def _entrant(text: str, settings: EvaluateSettings, resolve: Resolve) -> Entrant
         return _learned(text, name, name, guard)
     if name.startswith(REGISTRY):
         return _learned(text, name, resolve(name), guard)
-    if _is_hand_designed(name):
+    if is_hand_designed(name):
         _, optimizer, lr = parse_optimizer_name(name)
         tuned = lr is None and takes_learning_rate(optimizer)
         return Entrant(text, partial(_hand_designed, name, guard), tuned=tuned, learning_rate=lr)
     if "/" in name or name.endswith(".safetensors") or (name and (home_folder() / name).exists()):
         return _learned(text, name, located(name), guard)
-    raise _unknown(text)
+    raise unknown_optimizer(text)
 
 
 def _always(text: str, contestant: Contestant, guard: GuardSettings | None) -> Entrant:
@@ -107,18 +100,3 @@ def _learned(text: str, label: str, path: Path | str, guard: GuardSettings | Non
 def _hand_designed(name: str, guard: GuardSettings | None, lr: float | None) -> Contestant:
     contestant = HandDesigned.parse(name, lr)
     return contestant if guard is None else Guarded(contestant, guard)
-
-
-def _is_hand_designed(name: str) -> bool:
-    """Tell whether the name is meant as one: it has the parts of one, or is an aggregator alone."""
-    return "/" not in name and (name in AGGREGATORS or name in OPTIMIZERS or "+" in name or "@" in name)
-
-
-def _unknown(text: str) -> UserError:
-    names = sorted({*_OWN, *shipped_names(), *ADVERSARIES, *AGGREGATORS, *OPTIMIZERS})
-    near = difflib.get_close_matches(text.lower(), [*names, *(GUARD + name for name in names)], n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return UserError(
-        f"unknown optimizer {text!r}{hint} (allowed: {', '.join(names)} with [+sgd|+momentum|+adam][@LR] after those "
-        f"of torchjd, {_OTHERS})"
-    )

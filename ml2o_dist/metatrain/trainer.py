@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ml2o_dist.artifact import load_artifact
+from ml2o_dist.artifact_sources import load_artifact
 from ml2o_dist.config import MetaTrainSettings
 from ml2o_dist.config_file import first_difference, parse_settings
 from ml2o_dist.metatrain.checkpoint import Checkpoint, newest_checkpoint, save_checkpoint

@@ -18,8 +18,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ml2o_dist.paretoset.task_names import task_sets
 from ml2o_dist.paretoset.tasks import SPLITS, Group, TaskSet
-from ml2o_dist.problems.image_sets import IMAGE_SETS, image_classes, image_side, image_tasks, load_images
+from ml2o_dist.problems.image_names import IMAGE_SETS
+from ml2o_dist.problems.image_sets import image_classes, image_side, image_tasks, load_images
 from ml2o_dist.problems.images import CLASSES, DATA_SETS, image_pool, mean_and_deviation
 from ml2o_dist.problems.pairs import ImagePool
 from ml2o_dist.runtime.errors import UserError, unknown
@@ -57,13 +59,6 @@ EIGHT = (
     SingleTask("turned articles", "FashionMNIST", _ALL, 4, lambda c, k: k, turns=4),
 )
 """Class subsets, parity, how an image is turned (by quarters), and clothes, shoes or bags."""
-
-_OTHERS = ("multimnist3", "eight", "eightdigits")
-
-
-def task_sets() -> list[str]:
-    """Return the names of all task sets."""
-    return [*DATA_SETS, *_OTHERS, *IMAGE_SETS]
 
 
 def load_tasks(name: str, data_root: str = "") -> TaskSet:

@@ -17,7 +17,7 @@ from ml2o_dist.config import (
     check_device,
     plugins_field,
 )
-from ml2o_dist.paretoset.image_tasks import task_sets
+from ml2o_dist.paretoset.task_names import task_sets
 from ml2o_dist.runtime.errors import unknown
 from ml2o_dist.tracking.names import ExperimentName, ModelName
 

@@ -14,11 +14,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ml2o_dist.problems.base import Problem, ProblemContext
+from ml2o_dist.problems.image_names import IMAGE_SETS
 from ml2o_dist.problems.images import CLASSES, DATA_SETS, SPLITS, arrays_sha256, load_pairs, mean_and_deviation
 from ml2o_dist.problems.images import image_side as pair_side
 from ml2o_dist.problems.spec import register_problem
 from ml2o_dist.runtime.errors import UserError, unknown
-from ml2o_dist.runtime.registry import Registry
 
 Load = Callable[[str, str], tuple[NDArray[np.uint8], NDArray[np.int64]]]
 """(split, data root) -> images uint8 [N, H, H] and labels [N, T]; splits are train, validation and test."""
@@ -43,9 +43,6 @@ class Images:
     sha256: str
     mean: float
     deviation: float
-
-
-IMAGE_SETS: Registry[ImageSet] = Registry("image data set")
 
 
 def register_images(name: str, *, side: int, classes: int = 10, tasks: int = 2) -> Callable[[Load], Load]:
@@ -95,7 +92,7 @@ def image_side(name: str, size: int = 0) -> int:
         return pair_side(name, size)
     if name not in IMAGE_SETS:
         raise unknown("image data set", name, image_set_names())
-    side = IMAGE_SETS[name].side
+    side: int = IMAGE_SETS[name].side
     if size < 0 or (size and side % size):
         raise UserError(f"size {size} of {name} does not divide its side of {side}")
     return size or side
@@ -103,12 +100,12 @@ def image_side(name: str, size: int = 0) -> int:
 
 def image_classes(name: str) -> int:
     """Return how many classes every task of a data set has."""
-    return CLASSES if name in DATA_SETS else IMAGE_SETS[name].classes
+    return CLASSES if name in DATA_SETS else int(IMAGE_SETS[name].classes)
 
 
 def image_tasks(name: str) -> int:
     """Return how many tasks a data set has."""
-    return 3 if name in DATA_SETS else IMAGE_SETS[name].tasks
+    return 3 if name in DATA_SETS else int(IMAGE_SETS[name].tasks)
 
 
 def load_images(name: str, split: str, size: int = 0, data_root: str = "") -> Images:
@@ -131,7 +128,7 @@ def load_images(name: str, split: str, size: int = 0, data_root: str = "") -> Im
 def _loaded(name: str, split: str, side: int, data_root: str) -> Images:
     if split not in SPLITS:
         raise unknown("split", split, SPLITS)
-    known = IMAGE_SETS[name]
+    known: ImageSet = IMAGE_SETS[name]
     loaded = known.load(split, data_root)
     images, labels = np.asarray(loaded[0]), np.asarray(loaded[1])
     _check(name, split, known, images, labels)

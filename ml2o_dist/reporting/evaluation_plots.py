@@ -53,6 +53,11 @@ def plot_evaluation(evaluation: Evaluation, folder: Path) -> list[Path]:
     return written
 
 
+def curves_figure(evaluation: Evaluation) -> Figure | None:
+    """Return the learning curves, a panel for each problem; None where there is nothing to show."""
+    return _curves(evaluation, optimizer_looks(evaluation))
+
+
 def _curves(evaluation: Evaluation, looks: Looks) -> Figure | None:
     problems = [p for p in evaluation.problems if any(row.curve.steps for row in evaluation.rows_of(p))]
 

@@ -18,10 +18,15 @@ MARKS = ("o", "s", "^", "D", "v", "P", "X", "*", "<", ">", "h", "p")
 
 def plot_fronts(results: Sequence[ApproachResult], names: Sequence[str], path: Path) -> None:
     """Draw the test losses of every approach's front to a PNG at `path`; `names` are the tasks'."""
+    save_figure(fronts_figure(results, names), path)
+
+
+def fronts_figure(results: Sequence[ApproachResult], names: Sequence[str]) -> Figure:
+    """Return the picture that `plot_fronts` writes."""
     shown = [result for result in best_first(results) if "test" in result.fronts]
     shown.sort(key=lambda result: result.approach == OURS)  # on top
     draw = {2: _plane, 3: _space}.get(len(names), _parallel)
-    save_figure(draw(shown, names), path)
+    return draw(shown, names)
 
 
 def look(result: ApproachResult, place: int) -> dict[str, Any]:

@@ -47,6 +47,11 @@ def plot_meta_loss(history: Sequence[Mapping[str, Any]], path: Path) -> None:
     Args:
         history: one mapping per meta-step: `meta_step`, `meta_loss`, `validation` (None where there was none).
     """
+    save_figure(meta_loss_figure(history), path)
+
+
+def meta_loss_figure(history: Sequence[Mapping[str, Any]]) -> Figure:
+    """Return the picture that `plot_meta_loss` writes."""
     figure = new_figure(9.2, 4.1)
     panels = figure.subplots(1, 2, sharex=True)
     titles = {"validation": "Look here: validation", "meta_loss": "Meta-loss of the rollouts"}
@@ -57,7 +62,7 @@ def plot_meta_loss(history: Sequence[Mapping[str, Any]], path: Path) -> None:
         weight = "bold" if key == "validation" else "normal"
         panel.set_title(f"{title} (lower is better)", loc="left", fontsize=10, color=PLAIN, fontweight=weight)
     figure.supxlabel(textwrap.fill(HISTORY_CAPTION, 125), x=0.02, ha="left", fontsize=8.5, color=PLAIN)
-    save_figure(figure, path)
+    return figure
 
 
 def draw_history(panel: Axes, history: Sequence[Mapping[str, Any]], key: str) -> None:

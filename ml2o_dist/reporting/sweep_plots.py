@@ -34,7 +34,7 @@ Place = tuple[float, str]
 
 def plot_sweep(settings: SweepSettings, record: SweepRecord, importances: Importances, folder: Path) -> list[Path]:
     """Write the pictures of a sweep into `folder`, those that have something to show; return their paths."""
-    scored = [trial for trial in record.in_order if math.isfinite(trial.score)]
+    scored = _scored(record)
     figures: dict[str, Figure | None] = {
         "parallel_coordinates": _parallel_coordinates(settings, scored) if scored else None,
         "importance": _importance(importances) if importances.by_key else None,
@@ -49,6 +49,16 @@ def plot_sweep(settings: SweepSettings, record: SweepRecord, importances: Import
             save_figure(figure, path)
             written.append(path)
     return written
+
+
+def progress_figure(record: SweepRecord) -> Figure | None:
+    """Return the score of each trial, and of the best one so far; None where none has a score."""
+    scored = _scored(record)
+    return _progress(scored) if scored else None
+
+
+def _scored(record: SweepRecord) -> list[Trial]:
+    return [trial for trial in record.in_order if math.isfinite(trial.score)]
 
 
 def _parallel_coordinates(settings: SweepSettings, trials: list[Trial]) -> Figure:

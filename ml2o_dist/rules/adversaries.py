@@ -34,21 +34,44 @@ class _Seen(NamedTuple):
         return torch.randn(shape[1:], generator=stream).to(self.gradient).expand(shape)
 
 
-ADVERSARIES: dict[str, Callable[[_Seen], Tensor]] = {
-    "random": lambda seen: seen.noise(),
-    "ascent": lambda seen: RATE * seen.gradient,
-    "huge": lambda seen: -HUGE * RATE * seen.gradient,
-    "nan": lambda seen: torch.full_like(seen.gradient, math.nan if seen.step % 2 else math.inf),
-    "frozen": lambda seen: torch.zeros_like(seen.gradient),
-    "drift": lambda seen: torch.full_like(seen.gradient, RATE / math.sqrt(seen.gradient.shape[1])),
-    "turncoat": lambda seen: seen.gradient * (-RATE if seen.step < TURNS_AT else RATE),
-}
-"""Name -> update [P, n] for the mean gradient.
+class Adversary(NamedTuple):
+    """A line about it, and its update [P, n]."""
 
-random: normal steps of size 1 a coordinate, whatever the gradient; ascent: up the mean gradient; huge: down it, a
-million times too far; nan: not a number or infinite, in turn; frozen: nowhere; drift: 0.05 along the all-ones diagonal
-at every step; turncoat: descent for 100 steps, then ascent.
-"""
+    about: str
+    update: Callable[[_Seen], Tensor]
+
+
+ADVERSARIES: dict[str, Adversary] = {
+    "random": Adversary(
+        "normal steps of size 1 a coordinate, whatever the gradient",
+        lambda seen: seen.noise(),
+    ),
+    "ascent": Adversary(
+        "up the mean gradient",
+        lambda seen: RATE * seen.gradient,
+    ),
+    "huge": Adversary(
+        "down it, a million times too far",
+        lambda seen: -HUGE * RATE * seen.gradient,
+    ),
+    "nan": Adversary(
+        "not a number or infinite, in turn",
+        lambda seen: torch.full_like(seen.gradient, math.nan if seen.step % 2 else math.inf),
+    ),
+    "frozen": Adversary(
+        "nowhere",
+        lambda seen: torch.zeros_like(seen.gradient),
+    ),
+    "drift": Adversary(
+        "0.05 along the all-ones diagonal at every step",
+        lambda seen: torch.full_like(seen.gradient, RATE / math.sqrt(seen.gradient.shape[1])),
+    ),
+    "turncoat": Adversary(
+        "descent for 100 steps, then ascent",
+        lambda seen: seen.gradient * (-RATE if seen.step < TURNS_AT else RATE),
+    ),
+}
+"""By name, the update for the mean gradient."""
 
 
 class AdversaryRule(UpdateRule):
@@ -66,5 +89,5 @@ class AdversaryRule(UpdateRule):
 
     def propose(self, oracle: Oracle, parameters: Tensor, state: int, seen: StepInfo) -> tuple[Tensor, int]:
         """Do harm."""
-        update = ADVERSARIES[self.name](_Seen(seen.jacobian.mean(dim=1), state))
+        update = ADVERSARIES[self.name].update(_Seen(seen.jacobian.mean(dim=1), state))
         return oracle.problem.project(parameters + update), state + 1

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from ml2o_dist.problems.layout import ParameterLayout
 from ml2o_dist.rules.aggregators import (
-    AGGREGATORS,
     DWA_EPOCH,
     after_step,
     aggregate,
@@ -24,7 +23,8 @@ from ml2o_dist.rules.aggregators import (
     learned_parameters,
 )
 from ml2o_dist.rules.base import Oracle, StepInfo, UpdateRule
-from ml2o_dist.rules.torch_optimizers import OPTIMIZERS, torch_step
+from ml2o_dist.rules.names import AGGREGATORS, OPTIMIZERS, split_optimizer_name
+from ml2o_dist.rules.torch_optimizers import torch_step
 from ml2o_dist.runtime.errors import UserError, unknown
 from ml2o_dist.runtime.seeding import derive_seed
 
@@ -158,27 +158,9 @@ class AggregatedRule(UpdateRule):
 
 
 def parse_optimizer_name(text: str) -> tuple[str, str, float | None]:
-    """Read `AGGREGATOR[+OPTIMIZER][@LR]` or `OPTIMIZER[@LR]` as (aggregator, optimizer, learning rate).
-
-    The optimizer is `adam` where none is named, the aggregator `mean`; the learning rate is None where none is written.
-
-    Raises:
-        UserError: an unknown aggregator or optimizer (the nearest name is given), or a learning rate that is no
-            positive, finite number.
-    """
-    names, at, rate = text.strip().partition("@")
-    aggregator, plus, optimizer = names.partition("+")
-    if not plus:
-        aggregator, optimizer = ("mean", aggregator) if aggregator in OPTIMIZERS else (aggregator, "adam")
+    """Read a name as `names.split_optimizer_name` does, and build the aggregator once; raises UserError."""
+    aggregator, optimizer, lr = split_optimizer_name(text)
     _check_names(aggregator, optimizer)
-    if not at:
-        return aggregator, optimizer, None
-    try:
-        lr = float(rate)
-    except ValueError:
-        lr = math.nan
-    if not (math.isfinite(lr) and lr > 0):
-        raise UserError(f"optimizer {text!r}: learning rate {rate!r} must be a positive, finite number")
     return aggregator, optimizer, lr
 
 

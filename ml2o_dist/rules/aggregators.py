@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 from torchjd import Stateful, aggregation, scalarization
 
+from ml2o_dist.rules.names import AGGREGATORS
 from ml2o_dist.runtime.errors import UserError, unknown
-from ml2o_dist.runtime.registry import Registry
 
 DWA_EPOCH = 20
 """Steps over which `dwa` averages losses. Ours: batches are drawn with replacement, so nothing else ends an epoch; 20
@@ -35,6 +35,7 @@ class Method:
     """How torchjd is called for one name.
 
     Attributes:
+        about: a line about it, with its source.
         build: number of objectives -> a fresh Aggregator or Scalarizer.
         objectives: the fewest it works with.
         positive: it is defined for losses that are positive by construction only.
@@ -45,6 +46,7 @@ class Method:
         looks_back: it learns from the losses of the step's batch after the step: one more forward.
     """
 
+    about: str
     build: Callable[[int], nn.Module]
     objectives: int = 1
     positive: bool = False
@@ -60,49 +62,127 @@ def _crmogm(objectives: int) -> nn.Module:
 
 
 _BUILT_IN: dict[str, Method] = {
-    # Senushkin et al. 2023, Algorithm 1: smallest singular value as the common one.
-    "alignedmtl": Method(lambda m: aggregation.AlignedMTL()),
-    # Liu et al. 2021; c = 0.5 is LibMTL's. Solver: Clarabel.
-    "cagrad": Method(lambda m: aggregation.CAGrad(c=0.5), rescaled=True),
-    "config": Method(lambda m: aggregation.ConFIG()),  # Liu et al. 2024, equation 2
-    # Zhou et al. 2022: weights of mgda, averaged with alpha = 0.9 (their schedule needs a decaying step).
-    "crmogm": Method(_crmogm),
-    "dualproj": Method(lambda m: aggregation.DualProj(), rescaled=True),  # Lopez-Paz & Ranzato 2017; solver: quadprog
-    "dwa": Method(lambda m: scalarization.DWA(temperature=2.0), positive=True),  # Liu, Johns & Davison 2019, their T
-    # He et al. 2024; baseline = the first step's excess, no warm-up epochs.
-    "excessmtl": Method(lambda m: aggregation.ExcessMTL()),
-    # Ban & Ji 2024; alpha = 2 as in the authors' QM9 run. Solver: scipy. It is weak where |J| is far from 1.
-    "fairgrad": Method(lambda m: aggregation.FairGrad(alpha=2.0)),
-    # Liu et al. 2023, Algorithm 2: the weights' Adam has lr 0.025, decay 1e-3. One more forward a step, charged.
-    "famo": Method(lambda m: scalarization.FAMO(m), positive=True, looks_back=True),
-    "geometricmean": Method(lambda m: scalarization.GeometricMean(), positive=True),  # Chennupati et al. 2019
-    "graddrop": Method(lambda m: aggregation.GradDrop()),  # Chen et al. 2020, no leak
-    # Wang et al. 2021, whole model; torchjd's and LibMTL's beta = 0.5.
-    "gradvac": Method(lambda m: aggregation.GradVac(), rescaled=True),
-    "imtlg": Method(lambda m: aggregation.IMTLG()),  # Liu et al. 2021, "Towards impartial ..."
-    "imtll": Method(lambda m: scalarization.IMTLL(m), positive=True, learned=True),  # the same paper's loss balance
-    # Blanchard et al. 2017, no Byzantine row: the gradient that is nearest to its neighbours.
-    "krum": Method(lambda m: aggregation.Krum(n_byzantine=0), objectives=3),
-    # Sener & Koltun 2018, Algorithm 2: Frank-Wolfe, 100 iterations, tolerance 1e-3, so only nearly min-norm.
-    "mgda": Method(lambda m: aggregation.MGDA()),
-    "mean": Method(lambda m: aggregation.Mean()),
-    # Navon et al. 2022: norm at most 1, weights anew at every step, 20 iterations. Solver: ECOS, 40 ms a step.
-    "nashmtl": Method(lambda m: aggregation.NashMTL(n_tasks=m), objectives=2),
-    # Priority-Constrained Descent, arXiv 2606.29521, tau = 0.02: the first objective is the primary one.
-    "pcd": Method(lambda m: aggregation.PCD()),
-    "pcgrad": Method(lambda m: aggregation.PCGrad()),  # Yu et al. 2020
-    # Lin et al. 2022: softmax of a Gaussian. Not `random`, which names a random direction.
-    "randomweights": Method(lambda m: aggregation.Random()),
-    # Lin et al. 2024, equal weights, ideal point 0; mu = 0.1, the middle of the 0.01 .. 1 that the paper looks at.
-    "stch": Method(lambda m: scalarization.STCH(mu=0.1)),
-    "sum": Method(lambda m: aggregation.Sum()),
-    # Yin et al. 2018: without the largest and the smallest entry of each coordinate; the median for m = 3.
-    "trimmedmean": Method(lambda m: aggregation.TrimmedMean(trim_number=1), objectives=3),
-    "upgrad": Method(lambda m: aggregation.UPGrad(), rescaled=True),  # Quinton & Rey 2024; solver: quadprog
-    "uw": Method(lambda m: scalarization.UW(m), positive=True, learned=True),  # Kendall, Gal & Cipolla 2018
+    "alignedmtl": Method(
+        "Senushkin et al. 2023, Algorithm 1: smallest singular value as the common one",
+        lambda m: aggregation.AlignedMTL(),
+    ),
+    "cagrad": Method(
+        "Liu et al. 2021; c = 0.5 is LibMTL's. Solver: Clarabel",
+        lambda m: aggregation.CAGrad(c=0.5),
+        rescaled=True,
+    ),
+    "config": Method(
+        "Liu et al. 2024, equation 2",
+        lambda m: aggregation.ConFIG(),
+    ),
+    "crmogm": Method(
+        "Zhou et al. 2022: weights of mgda, averaged with alpha = 0.9 (their schedule needs a decaying step)",
+        _crmogm,
+    ),
+    "dualproj": Method(
+        "Lopez-Paz & Ranzato 2017; solver: quadprog",
+        lambda m: aggregation.DualProj(),
+        rescaled=True,
+    ),
+    "dwa": Method(
+        "Liu, Johns & Davison 2019, their T",
+        lambda m: scalarization.DWA(temperature=2.0),
+        positive=True,
+    ),
+    "excessmtl": Method(
+        "He et al. 2024; baseline = the first step's excess, no warm-up epochs",
+        lambda m: aggregation.ExcessMTL(),
+    ),
+    "fairgrad": Method(
+        "Ban & Ji 2024; alpha = 2 as in the authors' QM9 run. Solver: scipy. It is weak where |J| is far from 1",
+        lambda m: aggregation.FairGrad(alpha=2.0),
+    ),
+    "famo": Method(
+        "Liu et al. 2023, Algorithm 2: the weights' Adam has lr 0.025, decay 1e-3. One more forward a step, charged",
+        lambda m: scalarization.FAMO(m),
+        positive=True,
+        looks_back=True,
+    ),
+    "geometricmean": Method(
+        "Chennupati et al. 2019",
+        lambda m: scalarization.GeometricMean(),
+        positive=True,
+    ),
+    "graddrop": Method(
+        "Chen et al. 2020, no leak",
+        lambda m: aggregation.GradDrop(),
+    ),
+    "gradvac": Method(
+        "Wang et al. 2021, whole model; torchjd's and LibMTL's beta = 0.5",
+        lambda m: aggregation.GradVac(),
+        rescaled=True,
+    ),
+    "imtlg": Method(
+        "Liu et al. 2021, 'Towards impartial ...'",
+        lambda m: aggregation.IMTLG(),
+    ),
+    "imtll": Method(
+        "the same paper's loss balance",
+        lambda m: scalarization.IMTLL(m),
+        positive=True,
+        learned=True,
+    ),
+    "krum": Method(
+        "Blanchard et al. 2017, no Byzantine row: the gradient that is nearest to its neighbours",
+        lambda m: aggregation.Krum(n_byzantine=0),
+        objectives=3,
+    ),
+    "mgda": Method(
+        "Sener & Koltun 2018, Algorithm 2: Frank-Wolfe, 100 iterations, tolerance 1e-3, so only nearly min-norm",
+        lambda m: aggregation.MGDA(),
+    ),
+    "mean": Method(
+        "the mean of the gradients",
+        lambda m: aggregation.Mean(),
+    ),
+    "nashmtl": Method(
+        "Navon et al. 2022: norm at most 1, weights anew at every step, 20 iterations. Solver: ECOS, 40 ms a step",
+        lambda m: aggregation.NashMTL(n_tasks=m),
+        objectives=2,
+    ),
+    "pcd": Method(
+        "Priority-Constrained Descent, arXiv 2606.29521, tau = 0.02: the first objective is the primary one",
+        lambda m: aggregation.PCD(),
+    ),
+    "pcgrad": Method(
+        "Yu et al. 2020",
+        lambda m: aggregation.PCGrad(),
+    ),
+    "randomweights": Method(
+        "Lin et al. 2022: softmax of a Gaussian. Not `random`, which names a random direction",
+        lambda m: aggregation.Random(),
+    ),
+    "stch": Method(
+        "Lin et al. 2024, equal weights, ideal point 0; mu = 0.1, the middle of the 0.01 .. 1 that the paper looks at",
+        lambda m: scalarization.STCH(mu=0.1),
+    ),
+    "sum": Method(
+        "the sum of the gradients",
+        lambda m: aggregation.Sum(),
+    ),
+    "trimmedmean": Method(
+        "Yin et al. 2018: without the largest and the smallest entry of each coordinate; the median for m = 3",
+        lambda m: aggregation.TrimmedMean(trim_number=1),
+        objectives=3,
+    ),
+    "upgrad": Method(
+        "Quinton & Rey 2024; solver: quadprog",
+        lambda m: aggregation.UPGrad(),
+        rescaled=True,
+    ),
+    "uw": Method(
+        "Kendall, Gal & Cipolla 2018",
+        lambda m: scalarization.UW(m),
+        positive=True,
+        learned=True,
+    ),
 }
 
-AGGREGATORS: Registry[Method] = Registry("aggregator")
 for _name, _method in _BUILT_IN.items():
     AGGREGATORS.register(_name, Method)(_method)
 
@@ -117,7 +197,9 @@ def register_aggregator(name: str, *, objectives: int = 1) -> Callable[[Directio
     """
 
     def register(direction: Direction) -> Direction:
-        AGGREGATORS.register(name, direction)(Method(lambda m: _Function(direction), objectives=objectives))
+        about = " ".join((direction.__doc__ or name).split())
+        method = Method(about, lambda m: _Function(direction), objectives=objectives)
+        AGGREGATORS.register(name, direction)(method)
         return direction
 
     return register
@@ -142,7 +224,8 @@ def check_aggregator(name: str) -> Method:
         AGGREGATORS[name].build(2)
     except ImportError as error:
         raise UserError(f"aggregator {name!r}: {error} (all solvers: pip install 'ml2o-dist[solvers]')") from error
-    return AGGREGATORS[name]
+    method: Method = AGGREGATORS[name]
+    return method
 
 
 def build_aggregator(name: str, objectives: int) -> nn.Module:

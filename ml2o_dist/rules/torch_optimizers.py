@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from ml2o_dist.runtime.registry import Registry
+from ml2o_dist.rules.names import OPTIMIZERS
 
 Build = Callable[..., torch.optim.Optimizer]
 """(parameters, lr=...) -> optimizer."""
@@ -34,9 +34,6 @@ class TorchOptimizer:
     def made(self, parameters: list[torch.nn.Parameter], lr: float | None) -> torch.optim.Optimizer:
         """Return a fresh one; without an `lr` it has its own."""
         return self.build(parameters) if lr is None else self.build(parameters, lr=lr)
-
-
-OPTIMIZERS: Registry[TorchOptimizer] = Registry("optimizer")
 
 
 def register_optimizer(name: str) -> Callable[[Build], Build]:

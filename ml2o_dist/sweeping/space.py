@@ -56,9 +56,14 @@ def load_sweep(file: Path | None, overrides: Iterable[str] = (), within: Path | 
         UserError: an unreadable file, a misspelt key or a wrong value, also among those of the space.
     """
     tree = read_named(file, SETTINGS, within) if file else {}
-    file = found_file(file, SETTINGS) if file else None
+    return parse_sweep(tree, found_file(file, SETTINGS).parent if file else Path(), overrides, within)
+
+
+def parse_sweep(
+    tree: Mapping[str, Any], beside: Path, overrides: Iterable[str] = (), within: Path | None = None
+) -> SweepSettings:
+    """Check a mapping of a sweep's settings; files that it names lie `beside`. Raises UserError as `load_sweep`."""
     given = tree.get("meta_train") or {}
-    beside = file.parent if file else Path()
     if isinstance(given, str):
         given = read_tree(beside / given, within=within)
     elif isinstance(given, Mapping) and "extends" in given:

@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ml2o_dist.artifact import PRETRAINED
+from ml2o_dist.artifact_sources import PRETRAINED
 from ml2o_dist.config import GuardSettings
 from ml2o_dist.config_file import checked
 from ml2o_dist.rules.base import Oracle, State, StepInfo, UpdateRule

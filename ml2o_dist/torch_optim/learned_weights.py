@@ -7,7 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from ml2o_dist.artifact import load_artifact, weights_sha256
+from ml2o_dist.artifact import weights_sha256
+from ml2o_dist.artifact_sources import load_artifact
 from ml2o_dist.config import LearnedRuleSettings, RuleSettings
 from ml2o_dist.rules.learned import LearnedRule, initial_weights, learned_rule
 from ml2o_dist.rundir.remote_files import is_uri

@@ -17,7 +17,7 @@ import mlflow.pyfunc
 import numpy as np
 import torch
 
-from ml2o_dist.artifact import load_artifact
+from ml2o_dist.artifact import read_artifact
 from ml2o_dist.problems.layout import ParameterLayout
 from ml2o_dist.rules.learned import learned_rule
 
@@ -27,7 +27,7 @@ class LearnedOptimizer(mlflow.pyfunc.PythonModel):  # type: ignore[misc]  # MLfl
 
     def load_context(self, context: Any) -> None:
         """Load the weights that `context.artifacts["weights"]` names; raises UserError if they were altered."""
-        artifact = load_artifact(Path(context.artifacts["weights"]))
+        artifact = read_artifact(Path(context.artifacts["weights"]))
         self.rule = learned_rule(artifact.rule, artifact.weights)
 
     def predict(self, context: Any, model_input: np.ndarray, params: dict[str, Any] | None = None) -> np.ndarray:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from ml2o_dist.artifact import WEIGHTS_FILE, Artifact, load_artifact, package_version
+from ml2o_dist.artifact import WEIGHTS_FILE, Artifact, package_version, read_artifact
 from ml2o_dist.runtime.errors import UserError
 from ml2o_dist.runtime.files import cache_folder
 from ml2o_dist.tracking.store import StoreAway, answering
@@ -67,7 +67,7 @@ def version_file(uri: str, source: str, tags: Mapping[str, str], reference: str)
         file = folder / "artifacts" / WEIGHTS_FILE
         if not file.exists():
             raise UserError(f"{str(file)!r}, where it is kept, is not there (another machine's disk?)")
-        _check_tags(load_artifact(file), tags)
+        _check_tags(read_artifact(file), tags)
     except StoreAway:
         raise
     except UserError as error:
@@ -100,7 +100,7 @@ def _download(uri: str, source: str, tags: Mapping[str, str]) -> Path:
     cache = cache_folder() / "models"
     digest = tags.get("card_sha256", "")
     if re.fullmatch("[0-9a-f]{64}", digest) and _is_whole(cache / digest, digest):
-        found = load_artifact(cache / digest)
+        found = read_artifact(cache / digest)
         _check_tags(found, tags)
         return found.path
     cache.mkdir(parents=True, exist_ok=True)
@@ -109,7 +109,7 @@ def _download(uri: str, source: str, tags: Mapping[str, str]) -> Path:
         for name in (WEIGHTS_FILE, Path(WEIGHTS_FILE).with_suffix(".json").name):  # and nothing else that lies there
             with answering(uri):
                 mlflow.artifacts.download_artifacts(f"{source}/artifacts/{name}", dst_path=str(path), tracking_uri=uri)
-        found = load_artifact(path)
+        found = read_artifact(path)
         _check_tags(found, tags)
         target = cache / str(found.card["card_sha256"])
         if not _is_whole(target, target.name):
@@ -124,6 +124,6 @@ def _download(uri: str, source: str, tags: Mapping[str, str]) -> Path:
 
 def _is_whole(folder: Path, digest: str) -> bool:
     try:
-        return bool(load_artifact(folder).card["card_sha256"] == digest)
+        return bool(read_artifact(folder).card["card_sha256"] == digest)
     except UserError:
         return False

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, TypedDict
 from urllib.parse import urlsplit
 
-from ml2o_dist.artifact import Artifact, load_artifact
+from ml2o_dist.artifact import Artifact, read_artifact
 from ml2o_dist.runtime.errors import UserError, unknown
 from ml2o_dist.tracking.description import within_limit
 from ml2o_dist.tracking.names import checked_model_name
@@ -77,7 +77,7 @@ def register_version(
             the locks of promotions cannot take, or a store that refuses or does not answer.
     """
     checked_model_name(model)
-    loaded = load_artifact(artifact)
+    loaded = read_artifact(artifact)
     with answering(uri):
         client = connect(uri)
         known = _same_version(client, model, loaded, run_id)

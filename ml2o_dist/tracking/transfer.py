@@ -5,7 +5,7 @@ from __future__ import annotations
 import filecmp
 from pathlib import Path
 
-from ml2o_dist.artifact import WEIGHTS_FILE, Artifact, load_artifact
+from ml2o_dist.artifact import WEIGHTS_FILE, Artifact, read_artifact
 from ml2o_dist.runtime.errors import UserError
 from ml2o_dist.runtime.files import replacing
 from ml2o_dist.tracking.registry import list_versions, register_version, resolve_model
@@ -37,7 +37,7 @@ def export_version(uri: str, reference: str, output: Path) -> Artifact:
                     stream.write(source.read_bytes())
     except OSError as error:
         raise UserError(f"{str(target)!r} cannot be written: {error.strerror or error}") from error
-    return load_artifact(target)
+    return read_artifact(target)
 
 
 def import_version(uri: str, model: str, place: str) -> tuple[int, bool]:
@@ -54,7 +54,7 @@ def import_version(uri: str, model: str, place: str) -> tuple[int, bool]:
     Raises:
         UserError: what `load_artifact` and `register_version` raise.
     """
-    artifact = load_artifact(place)
+    artifact = read_artifact(place)
     before = {entry["version"] for entry in list_versions(uri, model)}
     origin = redacted(place)
     version = register_version(

@@ -18,7 +18,8 @@ from ml2o_dist.config import EvaluateSettings, GuardSettings
 from ml2o_dist.config_file import dump_settings, load_evaluation, resolve_settings
 from ml2o_dist.evaluation.contestants import Guarded, Learned
 from ml2o_dist.evaluation.evaluated import Evaluation
-from ml2o_dist.evaluation.optimizer_names import GUARD, REGISTRY, Entrant, parse_optimizers
+from ml2o_dist.evaluation.optimizer_names import Entrant, parse_optimizers
+from ml2o_dist.evaluation.optimizer_words import GUARD, REGISTRY
 from ml2o_dist.reporting.evaluation_plots import plot_evaluation
 from ml2o_dist.reporting.evaluation_tables import evaluation_markdown, evaluation_table
 from ml2o_dist.rundir.directory import check_folder, check_writable, logged_to

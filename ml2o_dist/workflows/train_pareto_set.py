@@ -43,17 +43,15 @@ from ml2o_dist.workflows.tracked_run import CLOSE_LIMIT_S, STOP_LIMIT_S, git_com
 log = logging.getLogger(__name__)
 
 
-def settings_for(run_dir: str, config: Path | None, overrides: Sequence[str], *, resume: bool) -> ParetoSetSettings:
-    """Read the settings: of the file, or of what lies in `run_dir` where that is gone on with. Raises UserError."""
-    if resume and config is None:
-        within = set_folder(run_dir)
-        config = within / SETTINGS
-        if not config.exists():
-            raise UserError(f"nothing to resume: {config.parent} holds no {SETTINGS}")
-        settings = read_settings(ParetoSetSettings, config, overrides, SETTINGS, within)
-        check_resumed(settings.tracking.uri, overrides, config)
-        return settings
-    return read_settings(ParetoSetSettings, config, overrides, SETTINGS)
+def resumed_set(run_dir: str, overrides: Sequence[str]) -> ParetoSetSettings:
+    """Read the settings of what lies in `run_dir`, to go on with it; raises UserError where there is nothing."""
+    within = set_folder(run_dir)
+    config = within / SETTINGS
+    if not config.exists():
+        raise UserError(f"nothing to resume: {config.parent} holds no {SETTINGS}")
+    settings = read_settings(ParetoSetSettings, config, overrides, SETTINGS, within)
+    check_resumed(settings.tracking.uri, overrides, config)
+    return settings
 
 
 def set_folder(run_dir: str) -> Path:

@@ -16,7 +16,8 @@ from click.testing import CliRunner, Result
 from rich.console import Console
 from safetensors.torch import load_file
 
-from ml2o_dist.artifact import FORMAT, load_artifact
+from ml2o_dist.artifact import FORMAT
+from ml2o_dist.artifact_sources import load_artifact
 from ml2o_dist.cli import main
 from ml2o_dist.cli.models import versions_table
 from ml2o_dist.runtime.errors import UserError

@@ -7,7 +7,7 @@ import shlex
 
 import pytest
 
-from ml2o_dist.artifact import load_artifact
+from ml2o_dist.artifact_sources import load_artifact
 from tests.cluster.files import manifest
 from tests.cluster.hosts import hosts_with
 from tests.cluster.ray_cluster import RayCluster

@@ -9,7 +9,7 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from ml2o_dist.artifact import load_artifact
+from ml2o_dist.artifact_sources import load_artifact
 from tests.browser import chromium
 from tests.cluster.conftest import made_network
 from tests.cluster.files import PASSWORDS

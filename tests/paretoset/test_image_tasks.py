@@ -10,7 +10,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from ml2o_dist.paretoset.image_tasks import EIGHT, load_tasks, task_sets
+from ml2o_dist.paretoset.image_tasks import EIGHT, load_tasks
+from ml2o_dist.paretoset.task_names import task_sets
 from ml2o_dist.paretoset.tasks import SPLITS, Group, TaskSet
 from ml2o_dist.problems.images import image_pool, load_pairs
 from ml2o_dist.runtime.errors import MissingData, UserError

@@ -11,7 +11,7 @@ import pytest
 from click.testing import CliRunner
 from pyarrow.fs import FileInfo, FileType
 
-from ml2o_dist.artifact import load_artifact
+from ml2o_dist.artifact_sources import load_artifact
 from ml2o_dist.cli import main
 from ml2o_dist.config_file import dump_settings, load_settings
 from ml2o_dist.metatrain.checkpoint import newest_checkpoint

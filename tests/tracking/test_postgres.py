@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from ml2o_dist.artifact import load_artifact
+from ml2o_dist.artifact_sources import load_artifact
 from ml2o_dist.tracking.champion import describe_version, promote_version, rollback
 from ml2o_dist.tracking.evaluation_runs import Version, log_evaluation
 from ml2o_dist.tracking.registry import find_version, register_version, resolve_model

@@ -15,7 +15,8 @@ import pytest
 import torch
 from mlflow.exceptions import MlflowException
 
-from ml2o_dist.artifact import load_artifact, save_artifact
+from ml2o_dist.artifact import save_artifact
+from ml2o_dist.artifact_sources import load_artifact
 from ml2o_dist.problems.layout import ParameterLayout
 from ml2o_dist.rules.coordinatewise.rule import ML2ONetwork, ML2ORule
 from ml2o_dist.runtime.errors import UserError

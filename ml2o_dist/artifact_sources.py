@@ -1,0 +1,91 @@
+"""Where a learned optimizer may be: in the package, in a folder, at a URI, in a registry.
+
+Nothing here needs torch until weights are read.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ml2o_dist.rundir.remote_files import answering, connect, is_uri, read_remote
+from ml2o_dist.runtime.errors import unknown
+from ml2o_dist.runtime.files import cache_folder, expanded, home_folder, replacing
+
+if TYPE_CHECKING:
+    from ml2o_dist.artifact import Artifact
+
+SHIPPED = Path(__file__).parent / "pretrained"
+"""The folder of the weights that come with the package, NAME.safetensors and NAME.json each."""
+
+PRETRAINED = "pretrained"
+"""What stands for the weights that serve where none are named."""
+
+_DEFAULT = "ml2o-small"
+
+
+def shipped_names() -> list[str]:
+    """Return the names of the weights that come with the package, `PRETRAINED` first."""
+    return [PRETRAINED, *sorted(file.stem for file in SHIPPED.glob("*.safetensors"))]
+
+
+def located(reference: str) -> str:
+    """Return what `load_artifact` takes, a relative path resolved against ML2O_HOME, all else and "" as it is."""
+    if not reference or reference in shipped_names() or reference.startswith("models:/") or is_uri(reference):
+        return reference
+    return str(home_folder() / expanded(reference))
+
+
+def load_artifact(path: Path | str) -> Artifact:
+    """Read and verify a learned optimizer.
+
+    Args:
+        path: a name of `shipped_names`; the .safetensors file, or the folder that holds `weights.safetensors`, a run
+            directory for one; as a path or a URI (`s3://bucket/runs/x`); or a registered version, `models:/NAME@ALIAS`
+            or `models:/NAME/VERSION`, of the registry that `resolve_tracking_uri` names.
+
+    Raises:
+        UserError: as `artifact.read_artifact`, or an unknown name.
+    """
+    from ml2o_dist.artifact import read_artifact  # late: it needs torch, names and places do not
+
+    if str(path).startswith("models:/"):
+        from ml2o_dist.tracking.registry import resolve_model  # late: only who asks for a registry needs MLflow
+        from ml2o_dist.tracking.store import resolve_tracking_uri
+
+        path = resolve_model(resolve_tracking_uri(), str(path))
+    elif str(path) in shipped_names():
+        path = SHIPPED / f"{_DEFAULT if str(path) == PRETRAINED else path}.safetensors"
+    elif is_uri(path):
+        path = _fetched(str(path))
+    elif _is_word(str(path)) and not os.path.exists(path):
+        allowed = [*shipped_names(), "a run directory", "a weights file", "models:/NAME@ALIAS"]
+        raise unknown("weights", str(path), allowed)
+    return read_artifact(path)
+
+
+def _fetched(place: str) -> Path:
+    """Copy an artifact from a URI into the cache folder; return the copy's .safetensors file. Raises UserError."""
+    from ml2o_dist.artifact import CARD_LIMIT, WEIGHTS_FILE, WEIGHTS_LIMIT, card_file  # late, as above
+
+    uri, filesystem, path = connect(place, "weights")
+    folder = cache_folder() / "weights" / hashlib.sha256(uri.encode()).hexdigest()[:16]
+    if not path.endswith(".safetensors"):
+        path += f"/{WEIGHTS_FILE}"
+    file = folder / path.rpartition("/")[2]
+    files = (
+        (path, file, WEIGHTS_LIMIT),
+        (path.removesuffix(".safetensors") + ".json", card_file(file), CARD_LIMIT),
+    )
+    for source, target, limit in files:
+        content = read_remote(filesystem, source, f"{target.name} of {uri!r}", limit)
+        with answering(f"the copy {str(target)!r} of {uri!r} cannot be written"), replacing(target) as copy:
+            copy.write(content)
+    return file
+
+
+def _is_word(text: str) -> bool:
+    """Tell whether this is a name rather than a path."""
+    return Path(text).name == text and not text.endswith(".safetensors")

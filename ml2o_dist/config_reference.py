@@ -1,0 +1,115 @@
+"""Every setting by its dotted key, as a reader wants to know it: default, range and meaning."""
+
+from __future__ import annotations
+
+import json
+import types
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import Any, Literal, Union, get_args, get_origin
+
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+from pydantic_core import PydanticUndefined
+
+from ml2o_dist.config import RULE_SETTINGS, LearnedRuleSettings, RuleSettings
+from ml2o_dist.runtime.errors import unknown
+
+_BOUNDS = (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One setting.
+
+    Attributes:
+        key: dotted, as `--set` takes it.
+        default: as YAML would have it; None: it must be given.
+        allowed: its kind and range.
+        meaning: what it does.
+    """
+
+    key: str
+    default: str | None
+    allowed: str
+    meaning: str
+
+    def to_json(self) -> dict[str, Any]:
+        """Return it as `ml2o settings --json` prints it."""
+        return asdict(self)
+
+
+def settings_of(model: type[BaseModel], prefix: str = "") -> Iterator[Setting]:
+    """Yield all settings of a kind, group by group."""
+    for name, info in model.model_fields.items():
+        key = f"{prefix}{info.alias or name}"
+        group = _group(info.annotation)
+        if group is None:
+            yield Setting(key, _default(info), _allowed(info), info.description or "")
+            continue
+        if group is LearnedRuleSettings:
+            yield from settings_of(RuleSettings, f"{key}.")
+            for kind, others in RULE_SETTINGS.items():
+                if kind != "coordinatewise":
+                    yield from (_of_kind(each, kind) for each in settings_of(others, f"{key}."))
+            continue
+        yield from settings_of(group, f"{key}.")
+
+
+def chosen(settings: list[Setting], key: str) -> list[Setting]:
+    """Return the setting of a key, or all of a group; raises UserError with the nearest key."""
+    found = [each for each in settings if each.key == key or each.key.startswith(f"{key}.")]
+    if not found:
+        groups = {".".join(each.key.split(".")[:-1]) for each in settings} - {""}
+        raise unknown("setting", key, {*(each.key for each in settings), *groups})
+    return found
+
+
+def _of_kind(setting: Setting, kind: str) -> Setting:
+    return Setting(setting.key, setting.default, setting.allowed, f"rule.kind={kind}: {setting.meaning}".rstrip(": "))
+
+
+def _group(annotation: Any) -> type[BaseModel] | None:
+    for kind in (annotation, *get_args(annotation)):
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            return kind if get_origin(annotation) in (None, Union, types.UnionType) else None
+    return None
+
+
+def _default(info: FieldInfo) -> str | None:
+    value = info.default
+    if value is PydanticUndefined:
+        return None if info.default_factory is None else _written(info.get_default(call_default_factory=True))
+    return _written(value)
+
+
+def _written(value: Any) -> str:
+    if isinstance(value, BaseModel):
+        value = value.model_dump(mode="json")
+    return json.dumps(value, default=str)
+
+
+def _allowed(info: FieldInfo) -> str:
+    kind, metadata = _kind(info.annotation)
+    limits = [*metadata, *info.metadata]
+    bounds = [f"{sign} {getattr(each, name):g}" for name, sign in _BOUNDS for each in limits if hasattr(each, name)]
+    return ", ".join([kind, *bounds])
+
+
+def _kind(annotation: Any) -> tuple[str, list[Any]]:
+    """Return what kind of value it is, in words, and the limits that are part of it."""
+    if hasattr(annotation, "__metadata__"):
+        kind, limits = _kind(annotation.__origin__)
+        return kind, [*limits, *annotation.__metadata__]
+    origin, parts = get_origin(annotation), get_args(annotation)
+    if origin is Literal:
+        return "one of " + ", ".join(map(str, parts)), []
+    if origin in (Union, types.UnionType):
+        found = [_kind(part) for part in parts]
+        return " or ".join(kind for kind, _ in found), [limit for _, limits in found for limit in limits]
+    if origin is tuple:
+        return f"list of {_kind(parts[0])[0]}", []
+    if origin is dict:
+        return "mapping", []
+    names = {str: "text", int: "integer", float: "number", bool: "true or false", type(None): "null"}
+    return names.get(annotation, getattr(annotation, "__name__", "value")), []
