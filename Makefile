@@ -10,7 +10,7 @@ TEST_ENV := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 RAY_USAGE_STATS_ENABLED=0 MLFLOW
 # Where an environment forbids bytecode files, every process compiles torch anew: 5 seconds instead of 2.
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: install train test test-full check
+.PHONY: install train test test-core test-full docs check
 
 install: $(STAMP)
 
@@ -28,11 +28,19 @@ train: $(STAMP)
 test: $(STAMP)
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not long"
 
+# What a change of the mathematics breaks first: rules, problems, meta-gradients, the optimizers of torch.
+test-core: $(STAMP)
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 -m "core and not long"
+
 # The long ones one after the other: two clusters of Ray side by side starve each other where cores are few.
 test-full: test
 	$(TEST_ENV) $(BIN)/python -m pytest -m long
 
-check: $(STAMP)
+docs: $(STAMP)
+	$(BIN)/python docs/settings.py > docs/settings.md
+	$(BIN)/mkdocs build --quiet
+
+check: docs
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

@@ -35,8 +35,21 @@ _Name = Annotated[str, Field(max_length=250, pattern=r"^[^\x00-\x1f\x7f]*$")]
 """The name of a run, an experiment or a file: one line, as long as a file's name may be."""
 
 
+RENAMED = {"slots": "meta_batch_size", "begin": "init_from", "count": "num_objectives"}
+"""Keys of older versions, and what they are called now."""
+
+
 class _Settings(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, str_max_length=LONGEST_TEXT)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _current_names(cls, given: Any) -> Any:
+        """Accept the keys of older versions, which stored settings and cards have."""
+        if not isinstance(given, Mapping):
+            return given
+        known = {old: new for old, new in RENAMED.items() if new in cls.model_fields and old not in cls.model_fields}
+        return {known.get(key, key): value for key, value in given.items()}
 
     @field_validator("*", mode="after")
     @classmethod
@@ -85,18 +98,20 @@ def plugins_field() -> Any:
 
 
 class GuardSettings(_Settings):
-    """How GML2O decides between the learned and the fallback's candidate (rules/gml2o.py has the theorem)."""
+    """How GML2O decides between the learned and the fallback's candidate (rules/guarded.py has the theorem)."""
 
     fallback: str = Field("dssmg", description="dssmg, smg, or without a theorem AGGREGATOR[+OPTIMIZER]@LR")
-    eps: float = Field(0.0, ge=0, description="eps_0: what a step may be worse at first; it decays as (t + 1)^(-2p)")
+    eps: float = Field(
+        0.0, ge=0, description="eps_0: how much worse than the fallback the first step may be; decays as (t + 1)^(-2p)"
+    )
     p: float = Field(0.55, gt=0.5, le=1, description="decay of the fallback's steps, alpha_t = alpha_0 / (t + 1)^p")
     budget: float = Field(
         5.0,
         ge=0,
-        description="what accepted steps may be worse in all, in units of what the objectives have fallen by so far; "
+        description="how much worse accepted steps may be in total, in units of the decrease of the objectives so far; "
         "0: each step must pass by itself",
     )
-    margin: float = Field(3.0, ge=0, description="standard errors of the paired differences that must be spared")
+    margin: float = Field(3.0, ge=0, description="standard errors of the paired differences to spare")
     batches: int = Field(1, ge=1, le=10_000, description="guard batches a step, each of the problem's batch size")
     growth: float = Field(0.0, ge=0, le=2, description="guard batches grow as (t + 1)^growth")
     every: int = Field(1, ge=1, le=MOST_META_STEPS, description="check every so many steps; above 1 without a theorem")
@@ -132,23 +147,34 @@ class RuleSettings(LearnedRuleSettings):
     """The coordinatewise network, and how its output becomes a step (formulas: rules/coordinatewise/rule.py)."""
 
     kind: Literal["coordinatewise"] = "coordinatewise"
-    features: Literal["adam", "agreement", "log_sign"] = "adam"
-    output: Literal["residual", "controlled", "scaled"] = "residual"
-    objectives: Literal["tied", "per_objective"] = "tied"
-    count: int = Field(2, ge=1, le=1000, description="m of a per_objective network; a tied one takes any m")
+    features: Literal["adam", "agreement", "log_sign"] = Field(
+        "adam",
+        description="what the network sees: Adam's averages, also the alignment, or log and sign",
+    )
+    output: Literal["residual", "controlled", "scaled"] = Field(
+        "residual", description="residual and controlled start as Adam on the sum; controlled adapts the step size"
+    )
+    objectives: Literal["tied", "per_objective"] = Field(
+        "tied", description="one module for every objective, or one each as the paper has it"
+    )
+    num_objectives: int = Field(
+        2, ge=1, le=1000, description="m of a per_objective network; a tied network takes any m"
+    )
     hidden: int = Field(16, ge=1, le=1024, description="H, width of every LSTM")
     lr: float = Field(0.01, gt=0, description="scale of a residual or controlled step: Adam's learning rate")
     scale: float = Field(0.01, gt=0, description="scale of a `scaled` step, u = scale * out")
     warmup: float = Field(
-        0.0, ge=0, description="output=controlled: the first step is exp(-warmup) as long; forgotten as 0.9^t"
+        0.0, ge=0, description="output=controlled: the log step size starts at -warmup and recovers as 0.9^t"
     )
 
     @model_validator(mode="after")
     def _warmup_needs_a_controller(self) -> RuleSettings:
         if self.warmup and self.output != "controlled":
             raise ValueError(f"warmup={self.warmup} needs output=controlled, not {self.output}")
-        if self.objectives == "per_objective" and self.count * self.hidden**2 > 2**24:
-            raise ValueError(f"count={self.count} modules of hidden={self.hidden}: count * hidden^2 is above 2^24")
+        if self.objectives == "per_objective" and self.num_objectives * self.hidden**2 > 2**24:
+            raise ValueError(
+                f"num_objectives={self.num_objectives}, hidden={self.hidden}: num_objectives * hidden^2 is above 2^24"
+            )
         return self
 
 
@@ -184,11 +210,15 @@ class EstimatorSettings(_Settings):
     """How an episode becomes a meta-gradient."""
 
     kind: str = Field("replay", description="replay, exact, es, or what a plug-in registers")
-    gamma: float = Field(0.95, ge=0, le=1, description="a soft window of 1 / (1 - gamma) steps")
-    step_weights: Literal["linear", "uniform", "quadratic"] = "linear"
-    coordinates: float = Field(1.0, gt=0, le=1, description="share of the coordinates that is replayed")
+    gamma: float = Field(0.95, ge=0, le=1, description="discount of later losses, a window of 1 / (1 - gamma) steps")
+    step_weights: Literal["linear", "uniform", "quadratic"] = Field(
+        "linear", description="how the weight of a step's loss grows with the step"
+    )
+    coordinates: float = Field(1.0, gt=0, le=1, description="share of the parameters that is replayed")
     truncated: bool = Field(False, description="a step answers only for the losses of its own chunk of `unroll` steps")
-    meta_loss: Literal["auto", "log_sum", "normalised", "log_gap"] = "auto"
+    meta_loss: Literal["auto", "log_sum", "normalised", "log_gap"] = Field(
+        "auto", description="auto: log_sum where losses are positive by construction, else normalised"
+    )
     sigma: float = Field(0.01, gt=0, description="es: standard deviation of the weights' perturbation")
     pairs: int = Field(1, ge=1, le=10_000, description="es: antithetic pairs of episodes")
     clip: float = Field(1.0, gt=0, description="largest norm of one slot's meta-gradient")
@@ -207,25 +237,25 @@ class EstimatorSettings(_Settings):
 class ShareSettings(_Settings):
     """What one process asks of Ray."""
 
-    num_cpus: float = Field(1.0, gt=0, le=1e6)
-    num_gpus: float = Field(0.0, ge=0, le=1e6, description="a fraction shares one GPU between processes")
+    num_cpus: float = Field(1.0, gt=0, le=1e6, description="CPUs of one process")
+    num_gpus: float = Field(0.0, ge=0, le=1e6, description="GPUs of one process; a fraction shares a GPU")
 
 
 class PlacementSettings(ShareSettings):
     """What one process asks of Ray, and of the node that it is on."""
 
     custom: dict[str, Annotated[float, Field(gt=0, le=1e12)]] = Field(
-        default_factory=dict, description="Ray resources of your own that it takes, as {big_memory: 1}"
+        default_factory=dict, description="custom Ray resources of one process, as {big_memory: 1}"
     )
     labels: dict[str, str] = Field(
-        default_factory=dict, description="labels that its node must have, as Ray selects: {market-type: '!spot'}"
+        default_factory=dict, description="labels that the node must have, by Ray's selectors: {market-type: '!spot'}"
     )
 
 
 class LearnerSettings(_Settings):
     """The meta-optimizer: Adam with a cosine schedule, and an exponential moving average of its weights."""
 
-    lr: float = Field(3e-3, gt=0)
+    lr: float = Field(3e-3, gt=0, description="learning rate at the first meta-step")
     final_lr: float = Field(3e-4, ge=0, description="learning rate at the last meta-step")
     clip: float = Field(1.0, gt=0, description="largest norm of the reduced meta-gradient")
     ema: float = Field(0.9, ge=0, lt=1, description="decay of the average that is validated and shipped; 0: none")
@@ -233,10 +263,10 @@ class LearnerSettings(_Settings):
         16,
         ge=1,
         le=100_000,
-        description="backward=learner: with so many rollouts not replayed yet, workers begin no more",
+        description="backward=learner: how many rollouts may wait for their replay before workers pause",
     )
     resources: PlacementSettings = Field(
-        PlacementSettings(), description="backward=learner: of the process that replays"
+        PlacementSettings(), description="backward=learner: resources of the process that replays"
     )
 
 
@@ -244,7 +274,7 @@ class MemberSettings(_Settings):
     """One member of a training family: a problem and the values its settings are drawn from."""
 
     problem: str
-    weight: float = Field(1.0, gt=0)
+    weight: float = Field(1.0, gt=0, description="how often this member is drawn, relative to the others")
     choices: dict[str, tuple[Scalar, ...]] = Field(default_factory=dict)
 
     def member(self) -> FamilyMember:
@@ -266,13 +296,25 @@ class MemberSettings(_Settings):
 class FamilySettings(_Settings):
     """Which problems are trained on, validated on (choosing the weights) and compared on (seen by neither)."""
 
-    train: tuple[MemberSettings, ...] = Field(min_length=1, max_length=MOST_NAMES)
-    validation: tuple[str, ...] = Field(min_length=1, max_length=MOST_NAMES)
-    test: tuple[str, ...] = Field(min_length=1, max_length=MOST_NAMES)
-    rescale: float = Field(
-        1.0, ge=1, description="parameters of training problems are scaled by up to this, or 1 / this"
+    train: tuple[MemberSettings, ...] = Field(
+        min_length=1, max_length=MOST_NAMES, description="problems to train on: {problem, weight, choices} each"
     )
-    objective_rescale: float = Field(1.0, ge=1, description="each of their objectives is, by a factor of its own")
+    validation: tuple[str, ...] = Field(
+        min_length=1, max_length=MOST_NAMES, description="problems that choose the best weights"
+    )
+    test: tuple[str, ...] = Field(
+        min_length=1, max_length=MOST_NAMES, description="problems of the comparison at the end"
+    )
+    rescale: float = Field(
+        1.0,
+        ge=1,
+        description="training problems get their parameters scaled by up to this, or 1 / this",
+    )
+    objective_rescale: float = Field(
+        1.0,
+        ge=1,
+        description="each objective gets scaled by up to this, or 1 / this",
+    )
 
     def training(self) -> ProblemFamily:
         """Return the training distribution; raises UserError for an unknown problem or setting."""
@@ -297,7 +339,7 @@ class ValidationSettings(_Settings):
     """When and how candidates are scored on `family.validation`."""
 
     every: int = Field(10, ge=1, le=MOST_META_STEPS, description="meta-steps between two validations")
-    horizon: int = Field(200, ge=1, le=MOST_STEPS)
+    horizon: int = Field(200, ge=1, le=MOST_STEPS, description="inner steps of a validation episode")
     instances: int = Field(2, ge=1, le=100_000, description="paired instances of each validation problem")
 
 
@@ -310,10 +352,12 @@ class ComparisonSettings(_Settings):
     """The comparison at the end of a run: a suite's baselines, seeds and budget on the problems of `family.test`."""
 
     suite: str = Field("quick", description="name of a suite, or a YAML file")
-    steps: int | None = Field(None, ge=1, le=MOST_STEPS, description="null: as the suite has it, and so all below")
-    seeds: int | None = Field(None, ge=1, le=MOST_SEEDS)
-    tuning_seeds: int | None = Field(None, ge=1, le=MOST_SEEDS)
-    learning_rates: Grid | None = None
+    steps: int | None = Field(
+        None, ge=1, le=MOST_STEPS, description="inner steps; null, here and below: as in the suite"
+    )
+    seeds: int | None = Field(None, ge=1, le=MOST_SEEDS, description="paired seeds of each cell")
+    tuning_seeds: int | None = Field(None, ge=1, le=MOST_SEEDS, description="seeds that choose learning rates")
+    learning_rates: Grid | None = Field(None, description="grid that baselines are tuned over")
     baselines: tuple[str, ...] | None = Field(
         None, description="AGGREGATOR[+sgd|+momentum|+adam][@LR], tuned without @LR, and all that `ml2o evaluate` takes"
     )
@@ -327,13 +371,16 @@ class ResourceSettings(PlacementSettings):
     )
     max_restarts: int = Field(20, ge=0, le=10**9, description="how many workers may be replaced within an hour")
     min_workers: int = Field(
-        1, ge=1, le=MOST_WORKERS, description="with fewer up the run waits start_timeout_s for more, then gives up"
+        1,
+        ge=1,
+        le=MOST_WORKERS,
+        description="with fewer workers the run waits start_timeout_s, then aborts",
     )
     start_workers: int | None = Field(
         None,
         ge=1,
         le=MOST_WORKERS,
-        description="with so many up the run begins, others join once there is room for them; null: all",
+        description="with so many workers up the run starts, the others join when there is room; null: all",
     )
 
     def at_start(self, workers: int) -> int:
@@ -348,14 +395,14 @@ class FaultSettings(_Settings):
         20.0,
         ge=2,
         le=1e6,
-        description="an episode may take so many times what its kind took; doubled each time it is overdue",
+        description="deadline of an episode, as a multiple of what such episodes took; doubled after each miss",
     )
-    shortest_deadline_s: float = Field(30.0, gt=0, le=LONGEST_WAIT_S, description="no episode is given less")
+    shortest_deadline_s: float = Field(30.0, gt=0, le=LONGEST_WAIT_S, description="shortest deadline of an episode")
     first_deadline_s: float = Field(
-        600.0, gt=0, le=LONGEST_WAIT_S, description="for an episode whose kind was not measured yet"
+        600.0, gt=0, le=LONGEST_WAIT_S, description="deadline of an episode of a kind that was not measured yet"
     )
     on_error: Literal["abort", "skip"] = Field(
-        "abort", description="an episode raised twice: end the run with a checkpoint, or go on without it"
+        "abort", description="after an episode raised twice: abort with a checkpoint, or skip the episode"
     )
 
 
@@ -369,9 +416,9 @@ class TrajectorySettings(_Settings):
         20,
         ge=0,
         le=100_000,
-        description="how many meta-steps are kept, evenly spaced from the first to the last; 0: none",
+        description="how many meta-steps are recorded, evenly spaced; 0: none",
     )
-    slots: int = Field(8, ge=1, le=MOST_SLOTS, description="how many slots of each of them, from slot 0 on")
+    slots: int = Field(8, ge=1, le=MOST_SLOTS, description="how many episodes of each recorded meta-step")
 
 
 class DataSettings(_Settings):
@@ -384,7 +431,7 @@ class ExperimentSettings(_Settings):
     """Where MLflow keeps runs."""
 
     uri: str = Field("", description='MLflow tracking URI; "": MLFLOW_TRACKING_URI, else sqlite in ML2O_HOME')
-    experiment: ExperimentName = "ml2o/evaluate"
+    experiment: ExperimentName = Field("ml2o/evaluate", description="name of the experiment")
 
 
 class TrackingSettings(ExperimentSettings):
@@ -392,7 +439,7 @@ class TrackingSettings(ExperimentSettings):
 
     model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, str_max_length=LONGEST_TEXT)
 
-    experiment: ExperimentName = "ml2o/meta-train"
+    experiment: ExperimentName = Field("ml2o/meta-train", description="name of the experiment")
     model: ModelName = Field("ml2o", description="name of the registered model")
     register_version: bool = Field(True, alias="register", description="register the result as a version")
 
@@ -405,34 +452,40 @@ class MetaTrainSettings(_Settings):
     """All of one meta-training run."""
 
     plugins: Plugins = plugins_field()
-    seed: int = Field(0, ge=0, le=LARGEST_SEED)
-    meta_steps: int = Field(100, ge=1, le=MOST_META_STEPS)
-    workers: int = Field(2, ge=1, le=MOST_WORKERS)
-    slots: int = Field(8, ge=1, le=MOST_SLOTS, description="episodes per meta-step")
-    instances: int = Field(1, ge=1, le=100_000, description="P, problem instances advanced together in one slot")
+    seed: int = Field(0, ge=0, le=LARGEST_SEED, description="names all randomness of the run")
+    meta_steps: int = Field(100, ge=1, le=MOST_META_STEPS, description="updates of the meta-parameters")
+    workers: int = Field(2, ge=1, le=MOST_WORKERS, description="Ray actors that run episodes")
+    meta_batch_size: int = Field(8, ge=1, le=MOST_SLOTS, description="episodes per meta-step")
+    instances: int = Field(1, ge=1, le=100_000, description="P, problem instances that one episode advances together")
     horizon: tuple[int, ...] = Field(
-        (50, 100, 200), min_length=1, max_length=MOST_NAMES, description="K; one is drawn for each meta-step"
+        (50, 100, 200),
+        min_length=1,
+        max_length=MOST_NAMES,
+        description="K, inner steps; of a list one is drawn for each meta-step",
     )
     unroll: int = Field(
-        0, ge=0, le=MOST_STEPS, description="LSTM back-propagation in chunks of so many steps; 0: the whole episode"
+        0,
+        ge=0,
+        le=MOST_STEPS,
+        description="chunk of back-propagation in steps; 0: the whole episode",
     )
     staleness: int = Field(
         0,
         ge=0,
         le=1000,
-        description="S: rollouts go on beside updates, under weights S updates old; 0: they take turns",
+        description="S: rollouts run beside updates, with meta-parameters that are S updates old; 0: synchronous",
     )
     backward: Literal["worker", "learner"] = Field(
         "worker",
-        description="where rollouts are replayed: worker: where they ran; learner: in one process, with a GPU perhaps",
+        description="where rollouts are replayed: on the worker that ran them, or in one process of its own",
     )
     checkpoint_every: int = Field(
-        0, ge=0, le=MOST_META_STEPS, description="meta-steps; 0: as many as take about half a minute"
+        0, ge=0, le=MOST_META_STEPS, description="meta-steps between two checkpoints; 0: about half a minute"
     )
-    keep_checkpoints: int = Field(3, ge=1, le=100_000)
-    compare: bool = True
-    begin: str = Field("", description="weights to go on from: a run directory, a file, a name, models:/NAME@ALIAS")
-    device: Device = "auto"
+    keep_checkpoints: int = Field(3, ge=1, le=100_000, description="how many checkpoints are kept")
+    compare: bool = Field(True, description="compare with baselines at the end")
+    init_from: str = Field("", description="weights to start from: a run directory, a file, a name, models:/NAME@ALIAS")
+    device: Device = Field("auto", description="auto, cpu, cuda or cuda:N; auto: cuda where a GPU is asked for")
     family: FamilySettings
     rule: AnyRule = RuleSettings()
     estimator: EstimatorSettings = EstimatorSettings()
@@ -509,14 +562,14 @@ class EvaluateSettings(_Settings):
         (), max_length=MOST_NAMES, description="NAME[key=value,...], with @STEPS where a problem has its own"
     )
     seed: int = Field(0, ge=0, le=2**62, description="the first of the `seeds` consecutive seeds")
-    seeds: int = Field(5, ge=1, le=MOST_SEEDS)
-    steps: int = Field(200, ge=1, le=MOST_STEPS)
-    tuning_seeds: int = Field(1, ge=1, le=MOST_SEEDS, description="apart from the seeds that are reported")
-    learning_rates: Grid = GRID
+    seeds: int = Field(5, ge=1, le=MOST_SEEDS, description="paired seeds of each cell")
+    steps: int = Field(200, ge=1, le=MOST_STEPS, description="inner steps of each cell")
+    tuning_seeds: int = Field(1, ge=1, le=MOST_SEEDS, description="seeds that choose learning rates; never reported")
+    learning_rates: Grid = Field(GRID, description="grid that baselines are tuned over")
     criticality_batches: int = Field(
         64, ge=1, le=100_000, description="batches that are averaged to measure an end point"
     )
-    device: Device = "auto"
+    device: Device = Field("auto", description="auto, cpu, cuda or cuda:N; auto: cuda where a GPU is asked for")
     rule: AnyRule = Field(RuleSettings(), description="the network of `initial`")
     guard: GuardSettings = Field(GuardSettings(), description="of gml2o:NAME; its p is also that of dssmg and smg")
     resources: ShareSettings = Field(ShareSettings(), description="of one task: an optimizer, a problem, a seed")

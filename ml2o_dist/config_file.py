@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar, get_args
 
@@ -19,6 +21,8 @@ from ml2o_dist.problems.image_files import data_folder
 from ml2o_dist.runtime.errors import UserError, unknown
 from ml2o_dist.runtime.files import home_folder
 from ml2o_dist.runtime.reading import one_line, parse_yaml, read_yaml
+
+log = logging.getLogger(__name__)
 
 Settings = TypeVar("Settings", bound=BaseModel)
 Job = TypeVar("Job", MetaTrainSettings, EvaluateSettings)
@@ -100,6 +104,8 @@ def read_named(file: Path, of_run: str, within: Path | None = None) -> dict[str,
     found = found_file(file, of_run)
     of_folder = found.name == of_run and file.name != of_run
     tree = read_tree(found, within=within)
+    for key in set(_flat(tree)) & set(_MOVED_KEYS) if within is None and not of_folder else ():
+        current_key(key)
     plugins = tree.get("plugins")
     if within is None and not of_folder and isinstance(plugins, list) and all(isinstance(p, str) for p in plugins):
         load_named(tree.pop("plugins"), found.parent)
@@ -156,7 +162,7 @@ def resolve_settings(settings: Job) -> Job:
     return settings.model_copy(
         update={
             "data": DataSettings(root=str(data_folder(settings.data.root))),
-            **({"begin": located(settings.begin)} if isinstance(settings, MetaTrainSettings) else {}),
+            **({"init_from": located(settings.init_from)} if isinstance(settings, MetaTrainSettings) else {}),
             "device": device if settings.device == "auto" else settings.device,
         }
     )
@@ -267,6 +273,7 @@ def _override(tree: dict[str, Any], override: str) -> None:
 
 def put(tree: dict[str, Any], key: str, value: Any, source: str) -> None:
     """Put `value` into a nested mapping at a dotted `key`; raises UserError, which names the `source` of both."""
+    key = current_key(key)
     *path, last = key.split(".")
     if len(path) > MOST_GROUPS:
         raise UserError(f"{source}: no setting lies {len(path)} groups deep")
@@ -282,6 +289,25 @@ def put(tree: dict[str, Any], key: str, value: Any, source: str) -> None:
         node.clear()
         node.update(kept)
     node[last] = value
+
+
+_MOVED_KEYS = {"slots": "meta_batch_size", "begin": "init_from", "rule.count": "rule.num_objectives"}
+"""Keys of older versions as a user may still write them."""
+
+
+def current_key(key: str) -> str:
+    """Return what a dotted key of an older version is called now, and say so once."""
+    for prefix in ("", "meta_train.", "space."):
+        new = _MOVED_KEYS.get(key.removeprefix(prefix)) if key.startswith(prefix) else None
+        if new is not None:
+            _say_renamed(key, f"{prefix}{new}")
+            return f"{prefix}{new}"
+    return key
+
+
+@cache
+def _say_renamed(old: str, new: str) -> None:
+    log.warning("the setting %s is called %s now; the old name goes on working", old, new)
 
 
 def _of_kind(rule: Any, kind: Any) -> Any:

@@ -64,7 +64,7 @@ def training_items(settings: MetaTrainSettings, meta_step: int, device: str) -> 
     """Return the episodes of `meta_step`, in slot order."""
     family = settings.family.training()
     items = []
-    for slot in range(settings.slots):
+    for slot in range(settings.meta_batch_size):
         seed = derive_seed("train", settings.seed, meta_step, slot)
         spec = EpisodeSpec(
             problem=family.sample(seed),

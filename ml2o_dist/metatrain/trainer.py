@@ -134,18 +134,18 @@ class Trainer:
         self._unwritable = False
 
     def begin(self) -> None:
-        """Take over the weights that `settings.begin` names, if it names any.
+        """Take over the weights that `settings.init_from` names, if it names any.
 
         Raises:
             UserError: there are none, or they are of another rule.
         """
-        name = self.settings.begin
+        name = self.settings.init_from
         if not name:
             return
         found = load_artifact(name)
         ours, theirs = (rule.model_dump(exclude={"guard"}) for rule in (self.settings.rule, found.rule))
         if others := [f"rule.{key}={theirs[key]}" for key in ours if ours[key] != theirs[key]]:
-            raise UserError(f"begin={name}: weights of another rule than these settings'; set {' '.join(others)}")
+            raise UserError(f"init_from={name}: weights of another rule than these settings'; set {' '.join(others)}")
         self.learner.begin(found.weights)
         self.best_weights = self.learner.weights
         self.progress.begun_from = found.weights_sha256

@@ -177,7 +177,9 @@ class SweepSettings(_Settings):
     @field_validator("space", mode="before")
     @classmethod
     def _dotted(cls, space: Any) -> Any:
-        return dict(_flattened(space)) if isinstance(space, Mapping) else space
+        from ml2o_dist.config_file import current_key  # late: it is made of these settings, too
+
+        return {current_key(key): each for key, each in _flattened(space)} if isinstance(space, Mapping) else space
 
     @field_validator("space")
     @classmethod

@@ -34,8 +34,8 @@ _NO_EFFECT = ("compare", "comparison", "trajectories", "tracking", "data", "chec
 
 _MUTABLE = (
     "learner.lr", "learner.final_lr", "learner.clip", "learner.ema", "estimator.gamma", "estimator.step_weights",
-    "estimator.coordinates", "estimator.clip", "estimator.sigma", "horizon", "slots", "instances", "family.rescale",
-    "family.objective_rescale",
+    "estimator.coordinates", "estimator.clip", "estimator.sigma", "horizon", "meta_batch_size", "instances",
+    "family.rescale", "family.objective_rescale",
 )  # fmt: skip
 """What may change while a meta-training runs: not the rule, which its weights are of, nor the length of the run."""
 

@@ -29,7 +29,7 @@ class GML2O(ML2O):
             optimizer.step(lambda: task_losses(model, batch), lambda: task_losses(model, guard_batch))
 
     With two closures on independent batches that return the losses of single samples, vectors [B], every step passes
-    the test of `rules/gml2o.py`, and its theorem holds: each objective is compared by the paired differences of the
+    the test of `rules/guarded.py`, and its theorem holds: each objective is compared by the paired differences of the
     guard batch's samples, at the same dropout masks. The guard batch gives DSSMG's second gradient, too: neither
     candidate depends on it.
 

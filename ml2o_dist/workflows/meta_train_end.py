@@ -93,7 +93,7 @@ def finish(
         raise Aborted(str(error)) from error
     plots = run_dir / "plots"
     if progress.best_step <= 0:
-        before = settings.begin or "the untrained network"
+        before = settings.init_from or "the untrained network"
         console.print(f"no validation was better than that of {before}, which is what is kept", style="yellow")
     comparison: Evaluation | None = None
     failure = ""

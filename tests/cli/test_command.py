@@ -66,7 +66,7 @@ SETTINGS = [
     ((*EVALUATE, "--seed", "9" * 39), "setting 'seed': must be less than or equal to"),
     (("evaluate", "--optimizer", "initial", "--problem", "fonseca@²"), "after @ stands how many steps"),
     (("evaluate", "--optimizer", "initial", "--problem", "fonseca@99999999999"), "from 1 to 10000000"),
-    ((*EVALUATE, "--set", "rule.count=1000000000"), "'rule.count': must be less than or equal to 1000"),
+    ((*EVALUATE, "--set", "rule.count=1000000000"), "'rule.num_objectives': must be less than or equal to 1000"),
     ((*EVALUATE, "--set", "rule.hidden=999999999"), "'rule.hidden': must be less than or equal to 1024"),
     ((*EVALUATE, "--set", "rule={objectives: per_objective, count: 1000, hidden: 1024}"), "count * hidden^2"),
     ((*EVALUATE, "--set", "rule.lr=1e400"), "'rule.lr'"),

@@ -307,7 +307,7 @@ def test_conflict_is_that_of_the_gradients_the_steps_saw() -> None:
     [
         ("trimmedmean", "quadratic", "trimmedmean on quadratic: aggregator 'trimmedmean' needs at least 3 objectives"),
         ("uw@0.1", NOISY, "needs losses that are positive by construction"),
-        ("initial", DIGITS, "rule.count=3"),
+        ("initial", DIGITS, "rule.num_objectives=3"),
         ("gml2o:nan", "quadratic", "unknown aggregator 'dsmg'"),
     ],
 )

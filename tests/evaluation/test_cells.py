@@ -155,7 +155,7 @@ def test_ray_says_what_is_wrong_instead_of_hanging() -> None:
     fixed = RuleSettings(objectives="per_objective", count=3)
     failure, result = on_ray([replace(QUADRATIC, contestant=Learned("learned", fixed, None)), QUADRATIC])
     assert isinstance(failure, CellFailure)
-    assert "count=3 objectives, the problem has 2" in failure.reason
+    assert "num_objectives=3, the problem has 2" in failure.reason
     assert "\n" not in failure.reason
     assert torch.equal(result.losses, run_cell(QUADRATIC).losses)
 

@@ -86,7 +86,7 @@ def test_it_goes_on_from_the_weights_that_begin_names(calm, tmp_path):
 
 def test_weights_of_another_rule_are_refused_with_the_settings_that_they_need(tmp_path):
     trainer = Trainer(small(begin="pretrained"), tmp_path)
-    with pytest.raises(UserError, match=r"begin=pretrained: .*rule\.features=agreement .*rule\.hidden=8"):
+    with pytest.raises(UserError, match=r"init_from=pretrained: .*rule\.features=agreement .*rule\.hidden=8"):
         trainer.begin()
     with pytest.raises(UserError, match="is missing"):
         Trainer(small(begin=str(tmp_path / "none")), tmp_path).begin()
@@ -336,7 +336,7 @@ FORGED = {
     "weights of nothing": (lambda t, s: t.update(average=t["average"] * math.nan), "average has values that are not f"),
     "whole numbers": (lambda t, s: t.update(exp_avg=t["exp_avg"].long()), "exp_avg is of int64"),
     "two numbers of steps": (lambda t, s: t.update(adam_step=torch.zeros(2)), "its tensor adam_step has shape"),
-    "other best weights": (lambda t, s: t.update({"best/x": torch.zeros(1)}), "tensors that the network has not"),
+    "other best weights": (lambda t, s: t.update({"best/x": torch.zeros(1)}), "tensors that the rule has not"),
     "no best weights": (lambda t, s: t.pop("best/head.bias"), "it lacks the tensor best/head.bias"),
     "a history of one column": (lambda t, s: t.pop("history/meta_step"), "its history is no columns of one length"),
     "a history of two lengths": (

@@ -109,8 +109,8 @@ class ML2ONetwork(nn.Module):
 
     `objectives: tied` (ours): one specific module serves every objective and its outputs are averaged, so that any
     m works and their order does not matter. `per_objective` (as the paper draws it): a module each, outputs
-    concatenated, m fixed by `rule.count`. `output: residual` and `controlled` (ours) start with a zero linear layer:
-    before training the rule is Adam on the sum of the objectives. The weights are a pure function of the shape.
+    concatenated, m fixed by `rule.num_objectives`. `output: residual` and `controlled` (ours) start with a zero linear
+    layer: before training the rule is Adam on the sum of the objectives. The weights are a pure function of the shape.
     """
 
     def __init__(self, settings: RuleSettings) -> None:
@@ -120,7 +120,9 @@ class ML2ONetwork(nn.Module):
         tied = settings.objectives == "tied"
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(derive_seed("ml2o initial weights"))
-            self.specific = nn.ModuleList(nn.LSTM(channels, hidden) for _ in range(1 if tied else settings.count))
+            self.specific = nn.ModuleList(
+                nn.LSTM(channels, hidden) for _ in range(1 if tied else settings.num_objectives)
+            )
             self.shared = nn.LSTM(hidden * len(self.specific), hidden)
             self.head = nn.Linear(hidden, 2 if settings.output == "residual" else 1)
         if settings.output == "controlled":
@@ -243,9 +245,9 @@ class ML2ONetwork(nn.Module):
 
     def check_objectives(self, objectives: int) -> None:
         """Raise UserError where a per_objective network meets another number of objectives than it was built for."""
-        if self.settings.objectives == "per_objective" and objectives != self.settings.count:
+        if self.settings.objectives == "per_objective" and objectives != self.settings.num_objectives:
             raise UserError(
-                f"rule.objectives=per_objective was built for rule.count={self.settings.count} objectives, "
+                f"rule.objectives=per_objective was built for rule.num_objectives={self.settings.num_objectives}, "
                 f"the problem has {objectives}; use rule.objectives=tied for any number"
             )
 
