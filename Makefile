@@ -38,7 +38,7 @@ test-full: test
 
 docs: $(STAMP)
 	$(BIN)/python docs/settings.py > docs/settings.md
-	$(BIN)/mkdocs build --quiet
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
 
 check: docs
 	$(BIN)/ruff check .

@@ -47,6 +47,10 @@ def _find_real_data() -> Path | None:
 _REAL_DATA = _find_real_data()
 
 
+CORE = ("rules", "problems", "metatrain", "torch_optim")
+"""The folders whose tests are the mathematics: those of their files that start no Ray are the `core` (`make test-core`)."""
+
+
 @pytest.fixture(scope="session")
 def real_data_root() -> str:
     """The folder of the real MNIST and Fashion-MNIST; the test is skipped where there is none."""
@@ -91,7 +95,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """
     starting = {item.path for item in items if {"cluster", "head"} & set(getattr(item, "fixturenames", ()))}
     items.sort(key=lambda item: item.path not in starting)
+    here = Path(__file__).parent
     for item in items:
+        if item.path.relative_to(here).parts[0] in CORE and item.path not in starting:
+            item.add_marker(pytest.mark.core)
         if "real_data_root" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.real_data)
         if _REAL_DATA is None and item.get_closest_marker("real_data") is not None:

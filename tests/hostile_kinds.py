@@ -43,8 +43,6 @@ from ml2o_dist.problems.image_files import read_idx
 from ml2o_dist.problems.pairs import ImagePool, build_pairs
 from ml2o_dist.reporting.pareto_set_page import render_set, set_page_sections
 from ml2o_dist.rundir.log import read_log
-from ml2o_dist.sweeping.outcome import finished_answer as finished_sweep
-from ml2o_dist.sweeping.outcome import keep_answer
 from ml2o_dist.sweeping.record import Report, SweepRecord
 from ml2o_dist.sweeping.space import load_sweep
 from ml2o_dist.tracking.identity import RunIdentity, load_identity, save_identity
@@ -52,6 +50,8 @@ from ml2o_dist.tracking.records import Point
 from ml2o_dist.tracking.spool import Spool, unsent_values
 from ml2o_dist.workflows.meta_train_end import RESULT_FILE, finished_answer
 from ml2o_dist.workflows.report import load_evaluation_record, load_record, load_set_record, write_report
+from ml2o_dist.workflows.sweep_end import finished_answer as finished_sweep
+from ml2o_dist.workflows.sweep_end import keep_answer
 from tests.evaluation.synthetic import DIGITS_ROWS, evaluation
 from tests.hostile_changes import changed_tensors, changed_value
 from tests.metatrain.settings import small

@@ -242,7 +242,10 @@ WRONG_CARDS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "a format that is true": (lambda card: card.update(format=True), "format is a bool, not a int"),
     "a width of a thousand million": (lambda card: card["rule"].update(hidden=10**9), "rule.hidden: Input should be"),
     "as many modules": (lambda card: card["rule"].update(count=10**9), "rule.num_objectives: Input should be"),
-    "a huge network": (lambda card: card["rule"].update(hidden=1024, count=1000), "num_objectives \\* hidden\\^2 is above"),
+    "a huge network": (
+        lambda card: card["rule"].update(hidden=1024, count=1000),
+        "num_objectives \\* hidden\\^2 is above",
+    ),
     "another network": (lambda card: card["rule"].update(hidden=1024, count=1), "do not fit its rule settings"),
     "a rate that is no number": (lambda card: card["rule"].update(lr="fast"), "rule.lr: Input should be"),
     "41 digits": (lambda card: card.update(parameters=10**40), "integer of more than 40 digits"),

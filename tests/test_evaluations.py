@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 from mlflow.tracking import MlflowClient
 
@@ -219,7 +221,12 @@ def test_results_go_to_a_uri_too(cluster, home):
 
 def test_settings_from_a_file_and_words_that_override_it(home, monkeypatch):
     asked = []
-    monkeypatch.setattr(evaluations, "evaluate", lambda *words, **options: asked.append((words, options)) or {})
+
+    def run(*words, **options):
+        asked.append((words, options))
+        return SimpleNamespace(failed=[]), {}, []
+
+    monkeypatch.setattr(evaluations, "run_evaluation", run)
     (home / "e.yaml").write_text(
         "optimizers: [smg, frozen]\nproblems: [fonseca]\nseeds: 3\nsteps: 4\nguard: {p: 0.9}\n"
     )

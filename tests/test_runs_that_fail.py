@@ -81,7 +81,10 @@ def test_a_tracking_server_that_is_down_costs_the_version_not_the_run(cluster, h
         (["--set", "rule.output=residual", "--set", "rule.warmup=2"], ["'rule'", "warmup=2.0", "output=controlled"]),
         (["--set", "comparison.baselines=[mgdaa+adam]"], ["'mgdaa'", "did you mean 'mgda'?"]),
         (["--set", "workers=99"], ["workers=99 needs 99 CPU (1 each), the cluster has 4: 95 missing"]),
-        (["--set", "rule.objectives=per_objective", "--set", "rule.count=3"], ["rule.count=3", "has 2 objectives"]),
+        (
+            ["--set", "rule.objectives=per_objective", "--set", "rule.count=3"],
+            ["rule.num_objectives=3", "the problem has 2"],
+        ),
         (["--resume"], ["--resume needs --run-dir"]),
         (["--resume", "--run-dir", "runs/none"], ["nothing to resume", "runs/none holds no config.yaml"]),
         (["--config", "nowhere.yaml"], ["'nowhere.yaml' does not exist in the current folder"]),

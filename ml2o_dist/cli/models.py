@@ -173,6 +173,7 @@ def models_import(console: Console, path: str, name: str, tracking_uri: str) -> 
 
     The same weights and rule settings are registered once.
     """
+    from ml2o_dist.artifact_sources import load_artifact
     from ml2o_dist.rundir.remote_files import is_uri
     from ml2o_dist.runtime.files import home_folder
     from ml2o_dist.tracking.registry import find_version
@@ -182,7 +183,8 @@ def models_import(console: Console, path: str, name: str, tracking_uri: str) -> 
     if path.startswith(_SCHEME):
         raise UserError(f"{path} is registered already: PATH is a weights file, a folder or a URI")
     uri = resolve_tracking_uri(tracking_uri)
-    version, new = import_version(uri, name, path if is_uri(path) else str(home_folder() / path))
+    place = path if is_uri(path) else str(home_folder() / path)
+    version, new = import_version(uri, name, load_artifact(place), place)
     found = find_version(uri, f"{_SCHEME}{name}/{version}")
     how = "registered" if new else "there already"
     _fact(console, how, f"{name}/{version} {_aliases(found)}".rstrip())

@@ -27,13 +27,14 @@ from ml2o_dist.paretoset.settings import FineTuning, NetworkSettings, ParetoSetS
 from ml2o_dist.paretoset.states import about_state, read_state, save_state
 from ml2o_dist.paretoset.tasks import TaskSet, sample_losses
 from ml2o_dist.paretoset.training import annealed
+from ml2o_dist.plugins import Carrying, loaded
 from ml2o_dist.runtime.errors import UserError
 from ml2o_dist.runtime.reading import one_line
 from ml2o_dist.runtime.seeding import generator
 
 
 @dataclass(frozen=True)
-class Stage:
+class Stage(Carrying):
     """One training, as plain values: what a rank needs to know.
 
     Attributes:
@@ -134,7 +135,9 @@ def fit_stage(stage: Stage, folder: Path, *, num_cpus: float = 1.0, num_gpus: fl
 def fingerprint(stage: Stage) -> dict[str, Any]:
     """Return what determines the weights that a stage ends with, as JSON values."""
     tuning = stage.tuning.model_dump(exclude={"checkpoint_every", "max_failures", "files"})
-    return asdict(stage) | {"network": stage.network.model_dump(), "tuning": tuning, "weights": list(stage.weights)}
+    kept = asdict(stage) | {"network": stage.network.model_dump(), "tuning": tuning, "weights": list(stage.weights)}
+    plugins = sorted(each.sha256 for each in loaded())
+    return kept | {"plugins": plugins} if plugins else kept
 
 
 def train_rank(config: Mapping[str, Any]) -> None:

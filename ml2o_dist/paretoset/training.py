@@ -21,7 +21,7 @@ from torch import Tensor
 from ml2o_dist.metatrain.checkpoint import Checkpoint, newest_checkpoint, save_checkpoint
 from ml2o_dist.paretoset.preference_problem import PreferenceProblem
 from ml2o_dist.rules.base import Oracle, UpdateRule
-from ml2o_dist.rules.saved_state import StateError, check_alike, modules_of, put_together, take_apart
+from ml2o_dist.rules.saved_state import StateError, check_alike, classes_of, modules_of, put_together, take_apart
 from ml2o_dist.runtime.errors import UserError
 from ml2o_dist.runtime.seeding import generator
 
@@ -140,7 +140,7 @@ def _checkpoint(
 
 def _rule_state(saved: Checkpoint, fresh: Any, device: torch.device) -> Any:
     at = {place.removeprefix("rule"): t.to(device) for place, t in saved.tensors.items() if place[:4] == "rule"}
-    state = put_together(saved.state.get("rule"), at, modules_of(fresh).__getitem__)
+    state = put_together(saved.state.get("rule"), at, modules_of(fresh).__getitem__, classes_of(fresh))
     check_alike(state, fresh)
     return state
 

@@ -48,12 +48,21 @@ def take_apart(state: Any) -> tuple[Tree, dict[str, Tensor]]:
     return _apart(state, "", tensors), tensors
 
 
-def put_together(tree: Tree, tensors: Mapping[str, Tensor], modules: Callable[[str], nn.Module]) -> Any:
-    """Return the state that was taken apart; `modules` gives a fresh module of the right kind for a place.
+def put_together(
+    tree: Tree,
+    tensors: Mapping[str, Tensor],
+    modules: Callable[[str], nn.Module],
+    classes: Mapping[str, type] | None = None,
+) -> Any:
+    """Return the state that was taken apart.
+
+    Args:
+        modules: gives a fresh module of the right kind for a place.
+        classes: those of a fresh state (`classes_of`), for rules of plug-ins; the package's own are known.
 
     Raises:
         StateError: the tree is none that `take_apart` returns, a place has no tensor or no module, or a class is none
-            of this package's rules.
+            of this package's rules, nor of `classes`.
     """
     if not isinstance(tree, dict):
         if isinstance(tree, _PLAIN):
@@ -69,7 +78,7 @@ def put_together(tree: Tree, tensors: Mapping[str, Tensor], modules: Callable[[s
             module = copy.deepcopy(modules(place))
         except KeyError:
             raise StateError(f"the saved state of the rule has a module at {place!r}, where none is") from None
-        _fill(module, tree.get("parts"), lambda part: put_together(part, tensors, modules))
+        _fill(module, tree.get("parts"), lambda part: put_together(part, tensors, modules, classes))
         return module
     if kind == "dtype":
         found = getattr(torch, _text(tree, "name"), None)
@@ -84,7 +93,7 @@ def put_together(tree: Tree, tensors: Mapping[str, Tensor], modules: Callable[[s
     parts = tree.get("items")
     if not isinstance(parts, list):
         raise StateError(f"the saved state of the rule has a {kind[:100]!r} without items")
-    items = [put_together(item, tensors, modules) for item in parts]
+    items = [put_together(item, tensors, modules, classes) for item in parts]
     if kind == "dict":
         keys = tree.get("keys")
         if not isinstance(keys, list) or len(keys) != len(items) or not all(isinstance(key, _PLAIN) for key in keys):
@@ -92,7 +101,7 @@ def put_together(tree: Tree, tensors: Mapping[str, Tensor], modules: Callable[[s
         return dict(zip(keys, items, strict=True))
     if kind in ("tuple", "list"):
         return tuple(items) if kind == "tuple" else items
-    found_class = _known_class(kind)
+    found_class = (classes or {}).get(kind) or _known_class(kind)
     try:
         return found_class(*items)
     except TypeError as error:
@@ -146,6 +155,20 @@ def modules_of(state: Any) -> dict[str, nn.Module]:
     return found
 
 
+def classes_of(state: Any) -> dict[str, type]:
+    """Return the named tuples and dataclasses in `state` by what `take_apart` calls them."""
+    found = {}
+    if type(state) is not tuple and (isinstance(state, tuple) or dataclasses.is_dataclass(state)):
+        found[_class_name(state)] = type(state)
+    for _, item in _parts(state):
+        found |= classes_of(item)
+    return found
+
+
+def _class_name(value: Any) -> str:
+    return f"{type(value).__module__}:{type(value).__qualname__}"
+
+
 def _apart(value: Any, place: str, tensors: dict[str, Tensor]) -> Tree:
     if isinstance(value, _PLAIN):
         return value
@@ -170,7 +193,7 @@ def _apart(value: Any, place: str, tensors: dict[str, Tensor]) -> Tree:
         items = [_apart(value[key], f"{place}.{key}", tensors) for key in keys]
         return {"kind": type(value).__name__, "keys": list(keys), "items": items}
     if isinstance(value, tuple) or dataclasses.is_dataclass(value):
-        kind = "tuple" if type(value) is tuple else f"{type(value).__module__}:{type(value).__qualname__}"
+        kind = "tuple" if type(value) is tuple else _class_name(value)
         items = [_apart(item, f"{place}.{name}", tensors) for name, item in _parts(value)]
         return {"kind": kind, "items": items}
     raise TypeError(f"a rule's state cannot be saved: {place} is of type {type(value).__qualname__}")
@@ -216,8 +239,10 @@ def _fill(module: nn.Module, parts: Any, put: Callable[[Tree], Any]) -> None:
 
 
 def _parts(value: Any) -> list[tuple[str, Any]]:
-    if isinstance(value, tuple):
+    if isinstance(value, tuple | list):
         return [(str(i), item) for i, item in enumerate(value)]
+    if isinstance(value, dict):
+        return [(str(key), item) for key, item in value.items()]
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return [(each.name, getattr(value, each.name)) for each in dataclasses.fields(value)]
     return []

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from ml2o_dist.artifact_sources import PRETRAINED
 from ml2o_dist.rules.base import Oracle, State, StepInfo, UpdateRule
-from ml2o_dist.rules.saved_state import StateError, modules_of, put_together, take_apart
+from ml2o_dist.rules.saved_state import StateError, classes_of, modules_of, put_together, take_apart
 from ml2o_dist.runtime.errors import UserError
 from ml2o_dist.torch_optim.buffers import ModuleBuffers
 from ml2o_dist.torch_optim.closure_problem import ClosureProblem
@@ -175,7 +175,9 @@ class ML2O(Optimizer):
             fresh = self._rule(None, flat).initial_state(1, saved["objectives"], flat.layout)
             tensors = {place: tensor.clone().to(device) for place, tensor in saved["tensors"].items()}
             try:
-                rule_state = put_together(json.loads(saved["tree"]), tensors, modules_of(fresh).__getitem__)
+                rule_state = put_together(
+                    json.loads(saved["tree"]), tensors, modules_of(fresh).__getitem__, classes_of(fresh)
+                )
             except (StateError, json.JSONDecodeError, RecursionError) as error:
                 raise UserError(
                     f"the state dict is not whole: {error}. torch.distributed.checkpoint fills in only what a new "

@@ -40,21 +40,20 @@ def export_version(uri: str, reference: str, output: Path) -> Artifact:
     return read_artifact(target)
 
 
-def import_version(uri: str, model: str, place: str) -> tuple[int, bool]:
+def import_version(uri: str, model: str, artifact: Artifact, place: str) -> tuple[int, bool]:
     """Register an artifact from elsewhere as a version of `model`, the candidate if it is the newest one.
 
     Args:
         uri: the registry, as `resolve_tracking_uri` returns it.
-        place: a .safetensors file, the folder that holds one, as an absolute path or a URI; the version's tag
-            `imported_from`.
+        artifact: as it was read.
+        place: where it was read from: the version's tag `imported_from`.
 
     Returns:
         The version, and whether it is new: the same weights and rule settings are registered once.
 
     Raises:
-        UserError: what `load_artifact` and `register_version` raise.
+        UserError: what `register_version` raises.
     """
-    artifact = read_artifact(place)
     before = {entry["version"] for entry in list_versions(uri, model)}
     origin = redacted(place)
     version = register_version(

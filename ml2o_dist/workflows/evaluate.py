@@ -25,9 +25,9 @@ from ml2o_dist.reporting.evaluation_tables import evaluation_markdown, evaluatio
 from ml2o_dist.rundir.directory import check_folder, check_writable, logged_to
 from ml2o_dist.rundir.storage import RunStorage, StorageError, open_storage
 from ml2o_dist.runtime.cluster import connected
-from ml2o_dist.runtime.errors import Incomplete, Interrupted, UserError
+from ml2o_dist.runtime.errors import Interrupted, UserError
 from ml2o_dist.runtime.files import replacing
-from ml2o_dist.runtime.shown_text import ForeignTextConsole, headed
+from ml2o_dist.runtime.shown_text import headed
 from ml2o_dist.runtime.stopping import stop_on_signals
 from ml2o_dist.tracking.evaluation_runs import Version, log_evaluation
 from ml2o_dist.tracking.store import redacted, tracking_uri_to_keep
@@ -41,37 +41,20 @@ RESULT, TABLE, CONFIG = "evaluation.json", "evaluation.md", "evaluate.yaml"
 log = logging.getLogger(__name__)
 
 
-def evaluate(
-    settings: EvaluateSettings,
-    run_dir: str | None = None,
-    *,
-    address: str = "auto",
-    console: Console | None = None,
-) -> dict[str, Any]:
-    """Run every optimizer on every problem as Ray tasks; return what `ml2o evaluate --json` prints.
+def run_evaluation(
+    settings: EvaluateSettings, run_dir: str | None, *, address: str, console: Console
+) -> tuple[Evaluation, dict[str, Any], list[str]]:
+    """Run every optimizer on every problem as Ray tasks.
 
     Finished cells are kept in the cache folder: what is asked for again is found there. `run_dir` is a folder or the
     URI of one for the results; they go to MLflow in any case, and where that is away the same call sends them later.
 
+    Returns:
+        the evaluation, what `ml2o evaluate --json` prints, and what the run directory lacks of it.
+
     Raises:
         UserError: settings, weights, data, cluster or folder are not as they must be (exit code 2).
-        Incomplete: cells failed; Interrupted: stopped by a signal. What was done is kept.
-    """
-    console = console or ForeignTextConsole(stderr=True)
-    evaluation, answer, lacking = run_evaluation(settings, run_dir, address=address, console=console)
-    wrong = [*failures(evaluation), *lacking]
-    if wrong:
-        raise Incomplete("; ".join(wrong), answer)
-    return answer
-
-
-def run_evaluation(
-    settings: EvaluateSettings, run_dir: str | None, *, address: str, console: Console
-) -> tuple[Evaluation, dict[str, Any], list[str]]:
-    """Do what `evaluate` does; return the evaluation, its answer, and what the run directory lacks of it.
-
-    Raises:
-        UserError, Interrupted: as `evaluate`.
+        Interrupted: stopped by a signal; what was done is kept.
     """
     settings = resolve_settings(settings)
     uri = tracking_uri_to_keep(settings.tracking.uri)

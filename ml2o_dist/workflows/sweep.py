@@ -21,14 +21,6 @@ from ml2o_dist.runtime.files import home_folder, replacing
 from ml2o_dist.runtime.progress import StepDisplay
 from ml2o_dist.runtime.shown_text import ForeignTextConsole, headed
 from ml2o_dist.runtime.stopping import StopRequest, own_handlers_kept, stop_on_signals
-from ml2o_dist.sweeping.outcome import (
-    best_optimizer,
-    finished_answer,
-    keep_answer,
-    resume_command,
-    show_trials,
-    write_results,
-)
 from ml2o_dist.sweeping.record import FILE, SweepRecord
 from ml2o_dist.sweeping.search import check_search
 from ml2o_dist.sweeping.settings import SweepSettings
@@ -42,6 +34,14 @@ from ml2o_dist.tracking.sink import MlflowSink
 from ml2o_dist.tracking.store import redacted, tracking_uri_to_keep
 from ml2o_dist.tracking.sweep_runs import SweepRuns
 from ml2o_dist.workflows.meta_train import check_problems
+from ml2o_dist.workflows.sweep_end import (
+    best_optimizer,
+    finished_answer,
+    keep_answer,
+    resume_command,
+    show_trials,
+    write_results,
+)
 from ml2o_dist.workflows.tracked_run import CLOSE_LIMIT_S, STOP_LIMIT_S, git_commit
 
 SPOOLS = "spools"

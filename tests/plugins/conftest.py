@@ -1,17 +1,28 @@
-"""The examples of plug-ins, loaded once for the session, as `--plugin` loads them."""
+"""The examples of plug-ins, loaded for each file of tests as `--plugin` loads them, and taken out again after it."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from ml2o_dist.plugins import load_plugin
+from ml2o_dist import plugins
+from ml2o_dist.config import RULE_SETTINGS
+from ml2o_dist.runtime import registry
 
 EXAMPLES = Path(__file__).parents[2] / "examples" / "plugins"
 
 
-@pytest.fixture(scope="session", autouse=True)
-def examples() -> None:
+@pytest.fixture(scope="module", autouse=True)
+def examples() -> Iterator[None]:
+    rules = dict(RULE_SETTINGS)
     for file in sorted(EXAMPLES.glob("*.py")):
-        load_plugin(str(file))
+        plugins.load_plugin(str(file))
+    yield
+    for each, name in registry._added:
+        each.remove(name)
+    registry._added.clear()
+    plugins._loaded.clear()
+    RULE_SETTINGS.clear()
+    RULE_SETTINGS.update(rules)

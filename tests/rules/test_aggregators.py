@@ -45,8 +45,8 @@ def test_every_method_of_torchjd_has_its_name_or_is_left_out_for_a_reason() -> N
     assert aggregators - set(AGGREGATORS) == {"constant", "random"}  # `random` is `randomweights` here
     assert scalarizers - set(AGGREGATORS) == {"constant", "random", "cosmos", "pbi"}
     assert set(AGGREGATORS) == set(NAMES)
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    assert [name for name in NAMES if f"`{name}`" not in readme] == []
+    page = (Path(__file__).parents[2] / "docs" / "evaluation.md").read_text()
+    assert [name for name in NAMES if f"`{name}`" not in page] == []
     assert set(NAMES) - aggregators - scalarizers == {"crmogm", "randomweights"}
 
 

@@ -78,7 +78,7 @@ def test_equal_weights_under_other_settings_are_another_version(registry: Regist
         versions.append(register_version(registry.uri, "rated", saved.path, run_id=registry.run_id))
     assert versions == [1, 2, 1]
     files = [str(tmp_path / f"lr{lr}" / "weights.safetensors") for lr in (0.01, 0.5)]
-    assert [import_version(registry.uri, "brought", file) for file in files * 2] == [
+    assert [import_version(registry.uri, "brought", load_artifact(file), file) for file in files * 2] == [
         (1, True), (2, True), (1, False), (2, False)]  # fmt: skip
     registry.client.delete_model_version_tag("rated", "1", "rule_sha256")  # as versions of before are
     assert register_version(registry.uri, "rated", tmp_path / "lr0.01", run_id=registry.run_id) == 1
