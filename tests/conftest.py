@@ -48,7 +48,7 @@ _REAL_DATA = _find_real_data()
 
 
 CORE = ("rules", "problems", "metatrain", "torch_optim")
-"""The folders whose tests are the mathematics: those of their files that start no Ray are the `core` (`make test-core`)."""
+"""The folders whose tests are the mathematics; their files that start no Ray are the `core` (`make test-core`)."""
 
 
 @pytest.fixture(scope="session")
