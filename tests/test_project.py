@@ -17,7 +17,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 import ml2o_dist
-from ml2o_dist import artifact
+from ml2o_dist import artifact_sources
 from ml2o_dist.rules import ml2o
 
 ROOT = Path(__file__).parent.parent
@@ -155,7 +155,7 @@ def test_a_help_text_waits_for_no_library_that_takes_seconds(words: list[str]) -
 
 
 def test_every_public_name_is_found_where_it_lives_and_no_other() -> None:
-    assert ml2o_dist.load_artifact is artifact.load_artifact
+    assert ml2o_dist.load_artifact is artifact_sources.load_artifact
     assert ml2o_dist.ML2ORule is ml2o.ML2ORule
     assert set(ml2o_dist.__all__) == set(ml2o_dist._HOME) <= set(dir(ml2o_dist))
     for name, home in ml2o_dist._HOME.items():

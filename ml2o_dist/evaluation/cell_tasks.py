@@ -8,11 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 from ml2o_dist.evaluation.cells import Cell, CellFailure, CellResult, Outcome, Progress, run_cell
-from ml2o_dist.runtime.cluster import check_own_ray
 from ml2o_dist.runtime.errors import UserError
-
-POLL_S = 0.5
-"""How long to wait for a cell before `on_done` is called again."""
+from ml2o_dist.runtime.ray_tasks import run_tasks
 
 RUNS_PER_CELL = 2
 """A cell that failed runs again once: an error of the machine is not one of the cell."""
@@ -46,37 +43,27 @@ def run_outcomes_on_ray(
         cell = cells[index]
         return task.options(name=f"cell {cell.contestant.label} {cell.problem}").remote(cell)
 
-    under_way = {submit(index): (index, 1) for index in range(len(cells))}
-    done = 0
-    try:
-        while under_way:
-            ready, _ = ray.wait(list(under_way), timeout=POLL_S)
-            check_own_ray()
-            for ref in ready:
-                index, runs = under_way.pop(ref)
-                outcome = _outcome(ref)
-                if isinstance(outcome, CellFailure) and runs < RUNS_PER_CELL:
-                    log.warning("%s failed: %s; it runs once more", _name(cells[index]), outcome.reason)
-                    under_way[submit(index)] = index, runs + 1
-                    continue
-                done += 1
-                on_outcome(index, outcome)
-            if on_done is not None:
-                on_done(done, len(cells))
-    finally:
-        for ref in under_way:
-            ray.cancel(ref)
+    done = [0]
 
+    def finished(index: int, outcome: Outcome) -> None:
+        done[0] += 1
+        on_outcome(index, outcome)
 
-def _outcome(ref: object) -> Outcome:
-    import ray
+    def failed(index: int, error: Exception, runs: int) -> bool:
+        failure = CellFailure(error)
+        if runs < RUNS_PER_CELL:
+            log.warning("%s failed: %s; it runs once more", _name(cells[index]), failure.reason)
+            return True
+        finished(index, failure)
+        return False
 
-    try:
-        result: CellResult = ray.get(ref)
-    except ray.exceptions.RayError as error:
-        cause = getattr(error, "cause", None)
-        return CellFailure(cause if isinstance(cause, UserError) else error)
-    return result
+    run_tasks(
+        len(cells),
+        submit,
+        finished,
+        failed,
+        lambda: None if on_done is None else on_done(done[0], len(cells)),
+    )
 
 
 def _name(cell: Cell) -> str:

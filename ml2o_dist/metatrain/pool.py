@@ -16,10 +16,11 @@ from ml2o_dist.metatrain.replays import Replays
 from ml2o_dist.metatrain.schedule import WorkItem
 from ml2o_dist.metatrain.worker import RolloutWorker
 from ml2o_dist.metatrain.worker_loss import LOST, reason
-from ml2o_dist.metatrain.workers import POLL_S, PoolError, Stopped, Workers
+from ml2o_dist.metatrain.workers import POLL_S, PoolError, Workers
 from ml2o_dist.rules.learned import Weights
 from ml2o_dist.runtime.cluster import check_own_ray
 from ml2o_dist.runtime.errors import UserError
+from ml2o_dist.runtime.stopping import Stopped
 
 log = logging.getLogger(__name__)
 

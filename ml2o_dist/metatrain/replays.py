@@ -15,8 +15,9 @@ from ml2o_dist.metatrain.dispatch import Task
 from ml2o_dist.metatrain.episode import EpisodeResult
 from ml2o_dist.metatrain.worker import Replayer
 from ml2o_dist.metatrain.worker_loss import LOST, reason
-from ml2o_dist.metatrain.workers import POLL_S, Stopped, actor_options
+from ml2o_dist.metatrain.workers import POLL_S, actor_options
 from ml2o_dist.runtime.errors import UserError
+from ml2o_dist.runtime.stopping import Stopped
 
 
 @dataclass(frozen=True, eq=False)

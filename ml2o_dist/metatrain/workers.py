@@ -20,6 +20,7 @@ from ml2o_dist.metatrain.quarantine import Quarantine
 from ml2o_dist.metatrain.worker_loss import LOST, reason
 from ml2o_dist.runtime.cluster import check_own_ray
 from ml2o_dist.runtime.errors import UserError
+from ml2o_dist.runtime.stopping import Stopped
 
 POLL_S = 0.2
 """How often the driver looks whether it was asked to stop."""
@@ -28,10 +29,6 @@ BUDGET_S = 3600.0
 """`resources.max_restarts` counts the replacements of so long a time: a crash loop ends a run, a spot node does not."""
 
 log = logging.getLogger(__name__)
-
-
-class Stopped(Exception):
-    """The run was asked to stop; nothing of the meta-step under way was used."""
 
 
 class PoolError(Exception):

@@ -17,6 +17,7 @@ from ml2o_dist.paretoset.settings import ParetoSetSettings
 from ml2o_dist.paretoset.states import read_state
 from ml2o_dist.paretoset.tasks import TaskSet
 from ml2o_dist.problems.image_files import data_folder
+from ml2o_dist.rundir.kinds import check_kind
 from ml2o_dist.runtime.errors import UserError
 from ml2o_dist.runtime.files import home_folder
 
@@ -38,9 +39,7 @@ def resolved(settings: ParetoSetSettings) -> ParetoSetSettings:
 def check_place(folder: Path, settings: ParetoSetSettings, resume: bool) -> None:
     """Raise UserError where the folder holds something else, or this and nobody has asked to go on with it."""
     if not (folder / SETTINGS).exists():
-        for name, what in (("sweep.yaml", "a sweep"), ("evaluation.json", "an evaluation"), ("config.yaml", "a run")):
-            if (folder / name).exists():
-                raise UserError(f"{folder} holds {what}; choose another --run-dir for the Pareto set")
+        check_kind(folder, "a Pareto set")
         if resume:
             raise UserError(f"nothing to resume: {folder} holds no {SETTINGS}")
         return

@@ -10,10 +10,10 @@ from typing import Any
 from ml2o_dist.config import ShareSettings
 from ml2o_dist.paretoset.approaches import Outcome, Work, run_work
 from ml2o_dist.paretoset.experts import Stage, fit_stage
-from ml2o_dist.runtime.cluster import check_own_ray
 from ml2o_dist.runtime.errors import UserError
+from ml2o_dist.runtime.ray_tasks import run_tasks
+from ml2o_dist.runtime.stopping import Stopped
 
-POLL_S = 0.5
 RUNS = 2
 """A piece that failed runs again once: an error of the machine is not one of the piece."""
 
@@ -21,10 +21,6 @@ log = logging.getLogger(__name__)
 
 OnPoll = Callable[[], bool]
 """Called twice a second; False ends the work and cancels what is left."""
-
-
-class Stopped(Exception):
-    """`on_poll` has ended the work."""
 
 
 def run_stages(stages: Sequence[Stage], folder: Path, resources: ShareSettings, on_poll: OnPoll) -> None:
@@ -85,37 +81,29 @@ def _run(
     limit: int,
     on_poll: OnPoll,
 ) -> list[tuple[int, str]]:
-    import ray
+    failed: list[tuple[int, str]] = []
 
-    waiting = [(index, 1) for index in range(len(pieces))]
-    under_way: dict[Any, tuple[int, int]] = {}
-    failed = []
-    try:
-        while waiting or under_way:
-            while waiting and len(under_way) < limit:
-                index, runs = waiting.pop(0)
-                under_way[submit(pieces[index])] = index, runs
-            ready, _ = ray.wait(list(under_way), timeout=POLL_S)
-            check_own_ray()
-            for ref in ready:
-                index, runs = under_way.pop(ref)
-                try:
-                    outcome = ray.get(ref)
-                except ray.exceptions.RayError as error:
-                    cause = getattr(error, "cause", None)
-                    if isinstance(cause, UserError):
-                        raise cause from None
-                    reason = " ".join(str(cause or error).split())[-300:]
-                    if runs < RUNS:
-                        log.warning("%s failed: %s; it runs once more", pieces[index].name, reason)
-                        waiting.insert(0, (index, runs + 1))
-                    else:
-                        failed.append((index, reason))
-                    continue
-                on_outcome(pieces[index], outcome)
-            if not on_poll():
-                raise Stopped
-    finally:
-        for ref in under_way:
-            ray.cancel(ref, force=True)
+    def on_error(index: int, error: Exception, runs: int) -> bool:
+        if isinstance(error, UserError):
+            raise error
+        reason = " ".join(str(error).split())[-300:]
+        if runs < RUNS:
+            log.warning("%s failed: %s; it runs once more", pieces[index].name, reason)
+            return True
+        failed.append((index, reason))
+        return False
+
+    def poll() -> None:
+        if not on_poll():
+            raise Stopped
+
+    run_tasks(
+        len(pieces),
+        lambda index: submit(pieces[index]),
+        lambda index, outcome: on_outcome(pieces[index], outcome),
+        on_error,
+        poll,
+        limit=limit,
+        force=True,
+    )
     return failed

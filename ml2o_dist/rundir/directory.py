@@ -16,6 +16,7 @@ from rich.text import Text
 from ml2o_dist.config import MetaTrainSettings
 from ml2o_dist.config_file import dump_settings, first_difference, load_settings, parse_settings, resolve_settings
 from ml2o_dist.metatrain.checkpoint import newest_checkpoint
+from ml2o_dist.rundir.kinds import check_kind
 from ml2o_dist.rundir.log import BEGUN, FORM
 from ml2o_dist.rundir.storage import RunStorage
 from ml2o_dist.runtime.errors import UserError
@@ -44,10 +45,7 @@ def check_fresh(run_dir: Path, settings: MetaTrainSettings) -> bool:
 
     Tells whether it holds this very run, killed before that: its MLflow run is gone on with.
     """
-    if (run_dir / "sweep.yaml").exists():
-        raise UserError(f"{run_dir} holds a sweep; choose another --run-dir")
-    if (run_dir / "pareto_set.yaml").exists():
-        raise UserError(f"{run_dir} holds a Pareto set; choose another --run-dir")
+    check_kind(run_dir, "a meta-training")
     checkpoint, _ = newest_checkpoint(run_dir / "checkpoints")
     if checkpoint is None:
         return _holds_start_of(run_dir, settings)
@@ -67,7 +65,7 @@ def only_begun(run_dir: Path) -> bool:
 
 def check_begun_with(run_dir: Path, settings: MetaTrainSettings) -> None:
     """Raise UserError where a run that was only begun has another configuration in its config.yaml."""
-    difference = first_difference(settings, resolve_settings(load_settings(run_dir / "config.yaml")))
+    difference = first_difference(settings, resolve_settings(load_settings(run_dir / "config.yaml", within=run_dir)))
     if difference:
         raise UserError(f"cannot resume {run_dir} with another configuration: {difference}")
 

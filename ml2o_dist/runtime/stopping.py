@@ -20,6 +20,10 @@ TOGETHER_S = 0.1
 """Signals within so many seconds are one: `timeout` signals its command and then its group, some ms apart."""
 
 
+class Stopped(Exception):
+    """A stop was requested, and what was waited for is given up."""
+
+
 @dataclass
 class StopRequest:
     """Set by Ctrl-C or SIGTERM; the work looks at it between results.

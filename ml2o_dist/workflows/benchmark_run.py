@@ -14,11 +14,10 @@ from ml2o_dist.evaluation.cell_tasks import run_outcomes_on_ray
 from ml2o_dist.evaluation.cells import Cell, Outcome
 from ml2o_dist.evaluation.evaluated import Evaluation
 from ml2o_dist.evaluation.optimizer_names import Entrant
-from ml2o_dist.metatrain.workers import Stopped
 from ml2o_dist.runtime.cluster import RayEnded
 from ml2o_dist.runtime.errors import Aborted
 from ml2o_dist.runtime.progress import StepDisplay
-from ml2o_dist.runtime.stopping import StopRequest
+from ml2o_dist.runtime.stopping import Stopped, StopRequest
 
 KEPT = "are finished and kept: the same command goes on from there"
 

@@ -23,6 +23,7 @@ from ml2o_dist.evaluation.optimizer_words import GUARD, REGISTRY
 from ml2o_dist.reporting.evaluation_plots import plot_evaluation
 from ml2o_dist.reporting.evaluation_tables import evaluation_markdown, evaluation_table
 from ml2o_dist.rundir.directory import check_folder, check_writable, logged_to
+from ml2o_dist.rundir.kinds import check_kind
 from ml2o_dist.rundir.storage import RunStorage, StorageError, open_storage
 from ml2o_dist.runtime.cluster import connected
 from ml2o_dist.runtime.errors import Interrupted, UserError
@@ -132,12 +133,7 @@ def _folder(run_dir: str | None, settings: EvaluateSettings) -> Iterator[RunStor
 
 def _check_free(storage: RunStorage, settings: EvaluateSettings) -> None:
     """Raise UserError where the folder holds a meta-training, a sweep, or another evaluation than this one."""
-    if (storage.folder / "sweep.yaml").exists():
-        raise UserError(f"{storage.name} holds a sweep; choose another --run-dir for the evaluation")
-    if (storage.folder / "pareto_set.yaml").exists():
-        raise UserError(f"{storage.name} holds a Pareto set; choose another --run-dir for the evaluation")
-    if (storage.folder / "config.yaml").exists():
-        raise UserError(f"{storage.name} holds a meta-training; choose another --run-dir for the evaluation")
+    check_kind(storage.folder, "an evaluation", storage.name)
     if not (storage.folder / RESULT).exists():
         return
     try:

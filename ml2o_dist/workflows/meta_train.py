@@ -19,7 +19,7 @@ from ml2o_dist.metatrain.checkpoint import newest_manifest
 from ml2o_dist.metatrain.history import History, Row
 from ml2o_dist.metatrain.pool import WorkerPool
 from ml2o_dist.metatrain.trainer import Trainer, TrainingError
-from ml2o_dist.metatrain.workers import PoolError, Stopped
+from ml2o_dist.metatrain.workers import PoolError
 from ml2o_dist.problems import ProblemContext, ProblemSpec
 from ml2o_dist.rules.guarded import fallback_rule
 from ml2o_dist.rules.learned import learned_rule
@@ -37,7 +37,7 @@ from ml2o_dist.runtime.errors import Aborted, Incomplete, Interrupted, UserError
 from ml2o_dist.runtime.gauges import RunGauges
 from ml2o_dist.runtime.progress import StepDisplay
 from ml2o_dist.runtime.shown_text import ForeignTextConsole
-from ml2o_dist.runtime.stopping import StopRequest, stop_on_signals
+from ml2o_dist.runtime.stopping import Stopped, StopRequest, stop_on_signals
 from ml2o_dist.tracking.sink import MlflowSink
 from ml2o_dist.tracking.spool import SPOOL_FOLDER, unsent_values
 from ml2o_dist.tracking.store import redacted, tracking_uri_to_keep

@@ -19,7 +19,6 @@ from ml2o_dist.evaluation.evaluated import Evaluation
 from ml2o_dist.evaluation.optimizer_names import Entrant, parse_optimizers
 from ml2o_dist.evaluation.suites import comparison_settings
 from ml2o_dist.metatrain.trainer import Trainer
-from ml2o_dist.metatrain.workers import Stopped
 from ml2o_dist.reporting.evaluation_plots import plot_evaluation
 from ml2o_dist.reporting.evaluation_tables import evaluation_markdown, evaluation_table
 from ml2o_dist.reporting.plots import plot_meta_loss
@@ -29,7 +28,7 @@ from ml2o_dist.runtime.errors import Aborted, Incomplete, UserError
 from ml2o_dist.runtime.files import replacing
 from ml2o_dist.runtime.reading import read_json, validated
 from ml2o_dist.runtime.shown_text import headed
-from ml2o_dist.runtime.stopping import StopRequest
+from ml2o_dist.runtime.stopping import Stopped, StopRequest
 from ml2o_dist.tracking.registry import register_version
 from ml2o_dist.tracking.sink import MlflowSink
 from ml2o_dist.tracking.spool import SPOOL_FOLDER, unsent_values

@@ -14,6 +14,7 @@ from ml2o_dist.config import MetaTrainSettings
 from ml2o_dist.config_file import dump_settings, flat_settings, resolve_settings, settings_hash
 from ml2o_dist.metatrain.capacity import check_capacity, check_labels, cluster_total, room_for_workers
 from ml2o_dist.rundir.directory import check_folder, check_writable, logged_to
+from ml2o_dist.rundir.kinds import check_kind
 from ml2o_dist.rundir.remote_files import is_uri
 from ml2o_dist.runtime.cluster import connected, own_capacity
 from ml2o_dist.runtime.errors import Aborted, Incomplete, Interrupted, UserError
@@ -164,13 +165,7 @@ def _write_settings(folder: Path, settings: SweepSettings) -> None:
 
 def _check_fresh(folder: Path, settings: SweepSettings) -> None:
     if not (folder / SETTINGS).exists():
-        for name, what in (
-            ("evaluation.json", "an evaluation"),
-            ("pareto_set.yaml", "a Pareto set"),
-            ("config.yaml", "a meta-training"),
-        ):
-            if (folder / name).exists():
-                raise UserError(f"{folder} holds {what}; choose another --run-dir for the sweep")
+        check_kind(folder, "a sweep")
         return
     difference = sweep_difference(settings, load_sweep(folder / SETTINGS, within=folder))
     if difference:

@@ -19,7 +19,7 @@ from ml2o_dist.paretoset.approaches import OURS, Outcome, Work, all_work, finish
 from ml2o_dist.paretoset.checks import check_network, check_place, resolved, router_trainer
 from ml2o_dist.paretoset.experts import Stage, expert_stages, is_done, steps_done
 from ml2o_dist.paretoset.image_tasks import load_tasks
-from ml2o_dist.paretoset.pieces import Stopped, run_stages, run_works
+from ml2o_dist.paretoset.pieces import run_stages, run_works
 from ml2o_dist.paretoset.results import ApproachResult, assembled, best_first, cells, columns, markdown
 from ml2o_dist.paretoset.saved_results import FRONTS, PICTURE, SETTINGS, TABLE, save_results
 from ml2o_dist.paretoset.saved_set import FILE
@@ -32,7 +32,7 @@ from ml2o_dist.runtime.errors import Aborted, Incomplete, Interrupted, UserError
 from ml2o_dist.runtime.files import home_folder, replacing
 from ml2o_dist.runtime.progress import StepDisplay
 from ml2o_dist.runtime.shown_text import ForeignTextConsole, headed
-from ml2o_dist.runtime.stopping import StopRequest, own_handlers_kept, stop_on_signals
+from ml2o_dist.runtime.stopping import Stopped, StopRequest, own_handlers_kept, stop_on_signals
 from ml2o_dist.tracking.named_servers import check_resumed, remember
 from ml2o_dist.tracking.records import Status
 from ml2o_dist.tracking.sink import MlflowSink

@@ -16,8 +16,8 @@ from ml2o_dist.config import ResourceSettings
 from ml2o_dist.metatrain.episode import run_episode
 from ml2o_dist.metatrain.schedule import Key, WorkItem, training_items
 from ml2o_dist.metatrain.trainer import Trainer
-from ml2o_dist.metatrain.workers import Stopped
 from ml2o_dist.runtime.errors import UserError
+from ml2o_dist.runtime.stopping import Stopped
 from tests.metatrain.executing import digests, equal, in_process, later
 from tests.metatrain.processes import alive, until
 from tests.metatrain.settings import small

@@ -130,7 +130,9 @@ class Hostile(UpdateRule):
             return 10.0 ** (move.exponent / 8) * (safe - z)
         if move.name == "spend":
             return safe - z + self.spending(problem, safe, one, self.case.eps * (1 + move.exponent / 16))
-        return 10.0**move.exponent * ADVERSARIES[move.name].update(Seen(seen.jacobian.mean(dim=1), step + self.case.turn))
+        return 10.0**move.exponent * ADVERSARIES[move.name].update(
+            Seen(seen.jacobian.mean(dim=1), step + self.case.turn)
+        )
 
     def spending(self, problem: Problem, safe: Tensor, gradient: Tensor, budget: float) -> Tensor:
         """Return the longest move up `gradient` [P, n] that costs no objective more than `budget`, bisected."""

@@ -10,12 +10,11 @@ import pytest
 from rich.console import Console
 
 from ml2o_dist.metatrain.trainer import Trainer
-from ml2o_dist.metatrain.workers import Stopped
 from ml2o_dist.rundir.directory import written_to
 from ml2o_dist.rundir.log import RunLog, Warned, read_log
 from ml2o_dist.rundir.storage import RunStorage
 from ml2o_dist.runtime.errors import Aborted, Incomplete, Interrupted
-from ml2o_dist.runtime.stopping import StopRequest
+from ml2o_dist.runtime.stopping import Stopped, StopRequest
 from ml2o_dist.workflows import meta_train as runs
 from ml2o_dist.workflows import meta_train_end as finishing
 from ml2o_dist.workflows.report import load_record, write_report
