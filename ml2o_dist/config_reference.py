@@ -10,9 +10,8 @@ from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
-from pydantic_core import PydanticUndefined
 
-from ml2o_dist.config import RULE_SETTINGS, LearnedRuleSettings, RuleSettings
+from ml2o_dist.config import RULE_SETTINGS, LearnedRuleSettings, MemberSettings, PluginSettings, RuleSettings
 from ml2o_dist.runtime.errors import unknown
 
 _BOUNDS = (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
@@ -77,10 +76,7 @@ def _group(annotation: Any) -> type[BaseModel] | None:
 
 
 def _default(info: FieldInfo) -> str | None:
-    value = info.default
-    if value is PydanticUndefined:
-        return None if info.default_factory is None else _written(info.get_default(call_default_factory=True))
-    return _written(value)
+    return None if info.is_required() else _written(info.get_default(call_default_factory=True))
 
 
 def _written(value: Any) -> str:
@@ -111,5 +107,9 @@ def _kind(annotation: Any) -> tuple[str, list[Any]]:
         return f"list of {_kind(parts[0])[0]}", []
     if origin is dict:
         return "mapping", []
+    if annotation is PluginSettings:
+        return "plug-in", []
+    if annotation is MemberSettings:
+        return "{problem, weight, choices}", []
     names = {str: "text", int: "integer", float: "number", bool: "true or false", type(None): "null"}
     return names.get(annotation, getattr(annotation, "__name__", "value")), []
