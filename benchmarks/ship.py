@@ -18,11 +18,12 @@ import ray
 import torch
 
 from ml2o_dist.artifact import save_artifact, weights_sha256
-from ml2o_dist.artifact_sources import SHIPPED, load_artifact
+from ml2o_dist.artifact_sources import load_artifact
 from ml2o_dist.config import MetaTrainSettings
 from ml2o_dist.config_file import first_difference, load_settings
 from ml2o_dist.metatrain.pool import WorkerPool
 from ml2o_dist.metatrain.trainer import Trainer
+from ml2o_dist.pretrained import SHIPPED
 
 FIRST = 20
 """Meta-steps whose outcome the card promises."""

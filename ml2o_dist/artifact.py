@@ -23,7 +23,7 @@ from pydantic import ValidationError
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from ml2o_dist.config import LearnedRuleSettings, rule_settings
+from ml2o_dist.config import RULES, LearnedRuleSettings, rule_settings
 from ml2o_dist.runtime.errors import UserError
 from ml2o_dist.runtime.files import expanded, replacing
 from ml2o_dist.runtime.reading import MIB, one_line, parse_json, read_bytes
@@ -246,8 +246,6 @@ def _card_sha256(card: Mapping[str, Any]) -> str:
 
 
 def _check_fit(weights: Mapping[str, Tensor], rule: LearnedRuleSettings, file: Path) -> None:
-    from ml2o_dist.rules.learned import RULES  # late: a rule may itself be built from an artifact
-
     expected = RULES[rule.kind].shapes(rule)
     found = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())

@@ -7,35 +7,17 @@ from __future__ import annotations
 
 import hashlib
 import os
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ml2o_dist.rundir.remote_files import answering, connect, is_uri, read_remote
+from ml2o_dist.pretrained import DEFAULT, PRETRAINED, SHIPPED, shipped_names
 from ml2o_dist.runtime.errors import unknown
-from ml2o_dist.runtime.files import cache_folder, expanded, home_folder, replacing
+from ml2o_dist.runtime.files import cache_folder, replacing
+from ml2o_dist.runtime.remote_files import answering, connect, is_uri, read_remote
 
 if TYPE_CHECKING:
     from ml2o_dist.artifact import Artifact
-
-SHIPPED = Path(__file__).parent / "pretrained"
-"""The folder of the weights that come with the package, NAME.safetensors and NAME.json each."""
-
-PRETRAINED = "pretrained"
-"""What stands for the weights that serve where none are named."""
-
-_DEFAULT = "ml2o-small"
-
-
-def shipped_names() -> list[str]:
-    """Return the names of the weights that come with the package, `PRETRAINED` first."""
-    return [PRETRAINED, *sorted(file.stem for file in SHIPPED.glob("*.safetensors"))]
-
-
-def located(reference: str) -> str:
-    """Return what `load_artifact` takes, a relative path resolved against ML2O_HOME, all else and "" as it is."""
-    if not reference or reference in shipped_names() or reference.startswith("models:/") or is_uri(reference):
-        return reference
-    return str(home_folder() / expanded(reference))
 
 
 def load_artifact(path: Path | str) -> Artifact:
@@ -52,12 +34,11 @@ def load_artifact(path: Path | str) -> Artifact:
     from ml2o_dist.artifact import read_artifact  # late: it needs torch, names and places do not
 
     if str(path).startswith("models:/"):
-        from ml2o_dist.tracking.registry import resolve_model  # late: only who asks for a registry needs MLflow
-        from ml2o_dist.tracking.store import resolve_tracking_uri
-
-        path = resolve_model(resolve_tracking_uri(), str(path))
+        # By name: only who asks for a registry needs MLflow, and tracking stands on this module.
+        registry, store = (import_module(f"ml2o_dist.tracking.{name}") for name in ("registry", "store"))
+        path = registry.resolve_model(store.resolve_tracking_uri(), str(path))
     elif str(path) in shipped_names():
-        path = SHIPPED / f"{_DEFAULT if str(path) == PRETRAINED else path}.safetensors"
+        path = SHIPPED / f"{DEFAULT if str(path) == PRETRAINED else path}.safetensors"
     elif is_uri(path):
         path = _fetched(str(path))
     elif _is_word(str(path)) and not os.path.exists(path):

@@ -10,7 +10,8 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, SerializeAsA
 from ml2o_dist.plugins import find_loaded, loaded
 from ml2o_dist.problems import FamilyMember, ProblemFamily, ProblemSpec
 from ml2o_dist.runtime.errors import UserError, unknown
-from ml2o_dist.tracking.names import ExperimentName, ModelName
+from ml2o_dist.runtime.names import ExperimentName, ModelName
+from ml2o_dist.runtime.registry import Registry, modules_of
 
 Scalar = bool | int | float | str
 
@@ -178,6 +179,12 @@ class RuleSettings(LearnedRuleSettings):
         return self
 
 
+RULES: Registry[Any] = Registry("rule.kind", lambda: modules_of("ml2o_dist.rules", packages=True))
+"""Learned rules by kind (`rules/learned.py`)."""
+
+ESTIMATORS: Registry[Any] = Registry("estimator.kind", lambda: modules_of("ml2o_dist.metatrain.estimators"))
+"""Estimators of the meta-gradient (`metatrain/estimators/base.py`)."""
+
 RULE_SETTINGS: dict[str, type[LearnedRuleSettings]] = {"coordinatewise": RuleSettings}
 """The settings of each `rule.kind`; `register_rule` adds to it."""
 
@@ -191,11 +198,8 @@ def rule_settings(given: Any) -> Any:
     if not isinstance(given, Mapping):
         return given
     kind = given.get("kind", "coordinatewise")
-    if kind not in RULE_SETTINGS:
-        from ml2o_dist.rules.learned import RULES  # late: most settings need no rule
-
-        if kind not in RULES:
-            raise unknown("setting rule.kind", str(kind), RULES)
+    if kind not in RULE_SETTINGS and kind not in RULES:
+        raise UserError(f"{unknown('setting rule.kind', str(kind), RULES)}; a plug-in's needs --plugin FILE.py")
     return RULE_SETTINGS[kind].model_validate(given)
 
 
@@ -226,11 +230,8 @@ class EstimatorSettings(_Settings):
     @field_validator("kind")
     @classmethod
     def _known_kind(cls, kind: str) -> str:
-        if kind not in _ESTIMATORS:
-            from ml2o_dist.metatrain.estimators.base import ESTIMATORS  # late: most settings name one of ours
-
-            if kind not in ESTIMATORS:
-                raise unknown("estimator.kind", kind, ESTIMATORS)
+        if kind not in _ESTIMATORS and kind not in ESTIMATORS:
+            raise unknown("estimator.kind", kind, ESTIMATORS)
         return kind
 
 
@@ -517,14 +518,11 @@ class MetaTrainSettings(_Settings):
             raise ValueError("estimator.truncated needs unroll >= 1")
         replayed = self.estimator.truncated or self.unroll or self.estimator.coordinates < 1
         kind = self.estimator.kind
-        if self.estimator.coordinates < 1:
-            from ml2o_dist.rules.learned import RULES  # late, see rule_settings
-
-            if not RULES[self.rule.kind].separable:
-                raise ValueError(
-                    f"estimator.coordinates={self.estimator.coordinates:g} needs a rule that can be replayed on some "
-                    f"parameters without the others; rule.kind={self.rule.kind} cannot"
-                )
+        if self.estimator.coordinates < 1 and not RULES[self.rule.kind].separable:
+            raise ValueError(
+                f"estimator.coordinates={self.estimator.coordinates:g} needs a rule that can be replayed on some "
+                f"parameters without the others; rule.kind={self.rule.kind} cannot"
+            )
         if kind != "replay" and replayed:
             raise ValueError(f"estimator.kind={kind} takes no unroll, estimator.truncated or estimator.coordinates < 1")
         if kind == "exact" and self.rule.guard is not None:

@@ -14,13 +14,14 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from ml2o_dist.artifact_sources import located
 from ml2o_dist.config import RULE_SETTINGS, DataSettings, EvaluateSettings, LearnedRuleSettings, MetaTrainSettings
 from ml2o_dist.plugins import load_plugin
+from ml2o_dist.pretrained import shipped_names
 from ml2o_dist.problems.image_files import data_folder
 from ml2o_dist.runtime.errors import UserError, unknown
-from ml2o_dist.runtime.files import home_folder
+from ml2o_dist.runtime.files import expanded, home_folder
 from ml2o_dist.runtime.reading import one_line, parse_yaml, read_yaml
+from ml2o_dist.runtime.remote_files import is_uri
 
 log = logging.getLogger(__name__)
 
@@ -166,6 +167,13 @@ def resolve_settings(settings: Job) -> Job:
             "device": device if settings.device == "auto" else settings.device,
         }
     )
+
+
+def located(reference: str) -> str:
+    """Return a place of weights with a relative path resolved against ML2O_HOME; a name, a URI and "" as they are."""
+    if not reference or reference in shipped_names() or reference.startswith("models:/") or is_uri(reference):
+        return reference
+    return str(home_folder() / expanded(reference))
 
 
 def dump_settings(settings: BaseModel) -> str:

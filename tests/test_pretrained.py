@@ -10,12 +10,13 @@ import pytest
 import torch
 
 from ml2o_dist import GML2O, ML2O
-from ml2o_dist.artifact_sources import SHIPPED, load_artifact, shipped_names
+from ml2o_dist.artifact_sources import load_artifact
 from ml2o_dist.config import EvaluateSettings, split_steps
 from ml2o_dist.config_file import load_settings
 from ml2o_dist.evaluation.contestants import Guarded, Learned
 from ml2o_dist.evaluation.optimizer_names import parse_optimizers
 from ml2o_dist.evaluation.suites import load_suite, suite_sha256
+from ml2o_dist.pretrained import SHIPPED, shipped_names
 from ml2o_dist.problems import ProblemSpec
 from tests.torch_optim.small import Batch, TwoTasks, drawn, flat, losses
 

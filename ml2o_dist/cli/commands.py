@@ -133,9 +133,9 @@ def sync(console: Console, run_dir: str, tracking_uri: str) -> dict[str, Any]:
     learned optimizer into the registry. What a run at a URI has to send lies on the machine that ran it: run this
     there. Exit code 2: no run there, or MLflow does not answer; nothing is lost.
     """
-    from ml2o_dist.rundir.remote_files import is_uri
     from ml2o_dist.rundir.storage import working_copy
     from ml2o_dist.runtime.files import home_folder
+    from ml2o_dist.runtime.remote_files import is_uri
     from ml2o_dist.tracking.sync import sync as send
 
     folder = working_copy(run_dir) if is_uri(run_dir) else home_folder() / run_dir
@@ -170,9 +170,9 @@ def report(console: Console, run_dir: str, output: str | None) -> dict[str, Any]
     `ml2o meta-train` writes it when it is done; for a run that is not, it shows what is there and says what is missing.
     A file that cannot be read is named on stderr and on the page, which shows the rest.
     """
-    from ml2o_dist.rundir.remote_files import is_uri
     from ml2o_dist.rundir.storage import read_run
     from ml2o_dist.runtime.files import home_folder
+    from ml2o_dist.runtime.remote_files import is_uri
     from ml2o_dist.workflows.report import PAGE, write_report
 
     place = output or (PAGE if is_uri(run_dir) else None)
@@ -201,9 +201,9 @@ def trajectories(
     """
     from ml2o_dist.metatrain.trajectories import read_trajectories, recorded_problems
     from ml2o_dist.reporting.trajectory_plots import plot_trajectories, trajectories_file
-    from ml2o_dist.rundir.remote_files import is_uri
     from ml2o_dist.rundir.storage import read_run
     from ml2o_dist.runtime.files import home_folder
+    from ml2o_dist.runtime.remote_files import is_uri
 
     with read_run(run_dir) as folder:
         recorded = read_trajectories(folder, problem)

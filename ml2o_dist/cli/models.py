@@ -174,8 +174,8 @@ def models_import(console: Console, path: str, name: str, tracking_uri: str) -> 
     The same weights and rule settings are registered once.
     """
     from ml2o_dist.artifact_sources import load_artifact
-    from ml2o_dist.rundir.remote_files import is_uri
     from ml2o_dist.runtime.files import home_folder
+    from ml2o_dist.runtime.remote_files import is_uri
     from ml2o_dist.tracking.registry import find_version
     from ml2o_dist.tracking.store import resolve_tracking_uri
     from ml2o_dist.tracking.transfer import import_version

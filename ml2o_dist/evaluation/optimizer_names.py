@@ -8,11 +8,13 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from ml2o_dist.artifact_sources import load_artifact, located, shipped_names
+from ml2o_dist.artifact_sources import load_artifact
 from ml2o_dist.config import EvaluateSettings, GuardSettings
+from ml2o_dist.config_file import located
 from ml2o_dist.evaluation.contestants import Adversary, Contestant, Guarded, HandDesigned, Learned, Stochastic
 from ml2o_dist.evaluation.evaluated import Role
 from ml2o_dist.evaluation.optimizer_words import GUARD, REGISTRY, is_hand_designed, unknown_optimizer
+from ml2o_dist.pretrained import shipped_names
 from ml2o_dist.rules.adversaries import ADVERSARIES
 from ml2o_dist.rules.aggregated import parse_optimizer_name, takes_learning_rate
 from ml2o_dist.rules.card_guard import admitted

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable, Iterator
 
-from ml2o_dist.artifact_sources import PRETRAINED, shipped_names
+from ml2o_dist.pretrained import PRETRAINED, shipped_names
 from ml2o_dist.rules.names import adversaries, aggregators, optimizers, split_optimizer_name
 from ml2o_dist.runtime.errors import UserError
 from ml2o_dist.runtime.files import home_folder

@@ -12,8 +12,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from ml2o_dist.config import EstimatorSettings, LearnedRuleSettings
-from ml2o_dist.metatrain.estimators.base import ESTIMATORS, Episode
+from ml2o_dist.config import ESTIMATORS, EstimatorSettings, LearnedRuleSettings
+from ml2o_dist.metatrain.estimators.base import Episode
 from ml2o_dist.metatrain.estimators.replay import choose, replay
 from ml2o_dist.metatrain.meta_loss import step_losses
 from ml2o_dist.metatrain.recorder import Trajectory, TrajectoryRecorder

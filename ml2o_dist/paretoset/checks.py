@@ -11,9 +11,8 @@ from ml2o_dist.evaluation.optimizer_names import Resolve, parse_optimizers
 from ml2o_dist.paretoset.conditioned import ConditionedInput, WeightLine
 from ml2o_dist.paretoset.experts import network_of
 from ml2o_dist.paretoset.fusion import Fusion
-from ml2o_dist.paretoset.saved_results import SETTINGS
 from ml2o_dist.paretoset.scalarization import Scalarization
-from ml2o_dist.paretoset.settings import ParetoSetSettings
+from ml2o_dist.paretoset.settings import SETTINGS, ParetoSetSettings
 from ml2o_dist.paretoset.states import read_state
 from ml2o_dist.paretoset.tasks import TaskSet
 from ml2o_dist.problems.image_files import data_folder

@@ -19,7 +19,10 @@ from ml2o_dist.config import (
 )
 from ml2o_dist.paretoset.task_names import task_sets
 from ml2o_dist.runtime.errors import unknown
-from ml2o_dist.tracking.names import ExperimentName, ModelName
+from ml2o_dist.runtime.names import ExperimentName, ModelName
+
+SETTINGS, FRONTS, TABLE, PICTURE = "pareto_set.yaml", "fronts.json", "fronts.md", "plots/fronts.png"
+"""What a run directory calls its settings and results."""
 
 MOST_SAMPLES = 1_000_000
 """Samples of each task in a batch."""

@@ -21,10 +21,9 @@ from typing import Any, ClassVar, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ml2o_dist.config import RULE_SETTINGS, LearnedRuleSettings
+from ml2o_dist.config import RULE_SETTINGS, RULES, LearnedRuleSettings
 from ml2o_dist.problems.layout import ParameterLayout
 from ml2o_dist.rules.base import Oracle, State, StepInfo, UpdateRule
-from ml2o_dist.runtime.registry import Registry, modules_of
 from ml2o_dist.runtime.seeding import derive_seed
 
 Weights = Mapping[str, Tensor]
@@ -173,8 +172,6 @@ class LearnedRule(UpdateRule):
             return cls.make_network(settings)
 
 
-RULES: Registry[type[LearnedRule]] = Registry("rule.kind", lambda: modules_of("ml2o_dist.rules", packages=True))
-
 Class = TypeVar("Class", bound=type[LearnedRule])
 
 
@@ -201,7 +198,8 @@ def learned_rule(
     dtype: torch.dtype = torch.float32,
 ) -> LearnedRule:
     """Build the rule that the settings describe; raises UserError for a kind that there is not."""
-    return RULES[settings.kind].from_weights(settings, weights, device, dtype)
+    kind: type[LearnedRule] = RULES[settings.kind]
+    return kind.from_weights(settings, weights, device, dtype)
 
 
 def initial_weights(settings: LearnedRuleSettings) -> dict[str, Tensor]:

@@ -23,10 +23,10 @@ from pyarrow.fs import FileSelector, FileSystem, FileType
 
 from ml2o_dist.config_file import dump_settings, first_difference, parse_settings
 from ml2o_dist.metatrain.checkpoint import Checkpoint, newest_checkpoint
-from ml2o_dist.rundir.remote_files import answering, bare, check_remote, connect, is_uri, reason
 from ml2o_dist.runtime.errors import UserError
 from ml2o_dist.runtime.files import cache_folder, home_folder, replacing
 from ml2o_dist.runtime.reading import MIB, YAML_LIMIT, read_bytes
+from ml2o_dist.runtime.remote_files import answering, bare, check_remote, connect, is_uri, reason
 
 LOCAL_ONLY = "spool"
 """The folder of a working copy that is neither committed nor replaced: what this machine has yet to send to MLflow."""

@@ -18,7 +18,7 @@ from pydantic import (
 )
 
 from ml2o_dist.config import LARGEST_SEED, MOST_META_STEPS, MetaTrainSettings, TrackingSettings
-from ml2o_dist.tracking.names import ModelName
+from ml2o_dist.runtime.names import ModelName
 
 DEFAULT_TRIALS = 10
 MOST_TRIALS = 100_000

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from ml2o_dist.artifact_sources import PRETRAINED
 from ml2o_dist.config import GuardSettings
 from ml2o_dist.config_file import checked
+from ml2o_dist.pretrained import PRETRAINED
 from ml2o_dist.rules.base import Oracle, State, StepInfo, UpdateRule
 from ml2o_dist.rules.card_guard import admitted
 from ml2o_dist.rules.guarded import GuardedRule, fallback_rule

@@ -11,7 +11,7 @@ from ml2o_dist.artifact import weights_sha256
 from ml2o_dist.artifact_sources import load_artifact
 from ml2o_dist.config import LearnedRuleSettings, RuleSettings
 from ml2o_dist.rules.learned import LearnedRule, initial_weights, learned_rule
-from ml2o_dist.rundir.remote_files import is_uri
+from ml2o_dist.runtime.remote_files import is_uri
 
 UNTRAINED = "initial"
 """The name of the network before any meta-training: Adam on the sum of the losses."""

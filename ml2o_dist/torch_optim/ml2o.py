@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from ml2o_dist.artifact_sources import PRETRAINED
+from ml2o_dist.pretrained import PRETRAINED
 from ml2o_dist.rules.base import Oracle, State, StepInfo, UpdateRule
 from ml2o_dist.rules.saved_state import StateError, classes_of, modules_of, put_together, take_apart
 from ml2o_dist.runtime.errors import UserError

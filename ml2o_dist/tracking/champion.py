@@ -17,8 +17,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 from ml2o_dist.runtime.errors import UserError, unknown
+from ml2o_dist.runtime.names import mlflow_key
 from ml2o_dist.tracking.description import with_suite_line
-from ml2o_dist.tracking.names import mlflow_key
 from ml2o_dist.tracking.promotion_lock import PromotionLock, promotion_lock, this_user
 from ml2o_dist.tracking.registry import CHAMPION, PREVIOUS, ModelVersion, model_versions
 from ml2o_dist.tracking.store import answering, connect, redacted

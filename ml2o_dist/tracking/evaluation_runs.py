@@ -18,8 +18,8 @@ from typing import Any
 
 from ml2o_dist.config_file import flat_settings, settings_hash
 from ml2o_dist.evaluation.evaluated import EvaluatedCell, Evaluation, Row, Standing
+from ml2o_dist.runtime.names import mlflow_key
 from ml2o_dist.tracking.identity import RUN_KEY_TAG
-from ml2o_dist.tracking.names import mlflow_key
 from ml2o_dist.tracking.store import connect, ensure_experiment, refused
 
 LONGEST_NAME = 80

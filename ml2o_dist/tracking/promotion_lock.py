@@ -33,7 +33,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from ml2o_dist.runtime.errors import UserError
-from ml2o_dist.tracking.names import LOCK_SUFFIX
+from ml2o_dist.runtime.names import LOCK_SUFFIX
 from ml2o_dist.tracking.store import answering, connect, one_line, redacted
 
 STALE_S = 60.0

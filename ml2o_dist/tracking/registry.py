@@ -17,8 +17,8 @@ from urllib.parse import urlsplit
 
 from ml2o_dist.artifact import Artifact, read_artifact
 from ml2o_dist.runtime.errors import UserError, unknown
+from ml2o_dist.runtime.names import checked_model_name
 from ml2o_dist.tracking.description import within_limit
-from ml2o_dist.tracking.names import checked_model_name
 from ml2o_dist.tracking.registered_files import DIGEST_TAGS, save_model, version_file
 from ml2o_dist.tracking.store import answering, connect, ensure_experiment, store_exists
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ml2o_dist.artifact import WEIGHTS_FILE
+from ml2o_dist.runtime.names import mlflow_key
 from ml2o_dist.tracking.identity import RUN_KEY_TAG, RunIdentity
-from ml2o_dist.tracking.names import mlflow_key
 from ml2o_dist.tracking.records import End, Params, Point, Record, Tags, Upload, Version, Words
 from ml2o_dist.tracking.registry import register_version
 from ml2o_dist.tracking.run_files import copied

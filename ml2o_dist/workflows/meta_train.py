@@ -34,13 +34,13 @@ from ml2o_dist.rundir.directory import (
 from ml2o_dist.rundir.storage import RunStorage, StorageError, open_storage
 from ml2o_dist.runtime.cluster import connected, own_capacity
 from ml2o_dist.runtime.errors import Aborted, Incomplete, Interrupted, UserError
-from ml2o_dist.runtime.gauges import RunGauges
 from ml2o_dist.runtime.progress import StepDisplay
 from ml2o_dist.runtime.shown_text import ForeignTextConsole
 from ml2o_dist.runtime.stopping import Stopped, StopRequest, stop_on_signals
 from ml2o_dist.tracking.sink import MlflowSink
 from ml2o_dist.tracking.spool import SPOOL_FOLDER, unsent_values
 from ml2o_dist.tracking.store import redacted, tracking_uri_to_keep
+from ml2o_dist.workflows.gauges import RunGauges
 from ml2o_dist.workflows.meta_train_end import compared, finish, finished_answer, show_finished
 from ml2o_dist.workflows.tracked_run import tracked_run
 

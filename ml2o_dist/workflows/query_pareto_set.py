@@ -35,7 +35,7 @@ def query_set(
     if out is None and not measure:
         raise UserError("--no-measure without --out leaves nothing to do: name the file to write")
     if place.startswith("models:/"):
-        from ml2o_dist.tracking.pareto_set_runs import resolve_set  # late: MLflow takes 2 s
+        from ml2o_dist.workflows.register_pareto_set import resolve_set  # late: MLflow takes 2 s
 
         found = resolve_set(tracking_uri_to_keep(tracking_uri), place)
     else:

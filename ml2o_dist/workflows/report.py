@@ -24,10 +24,10 @@ from ml2o_dist.reporting.pareto_set_page import SetPageRecord, render_set, set_p
 from ml2o_dist.reporting.run_record import EvaluationRecord, RunRecord
 from ml2o_dist.reporting.sweep_page import SweepPageRecord, read_pictures, render_sweep, sweep_page_sections
 from ml2o_dist.rundir.log import RunLog, read_log
-from ml2o_dist.rundir.remote_files import is_uri
 from ml2o_dist.runtime.errors import UserError
 from ml2o_dist.runtime.files import replacing
 from ml2o_dist.runtime.reading import MIB, read_bytes, read_json
+from ml2o_dist.runtime.remote_files import is_uri
 from ml2o_dist.sweeping.record import FILE as TRIALS
 from ml2o_dist.sweeping.record import SweepRecord
 from ml2o_dist.sweeping.space import load_sweep

@@ -134,7 +134,7 @@ class ParetoSetResult(Result):
     def plot(self) -> Figure:
         """Return the fronts."""
         from ml2o_dist.paretoset.results import read_fronts
-        from ml2o_dist.paretoset.saved_results import FRONTS
+        from ml2o_dist.paretoset.settings import FRONTS
         from ml2o_dist.reporting.pareto_set_plots import fronts_figure
 
         found = read_fronts(Path(self.run_dir) / FRONTS)

@@ -15,11 +15,11 @@ from ml2o_dist.config_file import dump_settings, flat_settings, resolve_settings
 from ml2o_dist.metatrain.capacity import check_capacity, check_labels, cluster_total, room_for_workers
 from ml2o_dist.rundir.directory import check_folder, check_writable, logged_to
 from ml2o_dist.rundir.kinds import check_kind
-from ml2o_dist.rundir.remote_files import is_uri
 from ml2o_dist.runtime.cluster import connected, own_capacity
 from ml2o_dist.runtime.errors import Aborted, Incomplete, Interrupted, UserError
 from ml2o_dist.runtime.files import home_folder, replacing
 from ml2o_dist.runtime.progress import StepDisplay
+from ml2o_dist.runtime.remote_files import is_uri
 from ml2o_dist.runtime.shown_text import ForeignTextConsole, headed
 from ml2o_dist.runtime.stopping import StopRequest, own_handlers_kept, stop_on_signals
 from ml2o_dist.sweeping.record import FILE, SweepRecord

@@ -21,22 +21,22 @@ from ml2o_dist.paretoset.experts import Stage, expert_stages, is_done, steps_don
 from ml2o_dist.paretoset.image_tasks import load_tasks
 from ml2o_dist.paretoset.pieces import run_stages, run_works
 from ml2o_dist.paretoset.results import ApproachResult, assembled, best_first, cells, columns, markdown
-from ml2o_dist.paretoset.saved_results import FRONTS, PICTURE, SETTINGS, TABLE, save_results
 from ml2o_dist.paretoset.saved_set import FILE
-from ml2o_dist.paretoset.settings import ParetoSetSettings
+from ml2o_dist.paretoset.settings import FRONTS, PICTURE, SETTINGS, TABLE, ParetoSetSettings
 from ml2o_dist.paretoset.tasks import TaskSet
 from ml2o_dist.rundir.directory import check_folder, check_writable, logged_to
-from ml2o_dist.rundir.remote_files import is_uri
 from ml2o_dist.runtime.cluster import RayEnded, connected
 from ml2o_dist.runtime.errors import Aborted, Incomplete, Interrupted, UserError
 from ml2o_dist.runtime.files import home_folder, replacing
 from ml2o_dist.runtime.progress import StepDisplay
+from ml2o_dist.runtime.remote_files import is_uri
 from ml2o_dist.runtime.shown_text import ForeignTextConsole, headed
 from ml2o_dist.runtime.stopping import Stopped, StopRequest, own_handlers_kept, stop_on_signals
 from ml2o_dist.tracking.named_servers import check_resumed, remember
 from ml2o_dist.tracking.records import Status
 from ml2o_dist.tracking.sink import MlflowSink
 from ml2o_dist.tracking.store import redacted, tracking_uri_to_keep
+from ml2o_dist.workflows.pareto_set_files import save_results
 from ml2o_dist.workflows.report import write_report
 from ml2o_dist.workflows.tracked_run import CLOSE_LIMIT_S, STOP_LIMIT_S, git_commit
 
@@ -226,7 +226,7 @@ def _publish(
     console: Console,
 ) -> int | None:
     """Send figures and files to MLflow and register the set; return its version, None where there is none."""
-    from ml2o_dist.tracking.pareto_set_runs import register_set  # late: MLflow takes 2 s
+    from ml2o_dist.workflows.register_pareto_set import register_set  # late: MLflow takes 2 s
 
     figures: dict[str, float] = {}
     for result in results:

@@ -20,10 +20,10 @@ from ml2o_dist.artifact_sources import load_artifact
 from ml2o_dist.problems.layout import ParameterLayout
 from ml2o_dist.rules.coordinatewise.rule import ML2ONetwork, ML2ORule
 from ml2o_dist.runtime.errors import UserError
-from ml2o_dist.tracking.names import checked_model_name
-from ml2o_dist.tracking.pareto_set_runs import resolve_set
+from ml2o_dist.runtime.names import checked_model_name
 from ml2o_dist.tracking.registry import list_versions, register_version, resolve_model
 from ml2o_dist.tracking.transfer import import_version
+from ml2o_dist.workflows.register_pareto_set import resolve_set
 from tests.tracking.filled_registry import RULE, Registry
 
 UNREACHABLE = "http://127.0.0.1:9"

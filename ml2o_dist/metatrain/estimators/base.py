@@ -8,14 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ml2o_dist.config import EstimatorSettings, GuardSettings
+from ml2o_dist.config import ESTIMATORS, EstimatorSettings, GuardSettings
 from ml2o_dist.metatrain.meta_loss import meta_loss_kind
 from ml2o_dist.metatrain.recorder import TrajectoryRecorder
 from ml2o_dist.problems.base import Problem
 from ml2o_dist.rules.base import Oracle, UpdateRule
 from ml2o_dist.rules.guarded import GuardedInfo, GuardedRule, guarded
 from ml2o_dist.rules.learned import LearnedRule, Rollout
-from ml2o_dist.runtime.registry import Registry, modules_of
 from ml2o_dist.runtime.seeding import generator
 
 
@@ -75,8 +74,6 @@ class Estimate:
 
 
 Estimator = Callable[[Episode], Estimate]
-
-ESTIMATORS: Registry[Estimator] = Registry("estimator.kind", lambda: modules_of("ml2o_dist.metatrain.estimators"))
 
 
 def register_estimator(name: str) -> Callable[[Estimator], Estimator]:

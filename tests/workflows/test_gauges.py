@@ -7,7 +7,7 @@ import urllib.request
 
 import ray
 
-from ml2o_dist.runtime.gauges import POOL_FIGURES, RunGauges
+from ml2o_dist.workflows.gauges import POOL_FIGURES, RunGauges
 
 
 def scraped() -> dict[str, float]:

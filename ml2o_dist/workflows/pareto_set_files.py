@@ -14,13 +14,11 @@ from ml2o_dist.paretoset.experts import network_of
 from ml2o_dist.paretoset.fusion import Fusion
 from ml2o_dist.paretoset.results import ApproachResult, markdown
 from ml2o_dist.paretoset.saved_set import FILE, SetCard, save_set
-from ml2o_dist.paretoset.settings import ParetoSetSettings
+from ml2o_dist.paretoset.settings import FRONTS, PICTURE, TABLE, ParetoSetSettings
 from ml2o_dist.paretoset.states import read_state
 from ml2o_dist.paretoset.tasks import TaskSet
 from ml2o_dist.reporting.pareto_set_plots import plot_fronts
 from ml2o_dist.runtime.files import replacing
-
-SETTINGS, FRONTS, TABLE, PICTURE = "pareto_set.yaml", "fronts.json", "fronts.md", "plots/fronts.png"
 
 
 def save_results(

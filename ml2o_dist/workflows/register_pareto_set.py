@@ -10,7 +10,7 @@ from typing import Any
 from ml2o_dist.artifact import package_version
 from ml2o_dist.paretoset.saved_set import FILE, SavedSet, load_set
 from ml2o_dist.runtime.errors import UserError
-from ml2o_dist.tracking.names import checked_model_name
+from ml2o_dist.runtime.names import checked_model_name
 from ml2o_dist.tracking.registry import (
     CANDIDATE,
     create_version,

@@ -9,8 +9,8 @@ from mlflow.utils import validation  # what MLflow checks a key by, offline
 
 from ml2o_dist.config_file import load_settings
 from ml2o_dist.runtime.errors import UserError
+from ml2o_dist.runtime.names import checked_experiment_name, mlflow_key
 from ml2o_dist.sweeping.settings import SweepTracking
-from ml2o_dist.tracking.names import checked_experiment_name, mlflow_key
 
 REFUSED = [
     "",
