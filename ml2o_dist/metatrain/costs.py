@@ -1,4 +1,4 @@
-"""What the work costs: how long an item should take, and how long it may, by what its kind took so far."""
+"""Estimates how long an item should take and how long it may, from the measured times of its kind."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ class Costs:
         self._longest: dict[tuple[str, str], float] = {}
 
     def learn(self, item: WorkItem, result: EpisodeResult) -> None:
-        """Take in what an item took. The longest counts: a slow moment must not shorten anybody's deadline."""
+        """Record how long an item took. The longest time counts, so that deadlines never get shorter."""
         kind = _kind(item)
         self._longest[kind] = max(self._longest.get(kind, 0.0), result.seconds / _inner_steps(item))
 
     def expected(self, item: WorkItem) -> float:
-        """Return the expected seconds; those of an unknown kind are infinite, so that it starts early."""
+        """Return the expected seconds; infinite for a kind that was not measured yet, so that it starts early."""
         return self._longest.get(_kind(item), math.inf) * _inner_steps(item)
 
     def allowed(self, item: WorkItem, overdue: int) -> float:
-        """Return the seconds an item may take that was overdue so often: a multiple of the expected, doubled each time.
+        """Return the seconds an item may take: a multiple of the expected, doubled each time it was `overdue`.
 
-        A kind that was not measured yet has `faults.first_deadline_s`, since others of its family may be a thousand
-        times cheaper.
+        A kind that was not measured yet gets `faults.first_deadline_s`, since other problems of its family may be a
+        thousand times cheaper and say nothing about it.
         """
         faults, expected = self._faults, self.expected(item)
         known = max(faults.shortest_deadline_s, faults.deadline_factor * expected)

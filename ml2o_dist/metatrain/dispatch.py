@@ -1,4 +1,4 @@
-"""Which item runs next on which worker, and which again: bookkeeping without Ray, driven by whoever has the workers."""
+"""Decides which item runs next on which worker and which runs again: bookkeeping without Ray, driven by the pool."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from ml2o_dist.metatrain.episode import EpisodeResult
 from ml2o_dist.metatrain.schedule import WorkItem
 
 RUNS_PER_ERROR = 2
-"""A key whose episode raised runs again once, on another worker: an error of the machine is not one of the episode."""
+"""A key whose episode raised is retried once, on another worker, since the machine may have caused the error."""
 
 TWIN_AFTER = 0.25
-"""A worker with nothing else to do runs an episode a second time that has used so much of the time it may take."""
+"""An idle worker starts a backup task for an episode that has used this share of the time it may take."""
 
 
 @dataclass(eq=False)
 class Batch:
-    """Items that run under the same weights, and the results that are there, by place."""
+    """Items that run under the same weights, and the results so far by the position of their item."""
 
     items: Sequence[WorkItem]
     weights: Any
@@ -30,7 +30,7 @@ class Batch:
 
     @property
     def complete(self) -> bool:
-        """Every item has its result."""
+        """Whether every item has its result."""
         return len(self.results) == len(self.items)
 
     def in_order(self) -> list[EpisodeResult]:
@@ -40,7 +40,7 @@ class Batch:
 
 @dataclass(eq=False)
 class Task:
-    """An item on its way to a result: how often it ran, where it failed last, how often it raised or was overdue."""
+    """An item and its attempts: how often it ran, where it failed last, how often it raised or was overdue."""
 
     batch: Batch
     place: int
@@ -53,17 +53,17 @@ class Task:
 
     @property
     def item(self) -> WorkItem:
-        """What runs."""
+        """The item that runs."""
         return self.batch.items[self.place]
 
     @property
     def done(self) -> bool:
-        """Its result is there."""
+        """Whether its result is known."""
         return self.place in self.batch.results
 
     @property
     def fate(self) -> str:
-        """What comes of it after a flight without a result, in words: nothing more, its twin's end, or another run."""
+        """What happens after an attempt without a result, in words: nothing, its backup task goes on, or a retry."""
         if self.done:
             return "its twin has the result"
         return "its twin goes on" if self.flying else "it runs again elsewhere"
@@ -71,7 +71,7 @@ class Task:
 
 @dataclass(frozen=True, eq=False)
 class Flight:
-    """A task that `worker` is working on since `began`, and until when it may (seconds of the clock)."""
+    """An attempt at a task: the `worker`, when it `began` and its deadline (seconds of the clock)."""
 
     task: Task
     worker: Any
@@ -80,41 +80,41 @@ class Flight:
 
 
 class Dispatch:
-    """Items that wait or run, of one batch or of several at once.
+    """Items that wait or run, from one batch or from several at once.
 
-    What is needed first starts first: items of the earliest meta-step, its validation before its training (the order
-    in which the results are waited for), the longest by measured cost first. An item runs again where its worker was
-    lost or it raised, and a straggler a second time where a worker has nothing else to do: episodes are pure functions,
-    so the first result counts and another one would be equal.
+    Items of the earliest meta-step start first, its validation before its training (the order in which the results
+    are waited for), and among these the item with the longest measured cost. An item is retried when its worker was
+    lost or it raised. A straggler gets a backup task when a worker is idle. Episodes are pure functions, so the first
+    result counts and a second one would be equal.
 
     Attributes:
-        repeated: episodes begun again so far, since their worker was lost, they raised or were overdue.
-        twins: stragglers that were begun a second time.
+        repeated: retries so far, because the worker was lost, or the episode raised or was overdue.
+        twins: backup tasks started so far.
     """
 
     def __init__(self, faults: FaultSettings, clock: Callable[[], float] = time.monotonic) -> None:
         self._faults = faults
         self._clock = clock
         self._costs = Costs(faults)
-        self._waiting: list[Task] = []  # what is needed first comes last
+        self._waiting: list[Task] = []  # the most urgent task comes last
         self._flights: set[Flight] = set()
         self.repeated = 0
         self.twins = 0
 
     @property
     def flights(self) -> Collection[Flight]:
-        """What runs."""
+        """The attempts in flight."""
         return self._flights
 
     def add(self, items: Sequence[WorkItem], weights: Any) -> Batch:
-        """Take in a batch; its items wait from now on."""
+        """Queue the items as a batch and return it."""
         batch = Batch(items, weights)
         for place, item in enumerate(items):
             self._wait(Task(batch, place, self._costs.expected(item)))
         return batch
 
     def drop(self) -> None:
-        """Forget everything that waits or runs."""
+        """Drop all tasks that wait or are in flight."""
         self._waiting.clear()
         self._flights.clear()
 
@@ -132,32 +132,32 @@ class Dispatch:
         return begun
 
     def finished(self, flight: Flight, result: EpisodeResult) -> None:
-        """Take in the result of a flight; that of a twin which is late is the one that is there already."""
+        """Record the result of an attempt; if its backup task was faster, the result is already known and stays."""
         self.rolled_out(flight, result)
         self.settle(flight.task, result)
 
     def rolled_out(self, flight: Flight, result: EpisodeResult) -> None:
-        """Take in that a flight has ended whose result is not whole yet; `settle` or `again` follows."""
+        """Record that an attempt ended without its replay; `settle` or `again` follows."""
         self._land(flight)
         self._costs.learn(flight.task.item, result)
 
     def settle(self, task: Task, result: EpisodeResult) -> None:
-        """Make `result` that of the task, whatever is still on its way."""
+        """Record `result` for the task, unless it has one, even if another attempt is in flight."""
         task.batch.results.setdefault(task.place, result)
 
     def again(self, task: Task) -> None:
-        """Have a task run again that is not done, unless it is on its way."""
+        """Queue a task again, unless it is done or in flight."""
         if not task.done and not task.flying:
             task.expected = self._costs.expected(task.item)
             self._wait(task)
 
     def lost(self, flight: Flight) -> None:
-        """Have a flight's task run again, since its worker is gone."""
+        """Retry the task of an attempt whose worker was lost."""
         self._land(flight)
         self.again(flight.task)
 
     def raised(self, flight: Flight) -> bool:
-        """Have a flight's task run again, on another worker if there is one; False where it has raised too often."""
+        """Retry the task of an attempt that raised, on another worker if there is one; False if it raised too often."""
         self._land(flight)
         task = flight.task
         task.errors += 1
@@ -168,7 +168,7 @@ class Dispatch:
         return True
 
     def end_overdue(self) -> list[tuple[Flight, float]]:
-        """Return flights past their deadline with the seconds they had; their tasks run again and get twice that."""
+        """Return attempts past their deadline with the seconds they had; retry their tasks with twice that time."""
         late = [flight for flight in self._flights if self._clock() > flight.deadline]
         for flight in late:
             self._land(flight)
@@ -183,7 +183,7 @@ class Dispatch:
         return None
 
     def _stragglers(self) -> list[Task]:
-        """Return the items that have used much of their time and have no twin, those that have used most first."""
+        """Return tasks that have used much of their time and have no backup task, the slowest first."""
         now = self._clock()
         late = [
             ((now - flight.began) / (flight.deadline - flight.began), flight.task)

@@ -1,4 +1,4 @@
-"""A set of rollout workers that survives the death, hanging or failing of any of them: the key runs again elsewhere."""
+"""A set of rollout workers. When one dies, hangs or fails, its item is retried on another worker."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ log = logging.getLogger(__name__)
 class WorkerPool:
     """`workers` Ray actors, each with one item in flight, in the order of `Dispatch`.
 
-    Results come back in the order of the items whoever computed them. A worker that died, or that is far slower than
-    its item's kind was so far (it hangs, or was stopped), is ended and replaced, and its item runs again.
+    Results come back in the order of the items, whichever worker computed them. A worker that died, or that takes far
+    longer than its item's kind took so far (it hangs, or was stopped), is ended and replaced, and its item is retried.
     """
 
     def __init__(
@@ -43,8 +43,8 @@ class WorkerPool:
     ) -> None:
         """Start the workers and wait until all are up, or as many as `resources.start_workers` says.
 
-        With the settings of a `learner` rollouts are replayed in a process of its own (backward=learner), else where
-        they ran.
+        If `learner` settings are given, a separate process replays the rollouts (backward=learner); else each worker
+        replays its own.
 
         Raises:
             UserError: the cluster has no room for them, or they do not come up in `resources.start_timeout_s`.
@@ -85,7 +85,7 @@ class WorkerPool:
 
     @property
     def repeated(self) -> int:
-        """How many episodes were begun again so far: their worker was lost, they raised or were overdue."""
+        """How many times an episode was retried: its worker was lost, it raised or it was overdue."""
         return self._dispatch.repeated
 
     def pids(self) -> list[int]:
@@ -93,17 +93,17 @@ class WorkerPool:
         return [worker.pid for worker in self._workers.up]
 
     def begin(self, items: Sequence[WorkItem], weights: Weights) -> Callable[[], list[EpisodeResult]]:
-        """Begin all items under `weights`; return what waits for their results and returns them in the order given.
+        """Begin all items under `weights`; return a function that waits for the results, in the order of the items.
 
-        Several batches may be under way; whichever is waited for, all go on. An item whose episode raised twice ends
-        the run, or with `faults.on_error=skip` has `failed_episode` for its result. What is returned raises:
+        Several batches may be in flight; all make progress while any of them is waited for. An item whose episode
+        raised twice ends the run; with `faults.on_error=skip` its result is `failed_episode`. The function raises:
 
             Stopped: a stop was requested meanwhile.
             UserError: an episode found its settings or data wrong.
             PoolError: an episode failed otherwise, more workers had to be replaced than the budget allows, or fewer
                 than `resources.min_workers` were up for `resources.start_timeout_s`.
 
-        Then everything that was begun is given up.
+        In each case it drops all tasks of all batches.
         """
         batch = self._dispatch.add(items, ray.put(weights))
         self._assign()
@@ -143,7 +143,7 @@ class WorkerPool:
         return batch.in_order()
 
     def _ready(self) -> list[Any]:
-        """Wait for an answer; return all that are there, so that a thousand workers need few looks at all of them."""
+        """Wait for one answer and return all that are ready: a thousand workers then need few calls of `wait`."""
         asked = [*self._in_flight, *self._workers.starting]
         if self._replays is not None:
             asked += self._replays.under_way
@@ -164,9 +164,9 @@ class WorkerPool:
         self._workers.idle = list(self._workers.up)
 
     def _assign(self) -> None:
-        """Have the idle workers begin what comes next.
+        """Start the next tasks on the idle workers.
 
-        Nothing while fewer are up than `resources.min_workers`, or while so many rollouts wait for the learner as may.
+        Start none while fewer workers are up than `resources.min_workers`, or while the replayer's queue is full.
         """
         if not self._workers.enough or (self._replays is not None and self._replays.full):
             return
@@ -180,7 +180,7 @@ class WorkerPool:
                 self._in_flight[result], self._rollouts[flight] = flight, rollout
 
     def _land(self, future: Any, flight: Flight) -> None:
-        """Take in how a flight has ended."""
+        """Process the end of an attempt."""
         worker, key = flight.worker, flight.task.item.key
         rollout = self._rollouts.pop(flight, None)
         try:
@@ -201,17 +201,17 @@ class WorkerPool:
                 self._dispatch.finished(flight, result)
                 return
             self._dispatch.rolled_out(flight, result)
-            if not (flight.task.done or self._replays.has(flight.task)):  # by its twin
+            if not (flight.task.done or self._replays.has(flight.task)):  # by its backup task
                 self._replays.add(flight.task, result, rollout)
 
     def _take_replay(self, replays: Replays, future: Any) -> None:
-        """Take in how a replay has ended."""
+        """Process the end of a replay."""
         key = replays.under_way[future].task.item.key
         try:
             meta_loss, gradient = ray.get(future)
         except RayTaskError as error:
             task = replays.take(future).task
-            if isinstance(error.cause, LOST):  # the rollout was on a host that is gone
+            if isinstance(error.cause, LOST):  # the host that held the rollout was lost
                 log.warning("the rollout of %s is lost: %s; it runs again", key, reason(error.cause))
                 self._dispatch.again(task)
             elif self._faults.on_error == "skip":
@@ -229,7 +229,7 @@ class WorkerPool:
             self._dispatch.settle(replay.task, replayed(replay.result, meta_loss, gradient))
 
     def _restart_replays(self, replays: Replays, why: str) -> None:
-        """Start another replayer; what the last one had runs again, within the budget of lost workers."""
+        """Start another replayer and retry the tasks of the last one; counts against the budget of lost workers."""
         log.warning("the process that replays is lost: %s; another one is started, what it had runs again", why)
         self._workers.count_loss(f"the process that replays: {why}")
         for replay in replays.restart():
@@ -239,7 +239,7 @@ class WorkerPool:
         item = flight.task.item
         what = f"{item.key} ({item.spec.problem}) failed"
         if self._dispatch.raised(flight):
-            if flight.task.done:  # by its twin
+            if flight.task.done:  # by its backup task
                 return
             again = "it runs once more, elsewhere if there is another worker"
             log.warning("%s: %r; %s", what, error.cause, flight.task.fate if flight.task.flying else again)
@@ -250,7 +250,7 @@ class WorkerPool:
             raise PoolError(f"{what}: {error.cause!r} (twice; faults.on_error=skip goes on without it)") from error
 
     def _end_overdue(self) -> None:
-        """Replace the workers whose deadline has passed, and the replayer that answers nothing."""
+        """Replace workers past their deadline, and the replayer if it does not answer."""
         if self._replays is not None and self._replays.overdue():
             self._restart_replays(self._replays, f"no answer in {self._faults.first_deadline_s:g} s")
         for flight, allowed in self._dispatch.end_overdue():

@@ -1,4 +1,4 @@
-"""The rollouts that wait to be replayed, and the process that replays them: started, found dead, replaced."""
+"""The queue of rollouts to replay, and the process that replays them: started, found dead, replaced."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ml2o_dist.runtime.stopping import Stopped
 
 @dataclass(frozen=True, eq=False)
 class Replay:
-    """A rollout that is being replayed, or waits for it, and its result so far."""
+    """A rollout in the replayer's queue, and its result so far."""
 
     task: Task
     result: EpisodeResult
@@ -35,11 +35,11 @@ class Replays:
     only.
 
     Attributes:
-        under_way: what was handed over and is not answered, by the reference of its answer.
+        under_way: replays in flight, by the reference of their answer.
     """
 
     def __init__(self, settings: LearnerSettings, faults: FaultSettings) -> None:
-        """Have Ray start the replayer; it may take its time. UserError: no node has the labels that it asks for."""
+        """Start the replayer without waiting for it; raise UserError if no node has the labels it asks for."""
         check_labels(settings.resources.labels, "learner.resources.labels")
         self._settings, self._faults = settings, faults
         self._answered_at = time.monotonic()
@@ -48,31 +48,31 @@ class Replays:
 
     @property
     def full(self) -> bool:
-        """As many rollouts wait as may: no more are to be begun."""
+        """Whether the queue is full, so that no more rollouts may begin."""
         return len(self.under_way) >= self._settings.rollouts
 
     def has(self, task: Task) -> bool:
-        """Tell whether a rollout of `task` is under way already, its twin's."""
+        """Tell whether a rollout of `task` (from its backup task) is already in flight."""
         return any(replay.task is task for replay in self.under_way.values())
 
     def add(self, task: Task, result: EpisodeResult, rollout: Any) -> None:
-        """Hand over the `rollout`, a reference, of a task."""
+        """Send a task's `rollout` (a reference) to the replayer."""
         if not self.under_way:
             self._answered_at = time.monotonic()
         answer = self._actor.replay.remote(task.batch.weights, task.item.spec, rollout)
         self.under_way[answer] = Replay(task, result)
 
     def take(self, answer: Any) -> Replay:
-        """Return what `answer` is of, which is no longer under way: the replayer is alive."""
+        """Remove and return the replay that `answer` belongs to, and note that the replayer is alive."""
         self._answered_at = time.monotonic()
         return self.under_way.pop(answer)
 
     def overdue(self) -> bool:
-        """Tell whether the replayer has answered nothing for `faults.first_deadline_s` though it has work."""
+        """Tell whether the replayer has work but has not answered for `faults.first_deadline_s`."""
         return bool(self.under_way) and time.monotonic() - self._answered_at > self._faults.first_deadline_s
 
     def restart(self) -> list[Replay]:
-        """End the replayer and have another one started; return what was under way, which is lost."""
+        """End the replayer and start another one; return the replays in flight, which are lost."""
         ray.kill(self._actor)
         lost = list(self.under_way.values())
         self.under_way.clear()
@@ -80,7 +80,7 @@ class Replays:
         return lost
 
     def give_up(self) -> None:
-        """Forget what is under way."""
+        """Cancel and drop the replays in flight."""
         for answer in self.under_way:
             ray.cancel(answer, force=False)
         self.under_way.clear()

@@ -36,10 +36,10 @@ from ml2o_dist.rules.learned import Weights
 from ml2o_dist.runtime.errors import UserError
 
 CHECKPOINT_SECONDS = 30.0
-"""With `checkpoint_every: 0` a checkpoint is written when this much work would be lost."""
+"""Seconds between checkpoints with `checkpoint_every: 0`: the most work that a crash may lose."""
 
 LOST_STEPS = 10
-"""After so many meta-steps in a row without one usable episode the weights will not get better: the run ends."""
+"""The run ends after so many meta-steps in a row without a usable episode: the weights will not recover."""
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ Pending = Callable[[], list[EpisodeResult]]
 """Waits for the results of work items and returns them in the order in which they were given."""
 
 Begin = Callable[[Sequence[WorkItem], Weights], Pending]
-"""Begins work items under weights: `WorkerPool.begin`, or what puts a plain loop off."""
+"""Begins work items under weights: `WorkerPool.begin`, or a function that defers a plain loop."""
 
 
 @dataclass
@@ -57,7 +57,7 @@ class Progress:
     Attributes:
         inner_steps, rollout_seconds: of training alone.
         seconds: wall time of meta-training, validation and checkpoints included, over all its processes.
-        worker_restarts, repeated_episodes: workers replaced and episodes run again, where workers run them.
+        worker_restarts, repeated_episodes: workers replaced and episodes retried, if workers run them.
         begun_from: sha256 of the weights that `begin` named.
     """
 
@@ -91,7 +91,7 @@ class Progress:
 
     @classmethod
     def restored(cls, values: Any, columns: Mapping[str, Tensor]) -> Progress:
-        """Return what `values` and `columns` came from; raises UserError where they are something else."""
+        """Rebuild a Progress from its `values` and `columns`; raises UserError if they are malformed."""
         lengths = {column.shape if column.dtype == torch.float64 else None for column in columns.values()}
         if "meta_step" not in columns or len(lengths) != 1 or len(next(iter(lengths)) or ()) != 1:
             raise UserError("its history is no columns of one length, meta_step among them")
@@ -100,7 +100,7 @@ class Progress:
 
 
 def checked_progress(values: Any) -> dict[str, Any]:
-    """Return what `Progress.values` returned, as it was read back; raises UserError where it is something else."""
+    """Return `values`, read back from a file, if `Progress.values` may have written them; else raise UserError."""
     defaults = Progress().values()
     if not isinstance(values, dict) or not values.keys() <= defaults.keys():
         raise UserError(f"its progress is something else than {', '.join(defaults)}")
@@ -113,11 +113,11 @@ def checked_progress(values: Any) -> dict[str, Any]:
 
 
 class TrainingError(Exception):
-    """Meta-training cannot go on from here; the state is that of the last whole meta-step."""
+    """Meta-training cannot go on; the state is that of the last complete meta-step."""
 
 
 class Trainer:
-    """One meta-training: `run` continues from wherever the state is, `save` writes that state down."""
+    """One meta-training: `run` continues from the current state, `save` writes the state to a checkpoint."""
 
     def __init__(self, settings: MetaTrainSettings, run_dir: Path, on_saved: Callable[[], None] = lambda: None) -> None:
         """`settings.device` must be a device, not `auto`; `on_saved` is called after each checkpoint."""
@@ -134,7 +134,7 @@ class Trainer:
         self._unwritable = False
 
     def begin(self) -> None:
-        """Take over the weights that `settings.init_from` names, if it names any.
+        """Load the initial weights that `settings.init_from` names, if it names any.
 
         Raises:
             UserError: there are none, or they are of another rule.
@@ -151,7 +151,7 @@ class Trainer:
         self.progress.begun_from = found.weights_sha256
 
     def resume(self) -> list[str]:
-        """Take over the newest valid checkpoint of the run directory; return why newer ones were refused.
+        """Load the newest valid checkpoint of the run directory; return why newer ones were refused.
 
         Raises:
             UserError: there is none, or it belongs to another configuration.
@@ -174,10 +174,10 @@ class Trainer:
         return refused
 
     def take_over(self, checkpoint: Checkpoint) -> None:
-        """Go on from `checkpoint`, be it of another configuration, as long as that has the same rule.
+        """Continue from `checkpoint`; its configuration may differ, its rule may not.
 
         Raises:
-            UserError: it holds something else than a state of such a run; nothing has changed.
+            UserError: it does not hold the state of such a run; nothing has changed.
         """
         tensors = checkpoint.tensors
         best = _below("best/", tensors)
@@ -190,12 +190,11 @@ class Trainer:
     def run(self, begin: Begin, on_row: Callable[[int, Row], None] = lambda step, row: None) -> None:
         """Meta-train up to `meta_steps`, calling `on_row(meta_step, figures)` after each one.
 
-        With `staleness` S the episodes of up to S later meta-steps are under way beside those of the next one, under
-        weights that are at most S updates old; which ones is a function of the meta-step alone. Validation figures of
-        a step come in a call of their own. Any exception leaves the state at the last whole
-        meta-step, ready for `save`. The state is saved before anything is computed: a run that is killed at any later
-        moment can be resumed. A checkpoint on the way that cannot be written costs a warning, the last one raises
-        OSError.
+        With `staleness` S, episodes of up to S later meta-steps are in flight beside those of the next one, under
+        weights that are at most S updates old; the meta-step alone determines the age. Validation figures of a step
+        are passed in a separate call. After any exception the state is that of the last complete meta-step, ready for
+        `save`. The state is saved before anything is computed, so a run that is killed at any later moment can be
+        resumed. If a checkpoint cannot be written, the run warns and continues; the last one raises OSError.
 
         Raises:
             TrainingError: the weights or all episodes of `LOST_STEPS` meta-steps are not finite.
@@ -222,14 +221,14 @@ class Trainer:
             self._record(step + 1, self._train(step, *begun.pop(step)), on_row)
 
     def save(self) -> None:
-        """Write checkpoint and metrics for the current state, unless they are there already; OSError: not possible."""
+        """Write checkpoint and metrics for the current state, unless they exist already; OSError: not possible."""
         state = (self.learner.version, self.progress.validated_step)
         if state == self._saved:
             return
         now = time.monotonic()
         self.progress.seconds += now - self._timed_at
         self._timed_at = now
-        # first: a run that goes on from this checkpoint does not write them again
+        # before the checkpoint: a run that resumes from it does not write the trajectories again
         self._trajectories.flush()
         write_history(self.run_dir, self.progress.history)
         best = {f"best/{name}": tensor for name, tensor in self.best_weights.items()}
@@ -242,7 +241,7 @@ class Trainer:
         self._on_saved()
 
     def _try_to_save(self) -> None:
-        """Save, or say once per outage that it was not possible and leave it to the next time."""
+        """Save; if that fails, warn once per outage and leave it to the next checkpoint."""
         try:
             self.save()
         except OSError as error:
@@ -289,7 +288,7 @@ class Trainer:
         }
 
     def _await(self, pending: Pending) -> tuple[list[EpisodeResult], float]:
-        """Return results and the seconds that were waited for them."""
+        """Return the results and the seconds spent waiting for them."""
         began = time.monotonic()
         results = pending()
         waited = time.monotonic() - began
@@ -298,7 +297,7 @@ class Trainer:
         return results, waited
 
     def _shares(self) -> Row:
-        """Return where the time since the last meta-step went."""
+        """Return how the time since the last meta-step was spent."""
         now = time.monotonic()
         seconds, self._stepped_at = now - self._stepped_at, now
         shares = {
@@ -310,7 +309,7 @@ class Trainer:
         return shares
 
     def _update(self, results: Sequence[EpisodeResult]) -> UpdateInfo:
-        """Update the weights, or raise TrainingError and leave everything as it is."""
+        """Update the weights, or raise TrainingError and change nothing."""
         recent = islice(reversed(self.progress.history), LOST_STEPS - 1)
         lost = [row for row in recent if row.get("skipped_episodes") == len(results)]
         if len(lost) == LOST_STEPS - 1 and all(r.gradient is None for r in results):

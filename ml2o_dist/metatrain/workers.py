@@ -23,10 +23,10 @@ from ml2o_dist.runtime.errors import UserError
 from ml2o_dist.runtime.stopping import Stopped
 
 POLL_S = 0.2
-"""How often the driver looks whether it was asked to stop."""
+"""Seconds between two checks whether a stop was requested."""
 
 BUDGET_S = 3600.0
-"""`resources.max_restarts` counts the replacements of so long a time: a crash loop ends a run, a spot node does not."""
+"""`resources.max_restarts` limits the replacements in this many seconds: a crash loop ends a run, a lost node does not."""
 
 log = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class PoolError(Exception):
 
 @dataclass(eq=False)
 class Worker:
-    """One actor; `pid` and `node`, as Ray names it, are known once it is up. Who replaces it has its number, from 1."""
+    """One actor. `pid` and `node` (Ray's name) are known once it is up; its replacement keeps `number`, from 1."""
 
     actor: Any
     number: int
@@ -49,18 +49,18 @@ class Worker:
 
 
 class Workers:
-    """So many actors of a class that has `where()`, its pid and node; one that is lost is replaced under its number.
+    """`count` actors of a class whose `where()` returns pid and node; a lost one is replaced under the same number.
 
     Attributes:
-        up, idle: those that answered, and those of them that have nothing to do.
-        starting: those that have not answered yet, by the reference of their answer.
+        up, idle: workers that have answered, and those among them without a task.
+        starting: workers that have not answered yet, by the reference of their answer.
         restarts: workers replaced so far.
     """
 
     def __init__(
         self, actor_class: type, count: int, resources: ResourceSettings, stop_requested: Callable[[], bool]
     ) -> None:
-        """Start them and wait until all are up, or `resources.start_workers`; the others join once they are.
+        """Start the workers and wait until all, or `resources.start_workers`, are up; the others join later.
 
         Raises:
             UserError: the cluster has no room for them, or they do not come up in `resources.start_timeout_s`.
@@ -87,11 +87,11 @@ class Workers:
 
     @property
     def enough(self) -> bool:
-        """At least `resources.min_workers` are up."""
+        """Whether at least `resources.min_workers` are up."""
         return len(self.up) >= self._resources.min_workers
 
     def close(self) -> None:
-        """End all; Ray itself kills a process that does not answer within some seconds."""
+        """End all workers; Ray itself kills a process that does not answer within some seconds."""
         for worker in [*self.up, *self.starting.values()]:
             ray.kill(worker.actor)
         self.up, self.idle, self.starting = [], [], {}
@@ -100,7 +100,7 @@ class Workers:
         """End `worker` and start one in its place, which is idle once it answers.
 
         Raises:
-            PoolError: more had to be replaced than the budget allows.
+            PoolError: more workers had to be replaced than the budget allows.
         """
         ray.kill(worker.actor)
         if worker in self.up:
@@ -113,7 +113,7 @@ class Workers:
         self._start(worker.number)
 
     def count_loss(self, cause: str) -> None:
-        """Count the loss of a process against the budget; PoolError: there were more than it allows."""
+        """Count the loss of a process against the budget; raise PoolError if the budget is spent."""
         now = time.monotonic()
         self._replaced_at.append(now)
         while now - self._replaced_at[0] > BUDGET_S:
@@ -126,7 +126,7 @@ class Workers:
         self.restarts += 1
 
     def started(self, future: Any) -> None:
-        """Take in the answer of a worker that was starting; one that died is replaced again."""
+        """Process the answer of a worker that was starting; replace the worker if it died."""
         worker = self.starting.pop(future)
         try:
             self._come_up(worker, future)
@@ -134,7 +134,7 @@ class Workers:
             self.replace(worker, f"{worker}: {reason(error)}")
 
     def check_floor(self) -> None:
-        """Say once what is waited for while too few workers are up; raise PoolError when it has taken too long."""
+        """Warn once while too few workers are up; raise PoolError when this has lasted too long."""
         check_own_ray()
         resources, now = self._resources, time.monotonic()
         if self.enough:
@@ -155,7 +155,7 @@ class Workers:
         self.starting[actor.where.remote()] = Worker(actor, number)
 
     def _avoided(self) -> list[str]:
-        """Return the nodes that are put aside: none where no other one could take a worker."""
+        """Return the nodes in quarantine; none if no other node could take a worker."""
         avoided, share = self._quarantine.avoided(), self._resources
         if not avoided:
             return []
@@ -170,7 +170,7 @@ class Workers:
         self.idle.append(worker)
 
     def _await_start(self, wanted: int, stop_requested: Callable[[], bool]) -> None:
-        """Wait until so many workers are up."""
+        """Wait until `wanted` workers are up."""
         limit, total = time.monotonic() + self._resources.start_timeout_s, len(self.starting)
         while len(self.up) < wanted:
             if stop_requested():
@@ -190,10 +190,10 @@ class Workers:
 
 
 def actor_options(share: PlacementSettings, avoided: Sequence[str] = ()) -> dict[str, Any]:
-    """Return with which options Ray starts a process of ours that it is not to restart by itself.
+    """Return the options with which Ray starts one of our processes and does not restart it by itself.
 
-    In the placement group of this process where it has one; else spread out over the nodes that have the labels asked
-    for and are not among the `avoided`.
+    If this process has a placement group, the new one starts in it; else Ray spreads the processes over the nodes that
+    have the labels asked for and are not `avoided`.
     """
     group = get_current_placement_group()
     labels = dict(share.labels)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pkgutil
+import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib import import_module
@@ -14,6 +15,9 @@ T = TypeVar("T")
 
 _plugin: list[str] = []
 """The plug-in that is being loaded, if one is."""
+
+_local: list[tuple[str, str]] = []
+"""(what it is, name) of what this process has registered by itself: other processes do not know it."""
 
 _added: list[tuple[Registry[Any], str]] = []
 """What it has registered so far."""
@@ -33,6 +37,19 @@ def registering(plugin: str) -> Iterator[None]:
         raise
     finally:
         _plugin.pop()
+
+
+def check_known_elsewhere(text: str) -> None:
+    """Raise UserError where `text` names something that is registered in this process alone.
+
+    Workers are other processes: they know what the package has and what plug-ins bring.
+    """
+    for what, name in _local:
+        if re.search(rf"(?<![\w-]){re.escape(name)}(?![\w-])", text):
+            raise UserError(
+                f"the {what} {name!r} is registered in this process alone, workers would not know it: put it into a "
+                "file NAME.py, and give that as a plug-in: plugins=['NAME.py']"
+            )
 
 
 class Registry(Mapping[str, T], Generic[T]):
@@ -72,6 +89,8 @@ class Registry(Mapping[str, T], Generic[T]):
                 by = f"the plug-in {owner!r}" if owner else "ml2o_dist"
                 raise UserError(f"the {self.what} {name!r} is there already, from {by}")
             self._values[name] = value
+            if not _plugin and not module.startswith("ml2o_dist."):
+                _local.append((self.what, name))
             if foreign:
                 self.plugins[name] = _plugin[-1]
                 _added.append((self, name))

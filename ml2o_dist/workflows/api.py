@@ -25,6 +25,7 @@ from ml2o_dist.config import EvaluateSettings, MetaTrainSettings
 from ml2o_dist.config_file import (
     DEFAULT_CONFIG,
     checked,
+    dump_settings,
     laid_over,
     load_evaluation,
     load_named,
@@ -35,6 +36,7 @@ from ml2o_dist.config_file import (
     read_tree,
 )
 from ml2o_dist.runtime.errors import UserError
+from ml2o_dist.runtime.registry import check_known_elsewhere
 from ml2o_dist.runtime.shown_text import ForeignTextConsole
 from ml2o_dist.workflows.results import EvaluationResult, MetaTrainResult, ParetoSetResult, SweepResult
 
@@ -96,6 +98,7 @@ def meta_train(
         found = _changed(settings, overrides)
     else:
         found = load_settings(None if settings is None else Path(settings), words)
+    check_known_elsewhere(dump_settings(found))
     from ml2o_dist.workflows.meta_train import meta_train as run  # late: settings are checked without torch
 
     return MetaTrainResult(run(found, place, resume=resume, address=address, console=_console(console, progress)))
@@ -144,6 +147,7 @@ def evaluate(
         texts = [*_words(overrides), *_words(words)]
         file = None if settings is None else Path(settings)
         found = load_evaluation(file, texts) if suite is None else load_suite(suite, tuple(texts))
+    check_known_elsewhere(dump_settings(found))
     check_optimizers([*found.baselines, *found.optimizers])
 
     from ml2o_dist.workflows.evaluate import failures, run_evaluation  # late: words are checked without torch
@@ -196,6 +200,7 @@ def sweep(
         found = parse_sweep(tree, Path(), _words(overrides))
     else:
         found = load_sweep(None if settings is None else Path(settings), _words(overrides))
+    check_known_elsewhere(dump_settings(found))
     from ml2o_dist.workflows.sweep import sweep as run_sweep  # late: settings are checked without torch
 
     return SweepResult(run_sweep(found, place, resume=resume, address=address, console=_console(console, progress)))
@@ -239,6 +244,7 @@ def train_pareto_set(
     else:
         file = None if settings is None else Path(settings)
         found = read_settings(ParetoSetSettings, file, _words(overrides), "pareto_set.yaml")
+    check_known_elsewhere(dump_settings(found))
     from ml2o_dist.workflows.train_pareto_set import train_set  # late: settings are checked without torch
 
     return ParetoSetResult(train_set(found, place, resume=resume, address=address, console=_console(console, progress)))

@@ -295,3 +295,17 @@ def test_an_image_set_is_a_problem_and_wrong_data_are_refused() -> None:
     ):
         with pytest.raises(UserError, match=said):
             image_sets._check("stripes", "train", known, *wrong)
+
+
+def test_what_is_registered_in_a_script_alone_is_refused_before_ray_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    from ml2o_dist import evaluate, register_problem
+    from ml2o_dist.problems.spec import FACTORIES
+    from ml2o_dist.runtime import registry
+
+    monkeypatch.setattr(registry, "_local", [])
+    register_problem("in-a-script")(lambda context: None)
+    try:
+        with pytest.raises(UserError, match=r"'in-a-script' is registered in this process alone.*plugins="):
+            evaluate(optimizers=["mean+adam@0.01"], problems=["in-a-script"], seeds=1, steps=1)
+    finally:
+        FACTORIES.remove("in-a-script")

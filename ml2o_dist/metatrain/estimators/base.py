@@ -1,4 +1,4 @@
-"""What an estimator is given, what it returns, and how it is registered."""
+"""The input of an estimator, its output, and its registration."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from ml2o_dist.runtime.seeding import generator
 
 @dataclass(frozen=True)
 class Episode:
-    """An optimization of P instances for K steps, not begun yet.
+    """An optimization of P instances for K steps that has not begun yet.
 
     Attributes:
         rule: the learned rule, without its guard.
         guard: the guard's settings, if there is one.
         start: starting points [P, n].
         horizon: K.
-        unroll: the graph of a replay is cut every so many steps; 0: never.
+        unroll: the graph of a replay is cut after every so many steps; 0: never.
         seed: names all randomness.
-        recorder: takes in the steps of the first rollout, if the trajectory is wanted.
+        recorder: records the steps of the first rollout, if the trajectory is wanted.
     """
 
     rule: LearnedRule
@@ -44,15 +44,15 @@ class Episode:
 
     @property
     def meta_loss(self) -> str:
-        """Which meta-loss it is: the estimator's setting, `auto` resolved."""
+        """The kind of meta-loss: the estimator's setting with `auto` resolved."""
         return meta_loss_kind(self.settings, self.problem)
 
     def oracle(self) -> Oracle:
-        """Return an oracle of this episode: each draws the same batches."""
+        """Return a new oracle for this episode; every oracle draws the same batches."""
         return Oracle(self.problem, generator("batches", self.seed))
 
     def roll_out(self, rule: LearnedRule, chosen: Tensor | None, recorder: TrajectoryRecorder | None) -> Rollout:
-        """Take the steps of `rule`, under the guard if there is one; see `roll_out`."""
+        """Run the episode with `rule`, under the guard if there is one; see `roll_out`."""
         return roll_out(guarded(rule, self.guard), self.oracle(), self.start, self.horizon, chosen, recorder)
 
 
@@ -64,7 +64,7 @@ class Estimate:
         meta_loss: L, a scalar.
         gradient: dL / dtheta by meta-parameter.
         losses: [K+1, P, m].
-        episodes: how many episodes of K steps it took.
+        episodes: how many episodes of K steps were run.
     """
 
     meta_loss: Tensor

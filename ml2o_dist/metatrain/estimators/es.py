@@ -1,4 +1,4 @@
-"""The estimator `es`: a meta-gradient from losses alone, for what cannot be differentiated: a guard's choices."""
+"""The estimator `es`: a meta-gradient from losses alone, since a guard's choices cannot be differentiated."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def estimate(episode: Episode) -> Estimate:
     """Perturb the meta-parameters and run whole episodes, under the guard if there is one."""
     named = episode.rule.meta_parameters
     parameters = list(named.values())
-    recorders = iter([episode.recorder])  # of the first trial
+    recorders = iter([episode.recorder])  # only the first trial is recorded
 
     def trial(theta: Tensor) -> Tensor:
         vector_to_parameters(theta.to(parameters[0].device), parameters)

@@ -22,7 +22,7 @@ from ml2o_dist.rules.blocks import even_blocks
 from ml2o_dist.rules.learned import LearnedRule
 
 STEPS = 400
-"""Of the longest stretch, whose graph is in memory at once: 2 GB at n = 11,000, H = 8, m = 2, batch 32."""
+"""Steps of the longest stretch. Its whole graph is in memory at once: 2 GB at n = 11,000, H = 8, m = 2, batch 32."""
 
 
 @register_estimator("exact")
@@ -43,11 +43,11 @@ def exact(
 ) -> tuple[Tensor, dict[str, Tensor], Tensor]:
     """Second-order meta-gradient: autograd through the whole episode, the task's own gradients included.
 
-    Costs about 1.5 to 3 times replay's time and the memory of a stretch's graph: for small problems, where it is free
-    of replay's bias. An episode of more than `STEPS` steps is cut into even stretches. All but the last are gone
-    through twice: forwards for where they begin, then, the last one first, for their graphs. Takes `start` [P, n] and
-    the K + 1 batches of the episode; gamma, unroll and coordinate subsampling, which are biases or variances of replay,
-    do not apply. The weighting of steps does.
+    It has none of replay's bias, but costs about 1.5 to 3 times replay's time and the memory of a stretch's graph, so
+    it suits small problems. An episode of more than `STEPS` steps is cut into even stretches. All but the last run
+    twice: first forwards to find where each begins, then, from the last to the first, to build their graphs. Takes
+    `start` [P, n] and the K + 1 batches of the episode. gamma, unroll and coordinate subsampling add bias or variance
+    to replay and do not apply here; the weighting of steps does.
 
     Returns:
         L, its gradient by meta-parameter, and the losses [K+1, P, m].
@@ -82,7 +82,7 @@ def exact(
         by_end = list(found[len(theta) :])
         loss = loss + value.detach()
         seen.insert(0, losses.detach())
-        del losses, end, each, value, later  # what is left of the graph, before the next one is there
+        del losses, end, each, value, later  # free this graph before the next one is built
     return loss, dict(zip(theta, gradients, strict=True)), torch.cat(seen)
 
 
@@ -94,11 +94,11 @@ class _Place:
     state: State
 
     def tensors(self) -> list[Tensor]:
-        """Return what derivatives go through."""
+        """Return the tensors that are differentiated."""
         return [each for each in tree_flatten((self.point, self.state))[0] if _differentiable(each)]
 
     def leaves(self) -> _Place:
-        """Return it without its history, to be differentiated in."""
+        """Return a copy whose tensors are detached leaves that require gradients."""
         values, tree = tree_flatten((self.point, self.state))
         fresh = [each.detach().requires_grad_(True) if _differentiable(each) else each for each in values]
         return _Place(*tree_unflatten(fresh, tree))
@@ -116,7 +116,7 @@ class _Run:
 
     @torch.enable_grad()
     def go(self, part: slice, begin: _Place, recorder: TrajectoryRecorder | None) -> tuple[Tensor, _Place]:
-        """Return the losses [k, P, m] where its steps begin, and behind the last step those at z_K; and its end."""
+        """Return the losses [k, P, m] at the points where the steps begin (and at z_K after the last), and the end."""
         problem, rule = self.problem, self.rule.attached()
         point, state = begin.point, begin.state
         seen = []

@@ -1,4 +1,4 @@
-"""The estimator `replay`: first order, from what a rollout saw; the default."""
+"""The estimator `replay` (the default): first order, from the losses and Jacobians that a rollout recorded."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ml2o_dist.runtime.seeding import generator
 
 @register_estimator("replay")
 def estimate(episode: Episode) -> Estimate:
-    """Roll out and replay in one place; `metatrain.episode` does it in two."""
+    """Roll out and replay in one process; `metatrain.episode` can do the two in different ones."""
     chosen = choose(episode.problem, episode.settings.coordinates, episode.seed)
     rollout = episode.roll_out(episode.rule, chosen, episode.recorder)
     loss, gradient = replay(
@@ -31,16 +31,15 @@ def replay(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """First-order meta-gradient by replay (ours): dL/dtheta = sum_s <a_s, du_s/dtheta>.
 
-    With its inputs detached, the only way from theta to the loss is through the updates u_s, and z_t = z_0 + sum_{s<t}
-    u_s; hence a_s = sum_{t > s} gamma^(t-s-1) w_t grad l_t, a reverse cumulative sum of gradients that the rollout has
-    seen. The rule gives the rest (`LearnedRule.replay`); the task is never differentiated twice. gamma = 1 is
-    first-order back-propagation through time over the whole episode (of the steps as proposed: where a problem
-    projects onto its box, replay does not see that; `exact` does). A step that a guard rejected was not the rule's:
-    a_s = 0.
+    With the rule's inputs detached, theta reaches the loss only through the updates u_s, and z_t = z_0 + sum_{s<t}
+    u_s. Hence the adjoint a_s = sum_{t > s} gamma^(t-s-1) w_t grad l_t is a reverse cumulative sum of gradients that
+    the rollout recorded. `LearnedRule.replay` computes the rest; the task is never differentiated twice. gamma = 1 is
+    first-order back-propagation through time over the whole episode, for the steps as proposed: unlike `exact`, replay
+    ignores a problem's projection onto its box. A step that a guard rejected was not the rule's: a_s = 0.
 
     Args:
         kind, minima: of the meta-loss, as for `episode_loss`.
-        unroll: the rule's own graph is cut every so many steps, states carried (0: never).
+        unroll: the rule's own graph is cut after every so many steps, with the states carried over (0: never).
 
     Returns:
         L as a scalar, and its gradient by meta-parameter.
