@@ -26,7 +26,7 @@ POLL_S = 0.2
 """Seconds between two checks whether a stop was requested."""
 
 BUDGET_S = 3600.0
-"""`resources.max_restarts` limits the replacements in this many seconds: a crash loop ends a run, a lost node does not."""
+"""`resources.max_restarts` limits the replacements per this time: a crash loop ends the run, a lost node does not."""
 
 log = logging.getLogger(__name__)
 
