@@ -35,10 +35,10 @@ FORMAT = 1
 WEIGHTS_FILE = "weights.safetensors"
 
 WEIGHTS_LIMIT = 1024 * MIB
-"""Bytes of a file of weights: twice what the largest network that `rule.hidden` allows has."""
+"""Most bytes of a file of weights: twice those of the largest network that `rule.hidden` allows."""
 
 CARD_LIMIT = 4 * MIB
-"""Bytes of a card: a thousand times what a usual one has."""
+"""Most bytes of a card: a thousand times those of a usual one."""
 
 _OWN_KEYS: dict[str, type] = {
     "format": int,
@@ -51,7 +51,7 @@ _OWN_KEYS: dict[str, type] = {
     "provenance": dict,
     "card_sha256": str,
 }
-"""What every card has, and of which type it is."""
+"""The keys that every card has, with their types."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +61,7 @@ class Artifact:
     Attributes:
         weights: the tensors by name, on the CPU.
         rule: the settings of the rule that the weights belong to.
-        card: everything in the JSON file; `card["provenance"]` is what the writer said about their origin.
+        card: everything in the JSON file; `card["provenance"]` is the writer's information about their origin.
         path: absolute path of the .safetensors file; one from a URI lies in the cache folder.
     """
 
@@ -72,7 +72,7 @@ class Artifact:
 
     @property
     def weights_sha256(self) -> str:
-        """The digest of the weights, as `weights_sha256` computes it."""
+        """The digest of the weights from `weights_sha256`."""
         return str(self.card["weights_sha256"])
 
 
@@ -109,7 +109,7 @@ def save_artifact(
         path: a folder (made if there is none), or a file that ends in .safetensors.
         weights: the state dict of `rule`'s network.
         rule: the settings that rebuild the network.
-        card: what is known of the weights' origin (config hash, seed, meta-steps, problems ...), as JSON values;
+        card: facts about the weights' origin (config hash, seed, meta-steps, problems ...), as JSON values;
             kept under `provenance`. JSON has no NaN and no infinity: such figures become null.
 
     Raises:
@@ -182,7 +182,7 @@ def read_artifact(path: Path | str) -> Artifact:
 
 
 load_artifact = read_artifact
-"""What models that were registered by older versions call it."""
+"""The name of `read_artifact` in models that older versions registered."""
 
 
 def _finite(value: Any) -> Any:
@@ -218,7 +218,7 @@ def _read(file: Path, what: str, limit: int) -> bytes:
 
 
 def parse_card(file: Path, content: bytes) -> dict[str, Any]:
-    """Return a card whose digest of itself holds; raises UserError, which names `file`."""
+    """Return the card if its own digest is right; raises UserError, which names `file`."""
     card = parse_json(content, f"card file {str(file)!r}", CARD_LIMIT, finite=True)
     if not isinstance(card, dict) or not isinstance(card.get("format"), int):
         raise UserError(f"card file {str(file)!r} is no card of ml2o_dist: it names no format")
@@ -265,7 +265,7 @@ def _check_fit(weights: Mapping[str, Tensor], rule: LearnedRuleSettings, file: P
 
 
 def _sizes(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
-    """Return what shapes of tensors give away of the settings `hidden`, `features`, `output` and `objectives`."""
+    """Return what tensor shapes imply about the settings `hidden`, `features`, `output` and `objectives`."""
     places = {
         "hidden": ("shared.weight_hh_l0", 1),
         "feature channels": ("specific.0.weight_ih_l0", 1),

@@ -1,4 +1,4 @@
-"""Where a learned optimizer may be: in the package, in a folder, at a URI, in a registry.
+"""Load learned optimizers from the package, a folder, a URI or a registry.
 
 Nothing here needs torch until weights are read.
 """
@@ -31,10 +31,10 @@ def load_artifact(path: Path | str) -> Artifact:
     Raises:
         UserError: as `artifact.read_artifact`, or an unknown name.
     """
-    from ml2o_dist.artifact import read_artifact  # late: it needs torch, names and places do not
+    from ml2o_dist.artifact import read_artifact  # imported late: it needs torch; names and places do not
 
     if str(path).startswith("models:/"):
-        # By name: only who asks for a registry needs MLflow, and tracking stands on this module.
+        # Imported by name: only registry users need MLflow, and tracking imports this module.
         registry, store = (import_module(f"ml2o_dist.tracking.{name}") for name in ("registry", "store"))
         path = registry.resolve_model(store.resolve_tracking_uri(), str(path))
     elif str(path) in shipped_names():

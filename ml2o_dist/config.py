@@ -1,4 +1,4 @@
-"""Every setting, typed, with its default, its range and what it means."""
+"""All settings, typed, each with its default, range and meaning."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ Scalar = bool | int | float | str
 
 
 LONGEST_TEXT = 4096
-"""Characters of a text: of the longest path that Linux takes."""
+"""Most characters of a text: those of the longest path that Linux accepts."""
 LARGEST_SEED = 2**63 - 1
 MOST_STEPS = 10_000_000
-"""Inner steps of a run or of an episode: each leaves its losses in memory."""
+"""Most inner steps of a run or an episode: the losses of each stay in memory."""
 MOST_META_STEPS = 10**9
 MOST_SEEDS = 10_000
 MOST_NAMES = 10_000
-"""Entries of a list of problems, optimizers or values."""
+"""Most entries of a list of problems, optimizers or values."""
 MOST_CELLS = 1_000_000
-"""Cells of an evaluation: optimizers times problems times seeds, each a Ray task."""
+"""Most cells of an evaluation (optimizers times problems times seeds); each is a Ray task."""
 LONGEST_WAIT_S = 1e7
-"""Seconds, some four months: a clock may not take much more."""
+"""Longest time in seconds, some four months; clocks may not accept much more."""
 
 MOST_WORKERS, MOST_SLOTS = 100_000, 100_000
 
@@ -37,7 +37,7 @@ _Name = Annotated[str, Field(max_length=250, pattern=r"^[^\x00-\x1f\x7f]*$")]
 
 
 RENAMED = {"slots": "meta_batch_size", "begin": "init_from", "count": "num_objectives"}
-"""Keys of older versions, and what they are called now."""
+"""Keys of older versions, and their present names."""
 
 
 class _Settings(BaseModel):
@@ -46,7 +46,7 @@ class _Settings(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _current_names(cls, given: Any) -> Any:
-        """Accept the keys of older versions, which stored settings and cards have."""
+        """Accept the keys of older versions, which stored settings and cards still have."""
         if not isinstance(given, Mapping):
             return given
         known = {old: new for old, new in RENAMED.items() if new in cls.model_fields and old not in cls.model_fields}
@@ -55,7 +55,7 @@ class _Settings(BaseModel):
     @field_validator("*", mode="after")
     @classmethod
     def _no_nul(cls, value: Any) -> Any:
-        """Refuse texts that no file, run or server can be called by."""
+        """Refuse texts that cannot name a file, run or server."""
         for each in value if isinstance(value, tuple) else (value,):
             if isinstance(each, str) and "\0" in each:
                 raise ValueError(f"a text cannot have a NUL character, as {each!r}")
@@ -63,7 +63,7 @@ class _Settings(BaseModel):
 
 
 class PluginSettings(_Settings):
-    """A plug-in that a run was made with, by its name and content."""
+    """A plug-in that a run used, identified by its name and content."""
 
     name: str
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
@@ -76,7 +76,7 @@ def _loaded_plugins() -> tuple[PluginSettings, ...]:
 def _found_plugins(given: Any) -> Any:
     """Return the plug-ins that settings name; raises UserError where one is not loaded.
 
-    A file or module by its name alone is loaded by whoever reads a configuration that the user has named.
+    A plug-in that is given by name only is loaded by the code that reads the user's configuration.
     """
     if isinstance(given, list | tuple):
         for each in given:
@@ -91,7 +91,7 @@ Plugins = Annotated[tuple[PluginSettings, ...], BeforeValidator(_found_plugins),
 
 
 def plugins_field() -> Any:
-    """Return the field `plugins`, which comes first in all settings: what follows may name what they register."""
+    """Return the field `plugins`, which is first in all settings: later fields may name what plug-ins register."""
     return Field(
         default_factory=_loaded_plugins,
         description="files NAME.py (beside this one) or installed modules that bring problems, rules, optimizers ...",
@@ -122,14 +122,14 @@ class GuardSettings(_Settings):
 
     @property
     def fewest_samples(self) -> int:
-        """How many samples it takes to estimate an error: with a budget by halves, one decides and the other pays."""
+        """How many samples are needed to estimate an error; a budget needs them twice, as it halves the samples."""
         return 4 if self.budget else 2
 
 
 class LearnedRuleSettings(_Settings):
-    """What every learned rule is set by; each kind adds its own.
+    """The settings that all learned rules have; each kind adds its own.
 
-    A kind of one's own gives `kind: Literal["NAME"] = "NAME"` (see rules/learned.py).
+    A user's own kind declares `kind: Literal["NAME"] = "NAME"` (see rules/learned.py).
     """
 
     kind: str
@@ -137,7 +137,7 @@ class LearnedRuleSettings(_Settings):
 
     @classmethod
     def own_kind(cls) -> str:
-        """Return the kind that these settings are of; raises UserError where they name none."""
+        """Return the kind of these settings; raises UserError where they name none."""
         kind = cls.model_fields["kind"].default
         if not isinstance(kind, str):
             raise UserError(f'{cls.__name__} needs a line `kind: Literal["NAME"] = "NAME"`')
@@ -190,10 +190,10 @@ RULE_SETTINGS: dict[str, type[LearnedRuleSettings]] = {"coordinatewise": RuleSet
 
 
 def rule_settings(given: Any) -> Any:
-    """Return the settings of a learned rule from a mapping, by its `kind`; others as they are.
+    """Return the settings of a learned rule from a mapping, by its `kind`; return other values unchanged.
 
     Raises:
-        UserError: a kind that there is not.
+        UserError: an unknown kind.
     """
     if not isinstance(given, Mapping):
         return given
@@ -236,14 +236,14 @@ class EstimatorSettings(_Settings):
 
 
 class ShareSettings(_Settings):
-    """What one process asks of Ray."""
+    """The resources that one process requests from Ray."""
 
     num_cpus: float = Field(1.0, gt=0, le=1e6, description="CPUs of one process")
     num_gpus: float = Field(0.0, ge=0, le=1e6, description="GPUs of one process; a fraction shares a GPU")
 
 
 class PlacementSettings(ShareSettings):
-    """What one process asks of Ray, and of the node that it is on."""
+    """The resources that one process requests from Ray, and from its node."""
 
     custom: dict[str, Annotated[float, Field(gt=0, le=1e12)]] = Field(
         default_factory=dict, description="custom Ray resources of one process, as {big_memory: 1}"
@@ -295,7 +295,7 @@ class MemberSettings(_Settings):
 
 
 class FamilySettings(_Settings):
-    """Which problems are trained on, validated on (choosing the weights) and compared on (seen by neither)."""
+    """Which problems serve training, validation (to choose the weights) and comparison (used by neither)."""
 
     train: tuple[MemberSettings, ...] = Field(
         min_length=1, max_length=MOST_NAMES, description="problems to train on: {problem, weight, choices} each"
@@ -365,7 +365,7 @@ class ComparisonSettings(_Settings):
 
 
 class ResourceSettings(PlacementSettings):
-    """What each rollout worker asks of Ray, and what is done while it cannot be had."""
+    """The resources of each rollout worker, and what happens while Ray cannot provide them."""
 
     start_timeout_s: float = Field(
         60.0, gt=0, le=LONGEST_WAIT_S, description="how long to wait for the workers to be placed"
@@ -390,7 +390,7 @@ class ResourceSettings(PlacementSettings):
 
 
 class FaultSettings(_Settings):
-    """What is done about an episode that does not end or that raises."""
+    """How an episode that does not end or that raises is handled."""
 
     deadline_factor: float = Field(
         20.0,
@@ -408,9 +408,9 @@ class FaultSettings(_Settings):
 
 
 class TrajectorySettings(_Settings):
-    """Which training episodes are kept step by step, in `trajectories/`.
+    """Which training episodes are saved step by step, in `trajectories/`.
 
-    At most min(meta_steps, the run's) * min(slots, the run's) * instances * max(horizon) rows, whatever the run does.
+    There are at most min(meta_steps, the run's) * min(slots, the run's) * instances * max(horizon) rows.
     """
 
     meta_steps: int = Field(
@@ -446,11 +446,11 @@ class TrackingSettings(ExperimentSettings):
 
 
 Device = Annotated[str, Field(pattern=r"^(auto|cpu|cuda(:\d+)?)$")]
-"""auto, cpu, cuda or cuda:N; auto is cuda where a share of a GPU is asked for."""
+"""auto, cpu, cuda or cuda:N; auto means cuda if a share of a GPU is requested."""
 
 
 class MetaTrainSettings(_Settings):
-    """All of one meta-training run."""
+    """All settings of one meta-training run."""
 
     plugins: Plugins = plugins_field()
     seed: int = Field(0, ge=0, le=LARGEST_SEED, description="names all randomness of the run")
@@ -541,9 +541,9 @@ class MetaTrainSettings(_Settings):
 
 
 class EvaluateSettings(_Settings):
-    """All of one evaluation: every optimizer on every problem, once for each seed, all paired.
+    """All settings of one evaluation: every optimizer on every problem, once for each seed, all paired.
 
-    A suite is a YAML file of these settings that leaves `optimizers` to whoever uses it.
+    A suite is a YAML file of these settings without `optimizers`, which its user adds.
     """
 
     plugins: Plugins = plugins_field()
@@ -610,6 +610,6 @@ def split_steps(text: str) -> tuple[ProblemSpec, int | None]:
 
 
 def check_device(device: str, resources: ShareSettings) -> None:
-    """Raise ValueError for a device of which no share is asked for."""
+    """Raise ValueError for a device of which no share is requested."""
     if device.startswith("cuda") and not resources.num_gpus:
         raise ValueError(f"device={device} needs resources.num_gpus > 0")

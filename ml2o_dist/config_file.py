@@ -32,16 +32,16 @@ DEFAULT_CONFIG = Path(__file__).parent / "configs" / "digits.yaml"
 """The embedded default: needs no download."""
 
 RUN_CONFIG = "config.yaml"
-"""What a run directory calls the settings of a meta-training; of a sweep, those of its best trial."""
+"""The file name of the settings of a meta-training in a run directory; in a sweep's, those of its best trial."""
 
 MOST_EXTENDED = 20
-"""How many files may stand behind `extends`, one extending the next."""
+"""How many files may be chained by `extends`."""
 
 MOST_GROUPS = 20
-"""Dots in a key: `rule.guard.budget` has two."""
+"""Most dots in a key: `rule.guard.budget` has two."""
 
 LONGEST_SHOWN = 300
-"""Characters of a wrong setting or value that are shown."""
+"""Most characters of a wrong setting or value that an error message shows."""
 
 _PROBLEMS = ("train", "validation", "test")
 """The keys of `family` that name problems."""
@@ -58,7 +58,7 @@ _OPERATIONAL = (
     "data",
     "tracking",
 )
-"""Keys that change how a run is carried out but not the weights it ends with; a resumed run may change them."""
+"""Keys that change how a run is executed but not its final weights; a resumed run may change them."""
 
 
 def load_settings(
@@ -66,8 +66,8 @@ def load_settings(
 ) -> MetaTrainSettings:
     """Read settings from a YAML `file` (None: the embedded default), then apply `key=value` overrides in order.
 
-    A file may begin with `extends: other.yaml` (a path beside it): its mappings are laid over that file's. It is
-    looked for as `found_file` says.
+    A file may begin with `extends: other.yaml` (a path beside it): its mappings are merged over that file's.
+    `found_file` defines where `file` is looked for.
 
     Args:
         within: the folder that all these files must lie in, links followed; None where the user named the file.
@@ -92,15 +92,15 @@ def read_settings(
     of_run: str = RUN_CONFIG,
     within: Path | None = None,
 ) -> Settings:
-    """Read settings of any `kind`; `of_run` is what a run directory calls them. Raises UserError as `load_settings`."""
+    """Read settings of any `kind`; `of_run` is their file in a run directory. Raises UserError as `load_settings`."""
     tree = read_named(file, of_run, within) if file else {}
     return checked(kind, overridden(tree, overrides))
 
 
 def read_named(file: Path, of_run: str, within: Path | None = None) -> dict[str, Any]:
-    """Read what `found_file` finds, and load the plug-ins that a file names; raises UserError.
+    """Read the file that `found_file` finds, and load the plug-ins that it names; raises UserError.
 
-    Only a file that the user has named loads plug-ins: not one in a run directory, which may come from anywhere.
+    Only a file that the user has named loads plug-ins. A file in a run directory does not: it may come from anywhere.
     """
     found = found_file(file, of_run)
     of_folder = found.name == of_run and file.name != of_run
@@ -114,18 +114,18 @@ def read_named(file: Path, of_run: str, within: Path | None = None) -> dict[str,
 
 
 def load_named(plugins: Iterable[str], beside: Path | None = None) -> None:
-    """Load plug-ins, files `beside` the one that names them; raises UserError."""
+    """Load plug-ins; their files are looked for `beside` the file that names them. Raises UserError."""
     for plugin in plugins:
         load_plugin(plugin, beside)
 
 
 def found_file(given: Path, of_run: str = RUN_CONFIG) -> Path:
-    """Return the file that `given` names from the current folder, else from ML2O_HOME, as run directories are named.
+    """Return the file that `given` names, looked for in the current folder, then in ML2O_HOME, as run directories are.
 
-    Of a run directory it is its file `of_run`.
+    If `given` is a run directory, return its file `of_run`.
 
     Raises:
-        UserError: there is none in either.
+        UserError: the file is in neither folder.
     """
     here, home = Path.cwd(), home_folder()
     paths = [str(given), str(home / given)]
@@ -136,7 +136,7 @@ def found_file(given: Path, of_run: str = RUN_CONFIG) -> Path:
             return Path(path)
     folder = any(map(os.path.isdir, paths))
     if given.is_absolute() and not folder:
-        return given  # why it cannot be read is said by what reads it
+        return given  # the code that reads it reports why it cannot be read
     where = f"the current folder, {here}" + (f", nor in ML2O_HOME, {home}" if home != here else "")
     what = f"is a folder without {of_run}" if folder else "does not exist"
     raise UserError(f"config file {str(given)!r} {what}" + ("" if given.is_absolute() else f" in {where}"))
@@ -155,7 +155,7 @@ def parse_settings(tree: Any) -> MetaTrainSettings:
 
 
 def resolve_settings(settings: Job) -> Job:
-    """Write out what depends on this process: workers have other folders and environments, a resumed run other GPUs.
+    """Resolve what depends on this process: workers have other folders and environments, a resumed run other GPUs.
 
     `device: auto` is cuda where the workers ask for a share of a GPU, else cpu. Raises UserError for `data.root`.
     """
@@ -170,14 +170,14 @@ def resolve_settings(settings: Job) -> Job:
 
 
 def located(reference: str) -> str:
-    """Return a place of weights with a relative path resolved against ML2O_HOME; a name, a URI and "" as they are."""
+    """Return a place of weights with a relative path resolved against ML2O_HOME; a name, a URI and "" are unchanged."""
     if not reference or reference in shipped_names() or reference.startswith("models:/") or is_uri(reference):
         return reference
     return str(home_folder() / expanded(reference))
 
 
 def dump_settings(settings: BaseModel) -> str:
-    """Return the resolved settings as YAML that is read back to an equal value."""
+    """Return the resolved settings as YAML; reading it gives equal settings."""
     return yaml.safe_dump(settings.model_dump(mode="json", by_alias=True), sort_keys=False)
 
 
@@ -202,11 +202,11 @@ def flat_settings(settings: BaseModel) -> dict[str, Any]:
 
 
 def changed_settings(settings: MetaTrainSettings) -> tuple[str, dict[str, Any]]:
-    """Return what the settings of a run are compared with, in words, and by dotted key what differs from it.
+    """Return, in words, what a run's settings are compared with, and the settings that differ from it by dotted key.
 
-    Settings that share problems with the embedded default were made from it, and are compared with it; others with the
-    defaults of config.py, and the family, which has none there, is all among them. What a run writes out by itself,
-    `data.root` and the device behind `auto`, is no difference.
+    Settings that share problems with the embedded default were made from it and are compared with it. Others are
+    compared with the defaults of config.py; as these include no family, the whole family counts as different. Values
+    that a run resolves by itself (`data.root` and the device behind `auto`) do not count.
     """
     embedded = load_settings()
     shared = any(getattr(settings.family, part) == getattr(embedded.family, part) for part in _PROBLEMS)
@@ -231,7 +231,7 @@ def checked(kind: type[Settings], tree: Any) -> Settings:
 
 
 def read_tree(source: Path, extended: tuple[Path, ...] = (), within: Path | None = None) -> dict[str, Any]:
-    """Read a YAML file, laid over the one that it extends; both lie in `within`, if that is given. Raises UserError."""
+    """Read a YAML file, merged over the one that it extends; both lie in `within`, if given. Raises UserError."""
     try:
         tree = read_yaml(source, "config file", within)
     except FileNotFoundError as error:
@@ -255,7 +255,7 @@ def read_tree(source: Path, extended: tuple[Path, ...] = (), within: Path | None
 def _is_same_file(first: Path, second: Path) -> bool:
     try:
         return first.samefile(second)
-    except (OSError, ValueError):  # why it cannot be read is said by what reads it
+    except (OSError, ValueError):  # the code that reads it reports why it cannot be read
         return False
 
 
@@ -287,7 +287,7 @@ def put(tree: dict[str, Any], key: str, value: Any, source: str) -> None:
         raise UserError(f"{source}: no setting lies {len(path)} groups deep")
     node: Any = tree
     for part in path:
-        if node.get(part) is None:  # a group that is off, as a written-out configuration has it
+        if node.get(part) is None:  # a group that is off is None in a resolved configuration
             node[part] = {}
         node = node[part]
         if not isinstance(node, dict):
@@ -304,7 +304,7 @@ _MOVED_KEYS = {"slots": "meta_batch_size", "begin": "init_from", "rule.count": "
 
 
 def current_key(key: str) -> str:
-    """Return what a dotted key of an older version is called now, and say so once."""
+    """Return the present name of a dotted key of an older version, and warn once."""
     for prefix in ("", "meta_train.", "space."):
         new = _MOVED_KEYS.get(key.removeprefix(prefix)) if key.startswith(prefix) else None
         if new is not None:
@@ -319,7 +319,7 @@ def _say_renamed(old: str, new: str) -> None:
 
 
 def _of_kind(rule: Any, kind: Any) -> Any:
-    """Return the settings of a rule without those that another `kind` of rule has not got."""
+    """Return the settings of a rule without those that another `kind` of rule lacks."""
     if not isinstance(rule, dict) or kind in (None, rule.get("kind", "coordinatewise")):
         return rule
     return {key: value for key, value in rule.items() if key in LearnedRuleSettings.model_fields}
@@ -331,7 +331,7 @@ def _short(text: str) -> str:
 
 def _one_line(kind: type[BaseModel], error: ValidationError, tree: Any) -> UserError:
     errors = error.errors(include_url=False)
-    first = min(errors, key=lambda each: each["type"] == "missing")  # last: it may be there, but misspelt
+    first = min(errors, key=lambda each: each["type"] == "missing")  # "missing" errors last: the key may be misspelt
     place = one_line(".".join(str(part) for part in first["loc"]))
     if first["type"] == "extra_forbidden":
         model = _model_at(kind, first["loc"][:-1], tree)
@@ -353,7 +353,7 @@ def _one_line(kind: type[BaseModel], error: ValidationError, tree: Any) -> UserE
 
 
 def _model_at(model: type[BaseModel], path: tuple[int | str, ...], tree: Any) -> type[BaseModel]:
-    """Return the settings at `path` in settings of kind `model`, of which `tree` says what kind of rule they have."""
+    """Return the settings at `path` in settings of kind `model`; `tree` gives the kind of their rule."""
     for part in path:
         tree = tree.get(part) if isinstance(tree, Mapping) else None
         if isinstance(part, str) and (found := _annotation(model, part)) is not None:

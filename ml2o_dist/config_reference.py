@@ -1,4 +1,4 @@
-"""Every setting by its dotted key, as a reader wants to know it: default, range and meaning."""
+"""Reference of all settings by dotted key: default, range and meaning."""
 
 from __future__ import annotations
 

@@ -1,10 +1,11 @@
-"""What users bring: files and modules that register problems, learned rules, optimizers and the like by a decorator.
+"""Plug-ins: users' files and modules that register problems, learned rules, optimizers and the like by a decorator.
 
-A plug-in is one file, or an installed module. It is loaded wherever something of it is needed: what is sent to another
-process takes the file along (`Carrying`). Its sha256 is part of what names a run and a finished cell.
+A plug-in is one file or an installed module. Every process that needs it loads it: an object that is sent to another
+process carries the plug-in's file along (`Carrying`). The plug-in's sha256 is part of the names of runs and finished
+cells.
 
-A plug-in is code that runs. It is loaded where the user names it, or has installed it under the entry-point group
-`ml2o_dist.plugins`, and never because a run directory or an artifact names it.
+A plug-in is code that runs. It is loaded only if the user names it or has installed it under the entry-point group
+`ml2o_dist.plugins`, never because a run directory or an artifact names it.
 """
 
 from __future__ import annotations
@@ -29,18 +30,18 @@ GROUP = "ml2o_dist.plugins"
 """The entry-point group: `mine = "my_package.my_module"` in a project's metadata."""
 
 LARGEST = 4 * 2**20
-"""Bytes of a file: it travels with every episode."""
+"""Most bytes of a plug-in file: every episode carries it."""
 
 _loaded: dict[str, Plugin] = {}
 
 
 @dataclass(frozen=True)
 class Plugin:
-    """A plug-in that is loaded in this process, or, on its way to another one, will be loaded there.
+    """A plug-in that is loaded in this process, or that is being sent to another process to be loaded there.
 
     Attributes:
         name: the file's name, or the module's.
-        sha256: of the file; of a module, of all its Python files.
+        sha256: the sha256 of the file, or of all Python files of a module.
         source: the file's text; "" for a module.
     """
 
@@ -50,7 +51,7 @@ class Plugin:
 
     @property
     def libraries(self) -> tuple[str, ...]:
-        """The distributions that its figures depend on: what the module has as `LIBRARIES`."""
+        """The distributions that its figures depend on, from the module's `LIBRARIES`."""
         return tuple(getattr(sys.modules.get(_module_name(self)), "LIBRARIES", ()))
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -58,14 +59,14 @@ class Plugin:
 
 
 class Carrying:
-    """What is pickled with the plug-ins that are loaded, which are loaded before it where it is read."""
+    """An object that is pickled with this process's plug-ins; unpickling loads these first."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _arrived, (loaded(), type(self), dict(self.__dict__))
 
 
 class Carried(Carrying):
-    """A value of any kind that is pickled so."""
+    """A value of any kind that is pickled with the plug-ins."""
 
     def __init__(self, value: Any) -> None:
         self.value = value
@@ -77,13 +78,13 @@ def loaded() -> tuple[Plugin, ...]:
 
 
 def load_plugin(given: str, beside: Path | None = None) -> Plugin:
-    """Load a file `NAME.py`, or an installed module by its dotted name; one that is loaded stays as it is.
+    """Load a file `NAME.py`, or an installed module by its dotted name, unless it is already loaded.
 
     Args:
-        beside: the folder that a relative file is looked for in first; then the current one, then ML2O_HOME.
+        beside: the folder where a relative file is looked for first; then the current one, then ML2O_HOME.
 
     Raises:
-        UserError: there is none, it cannot be imported, or it registers a name that is taken.
+        UserError: the plug-in does not exist, cannot be imported, or registers a name that is taken.
     """
     if given.endswith(".py"):
         file = _found(given, beside)
@@ -108,7 +109,7 @@ def find_loaded(name: str, sha256: str) -> Plugin:
     """Return the plug-in that a run or a configuration was made with.
 
     Raises:
-        UserError: it is not loaded here, or another one of its name is.
+        UserError: the plug-in is not loaded here, or another one of the same name is.
     """
     if sha256 in _loaded:
         return _loaded[sha256]
@@ -192,7 +193,7 @@ def _module_sha256(name: str) -> str:
 
 
 def _reason(error: BaseException, plugin: Plugin) -> str:
-    """Return what was raised, with the last line of the plug-in that it came through."""
+    """Return the error as text, with the last line of the plug-in in its traceback."""
     if isinstance(error, SyntaxError):
         return f"line {error.lineno}: SyntaxError: {error.msg}"
     own = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if plugin.name in frame.filename]
@@ -201,7 +202,7 @@ def _reason(error: BaseException, plugin: Plugin) -> str:
 
 
 def _arrived(plugins: Iterable[Plugin], kind: type, values: dict[str, Any]) -> Any:
-    """Return a `Carrying` object from what was sent; the plug-ins are loaded by now, since pickle reads them first."""
+    """Rebuild a `Carrying` object; its plug-ins are already loaded, since pickle reads them first."""
     found: Any = object.__new__(kind)
     found.__dict__.update(values)
     return found

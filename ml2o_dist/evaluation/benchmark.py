@@ -1,6 +1,6 @@
-"""A benchmark: every optimizer on every problem, once for each seed; what is to be run, and what came of it.
+"""A benchmark: every optimizer on every problem, once for each seed. It plans the cells and summarises their results.
 
-Pure: the cells are run by whoever calls `tune_entrants` and `plan`.
+Pure: the caller of `tune_entrants` and `plan` runs the cells.
 """
 
 from __future__ import annotations
@@ -36,25 +36,25 @@ from ml2o_dist.runtime.errors import UserError
 from ml2o_dist.runtime.seeding import derive_seed, generator
 
 PROBLEM_SEED = 0
-"""Coefficients are those of `ProblemContext()`: a seed is a starting point and an order of batches of one problem, so
-that the seeds' end points lie before one front."""
+"""Every seed gets the same coefficients, those of `ProblemContext()`. A seed decides only the starting point and the
+order of the batches, so that the end points of all seeds are compared with one front."""
 
 FRONT_POINTS = 1000
-"""How many points of a known front the indicators compare with."""
+"""Points of a known front that the indicators compare with."""
 
 SHOWN_POINTS = 100
-"""About so many of them are kept to be drawn."""
+"""About how many points of a known front are kept for the pictures."""
 
 RunOutcomes = Callable[[Sequence[Cell]], Sequence[Outcome]]
 Learning = Mapping[tuple[str, str], Tuned]
 """(name of an optimizer, problem as written) -> its learning rate, for those that were tuned."""
 DataHashes = Mapping[ProblemSpec, Mapping[str, str]]
-"""Problem -> sha256 of the data behind it, by name."""
+"""Problem -> (name of a data set that it uses -> its sha256)."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """A problem as it was written, and how many steps are taken on it."""
+    """A problem as the user wrote it, and the number of steps on it."""
 
     text: str
     problem: ProblemSpec
@@ -82,7 +82,7 @@ def tasks(settings: EvaluateSettings) -> list[Task]:
 
 
 def check_fit(settings: EvaluateSettings, entrants: Sequence[Entrant]) -> dict[ProblemSpec, dict[str, str]]:
-    """Let every entrant take one step on every problem, so that what does not fit together shows now.
+    """Let every entrant take one step on every problem, so that a mismatch shows before the run.
 
     It also builds the image caches before several tasks ask for them. Returns `DataHashes`; raises UserError.
     """
@@ -103,7 +103,7 @@ def check_fit(settings: EvaluateSettings, entrants: Sequence[Entrant]) -> dict[P
 
 
 def tune_entrants(settings: EvaluateSettings, entrants: Sequence[Entrant], run_cells: RunOutcomes) -> Learning:
-    """Find the learning rate of each entrant that is `tuned` on each problem, from seeds that nothing else uses."""
+    """Find the learning rate of each entrant that is `tuned` on each problem, from seeds used for nothing else."""
     tunables = [Tunable(entrant.name, entrant.contestant) for entrant in entrants if entrant.tuned]
     by_text = {task.text: task for task in tasks(settings)}
 
@@ -137,7 +137,7 @@ def summarise(
     data: DataHashes,
     seconds: float | None = None,
 ) -> Evaluation:
-    """Put together what came of the planned cells, `outcomes` in their order."""
+    """Return the evaluation made of the planned cells; `outcomes` has the order of `planned`."""
     failed = [
         FailedCell(name, text, None, lr, why)
         for (name, text), found in tuned.items()
@@ -241,7 +241,7 @@ def thinned(curves: Sequence[Tensor], accepted: Sequence[Tensor]) -> Curve:
 
 @dataclass(frozen=True)
 class _Budget:
-    """What the reference spends in all its steps, mean over its seeds; infinite where there is none."""
+    """What the reference spends in all its steps, mean over its seeds; infinite without a reference."""
 
     evaluations: float = math.inf
     seconds: float = math.inf
@@ -252,7 +252,7 @@ class _Budget:
             return cls()
         evaluations = [float(result.evaluations[-1]) for result in results]
         seconds = [float(result.seconds.sum()) for result in results]
-        return cls(_mean(evaluations)[0], _mean(seconds)[0] * (1 + 1e-6))  # the reference keeps within its own
+        return cls(_mean(evaluations)[0], _mean(seconds)[0] * (1 + 1e-6))  # room for rounding
 
 
 def _cell(settings: EvaluateSettings, contestant: Contestant, task: Task, seed: int, stream: str) -> Cell:
@@ -277,7 +277,7 @@ def _row(planned: Planned, outcomes: Sequence[Outcome], tuned: Tuned | None, bud
     results = [outcome for outcome in outcomes if isinstance(outcome, CellResult)]
     cells = [evaluated(planned, result) for result in results]
     loss, loss_error = _mean([float(result.final_sum[0]) for result in results])
-    pace = _mean([float(result.seconds.mean()) for result in results])[0]  # of one seed it would be too noisy
+    pace = _mean([float(result.seconds.mean()) for result in results])[0]  # the mean over seeds: one seed is too noisy
     times = pace * torch.arange(1, planned.task.steps + 1)
     measure, measure_error = _mean([cell.criticality for cell in cells])
     curves = [result.losses[:, 0].sum(dim=1) for result in results]
@@ -319,7 +319,7 @@ def _row(planned: Planned, outcomes: Sequence[Outcome], tuned: Tuned | None, bud
 
 
 def _after(result: CellResult, spent: Tensor, budget: float) -> float:
-    """Return the summed loss at the last step, or the first, up to which `spent` [steps] is within `budget`."""
+    """Return the final summed loss after the steps with `spent` [steps] <= `budget`, after one step at least."""
     steps = max(1, int((spent <= budget).sum()))
     return float(finite_sum(result.final_after(steps))[0])
 
@@ -327,12 +327,12 @@ def _after(result: CellResult, spent: Tensor, budget: float) -> float:
 def _known_front(problem: Problem, points: int = FRONT_POINTS) -> Tensor | None:
     try:
         return problem.pareto_front(points)
-    except UserError:  # none is known
+    except UserError:  # no front is known
         return None
 
 
 def _shown_front(problem: Problem) -> tuple[tuple[float, ...], ...]:
-    """Return about `SHOWN_POINTS` points of the known front, () where none is."""
+    """Return about `SHOWN_POINTS` points of the known front; () if no front is known."""
     front = _known_front(problem, SHOWN_POINTS)
     return () if front is None else tuple(map(tuple, front.tolist()))
 
@@ -342,7 +342,7 @@ def _mean(values: Sequence[float]) -> tuple[float, float]:
 
 
 def _means(values: Sequence[tuple[float, ...] | None]) -> tuple[float, ...] | None:
-    """Return the mean of each component; None where there is none."""
+    """Return the mean of each component over the values that are not None; None if all are."""
     known = [value for value in values if value is not None]
     return tuple(_mean(component)[0] for component in zip(*known, strict=True)) if known else None
 

@@ -1,6 +1,6 @@
-"""Finished cells on the disk, named by everything that decides what they do: a benchmark that was killed goes on.
+"""Finished cells on the disk, so that a benchmark that was killed can resume.
 
-A cell is a function of what its key is made from, but for the times that were measured when it was run.
+The key of a cell covers everything that decides its result, except for the measured times.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from ml2o_dist.runtime.reading import MIB, parse_json, validated
 from ml2o_dist.runtime.reading_tensors import read_tensors
 
 FORMAT = 1
-"""Version of the files; others are not found."""
+"""Version of the file format. It is part of the key: files of another version are not found."""
 
 _PACKAGE = Path(__file__).parents[1]
 _CODE = (
@@ -42,15 +42,15 @@ _CODE = (
     "config.py",
     "runtime/seeding.py",
 )
-"""The code that a cell runs: where it changes, no cell of before is found."""
+"""The code that a cell runs. After a change in it no earlier cell is found."""
 
 LIBRARIES = ("numpy", "scikit-learn", "scipy", "torch", "torchjd", "clarabel", "cvxpy", "ecos", "qpsolvers", "quadprog")
-"""Whose numbers are in a cell: the last five solve what some aggregators ask."""
+"""Libraries that a cell computes with; the last five are solvers that some aggregators call."""
 
 _END = ("absolute", "relative", "gap", "weights", "losses")
 
 CELL_LIMIT = 4 * 1024 * MIB
-"""Bytes of a cell: of a hundred instances of ten objectives over a hundred thousand steps there are 800 million."""
+"""Largest file of a cell, in bytes. 100 instances of 10 objectives over 100 000 steps take 800 million bytes."""
 
 
 class _Record(BaseModel):
@@ -66,10 +66,10 @@ log = logging.getLogger(__name__)
 
 
 def cell_key(cell: Cell, data_sha256: Mapping[str, str]) -> str:
-    """Return the sha256 of everything that decides what `cell` does; `data_sha256` is of the data behind its problem.
+    """Return the sha256 of everything that decides what `cell` does; `data_sha256` is of its problem's data.
 
-    The optimizer counts as what it is, not as what it is called; the versions of the libraries, the code that a
-    cell runs and the plug-ins that are loaded count, too.
+    The key covers the optimizer's identity, not its name. It also covers the versions of the libraries, the code that
+    a cell runs and the loaded plug-ins.
     """
     content = {
         "format": FORMAT,
@@ -91,7 +91,7 @@ def cell_key(cell: Cell, data_sha256: Mapping[str, str]) -> str:
 
 
 def library_versions() -> dict[str, str]:
-    """Return the versions of every library that the figures of a cell depend on, and of those that plug-ins name."""
+    """Return the version of every library that a cell's figures depend on, including those that plug-ins name."""
     named = {name for plugin in loaded() for name in plugin.libraries}
     return {name: _version(name) for name in sorted({*LIBRARIES, *named})}
 
@@ -117,7 +117,7 @@ def code_sha256() -> str:
 
 
 class CellCache:
-    """Finished cells by their key, a file each."""
+    """Finished cells by their key, one file for each cell."""
 
     def __init__(self, folder: Path | None = None) -> None:
         """`folder`: None for `cells` in the cache folder."""
@@ -125,7 +125,7 @@ class CellCache:
         self._warned = False
 
     def find(self, key: str) -> CellResult | None:
-        """Return the finished cell of this key; None where there is none, or what is there is not whole."""
+        """Return the finished cell of this key; None if it is missing or its file is damaged."""
         try:
             tensors, _ = read_tensors(self._file(key), "cell", CELL_LIMIT)
         except (FileNotFoundError, UserError):
@@ -143,7 +143,7 @@ class CellCache:
         return _result(tensors, record) if record.key == key and _is_result(tensors, record) else None
 
     def keep(self, key: str, result: CellResult) -> None:
-        """Write down a finished cell, whole or not at all; a disk that takes nothing costs one warning."""
+        """Write a finished cell atomically. If the disk refuses, log a warning, but only the first time."""
         tensors, record = _parts(result)
         tensors["record"] = _bytes(json.dumps(record | {"key": key}))
         tensors["sha256"] = _bytes(weights_sha256(tensors))
@@ -166,10 +166,10 @@ def run_cached(
     run: Callable[[Sequence[Cell], Callable[[int, Outcome], None], int], None],
     on_outcome: Callable[[int, Outcome], None],
 ) -> None:
-    """Give `on_outcome` (index, outcome) of every cell: first of those that `cache` holds, the others from `run`.
+    """Call `on_outcome` with (index, outcome) of every cell: first the cells in `cache`, then those that `run` runs.
 
-    `run` gets the cells that are missing, a callback as `run_outcomes_on_ray`'s, and how many were found; it is not
-    called where nothing is missing. Cells with one key are run once.
+    `run` gets the missing cells, a callback like that of `run_outcomes_on_ray`, and the number of cells found. It is
+    not called if no cell is missing. Cells with the same key are run once.
     """
     missing: dict[str, list[int]] = {}
     for index, key in enumerate(keys):
@@ -214,7 +214,7 @@ def _parts(result: CellResult) -> tuple[dict[str, Tensor], dict[str, Any]]:
 
 
 def _is_result(tensors: Mapping[str, Tensor], record: _Record) -> bool:
-    """Tell whether the tensors have the names, kinds and shapes of a `CellResult`'s."""
+    """Tell whether the tensors have the names, dtypes and shapes of a `CellResult`."""
     losses = tensors.get("losses")
     if losses is None or losses.dim() != 3:
         return False

@@ -1,4 +1,4 @@
-"""Cells as Ray tasks, one torch thread each: what dies or raises is run once more, then it counts as failed."""
+"""Cells as Ray tasks, one torch thread each. A task that dies or raises is retried once, then its cell has failed."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ml2o_dist.runtime.errors import UserError
 from ml2o_dist.runtime.ray_tasks import run_tasks
 
 RUNS_PER_CELL = 2
-"""A cell that failed runs again once: an error of the machine is not one of the cell."""
+"""Maximum number of runs of a cell. A failed cell is retried once, because the machine may be to blame."""
 
 log = logging.getLogger(__name__)
 
@@ -25,10 +25,10 @@ def run_outcomes_on_ray(
     num_gpus: float = 0.0,
     on_done: Progress | None = None,
 ) -> None:
-    """Run each cell as a Ray task; `on_outcome` gets (index of the cell, what came of it) as soon as it is known.
+    """Run each cell as a Ray task; `on_outcome` gets (index of the cell, its outcome) as soon as it is known.
 
-    Ray must be initialised. A cell whose worker died or that raised is run once more before it has failed. `on_done` is
-    called at least every half second; whatever it or `on_outcome` raises ends the work and cancels what is left.
+    Ray must be initialised. A cell that raised or whose worker died is retried once, then it has failed. `on_done`
+    is called at least every half second. An exception in `on_done` or `on_outcome` cancels the remaining tasks.
 
     Raises:
         UserError: no node of the cluster is large enough for one task.
@@ -77,7 +77,7 @@ def _run_on_one_thread(cell: Cell) -> CellResult:
 
 
 def _check_room(nodes: Sequence[Mapping[str, object]], num_cpus: float, num_gpus: float) -> None:
-    """Raise UserError unless some living node is large enough for one task: Ray would wait for ever."""
+    """Raise UserError unless a living node is large enough for one task: otherwise Ray would wait for ever."""
     largest = [0.0, 0.0]
     for node in nodes:
         held = node["Resources"]

@@ -1,4 +1,4 @@
-"""One cell of a benchmark: one optimizer on one problem from one seed or some; `cell_tasks` runs many on Ray."""
+"""One cell of a benchmark: one optimizer on one problem from one or more seeds. `cell_tasks` runs many on Ray."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from ml2o_dist.rules.guarded import GuardedInfo
 from ml2o_dist.runtime.seeding import derive_seed, generator
 
 DIVERGED = 1e6
-"""A summed loss so many times the one at the start counts as diverged, though it may still be finite."""
+"""A run diverged if its summed loss exceeds this multiple of the first one, even if it is finite."""
 
 CONFLICT_EVERY = 10
-"""Steps between two looks at the conflict between the gradients: it costs as much as a step of a small network."""
+"""Steps between two measurements of the gradients' conflict. One costs as much as a step of a small network."""
 
 Progress = Callable[[int, int], None]
-"""Called with (cells done, cells in all) after every cell, and now and then in between."""
+"""Called with (cells done, cells in all) after every cell, and sometimes in between."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Cell(Carrying):
     every optimizer. `data_root` is as in `ProblemContext`.
 
     Attributes:
-        problem_seed: what the problem's coefficients are drawn from; None: named by `stream`, problem and `seeds`.
-        criticality_batches: batches that are averaged to measure the end point; 0: it is not measured.
+        problem_seed: seed of the problem's coefficients; None: it is derived from `stream`, problem and `seeds`.
+        criticality_batches: batches averaged to measure the end point; 0: the end point is not measured.
     """
 
     contestant: Contestant
@@ -57,8 +57,8 @@ class GuardRecord:
     """What a guard did.
 
     Attributes:
-        accepted: [steps, P] bool, where the learned candidate was taken.
-        share: of the steps' time that went into the fallback and the comparison.
+        accepted: [steps, P] bool, where the guard took the learned candidate.
+        share: the part of the steps' time that the fallback and the comparison took.
     """
 
     accepted: Tensor
@@ -67,11 +67,11 @@ class GuardRecord:
 
 @dataclass(frozen=True, eq=False)
 class Measured:
-    """What was measured beside the optimization, and is charged to no one.
+    """Measurements beside the optimization; their evaluations are not charged to the optimizer.
 
     Attributes:
-        end: how critical the end points z_steps are, and their losses, on a large fixed batch; all in float64.
-        conflicting, mean_cosine: [P], of the gradients that the steps saw, as in `metrics.Conflict`: means over every
+        end: criticality and losses of the end points z_steps on a large fixed batch, in float64.
+        conflicting, mean_cosine: [P], as in `metrics.Conflict`, of the steps' own gradients: means over every
             `CONFLICT_EVERY`th step. NaN for m = 1, and where a gradient was not finite.
     """
 
@@ -86,12 +86,12 @@ class CellResult:
 
     Attributes:
         losses: [steps, P, m] float64, on each step's own batch, at z_0 .. z_{steps-1}.
-        test_metrics: what the problem measures at z_steps on unseen data, each [P, m]; {} where it has none.
+        test_metrics: the problem's metrics at z_steps on unseen data, each [P, m]; {} if it has none.
         diverged: [P] bool: a loss or parameter that is not finite, or a summed loss above `DIVERGED` times the first.
         forwards, backwards: evaluations charged to each instance.
         evaluations: [steps] int64, forwards and backwards charged up to the end of each step.
         seconds: [steps] float64, wall time of each step of all P instances.
-        guard: None where the rule has none.  measured: None where nothing was to be measured.
+        guard: None if the rule has no guard.  measured: None if no measurement was asked for.
     """
 
     losses: Tensor
@@ -115,7 +115,7 @@ class CellResult:
 
     @property
     def final_sum(self) -> Tensor:
-        """The final losses summed over the objectives, [P]; inf where that is no finite number."""
+        """The final losses summed over the objectives, [P]; inf where the sum is not finite."""
         return finite_sum(self.final)
 
     @property
@@ -125,20 +125,20 @@ class CellResult:
 
 
 def finite_sum(losses: Tensor) -> Tensor:
-    """Sum losses [..., m] over the objectives; inf where that is no finite number."""
+    """Sum losses [..., m] over the objectives; inf where the sum is not finite."""
     total = losses.sum(dim=-1)
     return total.where(total.isfinite(), torch.inf)
 
 
 @dataclass(frozen=True, eq=False)
 class CellFailure:
-    """A cell that could not be run; `error` is what it raised the last time."""
+    """A cell that could not be run; `error` is the exception of its last run."""
 
     error: Exception
 
     @property
     def reason(self) -> str:
-        """In one line; of a task's error its cause."""
+        """The error in one line; for a Ray task's error its cause."""
         cause = getattr(self.error, "cause", None) or self.error
         text = " ".join(str(cause).split())
         return f"{type(cause).__name__}: {text}" if text else type(cause).__name__
@@ -148,24 +148,24 @@ Outcome = CellResult | CellFailure
 
 
 class PairedOracle(Oracle):
-    """An oracle whose j-th batch of step k is the same for every rule, however many batches a step of theirs draws.
+    """An oracle whose j-th batch of step k is the same for every rule, however many batches a step draws.
 
-    So a guarded run sees the batches that the fallback alone would see, and all methods the same first ones.
+    A guarded run therefore sees the same batches as its fallback alone, and all methods see the same first batches.
     """
 
     def __init__(self, problem: Problem, *names: str | int) -> None:
-        """`names` name the batches; `begin_step` goes before each step."""
+        """`names` seed the batches; call `begin_step` before each step."""
         super().__init__(problem, generator("batches", *names))
         self._names = names
         self._streams = [self._generator]
         self._drawn = 0
 
     def begin_step(self) -> None:
-        """Say that a step begins."""
+        """Begin a step: the next `draw` gives its first batch."""
         self._drawn = 0
 
     def draw(self) -> Batch:
-        """Draw the step's next batch from the stream of its place in the step."""
+        """Draw the step's next batch: the j-th one comes from stream j."""
         if self._drawn == len(self._streams):
             self._streams.append(generator("batches", *self._names, "in one step", self._drawn))
         self._generator = self._streams[self._drawn]
@@ -174,7 +174,7 @@ class PairedOracle(Oracle):
 
 
 def run_cell(cell: Cell) -> CellResult:
-    """Run one cell: a pure function of it, but for the time that a step takes.
+    """Run one cell. The result depends on the cell alone, except for the measured times.
 
     Raises:
         UserError: a problem or rule that cannot be built, or that do not fit together.
@@ -206,7 +206,7 @@ def run_cell(cell: Cell) -> CellResult:
             guard_seconds += info.guard_seconds
         if cell.criticality_batches and step % CONFLICT_EVERY == 0:
             jacobian = info.jacobian
-            if jacobian.shape[1] < problem.objectives:  # it looked at their sum only
+            if jacobian.shape[1] < problem.objectives:  # the rule differentiated the sum only
                 jacobian, _ = problem.jacobian(before, info.batch)
             conflict = gradient_conflict(jacobian)
             conflicts.append(torch.stack([conflict.conflicting, conflict.mean_cosine]))
@@ -231,12 +231,12 @@ def run_cell(cell: Cell) -> CellResult:
 
 
 def last_tenth(steps: int) -> int:
-    """Return how many steps the last tenth of a run has, at least one."""
+    """Return the number of steps in the last tenth of a run, at least one."""
     return max(1, steps // 10)
 
 
 def _end(cell: Cell, context: ProblemContext, parameters: Tensor) -> Criticality:
-    """Measure the end points [P, n] in float64 on the problem built anew in it: the optimizer's own is rounded."""
+    """Measure the end points [P, n] on the problem rebuilt in float64: the optimizer's own problem is rounded."""
     problem = cell.problem.build(replace(context, dtype=torch.float64))
     measured = criticality(problem, parameters.double(), batches=cell.criticality_batches)
     fields = (measured.absolute, measured.relative, measured.gap, measured.weights, measured.losses)

@@ -1,4 +1,4 @@
-"""What can be run in a cell: values that can be pickled, and build their rule where they are run."""
+"""Contestants: picklable descriptions of update rules. A cell's worker builds the rule from one."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from ml2o_dist.runtime.errors import UserError
 
 
 class Contestant(Protocol):
-    """What can be run in a cell: it can be pickled, and builds its rule where it is run."""
+    """An update rule that a cell can run: it can be pickled, and the worker builds the rule from it."""
 
     @property
     def label(self) -> str:
-        """Its name to a reader."""
+        """The name shown to a reader."""
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """What makes it what it is, whatever it is called, as JSON values: equal ones give equal rules."""
+        """Everything that determines the rule, as JSON values, without its name. Equal identities give equal rules."""
 
     def rule(self, device: torch.device, dtype: torch.dtype) -> UpdateRule:
         """Build the rule for problems of this device and precision."""
@@ -37,7 +37,7 @@ class Contestant(Protocol):
 
 @dataclass(frozen=True)
 class HandDesigned:
-    """An aggregator with an optimizer at one learning rate, or one that has none."""
+    """An aggregator with an optimizer at one learning rate; `lr` is None for an optimizer that takes none."""
 
     aggregator: str
     optimizer: str
@@ -45,7 +45,7 @@ class HandDesigned:
 
     @classmethod
     def parse(cls, text: str, lr: float | None = None) -> HandDesigned:
-        """Read `AGGREGATOR[+OPTIMIZER][@LR]`; `lr` serves where the text names none.
+        """Read `AGGREGATOR[+OPTIMIZER][@LR]`; `lr` is used if the text names no learning rate.
 
         Raises:
             UserError: an unknown name, or a learning rate that is missing or no positive number.
@@ -71,13 +71,13 @@ class HandDesigned:
         return {"hand_designed": asdict(self)}
 
     def rule(self, device: torch.device, dtype: torch.dtype) -> UpdateRule:
-        """Build the rule; it follows the device and precision of the Jacobians it meets."""
+        """Build the rule; it takes device and precision from the Jacobians."""
         return AggregatedRule(self.aggregator, self.optimizer, self.lr)
 
 
 @dataclass(frozen=True, eq=False)
 class Learned:
-    """A learned rule: its settings and weights (None: as it is before training). Equal only to itself."""
+    """A learned rule: its settings and weights (None: untrained). Equal only to itself."""
 
     label: str
     settings: LearnedRuleSettings
@@ -90,7 +90,7 @@ class Learned:
         return {"learned": self.settings.model_dump(mode="json"), "weights_sha256": digest}
 
     def rule(self, device: torch.device, dtype: torch.dtype) -> UpdateRule:
-        """Build the rule from the weights, under its guard where the settings have one."""
+        """Build the rule from the weights, under a guard if the settings have one."""
         return guarded(learned_rule(self.settings, self.weights, device, dtype), self.settings.guard)
 
 
@@ -107,19 +107,19 @@ class Stochastic:
         return {"stochastic": asdict(self)}
 
     def rule(self, device: torch.device, dtype: torch.dtype) -> UpdateRule:
-        """Build the rule; it follows the device and precision of the Jacobians it meets."""
+        """Build the rule; it takes device and precision from the Jacobians."""
         return DSSMG(self.p) if self.label == "dssmg" else SMG(self.p)
 
 
 @dataclass(frozen=True)
 class Adversary:
-    """A rule that no one should follow, by its name in `rules/adversaries.py`."""
+    """A deliberately bad rule, by its name in `rules/adversaries.py`."""
 
     label: str
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """Its name."""
+        """The name of the adversary."""
         return {"adversary": self.label}
 
     def rule(self, device: torch.device, dtype: torch.dtype) -> UpdateRule:
@@ -136,14 +136,14 @@ class Guarded:
 
     @property
     def label(self) -> str:
-        """`gml2o:` and the other's label."""
+        """`gml2o:` and the label of the guarded contestant."""
         return f"gml2o:{self.contestant.label}"
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """The other's, and the guard's settings."""
+        """The identity of the guarded contestant, and the guard's settings."""
         return {"guarded": self.contestant.identity, "guard": self.guard.model_dump(mode="json")}
 
     def rule(self, device: torch.device, dtype: torch.dtype) -> UpdateRule:
-        """Build the other's rule under the guard; raises UserError for a wrong fallback."""
+        """Build the contestant's rule under the guard; raises UserError for a wrong fallback."""
         return guarded(self.contestant.rule(device, dtype), self.guard)

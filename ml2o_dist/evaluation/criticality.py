@@ -19,21 +19,21 @@ from ml2o_dist.runtime.errors import UserError
 from ml2o_dist.runtime.seeding import generator
 
 BATCHES = 64
-"""How many batches are averaged. Noise lengthens the shortest combination by about its standard deviation / sqrt(all
-samples): at 64 batches of 64 that is a 64th of one sample's noise."""
+"""Number of batches that are averaged. Noise lengthens the shortest combination by about the noise's standard
+deviation / sqrt(all samples): with 64 batches of 64 samples by a 64th of one sample's noise."""
 
 
 @dataclass(frozen=True, eq=False)
 class Criticality:
     """How critical each of P points is, in float64. NaN where the point, its losses or gradients are not finite.
 
-    Never report it alone: it is small on flat stretches far from any Pareto point, so the losses stand beside it.
+    Never report it without the losses: it is also small on flat stretches far from any Pareto point.
 
     Attributes:
-        absolute: [P], min over the simplex of |J^T lambda|; with bounds of its projection, see `projected_min_norm`.
+        absolute: [P], min over the simplex of |J^T lambda|; with bounds of a projection, see `projected_min_norm`.
         relative: [P], `absolute` over the mean of |g_i| over the objectives, in [0, 1]; 0 where all gradients vanish.
         gap: [P], duality gap of the squared norm: the true minimum is at least `absolute` - `gap` / `absolute`.
-        weights: [P, m], the lambda.
+        weights: [P, m], the minimising lambda.
         losses: [P, m], on the same batches.
     """
 
@@ -45,10 +45,10 @@ class Criticality:
 
 
 def criticality(problem: Problem, parameters: Tensor, *, batches: int = BATCHES, seed: int = 0) -> Criticality:
-    """Measure how critical `parameters` [P, n] are, on a batch that is the same at every call with one `seed`.
+    """Measure how critical `parameters` [P, n] are, on a batch that `seed` fixes.
 
     A point is Pareto critical if no feasible direction makes all objectives smaller to first order: if and only if the
-    measure is 0 (Fliege & Svaiter 2000). Where the problem has bounds they count.
+    measure is 0 (Fliege & Svaiter 2000). Bounds of the problem are taken into account.
 
     Raises:
         UserError: `batches` is less than 1.
@@ -70,7 +70,7 @@ def criticality(problem: Problem, parameters: Tensor, *, batches: int = BATCHES,
 def mean_jacobian(
     problem: Problem, parameters: Tensor, *, batches: int = BATCHES, seed: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """Return (J [P, m, n], losses [P, m]) in float64, averaged over a fixed list of batches that `seed` names.
+    """Return (J [P, m, n], losses [P, m]) in float64, averaged over a fixed list of batches drawn from `seed`.
 
     One batch is held at a time. Each is evaluated in the problem's precision; a noise-free problem needs only one.
 
@@ -98,19 +98,19 @@ def mean_jacobian(
 def projected_min_norm(jacobian: Tensor, at_lower: Tensor, at_upper: Tensor) -> MinNorm:
     """Solve min over the simplex of |p(J^T lambda)| for J [P, m, n] on the bounds of a box, in float64.
 
-    p(v) is what is left of v for a descent inside the box: v_j, but min(v_j, 0) where coordinate j is at its lower
+    p(v) is the part of v that a descent inside the box can use: v_j, but min(v_j, 0) where coordinate j is at its lower
     bound (`at_lower` [P, n]), max(v_j, 0) at its upper, 0 at both. -p(v) is the projection of -v onto the tangent cone
     of the box, and |p(v)| the distance from -v to its normal cone: convex in v, so that the minimum over lambda is
     exact and has a duality gap, |p|^2 - min_i <g_i, p>. It is 0 at Pareto critical points only. The other usual form,
     |z - Proj(z - v)|, vanishes at the same points but is not convex where a step reaches the far bound, and mixes the
     units of gradients and parameters. `squared_norm` is |p|^2. An instance that is not finite gets NaN.
 
-    Method (ours): a coordinate at a bound whose m slopes all point outwards never counts, one whose slopes all point
-    inwards always counts. Each other one gets a multiplier mu_j >= 0, and (lambda, mu) >= 0 are found together by
-    non-negative least squares, as `min_norm` finds lambda alone.
+    Method (ours): a coordinate at a bound is dropped if its m slopes all point outwards, and kept if they all point
+    inwards. Each other one gets a multiplier mu_j >= 0, and (lambda, mu) >= 0 are found together by non-negative least
+    squares, as `min_norm` finds lambda alone.
     """
     gradients = jacobian.double()
-    # Where only an upper bound is reached the axis is reversed: then bounds are lower bounds.
+    # Reverse each axis on which only the upper bound is reached: then all bounds are lower bounds.
     signs = torch.where(at_upper & ~at_lower, -1.0, 1.0).to(gradients)[:, None]
     turned = gradients * signs
     at_bound = at_lower | at_upper

@@ -1,4 +1,4 @@
-"""Learning curves against each other: steps to a target, speedup, area under the log-loss curve.
+"""Comparisons of learning curves: steps to a target, speedup, area under the log-loss curve.
 
 A curve is a loss per step, [T], summed over objectives; its first value belongs to step 1. Lower is better.
 """
@@ -14,10 +14,10 @@ from ml2o_dist.evaluation.statistics import FloatArray
 
 
 def trailing_mean(curve: ArrayLike, window: int) -> FloatArray:
-    """Return the mean of the `window` steps up to each step of `curve` [T]: [T], NaN until there are so many.
+    """Return the mean of the `window` steps up to each step of `curve` [T]: [T], NaN before step `window`.
 
-    A short first window would make one lucky batch count as progress. A loss that is not finite spoils the windows that
-    hold it, and no others.
+    A shorter first window would make one lucky batch count as progress. A loss that is not finite makes the means of
+    the windows that contain it not finite, and no others.
 
     Raises:
         ValueError: the curve is not one-dimensional, or `window` is not within 1..T.
@@ -26,15 +26,15 @@ def trailing_mean(curve: ArrayLike, window: int) -> FloatArray:
     if not 1 <= window <= len(losses):
         raise ValueError(f"the window is {window}; allowed are integers from 1 to the {len(losses)} steps of the curve")
     means = np.full(len(losses), np.nan)
-    with np.errstate(invalid="ignore"):  # inf - inf in a window is NaN, as it should be
+    with np.errstate(invalid="ignore"):  # inf - inf in a window gives NaN, which is wanted
         means[window - 1 :] = np.lib.stride_tricks.sliding_window_view(losses, window).mean(axis=1)
     return means
 
 
 def steps_to_target(curve: ArrayLike, target: float, window: int) -> int | None:
-    """Return after how many steps the `trailing_mean` of `curve` [T] is <= `target` first, or None if it never is.
+    """Return the first step at which the `trailing_mean` of `curve` [T] is <= `target`, or None if it never is.
 
-    At least `window`, since no mean is known before. Source: steps to reach a baseline's loss, as VeLO (Metz et al.
+    It is at least `window`: no mean is known before. Source: steps to reach a baseline's loss, as VeLO (Metz et al.
     2022) compares optimizers; the trailing mean, against the noise of mini-batches, is ours.
 
     Raises:
@@ -45,13 +45,13 @@ def steps_to_target(curve: ArrayLike, target: float, window: int) -> int | None:
 
 
 def speedup(ours: ArrayLike, baseline: ArrayLike, window: int) -> float:
-    """Return how many times as quickly `ours` gets as far as both get: above 1 it is quicker than `baseline`.
+    """Return how many times faster `ours` reaches the loss that both reach: above 1 it is faster than `baseline`.
 
     Steps that `baseline` needs to the target / steps that `ours` needs, as VeLO (Metz et al. 2022) counts. The target
     (ours) is the higher of the trailing means at the two ends, which both curves reach by definition, so that a method
-    that ends worse has a figure, too. A run that diverged has no speedup: NaN where a loss of either
-    curve is not finite, and where a curve is empty; report how many diverged beside it. The lengths may differ; the
-    figure lies within window / T and T / window, T the longer one.
+    that ends worse has a figure, too. The result is NaN if a loss of either curve is not finite (the run diverged) or
+    a curve is empty: report the number of diverged runs beside it. The lengths may differ; the
+    figure lies between window / T and T / window, T being the longer length.
 
     Raises:
         ValueError: as `trailing_mean`, for either curve.
@@ -66,10 +66,10 @@ def speedup(ours: ArrayLike, baseline: ArrayLike, window: int) -> float:
 
 
 def log_area(ours: ArrayLike, reference: ArrayLike) -> float:
-    """Return the mean over steps of log(ours) - log(reference): below 0 `ours` is lower on the way.
+    """Return the mean over steps of log(ours) - log(reference): below 0 `ours` is lower on average.
 
-    The area between the log-loss curves per step, in nats: -0.69 is half the reference's loss all along. Unlike the
-    loss at the end it counts what was gained on the way, and unlike `speedup` it needs no target. NaN where a loss is
+    The area between the log-loss curves per step, in nats: -0.69 means half the reference's loss at every step. Unlike
+    the final loss it counts early progress, and unlike `speedup` it needs no target. NaN where a loss is
     not positive or not finite, and where a curve is empty. Ours.
 
     Raises:

@@ -1,4 +1,4 @@
-"""What an evaluation came to: cells, a row for each optimizer on each problem, a standing for each optimizer; as JSON.
+"""The result of an evaluation: cells, a row per optimizer and problem, a standing per optimizer; to and from JSON.
 
 A figure that is not finite is null in JSON, and NaN when it is read back.
 """
@@ -19,10 +19,10 @@ from ml2o_dist.runtime.errors import UserError
 from ml2o_dist.runtime.reading import one_line
 
 Role = Literal["learned", "baseline", "other"]
-"""What an optimizer is in an evaluation: meta-trained weights, one of the settings' baselines, or anything else."""
+"""Role of an optimizer in an evaluation: meta-trained weights, one of the settings' baselines, or any other."""
 
 CURVE_POINTS = 200
-"""At most so many points are kept of a curve."""
+"""Maximum number of points kept of a curve."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ class EvaluatedCell:
 
 @dataclass(frozen=True)
 class FailedCell:
-    """A cell that failed twice; one of the tuning has no seed."""
+    """A cell that failed twice; a cell of the tuning has no seed."""
 
     optimizer: str
     problem: str
@@ -76,11 +76,11 @@ class FailedCell:
 
 @dataclass(frozen=True)
 class Front:
-    """The seeds' end points against the known front, by `metrics`.
+    """The seeds' end points compared with the known front by the indicators of `metrics`.
 
     Attributes:
-        hypervolume: of the end points; hypervolume_of_front: of the points of the front that all compare with.
-        outside: how many end points are not better than the reference point in every objective, or not finite.
+        hypervolume: of the end points; hypervolume_of_front: of the front's points that all are compared with.
+        outside: number of end points that are not finite or not better than the reference point in every objective.
     """
 
     hypervolume: float
@@ -92,12 +92,12 @@ class Front:
 
 @dataclass(frozen=True)
 class Curve:
-    """A learning curve, at most `CURVE_POINTS` points; each is the mean of the steps since the one before.
+    """A learning curve, at most `CURVE_POINTS` points; each is the mean over the steps since the point before.
 
     Attributes:
-        steps: how many steps were taken at each point, from the first point's to all.
+        steps: the number of steps taken up to each point; at the last point all of them.
         loss, error: mean over the seeds of the summed loss on each step's own batch, and its standard error.
-        acceptance: the share of the seeds whose learned candidate the guard took; None without a guard.
+        acceptance: the share of seeds for which the guard took the learned candidate; None without a guard.
     """
 
     steps: tuple[int, ...] = ()
@@ -110,17 +110,17 @@ class Curve:
 class Row:
     """One optimizer on one problem: means over its seeds, and their standard errors.
 
-    A mean is inf or NaN where that of a seed is; `seeds` counts those that were run, `failed` those that could not be.
+    A mean is inf or NaN if the figure of a seed is. `seeds` counts the seeds that were run, `failed` those that failed.
 
     Attributes:
-        label: the optimizer as written, with the learning rate that was found for it.
+        label: the optimizer as written, with the tuned learning rate.
         seed_losses: the summed loss over the last tenth of the steps from each seed, NaN where the cell failed; `loss`
             is the mean of the others.
-        loss_at_evaluations, loss_at_time: the same over the last tenth of the steps that were taken when as many
-            evaluations, or as much time, were spent as the reference spends in all its steps; `loss` where there is no
-            reference, or the optimizer spends less.
-        losses: the mean of each objective.  learning_rate: None where there is none.
-        tuning: learning rate -> criterion on the tuning seeds.  note: what a reader must know about the tuning.
+        loss_at_evaluations, loss_at_time: the loss at the evaluations, or the time, that the reference spends in all
+            its steps: over the last tenth of the steps within that budget. It equals `loss` without a reference, and
+            where the optimizer spends less.
+        losses: the mean of each objective.  learning_rate: None if it has none.
+        tuning: learning rate -> criterion on the tuning seeds.  note: a warning about the tuning.
     """
 
     optimizer: str
@@ -159,22 +159,22 @@ class Standing:
     """One optimizer over all problems, against the reference and the best baseline of each problem, paired by seeds.
 
     A ratio is exp of the interquartile mean, over problems and seeds, of log(loss / the other's loss): below 1 =
-    better. Losses are those of `Row.seed_losses`; problems whose losses are not positive by construction are left out.
-    Intervals are of 95 %; see `statistics` for all of them.
+    better. The losses are those of `Row.seed_losses`. Problems whose losses are not positive by construction are left
+    out. Intervals are 95 % intervals, see `statistics`.
 
     Attributes:
-        problems: how many problems the figures are of.
+        problems: number of problems that the figures cover.
         ratio: to the reference.  to_best: to the baseline with the lowest mean loss on each problem, the reference
-            among them; of a baseline, to the best of all.
+            counting as one; a baseline is also compared with itself.
         ratio_at_evaluations, ratio_at_time: `ratio` after as many evaluations or as much time as the reference.
-        improvement: the probability to end lower than the reference.
-        mean_rank: 1 is best, among the baselines and this optimizer.
+        improvement: the probability of a lower loss than the reference's.
+        mean_rank: rank among the baselines and this optimizer; 1 is best.
         delta_m: in per cent, over the final losses of the objectives against the reference: below 0 = better;
-            delta_m_accuracy: over the test accuracies, None where no problem has one; below 0 = better, too.
-        speedup: how many times the steps of this optimizer the best baseline needs for the same loss: above 1 =
-            quicker; geometric mean over problems.
+            delta_m_accuracy: over the test accuracies, None if no problem has one; below 0 = better, too.
+        speedup: the best baseline's steps to the same loss / this optimizer's steps: above 1 = faster; geometric mean
+            over problems.
         log_area: mean over the steps of log(loss / the reference's loss), mean over problems: below 0 = better.
-        diverged: share of the cells that did.
+        diverged: share of the cells that diverged.
     """
 
     optimizer: str
@@ -195,16 +195,16 @@ class Standing:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What came of an evaluation.
+    """The result of an evaluation.
 
     Attributes:
-        suite: name of the suite that this is, "" for none; suite_sha256: of what was asked for, but for the
-            `optimizers`: results with one hash can be compared.
-        data_sha256: of the data behind the problems, by name.
+        suite: name of the suite, "" if it is none.  suite_sha256: see `suites.suite_sha256`; results with equal
+            hashes can be compared, even of different `optimizers`.
+        data_sha256: of the problems' data sets, by name.
         standings: in the order of the optimizers; empty where the reference is not among them.
-        fronts: by problem, some points of the known front [k, m].
-        seconds: what it took, cells that were found finished included; None: not known.
-        git: commit of the package that put it together, "" where it is not known.
+        fronts: by problem, some points [k, m] of the known front.
+        seconds: duration, including that of cells found in the cache; None: unknown.
+        git: commit of the package that made the evaluation, "" if unknown.
     """
 
     settings: EvaluateSettings
@@ -221,7 +221,7 @@ class Evaluation:
 
     @property
     def problems(self) -> list[str]:
-        """The problems that have rows, as they were written."""
+        """The problems that have rows, as the user wrote them."""
         return list(dict.fromkeys(row.problem for row in self.rows))
 
     def rows_of(self, problem: str) -> list[Row]:
@@ -229,13 +229,13 @@ class Evaluation:
         return [row for row in self.rows if row.problem == problem]
 
     def standing(self, optimizer: str) -> Standing | None:
-        """Return the standing of one optimizer, None where it has none."""
+        """Return the standing of one optimizer, None if it has none."""
         return next((each for each in self.standings if each.optimizer == optimizer), None)
 
     def to_json(self, *, curves: bool = False) -> dict[str, Any]:
-        """Return {cells, summary: {rows, standings, failed, ...}} as JSON values; what is not finite becomes None.
+        """Return {cells, summary: {rows, standings, failed, ...}} as JSON values; non-finite numbers become None.
 
-        With `curves` it is read back whole by `from_json`, else without curves and fronts.
+        With `curves` the tree includes curves and fronts, so that `from_json` reads back the whole evaluation.
         """
         summary: dict[str, Any] = {
             "suite": self.suite,
@@ -260,10 +260,10 @@ class Evaluation:
 
     @classmethod
     def from_json(cls, tree: Any) -> Evaluation:
-        """Read what `to_json` returned, as JSON has it.
+        """Return the evaluation that `to_json` turned into `tree`.
 
         Raises:
-            UserError: `tree` is something else.
+            UserError: `tree` is no such evaluation.
         """
         other = "it holds no evaluation of this version"
         if not (isinstance(tree, dict) and isinstance(tree.get("summary"), dict) and "cells" in tree):
@@ -279,7 +279,7 @@ class Evaluation:
 
 
 def _disagreement(found: Evaluation) -> str:
-    """Say what in an evaluation does not go together; "" where all does."""
+    """Return the first inconsistency of an evaluation in words; "" if there is none."""
     pairs = [(row.optimizer, row.problem) for row in found.rows]
     if len(set(pairs)) < len(pairs):
         return "an optimizer has two rows on one problem"
@@ -314,7 +314,7 @@ _EVALUATION = TypeAdapter(Evaluation)
 
 
 def plain_json(value: Any) -> Any:
-    """Return dicts, lists, strings and finite numbers only; what is not finite becomes None."""
+    """Return `value` as dicts, lists, strings and finite numbers; non-finite numbers become None."""
     if isinstance(value, Mapping):
         return {f"{key:g}" if isinstance(key, float) else str(key): plain_json(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""The gate that a version must pass to become champion: better than the champion on a suite, by the paired interval."""
+"""The gate before a version becomes champion: it must beat the champion on a suite, by the paired interval."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from ml2o_dist.evaluation.statistics import Interval
 
 @dataclass(frozen=True)
 class Judgement:
-    """What the gate says of a candidate.
+    """The gate's judgement of a candidate.
 
     Attributes:
         passed: whether the candidate is better.
         ratio: the candidate's loss over the other's, see `standings.ratio_interval`: below 1 = better.
-        reason: in one line, with the figures.
+        reason: the judgement in one line, with the figures.
     """
 
     passed: bool
@@ -28,12 +28,12 @@ class Judgement:
 def judge(evaluation: Evaluation, candidate: str, champion: str | None, *, named: str, over: str) -> Judgement:
     """Compare two optimizers of an evaluation, paired by seeds, over the problems with positive losses.
 
-    The candidate passes where the whole interval of its ratio lies below 1.
+    The candidate passes if the whole interval of its ratio lies below 1.
 
     Args:
-        candidate, champion: names in `evaluation`; champion None: there is none, and the candidate must beat the
-            tuned reference.
-        named, over: what the two are called in the reason.
+        candidate, champion: names in `evaluation`. Without a champion (None) the candidate must beat the tuned
+            reference.
+        named, over: names of candidate and champion for the reason.
     """
     other = champion or evaluation.settings.reference
     ours, theirs = (_losses(evaluation, name) for name in (candidate, other))
@@ -51,6 +51,6 @@ def judge(evaluation: Evaluation, candidate: str, champion: str | None, *, named
 
 
 def _losses(evaluation: Evaluation, optimizer: str) -> Losses:
-    """Return the losses by problem, but for those that are negative somewhere: a ratio says nothing of them."""
+    """Return the losses by problem. Problems with a negative loss are left out: a ratio is meaningless there."""
     rows = [row for row in evaluation.rows if row.optimizer == optimizer]
     return {row.problem: row.seed_losses for row in rows if not any(loss < 0 for loss in row.seed_losses)}

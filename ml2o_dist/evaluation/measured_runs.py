@@ -1,4 +1,4 @@
-"""One run of one rule, measured from outside as it goes: true losses, criticality, and what the guard decided.
+"""One run of one rule with measurements from outside: true losses, criticality, and the guard's decisions.
 
 Shapes: P instances, m objectives, n parameters, T steps, k measurements.
 """
@@ -21,7 +21,7 @@ from ml2o_dist.runtime.seeding import derive_seed, generator
 
 @dataclass(frozen=True, eq=False)
 class Step:
-    """Step number t of a run: the point [P, n] and state that it left, what it saw, the point that it came to."""
+    """Step number t of a run: the point [P, n] and state before it, its info, and the point after it."""
 
     number: int
     point: Tensor
@@ -32,17 +32,17 @@ class Step:
 
 @dataclass(frozen=True, eq=False)
 class MeasuredRun:
-    """What a run of T steps did.
+    """The record of a run of T steps.
 
     Attributes:
-        at: k numbers of steps taken, 0 and T among them.
-        losses: [k, P, m] float64 at those points, on a large fixed batch (noise-free where the judge is).
+        at: the k numbers of steps after which the run was measured, including 0 and T.
+        losses: [k, P, m] float64 at those points, on a large fixed batch (noise-free if the judge is).
         absolute, relative: [k, P], criticality on the same batch; NaN where the gradients are not finite.
-        accepted: [T, P] bool, where the learned candidate was taken; all True without a guard.
-        checked: [T] bool, where candidates were compared; all False without a guard.
-        excess: [T, P] float64, see `true_excess`; 0 without a guard, and where it was not asked for.
+        accepted: [T, P] bool, where the guard took the learned candidate; all True without a guard.
+        checked: [T] bool, where the guard compared candidates; all False without a guard.
+        excess: [T, P] float64, see `true_excess`; 0 without a guard, and if it was not asked for.
         forwards, backwards: evaluations charged to each instance.
-        seconds, guard_seconds: wall time of the steps, and what of it the guard took.
+        seconds, guard_seconds: wall time of the steps, and the guard's part of it.
     """
 
     at: tuple[int, ...]
@@ -59,7 +59,7 @@ class MeasuredRun:
 
     @property
     def acceptance(self) -> float:
-        """The share of compared candidates that was accepted, over steps and instances; NaN where none was compared."""
+        """The accepted share of the compared candidates, over steps and instances; NaN if none was compared."""
         return float(self.accepted[self.checked].double().mean())
 
 
@@ -67,7 +67,7 @@ class MeasuredRun:
 class Course:
     """A problem with its judge, its starting points [P, n] and its batches: the same for every rule that runs on it.
 
-    The judge is the same problem without noise where it can be had (`quadratic`), else the problem itself.
+    The judge is the noise-free version of the problem if there is one (`quadratic`), else the problem itself.
     """
 
     problem: Problem
@@ -116,9 +116,9 @@ def walk(rule: UpdateRule, oracle: Oracle, start: Tensor, steps: int) -> Iterato
 def measured_run(
     rule: UpdateRule, course: Course, steps: int, *, every: int, batches: int = BATCHES, excess: bool = False
 ) -> MeasuredRun:
-    """Run `rule` on `course`, measuring every so many steps and at the end; `batches` as in `criticality`.
+    """Run `rule` on `course`, measuring at both ends and after each `every` steps; `batches` as in `criticality`.
 
-    With `excess` each accepted step of a guarded rule is compared with the fallback's by `true_excess`.
+    With `excess` each accepted step of a guarded rule is compared with the fallback's step by `true_excess`.
 
     Raises:
         UserError: the rule and the problem do not fit together.
@@ -161,10 +161,10 @@ def measured_run(
 
 
 def true_excess(course: Course, rule: GuardedRule, step: Step) -> Tensor:
-    """Return [P]: by how much the step left the worst-hit objective above the fallback's candidate, at least 0.
+    """Return [P]: how far the step left the worst-hit objective above its loss at the fallback's candidate, at least 0.
 
-    max_i (f_i(z_{t+1}) - f_i(x_D)) by the judge's losses, which must be exact (a noise-free judge). x_D is computed
-    again from what the step saw: a fallback's candidate depends on no other batch.
+    max_i (f_i(z_{t+1}) - f_i(x_D)) by the judge's losses, which must be exact (a noise-free judge). The fallback's
+    candidate x_D is recomputed from the step's info: it depends on no other batch.
     """
     scratch = Oracle(course.problem, generator("scratch"))
     safe, _ = rule.fallback.propose(scratch, step.point, step.state.fallback, step.info)

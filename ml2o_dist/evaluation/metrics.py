@@ -1,7 +1,7 @@
-"""How good a set of points is against a known front, and how much the objectives' gradients conflict.
+"""Indicators that compare points with a known front, and measures of the conflict between the gradients.
 
-Objectives are minimised. The indicators of fronts are moocore's; what is ours are the checks, because moocore takes a
-NaN for a number, and the count of points that a hypervolume ignores.
+Objectives are minimised. moocore computes the indicators of fronts. Ours are the checks, because moocore accepts NaN,
+and the count of the points that a hypervolume ignores.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ml2o_dist.runtime.errors import UserError
 class Hypervolume(NamedTuple):
     """Attributes:
     value: the volume that the points dominate inside the reference box.
-    outside: how many points add nothing because they are not better than the reference point in every objective.
+    outside: number of points that add nothing because they do not beat the reference point in every objective.
     """
 
     value: float
@@ -49,10 +49,10 @@ def hypervolume(points: Tensor, reference: Tensor) -> Hypervolume:
 
 
 def igd_plus(points: Tensor, front: Tensor) -> float:
-    """Return how far `front` [r, m] is from being reached by `points` [k, m]: 0 if each of it is weakly dominated.
+    """Return IGD+, the distance from `front` [r, m] to `points` [k, m]: 0 if they weakly dominate all of `front`.
 
-    mean over y in front of min over x in points of |max(x - y, 0)|: only what x lacks counts, so unlike IGD it never
-    prefers a set that is dominated by another.
+    mean over y in front of min over x in points of |max(x - y, 0)|: only the objectives in which x is
+    worse count, so unlike IGD it never prefers a set that another one dominates.
     Source: Ishibuchi, Masuda, Tanigaki & Nojima 2015; computed by moocore.
 
     Raises:
@@ -62,7 +62,7 @@ def igd_plus(points: Tensor, front: Tensor) -> float:
 
 
 def additive_epsilon(points: Tensor, front: Tensor) -> float:
-    """Return the least e such that `points` [k, m], made smaller by e, weakly dominate all of `front` [r, m].
+    """Return the least e such that `points` [k, m] minus e weakly dominate all of `front` [r, m].
 
     max over y in front of min over x in points of max_i (x_i - y_i). Below 0 the points are better than the front.
     Source: Zitzler et al. 2003; computed by moocore.
@@ -95,7 +95,7 @@ class Conflict:
 def gradient_conflict(jacobian: Tensor) -> Conflict:
     """Describe the conflicts between the rows of each matrix in `jacobian` [.., m, n].
 
-    Source: conflict and magnitude similarity as in Yu et al. 2020, definitions 1 and 3; what zeros count as is ours.
+    Source: conflict and magnitude similarity as in Yu et al. 2020, definitions 1 and 3; the treatment of zeros is ours.
 
     Raises:
         UserError: fewer than two dimensions.
@@ -133,7 +133,7 @@ def gradient_conflict(jacobian: Tensor) -> Conflict:
 
 
 def _compared(points: Tensor, front: Tensor) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Return both as arrays, checked against each other."""
+    """Return both as arrays after a check that their shapes agree."""
     values, targets = _points("points", points), _points("front", front)
     for name, array in (("points", values), ("front", targets)):
         if len(array) == 0:

@@ -1,4 +1,4 @@
-"""Optimizers by name, read before anything is run."""
+"""Read the optimizers that a user names, before anything is run."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ log = logging.getLogger(__name__)
 
 
 Resolve = Callable[[str], Path]
-"""Gives the local weights file of `models:/NAME@ALIAS`."""
+"""Returns the local weights file of `models:/NAME@ALIAS`."""
 
 
 @dataclass(frozen=True, eq=False)
 class Entrant:
-    """An optimizer as it was written, ready to be run.
+    """An optimizer that a user named, ready to be run.
 
     Attributes:
         name: as written.
-        contestant: gives what is run, for the learning rate that was found where it is `tuned`, else for None.
-        tuned: whether its learning rate is to be found.
-        learning_rate: the one that was written; None where it is tuned or has none.
+        contestant: returns the contestant for a learning rate: the tuned one if `tuned`, else None.
+        tuned: whether its learning rate is to be tuned.
+        learning_rate: the one in the name; None if it is tuned or takes none.
     """
 
     name: str
@@ -51,8 +51,8 @@ def parse_optimizers(settings: EvaluateSettings, resolve: Resolve) -> list[Entra
     `pretrained`, `initial`, the adversaries of rules/adversaries.py, `dssmg`, `smg`,
     `AGGREGATOR[+sgd|+momentum|+adam][@LR]`, `models:/NAME@ALIAS` or `models:/NAME/VERSION`, a weights file or a run
     directory (relative to ML2O_HOME, or a URI); each of them also as `gml2o:NAME`, under the guard of `settings.guard`.
-    A learned optimizer that was meta-trained under a guard has that one, in every setting that is no looser than the
-    default guard's; `gml2o:` replaces it.
+    A learned optimizer that was meta-trained under a guard keeps every setting of it that is no looser than the default
+    guard's; `gml2o:` replaces that guard.
 
     Raises:
         UserError: an unknown name (the nearest valid one is given), weights that cannot be read, or a name that is not

@@ -1,4 +1,4 @@
-"""The words that name an optimizer, checked before anything that can run one is imported."""
+"""Names of optimizers. Checking a name here imports nothing that can run an optimizer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _OTHERS = f"any of them as {GUARD}NAME, {REGISTRY}NAME@ALIAS, a weights file or 
 
 
 def check_optimizers(texts: Iterable[str]) -> None:
-    """Raise UserError, with the nearest name, where a text names no optimizer; weights are not looked at."""
+    """Raise UserError, with the nearest name, if a text names no optimizer. Weights files are not opened."""
     for text in texts:
         name = text.removeprefix(GUARD)
         if name in OWN or name in adversaries() or name in shipped_names() or name.startswith(REGISTRY):
@@ -33,13 +33,13 @@ def check_optimizers(texts: Iterable[str]) -> None:
 
 
 def is_hand_designed(name: str) -> bool:
-    """Tell whether the name is meant as one: it has the parts of one, or is an aggregator or an optimizer alone."""
+    """Tell whether a name means a hand-designed optimizer: it has + or @, or is an aggregator or an optimizer alone."""
     single = name in aggregators() or name in optimizers().keys() - {"sgd", "momentum", "adam"}
     return "/" not in name and (single or "+" in name or "@" in name)
 
 
 def unknown_optimizer(text: str) -> UserError:
-    """Return the error for a text that names none."""
+    """Return the error for a text that names no optimizer."""
     names = sorted({name for name, _, _ in optimizer_descriptions()} - {"sgd", "momentum", "adam"})
     near = difflib.get_close_matches(text.lower(), [*names, *(GUARD + name for name in names)], n=1, cutoff=0.5)
     hint = f"; did you mean {near[0]!r}?" if near else ""
@@ -50,7 +50,7 @@ def unknown_optimizer(text: str) -> UserError:
 
 
 def optimizer_descriptions() -> Iterator[tuple[str, str, str]]:
-    """Yield (name, kind, what it is) of every optimizer that has a name."""
+    """Yield (name, kind, description) of every optimizer that has a name."""
     for name in shipped_names():
         what = "the weights that serve where none are named" if name == PRETRAINED else "weights in the package"
         yield name, "learned", what

@@ -1,4 +1,4 @@
-"""Where each optimizer stands over all problems of a benchmark, against the reference and the best baselines."""
+"""Compare each optimizer with the reference and the best baselines over all problems of a benchmark."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from ml2o_dist.evaluation.statistics import Interval, improvement_interval, iqm_
 from ml2o_dist.evaluation.table_statistics import delta_m, mean_ranks
 
 LARGEST_RATIO = 1e6
-"""A loss counts as at most so many times another, and at least 1 / so many: a run that diverged counts as that."""
+"""Ratios of losses are clipped to [1 / LARGEST_RATIO, LARGEST_RATIO]; if one of the two runs diverged, to an end."""
 
 Losses = Mapping[str, Sequence[float]]
 """Problem -> the loss of each seed, inf where it diverged, NaN where it could not be run."""
 
 
 def standings(rows: Sequence[Row], reference: str, positive: Collection[str]) -> tuple[Standing, ...]:
-    """Return the standing of each optimizer, in the order of the rows; () where the reference is not among them.
+    """Return the standing of each optimizer, in the order of the rows; () if the reference has no rows.
 
     Args:
         rows: of every optimizer on every problem.
-        positive: the problems whose losses are positive by construction: ratios are of these alone.
+        positive: the problems whose losses are positive by construction: ratios use these alone.
     """
     by_optimizer: dict[str, dict[str, Row]] = {}
     for row in rows:
@@ -42,9 +42,9 @@ def standings(rows: Sequence[Row], reference: str, positive: Collection[str]) ->
 
 
 def log_ratios(ours: Losses, theirs: Losses) -> list[list[float]]:
-    """Return, by problem, log(our loss / theirs) of each seed that both were run from, within +-log `LARGEST_RATIO`.
+    """Return, by problem, log(our loss / theirs) of each seed that both ran, within +-log `LARGEST_RATIO`.
 
-    0 where both diverged. Problems of which no pair is left are left out.
+    The value is 0 where both diverged. Problems without a pair are left out.
     """
     strata = []
     for problem, losses in ours.items():
@@ -55,7 +55,7 @@ def log_ratios(ours: Losses, theirs: Losses) -> list[list[float]]:
 
 
 def ratio_interval(ours: Losses, theirs: Losses) -> Interval:
-    """Return exp of the interquartile mean of `log_ratios`, with its interval; NaN where there are none."""
+    """Return exp of the interquartile mean of `log_ratios`, with its interval; NaN if there are no ratios."""
     strata = log_ratios(ours, theirs)
     if not strata:
         return Interval(math.nan, math.nan, math.nan)
@@ -112,7 +112,7 @@ def _ratio(ours: float, theirs: float) -> float:
 
 
 def _improvement(ours: Losses, theirs: Losses) -> Interval:
-    """A seed that could not be run of one of the two is left out of both."""
+    """Return `improvement_interval` over the seeds that ran for both; NaN if there are none."""
     strata = [
         [(a, b) for a, b in zip(losses, theirs[problem], strict=True) if not math.isnan(a) | math.isnan(b)]
         for problem, losses in ours.items()
@@ -125,7 +125,7 @@ def _improvement(ours: Losses, theirs: Losses) -> Interval:
 
 
 def _mean_rank(found: Mapping[str, Row], others: Sequence[Mapping[str, Row]]) -> float:
-    """Seeds that could not be run of one of them are left out of all, and others none of whose seeds could be."""
+    """Return the mean rank of `found` over the seeds that ran for all; others without any run do not count."""
     ours, *theirs = ([loss for p in found for loss in rows[p].seed_losses] for rows in (found, *others))
     table = [ours, *(losses for losses in theirs if not all(map(math.isnan, losses)))]
     runs = [run for run in zip(*table, strict=True) if not any(map(math.isnan, run))]
@@ -145,7 +145,7 @@ def _mean(values: Sequence[float]) -> float:
 
 
 def _geometric_mean(values: Sequence[float]) -> float:
-    """NaN where a value is not positive and finite."""
+    """Return the geometric mean; NaN if there is no value, or one is not positive and finite."""
     if not values or not all(0 < value < math.inf for value in values):
         return math.nan
     return math.exp(_mean([math.log(value) for value in values]))

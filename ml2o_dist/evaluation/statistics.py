@@ -1,7 +1,7 @@
-"""What a benchmark of optimizers says over seeds and problems: means and intervals. Learning curves have their own,
-`curve_statistics`, and so have tables of optimizers, `table_statistics`.
+"""Means and intervals over the seeds and problems of a benchmark. Learning curves are compared in `curve_statistics`,
+tables of optimizers in `table_statistics`.
 
-Strata are the problems of a benchmark: each is a sequence of one figure per seed, and what is paired has its seeds in
+Strata are the problems of a benchmark: each is a sequence of one figure per seed. Paired strata have their seeds in
 the same order. Lower figures are better; a diverged run counts as an infinite loss.
 """
 
@@ -20,12 +20,12 @@ from pydantic import BeforeValidator
 Strata = Sequence[Sequence[float]]
 FloatArray = NDArray[np.float64]
 Figure = Annotated[float, BeforeValidator(lambda value: math.nan if value is None else value)]
-"""A number that may be NaN or infinite; it is null in JSON, and NaN when it is read back."""
+"""A number that may be NaN or infinite: JSON then has null, which is read back as NaN."""
 
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate and the ends of its interval, at the level that its maker names; NaN ends where there is none."""
+    """An estimate and the ends of its interval, at the level of the function that made it; NaN ends: no interval."""
 
     estimate: Figure
     low: Figure
@@ -52,7 +52,7 @@ class PairedDifference:
 
     Attributes:
         mean: mean of the `pairs` differences.
-        standard_error: of that mean; NaN for one pair, or where a run diverged.
+        standard_error: of that mean; NaN for one pair, or if a run diverged.
     """
 
     mean: float
@@ -83,8 +83,8 @@ class PairedDifference:
 def paired_difference(losses: Sequence[float], reference: Sequence[float]) -> PairedDifference:
     """Compare two methods run on the same seeds, in the same order.
 
-    Where only the method diverged on a seed the mean is +inf, where only the reference did -inf, and NaN where both
-    happened: then there is nothing to conclude.
+    The mean is +inf if only the method diverged on a seed, and -inf if only the reference did. It is NaN if both
+    happened: then nothing can be concluded.
 
     Raises:
         ValueError: the two are not of one length, or empty.
@@ -102,7 +102,7 @@ def paired_difference(losses: Sequence[float], reference: Sequence[float]) -> Pa
 def exponential_average(values: Sequence[float], span: float) -> list[float]:
     """Smooth a curve: the exponentially weighted mean of the values so far, weight exp(-age / span), debiased.
 
-    A value that is not finite is carried as NaN and leaves the average as it was.
+    A value that is not finite becomes NaN in the result and does not change the average.
     """
     keep = math.exp(-1 / span)
     total = weight = 0.0
@@ -129,26 +129,26 @@ def interquartile_mean(values: ArrayLike) -> float:
 
 
 def iqm_interval(strata: Strata, *, level: float = 0.95, repetitions: int = 2000, seed: int = 0) -> Interval:
-    """Return the IQM of all figures pooled, with its expanded percentile interval of the stratified bootstrap.
+    """Return the IQM of all figures pooled, with an expanded percentile interval of the stratified bootstrap.
 
-    Each of `repetitions` resamples draws the seeds of every problem anew, with replacement (Agarwal et al. 2021). From
+    Each of `repetitions` resamples draws the seeds of every problem anew, with replacement (Agarwal et al. 2021). With
     few seeds the quantiles of the IQMs, at (1 -+ level) / 2, lie too close together: a resample of n has (n - 1) / n of
     the variance, and their spread is itself uncertain. Hesterberg 2015, "What teachers should know about the
     bootstrap", therefore takes quantiles further out, by a = sqrt(n / (n - 1)) t / z, with t and z the quantiles of
     Student's distribution of n - 1 degrees of freedom and of the normal one. Ours instead multiplies the distances of
     both ends from the estimate by a: the same to first order, but no quantile of the resamples lies beyond their
-    extremes, so that Hesterberg's nominal 95 % of 3 seeds of a normal figure covers 76 %, and ours 95 %.
+    extremes: for 3 seeds of a normal figure Hesterberg's nominal 95 % interval covers 76 %, ours 95 %.
 
     For several problems (ours) n / (n - 1) is the ratio of sum_k v_k to sum_k v_k (n_k - 1) / n_k and the degrees of
     freedom are Welch and Satterthwaite's, (sum_k v_k)^2 / sum_k v_k^2 / (n_k - 1). v_k is n_k times the variance of the
-    figures of problem k Winsorised at the pooled quartiles, as for trimmed means (Tukey & McLaughlin 1963). So they lie
-    between the smallest n_k - 1, where one problem makes the spread, and N - K, where all do alike.
+    figures of problem k Winsorised at the pooled quartiles, as for trimmed means (Tukey & McLaughlin 1963). So the
+    degrees of freedom lie between the smallest n_k - 1 (one problem makes the spread) and N - K (all make it alike).
 
-    Simulated at 10 and 50 seeds, one and several problems, normal to log-normal: 94 to 98 % and 95 to 96 %. Where the
-    quartiles fall among a few outlying figures, as in three problems of losses around 1, 10 and 100, it covers only
-    77 % and 92 %: pool what is on one scale (log losses, ratios).
+    Simulated at 10 and 50 seeds, one and several problems, normal to log-normal: it covers 94 to 98 % and 95 to
+    96 %. If the quartiles fall among a few outlying figures, as in three problems with losses around 1, 10 and 100, it
+    covers only 77 % and 92 %: pool figures on one scale (log losses, ratios).
 
-    One seed says nothing about the spread of its problem: where a problem has only one, the ends are NaN.
+    If a problem has only one seed the ends are NaN: one seed does not show the spread.
 
     Raises:
         ValueError: no figures at all or for a problem, one that is not finite, or an impossible level or repetitions.
@@ -168,9 +168,9 @@ def iqm_interval(strata: Strata, *, level: float = 0.95, repetitions: int = 2000
 def paired_interval(
     ours: Strata, theirs: Strata, *, level: float = 0.95, repetitions: int = 2000, seed: int = 0
 ) -> Interval:
-    """Return the IQM of ours - theirs, pair by pair, with its `iqm_interval`: wholly below 0 ours is better.
+    """Return the IQM of ours - theirs, pair by pair, with its `iqm_interval`: if all of it is below 0, ours is better.
 
-    Pairs are drawn together, so that what the two share on a seed cancels. Of rules that are alike it excludes 0 in
+    Pairs are drawn together, so that the effect of a seed on both cancels. For equally good rules it excludes 0 in
     2 to 5 % of comparisons at 10 seeds and in 4 to 6 % at 50 (simulated).
 
     Raises:
@@ -182,10 +182,10 @@ def paired_interval(
 
 
 def probability_of_improvement(ours: Strata, theirs: Strata) -> float:
-    """Return how probably a run of ours is better than one of theirs on the same problem, the mean over problems.
+    """Return the probability that a run of ours is better than one of theirs on the same problem, mean over problems.
 
-    P(X < Y) + P(X = Y) / 2 over all pairs of seeds: the Mann-Whitney U of Y over n_X n_Y. Infinite losses, of runs that
-    diverged, are worse than all others and tie. Source: Agarwal et al. 2021, section 4.3.
+    P(X < Y) + P(X = Y) / 2 over all pairs of seeds: the Mann-Whitney U of Y over n_X n_Y. Infinite losses (of diverged
+    runs) are worse than all others and tie. Source: Agarwal et al. 2021, section 4.3.
 
     Raises:
         ValueError: the numbers of problems differ, there are no figures at all or for a problem, or one is NaN.
@@ -201,20 +201,20 @@ def improvement_interval(
     Runs of one seed are paired, so the seeds of both are drawn together. On the scale of log(p / (1 - p)) the interval
     is estimate -+ t SE, where SE^2 = sum_k v_k, v_k is n_k / (n_k - 1) times the variance of problem k's part over the
     resamples, and t has Welch and Satterthwaite's degrees of freedom, as in `iqm_interval`. Agarwal et al. take
-    percentiles, and near 0 and 1 those fail: expanded or not they hold a true 0.95 in 75 % of simulations of 10 seeds
-    and 0.99 in 38 %, this one in 94 % or more at 5, 10 and 50 seeds.
+    percentiles, which fail near 0 and 1: expanded or not, they contain a true 0.95 in 75 % of simulations of 10 seeds
+    and a true 0.99 in 38 %. This interval contains it in 94 % or more at 5, 10 and 50 seeds.
 
-    A problem whose pairs all agree has no variance over resamples, which does not mean that the next pair must agree:
-    it gets p (1 - p) / (n_k + 1), p with half a success in one more trial (ours). Where the estimate is 0 or 1 the
-    interval is Wilson's, of `share_interval`, with the number of seeds of all problems as the total.
+    A problem whose pairs all agree has no variance over resamples, though the next pair might disagree. Its variance is
+    set to p (1 - p) / (n_k + 1), p with half a success in one more trial (ours). If the estimate is 0 or 1 the interval
+    is Wilson's, of `share_interval`, with the number of seeds of all problems as the total.
 
-    Where a problem has only one seed the ends are NaN.
+    If a problem has only one seed the ends are NaN.
 
     Raises:
         ValueError: as `probability_of_improvement`, where the numbers of seeds differ, or an impossible level or
             repetitions.
     """
-    from scipy.special import expit, logit, stdtrit  # late: it takes a second, and who asks for a mean needs none
+    from scipy.special import expit, logit, stdtrit  # imported here: it takes a second, and means do not need it
 
     tail = _tail(level, repetitions)
     _check_paired(ours, theirs)
@@ -228,7 +228,7 @@ def improvement_interval(
     stream = np.random.default_rng(seed)
     variances = np.array([_win_variance(wins, repetitions, stream) for wins in tables]) / len(tables) ** 2
     freedom = variances.sum() ** 2 / (variances**2 / (sizes - 1)).sum()
-    slope = 1 / (estimate * (1 - estimate))  # of the logit
+    slope = 1 / (estimate * (1 - estimate))  # derivative of the logit
     margin = stdtrit(freedom, 1 - tail) * slope * math.sqrt(variances.sum())
     return Interval(estimate, float(expit(logit(estimate) - margin)), float(expit(logit(estimate) + margin)))
 
@@ -237,7 +237,7 @@ def share_interval(count: int, total: int, *, level: float = 0.95) -> Interval:
     """Return count / total with its Wilson (1927) interval: the rate of runs that diverged, say.
 
     (p + z^2 / 2N -+ z sqrt(p (1 - p) / N + z^2 / 4N^2)) / (1 + z^2 / N), z the normal quantile at (1 + level) / 2.
-    Of no runs at all nothing is known: the share is NaN, anywhere from 0 to 1.
+    Without runs the share is NaN and the interval [0, 1].
 
     Raises:
         ValueError: unless 0 <= count <= total and 0 < level < 1.
@@ -277,7 +277,7 @@ def _middle_mean(values: FloatArray) -> FloatArray:
 
 
 def _expansion(samples: list[FloatArray], tail: float) -> float:
-    """Return the factor a of `iqm_interval`: by how much the percentile interval of `samples` is too short."""
+    """Return the factor a of `iqm_interval` by which the percentile interval of `samples` must be expanded."""
     from scipy.special import ndtri, stdtrit
 
     pooled = np.sort(np.concatenate(samples))
@@ -288,7 +288,7 @@ def _expansion(samples: list[FloatArray], tail: float) -> float:
     if not parts.any():  # every figure at or beyond a quartile
         parts = sizes * np.array([sample.var(ddof=1) for sample in samples])
     if not parts.any():
-        return 1.0  # figures that are all alike within their problem: an interval without length
+        return 1.0  # all figures of each problem are equal: the interval has length 0
     freedom = parts.sum() ** 2 / (parts**2 / (sizes - 1)).sum()
     shrinkage = parts.sum() / (parts * (sizes - 1) / sizes).sum()
     return float(math.sqrt(shrinkage) * stdtrit(freedom, 1 - tail) / ndtri(1 - tail))
@@ -314,7 +314,7 @@ def _wins(ours: Strata, theirs: Strata) -> list[FloatArray]:
 
 
 def _win_variance(wins: FloatArray, repetitions: int, stream: np.random.Generator) -> float:
-    """Return the variance of the mean of `wins` [n, n] whose n seeds, rows and columns together, are drawn anew."""
+    """Return the variance of the mean of `wins` [n, n] when its n seeds (row and column together) are resampled."""
     n = len(wins)
     counts = stream.multinomial(n, np.full(n, 1 / n), size=repetitions).astype(np.float64)
     variance = float((((counts @ wins) * counts).sum(axis=1) / n**2).var()) * n / (n - 1)

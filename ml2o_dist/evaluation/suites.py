@@ -1,4 +1,4 @@
-"""Suites: evaluations by name, as YAML files in the package or anywhere else. Results carry a suite's hash."""
+"""Suites: named evaluations, as YAML files in the package or elsewhere. Results record the hash of their suite."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ml2o_dist.runtime.files import home_folder
 FOLDER = Path(__file__).parents[1] / "suites"
 
 _LEFT_OUT = ("plugins", "suite", "about", "optimizers", "rule", "guard", "device", "resources", "data", "tracking")
-"""What says which optimizers are evaluated, or where: not what they are measured by."""
+"""Settings that do not change how optimizers are measured: which ones are evaluated, and where."""
 
 
 def suite_names() -> list[str]:
@@ -38,7 +38,7 @@ def suite_file(suite: str) -> Path:
 
 
 def load_suite(suite: str, overrides: tuple[str, ...] = ()) -> EvaluateSettings:
-    """Read a suite, then apply `key=value` overrides. With overrides that change its figures it has no name any more.
+    """Read a suite, then apply `key=value` overrides. Overrides that change its figures remove its name.
 
     Raises:
         UserError: as `load_evaluation` does; or a suite without problems or baselines.
@@ -52,9 +52,9 @@ def load_suite(suite: str, overrides: tuple[str, ...] = ()) -> EvaluateSettings:
 
 
 def comparison_settings(settings: MetaTrainSettings) -> EvaluateSettings:
-    """Return the evaluation at the end of a meta-training: its suite's, on the problems of `family.test`.
+    """Return the evaluation at the end of a meta-training: its suite on the problems of `family.test`.
 
-    Where these are the suite's own, and no other setting differs, the results are results on that suite.
+    The result keeps the suite's name if the problems and all other hashed settings are the suite's own.
 
     Raises:
         UserError: as `load_suite` does.
@@ -80,6 +80,6 @@ def _named(settings: EvaluateSettings, name: str, plain: EvaluateSettings) -> Ev
 
 
 def suite_sha256(settings: EvaluateSettings) -> str:
-    """Return the sha256 of what optimizers are measured by: problems, baselines, seeds, steps, tuning."""
+    """Return the sha256 of the settings that optimizers are measured by: problems, baselines, seeds, steps, tuning."""
     tree: dict[str, Any] = settings.model_dump(mode="json", exclude=set(_LEFT_OUT))
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()

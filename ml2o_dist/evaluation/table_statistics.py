@@ -1,4 +1,4 @@
-"""Optimizers side by side: ratios to the best, performance profiles, mean ranks and the mean relative change Delta_m.
+"""Comparisons of optimizers: ratios to the best, performance profiles, mean ranks and the mean relative change Delta_m.
 
 A table of losses has a row per optimizer and a column per run, the same problem and seed in all rows. Lower is better.
 """
@@ -17,11 +17,11 @@ from ml2o_dist.evaluation.statistics import FloatArray
 def ratios_to_best(losses: ArrayLike) -> FloatArray:
     """Return each loss over the best optimizer's of that run: `losses` and result [optimizers, runs].
 
-    A run that diverged (an infinite loss) is infinitely worse, also where all did. Source: r_{p,s} of Dolan & More
-    2002, who take times where these are losses.
+    A run that diverged (an infinite loss) has an infinite ratio, even if all diverged. Source: r_{p,s} of Dolan & More
+    2002, who use times instead of losses.
 
     Raises:
-        ValueError: not two-dimensional, empty, a NaN, or a loss <= 0, of which a ratio says nothing.
+        ValueError: not two-dimensional, empty, a NaN, or a loss <= 0, for which a ratio is meaningless.
     """
     table = _loss_table(losses)
     if (table <= 0).any():
@@ -52,16 +52,16 @@ def mean_ranks(losses: ArrayLike) -> list[float]:
     table = _loss_table(losses)
     others = table[None]
     better = (others < table[:, None]).sum(axis=1)
-    equal = (others == table[:, None]).sum(axis=1)  # itself among them
+    equal = (others == table[:, None]).sum(axis=1)  # including itself
     return [float(rank) for rank in (better + (equal + 1) / 2).mean(axis=1)]
 
 
 def delta_m(ours: Sequence[float], reference: Sequence[float], *, higher_is_better: bool) -> float:
-    """Return the mean relative change over m tasks, in per cent: BELOW 0 IS BETTER than the reference, for both signs.
+    """Return the mean relative change over m tasks, in per cent: BELOW 0 IS BETTER than the reference, for either s_i.
 
-    100 / m sum_i s_i (ours_i - reference_i) / |reference_i|, s_i = -1 for what should be high (accuracies), +1 for
-    losses. Source: Maninis et al. 2019, who state it the other way round: theirs is above 0 where it is better.
-    NaN where a reference is 0.
+    100 / m sum_i s_i (ours_i - reference_i) / |reference_i|, s_i = -1 for figures that should be high (accuracies),
+    +1 for losses. Source: Maninis et al. 2019, who use the opposite sign: theirs is above 0 if it is better.
+    NaN if a reference is 0.
 
     Raises:
         ValueError: the two are not of one length, or empty.

@@ -12,7 +12,7 @@ from ml2o_dist.evaluation.contestants import Contestant
 
 @dataclass(frozen=True)
 class Tunable:
-    """An optimizer as it was written, whose learning rate is left to be found."""
+    """An optimizer that a user named without a learning rate: tuning finds one."""
 
     name: str
     contestant: Callable[[float], Contestant]
@@ -20,12 +20,12 @@ class Tunable:
 
 @dataclass(frozen=True)
 class Tuned:
-    """What tuning gave.
+    """The result of tuning one optimizer on one problem.
 
     Attributes:
         lr: the best learning rate.
         scores: learning rate -> criterion on the tuning seeds, infinite where a run diverged or failed.
-        note: what a reader must know about it; "" where all is well.
+        note: a warning for the reader; "" if there is none.
         failures: learning rate -> why a run failed there.
     """
 
@@ -42,10 +42,10 @@ def tune(
     trial: Callable[[Contestant, str], Sequence[Cell]],
     run_cells: Callable[[Sequence[Cell]], Sequence[Outcome]],
 ) -> dict[tuple[str, str], Tuned]:
-    """Give every optimizer its learning rate on every problem, by (name, problem).
+    """Return the tuned learning rate of every optimizer on every problem, by (name, problem).
 
-    The criterion is the mean summed loss over the last tenth of the steps of the cells of a `trial`; of equal ones the
-    smallest rate wins. All trials are handed to `run_cells` at once, whose results are in the order of the cells.
+    The criterion is the summed loss over the last tenth of the steps, mean over the cells of a `trial`. The smallest
+    rate wins a tie. `run_cells` gets the cells of all trials in one call and returns outcomes in the same order.
     """
     keys = [(each, problem, lr) for problem in problems for each in tunables for lr in learning_rates]
     trials = [trial(each.contestant(lr), problem) for each, problem, lr in keys]

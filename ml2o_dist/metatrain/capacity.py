@@ -1,4 +1,4 @@
-"""Whether there is room for the workers that the settings ask for."""
+"""Checks that the cluster has room for the workers that the settings ask for."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ml2o_dist.runtime.errors import UserError
 
 
 def check_capacity(workers: int, resources: ResourceSettings, total: Mapping[str, float], place: str) -> None:
-    """Raise UserError where `place` has not the `total` of what `workers` need; a kind not in `total` is not known."""
+    """Raise UserError if the `total` of `place` is less than `workers` need; kinds not in `total` are not checked."""
     for kind, each in (("CPU", resources.num_cpus), ("GPU", resources.num_gpus), *resources.custom.items()):
         have = total.get(kind, workers * each)
         if workers * each > have:
@@ -22,7 +22,7 @@ def check_capacity(workers: int, resources: ResourceSettings, total: Mapping[str
 
 
 def check_labels(labels: Mapping[str, str], setting: str) -> None:
-    """Raise UserError where no node of the cluster has the `labels` that `setting` asks for, as Ray selects by them."""
+    """Raise UserError if no node of the cluster has the `labels` that `setting` asks for, by Ray's rules."""
     nodes = [node["Labels"] for node in ray.nodes() if node["Alive"]]
     if not any(has_labels(node, labels) for node in nodes):
         wanted = ", ".join(f"{name}={value}" for name, value in labels.items())
@@ -34,7 +34,7 @@ def check_labels(labels: Mapping[str, str], setting: str) -> None:
 
 
 def has_labels(node: Mapping[str, str], labels: Mapping[str, str]) -> bool:
-    """Tell whether a node's labels are as asked: for each name VALUE, in(VALUE, ...), or ! before either of them."""
+    """Tell whether a node's labels match: each name asks for VALUE, in(VALUE, ...), or either of them after a !."""
     for name, asked in labels.items():
         values = asked.removeprefix("!")
         if values.startswith("in("):
@@ -47,7 +47,7 @@ def has_labels(node: Mapping[str, str], labels: Mapping[str, str]) -> bool:
 
 
 def room_for_workers(settings: MetaTrainSettings, total: Mapping[str, float]) -> dict[str, float]:
-    """Return what of `total` is left for workers, once the process that replays has its share (backward=learner)."""
+    """Return `total` less the share of the process that replays (with backward=learner)."""
     share = settings.learner.resources
     taken = {"CPU": share.num_cpus, "GPU": share.num_gpus, **share.custom} if settings.backward == "learner" else {}
     return {kind: have - taken.get(kind, 0.0) for kind, have in total.items()}

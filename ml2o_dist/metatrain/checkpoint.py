@@ -1,8 +1,8 @@
-"""Checkpoints: whole or absent. Tensors in safetensors, the rest JSON, a manifest with every file's sha256.
+"""Checkpoints, written atomically: tensors in safetensors, the rest in JSON, a manifest with every file's sha256.
 
-A checkpoint is written into a temporary folder, flushed to the disk, and renamed to `step_NNNNNN`; a reader takes the
-newest one whose manifest holds. A whole checkpoint is never replaced, only removed once newer ones are there: so at
-every moment the newest whole one is the new one or the one before. Nothing is ever unpickled.
+A checkpoint is written into a temporary folder, flushed to the disk, and renamed to `step_NNNNNN`. A reader uses the
+newest one whose files match its manifest. A valid checkpoint is never replaced, only removed once newer ones exist, so
+the newest valid one is always the new one or the one before. Nothing is ever unpickled.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ FORMAT = 2
 MANIFEST, TENSORS, STATE = "manifest.json", "tensors.safetensors", "state.json"
 
 LIMITS = {TENSORS: 16 * 1024 * MIB, STATE: JSON_LIMIT}
-"""Bytes of each file that a manifest lists. An expert's checkpoint has its network three times, with Adam's moments."""
+"""Most bytes of each file in a manifest. With Adam's moments an expert's has three times its network's size."""
 _NAME = re.compile(r"step_(\d{6,})")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What was saved after `meta_step` updates."""
+    """The saved state after `meta_step` updates."""
 
     meta_step: int
     tensors: dict[str, Tensor]
@@ -48,22 +48,22 @@ class CheckpointError(Exception):
 
 
 def save_checkpoint(folder: Path, checkpoint: Checkpoint, keep: int) -> Path:
-    """Write `folder/step_NNNNNN` atomically and remove all but the newest `keep` whole ones; return its path.
+    """Write `folder/step_NNNNNN` atomically and remove all but the newest `keep` valid ones; return its path.
 
-    A whole checkpoint of the same step stays as it is: going on from it leads to the same weights, and there would be
-    a moment in which the step is in neither place. A damaged one is replaced.
+    A valid checkpoint of the same step is kept: a resume from it leads to the same weights, and replacing it would
+    leave a moment without either. A damaged one is replaced.
 
     Raises:
-        OSError: the disk is full or read-only; what was there before is still there.
+        OSError: the disk is full or read-only; earlier checkpoints are unharmed.
     """
     folder.mkdir(parents=True, exist_ok=True)
     target = folder / f"step_{checkpoint.meta_step:06d}"
-    for left_over in folder.glob("tmp_*"):  # of a process that was killed here
+    for left_over in folder.glob("tmp_*"):  # left by a process that was killed while it wrote
         _remove(left_over)
     if not _is_whole(target):
         _write_folder(target, checkpoint)
     every = _paths(folder)
-    ours = every.index(target)  # later ones were refused when the run was resumed before them
+    ours = every.index(target)  # later ones were refused when the run resumed from an earlier one
     kept = [target, *islice(filter(_is_whole, every[ours + 1 :]), keep - 1)]
     for path in every:
         if path not in kept:
@@ -133,12 +133,12 @@ def newest_checkpoint(folder: Path) -> tuple[Checkpoint | None, list[str]]:
 
 
 def newest_manifest(folder: Path) -> Path | None:
-    """Return the manifest of the newest checkpoint, whether it is valid or not, in no time; None: there is none."""
+    """Return the path of the newest checkpoint's manifest without checking it; None: there is none."""
     return next((path / MANIFEST for path in _paths(folder) if (path / MANIFEST).is_file()), None)
 
 
 def _paths(folder: Path) -> list[Path]:
-    """Return everything that is named as a checkpoint, newest first."""
+    """Return all paths with the name of a checkpoint, newest first."""
     found = [path for path in folder.glob("step_*") if _NAME.fullmatch(path.name)]
     return sorted(found, key=lambda path: int(path.name.removeprefix("step_")), reverse=True)
 
@@ -152,7 +152,7 @@ def _is_whole(path: Path) -> bool:
 
 
 def _remove(path: Path) -> None:
-    """Remove a folder or file if that is possible; what stays is removed by a later save."""
+    """Remove a folder or file if possible; a later save removes what is left."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path, ignore_errors=True)
     else:

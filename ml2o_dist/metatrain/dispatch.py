@@ -137,7 +137,7 @@ class Dispatch:
         self.settle(flight.task, result)
 
     def rolled_out(self, flight: Flight, result: EpisodeResult) -> None:
-        """Record that an attempt ended without its replay; `settle` or `again` follows."""
+        """Record that an attempt ended whose result is not complete yet; `settle` or `again` follows."""
         self._land(flight)
         self._costs.learn(flight.task.item, result)
 

@@ -27,10 +27,10 @@ from ml2o_dist.runtime.seeding import derive_seed
 class EpisodeSpec(Carrying):
     """Everything an episode depends on besides the weights.
 
-    `seed` names all its randomness: the problem's coefficients, the starting points of the P `instances`, the batches,
-    the chosen coordinates, and s of `Rescaled` for each objective, from 1 / `objective_rescale` to that.
-    `parameter_scale` is its c. `estimator` None: no meta-gradient is wanted (validation). `record`: the trajectory
-    comes back too; nothing else changes.
+    `seed` names all randomness of the episode: the problem's coefficients, the starting points of the P `instances`,
+    the batches, the chosen coordinates, and the s of `Rescaled` for each objective, between 1 / `objective_rescale`
+    and `objective_rescale`. `parameter_scale` is the c of `Rescaled`. With `estimator` None no meta-gradient is
+    computed (validation). With `record` the result also has the trajectory; nothing else changes.
     """
 
     problem: ProblemSpec
@@ -49,19 +49,19 @@ class EpisodeSpec(Carrying):
 
 @dataclass(frozen=True)
 class EpisodeResult:
-    """What comes back from an episode.
+    """The result of an episode.
 
     Attributes:
-        meta_loss: L of meta_loss, or nan where there was no estimator, or no replay yet.
+        meta_loss: L of meta_loss; nan without an estimator or before the replay.
         score: mean over the last tenth of the steps and the instances of l_t (log of the summed objectives where
             they are positive); what validation compares.
         gradient: the clipped meta-gradient, flat float32 in the order of the rule's meta-parameters; None where none
             was wanted or the episode was not finite.
         losses: mean over the instances, [K+1, m].
-        finite: losses, and the gradient where one was wanted, are all finite.
+        finite: whether the losses, and the gradient if one was wanted, are all finite.
         inner_steps: K * P.  seconds: wall time of the worker.
-        error: what it raised, where it could not be run; "" otherwise.
-        trajectory: what was asked for by `record`, finite or not; else None.
+        error: what the episode raised if it failed; "" otherwise.
+        trajectory: the trajectory, finite or not, if `record` asked for it; else None.
     """
 
     meta_loss: float
@@ -76,14 +76,14 @@ class EpisodeResult:
 
 
 def failed_episode(error: str) -> EpisodeResult:
-    """Return what stands for an episode that raised `error` wherever it ran: nothing of it is used."""
+    """Return a placeholder for an episode that raised `error` on every worker; none of its values are used."""
     nothing = np.zeros((0, 0), dtype=np.float32)
     return EpisodeResult(math.nan, math.inf, None, nothing, finite=False, inner_steps=0, seconds=0.0, error=error)
 
 
 @dataclass(frozen=True)
 class Replayable:
-    """What replay needs of an episode besides its weights and settings; `minima` [P, m] are those of `log_gap`."""
+    """The data that replay needs besides the weights and settings; `minima` [P, m] are for `log_gap`."""
 
     rollout: Rollout
     kind: str
@@ -107,10 +107,10 @@ def run_episode(weights: Weights, spec: EpisodeSpec) -> EpisodeResult:
 
 
 def roll_out_episode(weights: Weights, spec: EpisodeSpec) -> tuple[EpisodeResult, Replayable | None]:
-    """Run the first part of an episode whose estimator is replay or none; return what the second part needs.
+    """Run the rollout of an episode whose estimator is replay or none; return what its replay needs.
 
-    That is None where nothing is to be replayed: no estimator, or losses that are not finite. The result has no
-    meta-loss and no gradient yet.
+    The second value is None if there is nothing to replay: no estimator, or losses that are not finite. The result has
+    no meta-loss and no gradient yet.
     """
     began = time.perf_counter()
     episode, estimator = _begin(weights, spec), spec.estimator
@@ -125,7 +125,7 @@ def roll_out_episode(weights: Weights, spec: EpisodeSpec) -> tuple[EpisodeResult
 def replay_episode(
     weights: Weights, spec: EpisodeSpec, replayable: Replayable
 ) -> tuple[float, NDArray[np.float32] | None]:
-    """Return the meta-loss and the clipped meta-gradient, where the rollout's tensors lie; None if it is not finite."""
+    """Return the meta-loss and the clipped meta-gradient (None if not finite), on the rollout's device."""
     estimator, rollout = spec.estimator, replayable.rollout
     assert estimator is not None
     rule = learned_rule(spec.rule, weights, rollout.losses.device)
@@ -134,13 +134,13 @@ def replay_episode(
 
 
 def replayed(result: EpisodeResult, meta_loss: float, gradient: NDArray[np.float32] | None) -> EpisodeResult:
-    """Return the result with its meta-loss and, where everything is finite, its gradient."""
+    """Return the result with its meta-loss and, if everything is finite, its gradient."""
     finite = result.finite and gradient is not None and math.isfinite(meta_loss)
     return replace(result, meta_loss=meta_loss, gradient=gradient if finite else None, finite=finite)
 
 
 def log_uniform(largest: float, seed: int) -> float:
-    """Return the number between 1 / largest and largest that `seed` names, log-uniform over the seeds."""
+    """Draw a number between 1 / largest and largest from `seed`, log-uniformly."""
     place = derive_seed("parameter scale", seed) / 2**63
     return math.exp((2 * place - 1) * math.log(largest))
 
@@ -170,7 +170,7 @@ def _begin(weights: Weights, spec: EpisodeSpec) -> Episode:
 
 
 def _result(episode: Episode, losses: Tensor, began: float, episodes: int = 1) -> EpisodeResult:
-    """Return what losses [K+1, P, m] say of an episode, without meta-loss and gradient."""
+    """Return the result of an episode with losses [K+1, P, m], without meta-loss and gradient."""
     tail = losses[-max(1, episode.horizon // 10) :]
     return EpisodeResult(
         meta_loss=math.nan,

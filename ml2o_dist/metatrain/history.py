@@ -1,6 +1,6 @@
 """The figures of a run as Parquet, `RUN_DIR/metrics.parquet`: one row for each meta-step, and one for the start.
 
-What a column holds stands in the `description` of its Arrow field (`SCHEMA`), which the file carries.
+The `description` of each Arrow field in `SCHEMA`, which the file carries, says what the column holds.
 """
 
 from __future__ import annotations
@@ -50,11 +50,11 @@ SCHEMA = pa.schema(
     ],
     metadata={"description": "ml2o_dist: figures of a meta-training by meta-step"},
 )
-"""The columns of the file. What was not measured is null: validation at most meta-steps, all else in the row of 0."""
+"""The columns of the file. Values not measured are null: validation at most meta-steps, the rest at meta-step 0."""
 
 
 Row = dict[str, float]
-"""One meta-step's figures by name; one that was not measured, or is not a number, is not there."""
+"""One meta-step's figures by name, without those that were not measured or are nan."""
 
 
 class History:
@@ -77,7 +77,7 @@ class History:
         return map(self.__getitem__, range(len(self)))
 
     def add(self, meta_step: int, figures: Row) -> None:
-        """Put figures into the row of `meta_step`: the last one, or a new one behind it. A nan is no figure."""
+        """Put figures into the row of `meta_step`, which is the last row or a new one after it; a nan is left out."""
         steps = self.columns["meta_step"]
         if not steps or steps[-1] != meta_step:
             for column in self.columns.values():
@@ -91,7 +91,7 @@ class History:
 
 
 def write_history(run_dir: Path, history: History) -> None:
-    """Write the rows, named as in `SCHEMA`, in their order; OSError: it is not possible."""
+    """Write the rows in order, with the columns of `SCHEMA`; raise OSError if that fails."""
     none = np.full(len(history), math.nan)
     columns = [  # nan becomes null
         pa.array(np.array(history.columns.get(field.name, none)), pa.float64(), from_pandas=True).cast(field.type)
@@ -103,10 +103,10 @@ def write_history(run_dir: Path, history: History) -> None:
 
 
 def read_history(file: Path, within: Path | None = None) -> list[dict[str, Any]]:
-    """Return the rows of a file, keyed as in `SCHEMA`; what is not there is None.
+    """Return the rows of a file, keyed as in `SCHEMA`; missing values are None.
 
     Raises:
-        UserError: it is something else, torn, or too large.
+        UserError: the file is of another kind, torn, or too large.
     """
     table = read_table(file, SCHEMA, within)
     if "meta_step" not in table.column_names:

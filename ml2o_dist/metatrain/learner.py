@@ -1,4 +1,4 @@
-"""The learner: the shared weights, the meta-optimizer, and what a resumed run needs of both."""
+"""The learner: the shared weights, the meta-optimizer, and the state of both that a resume needs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ml2o_dist.runtime.reading_tensors import check_floats
 
 @dataclass(frozen=True)
 class UpdateInfo:
-    """What one update did: norm of the reduced meta-gradient before clipping, learning rate, slots left out."""
+    """The figures of one update: norm of the reduced meta-gradient before clipping, learning rate, slots left out."""
 
     gradient_norm: float
     learning_rate: float
@@ -29,9 +29,9 @@ class UpdateInfo:
 class Learner:
     """Holds theta (flat, float32, CPU), Adam's moments, and the exponential moving average of theta.
 
-    `version` counts updates; the `staleness` versions before are kept, since episodes may still have to be rolled out
-    under them. The reduction runs over results in slot order in float64, so that the weights do not
-    depend on who computed what when.
+    `version` counts updates. The previous `staleness` versions are kept, since episodes may still have to be rolled out
+    under them. Results are reduced in slot order in float64, so that the weights do not depend on which worker
+    computed which episode or when.
     """
 
     def __init__(self, settings: MetaTrainSettings) -> None:
@@ -43,10 +43,10 @@ class Learner:
         self._theta = start.clone().requires_grad_(True)
         self._average = start.clone()
         self._adam = torch.optim.Adam([self._theta], lr=settings.learner.lr)
-        self._earlier: deque[Tensor] = deque(maxlen=settings.staleness)  # theta of the versions before, oldest first
+        self._earlier: deque[Tensor] = deque(maxlen=settings.staleness)  # theta of earlier versions, oldest first
 
     def begin(self, weights: Mapping[str, Tensor]) -> None:
-        """Go on from these weights instead of the untrained rule's."""
+        """Start from these weights instead of the untrained rule's."""
         start = torch.cat([weights[name].flatten() for name in self._shapes])
         with torch.no_grad():
             self._theta.copy_(start)
@@ -64,13 +64,13 @@ class Learner:
 
     @property
     def averaged_weights(self) -> dict[str, Tensor]:
-        """The meta-parameters of the moving average: what is validated and shipped."""
+        """The meta-parameters of the moving average, which are validated and exported."""
         return self._named(self._average)
 
     def update(self, results: Sequence[EpisodeResult]) -> UpdateInfo:
         """Reduce the meta-gradients of one meta-step, given in slot order, and take one Adam step.
 
-        Slots that were not finite are left out and counted; where none is left the weights stay as they are.
+        Slots that were not finite are left out and counted; if none is left, the weights do not change.
 
         Raises:
             ArithmeticError: the step would leave weights that are not finite; nothing has changed.
@@ -81,7 +81,7 @@ class Learner:
         norm = math.nan
         if gradients:
             mean = torch.stack(gradients).sum(dim=0) / len(gradients)
-            norm = math.sqrt(math.fsum(mean.square().tolist()))  # torch's own depends on the number of threads
+            norm = math.sqrt(math.fsum(mean.square().tolist()))  # torch's norm depends on the number of threads
             self._theta.grad = (mean * min(1.0, learner.clip / max(norm, 1e-30))).float()
             for group in self._adam.param_groups:
                 group["lr"] = rate
@@ -109,7 +109,7 @@ class Learner:
         }
 
     def check(self, tensors: Mapping[str, Tensor], best: Mapping[str, Tensor], version: int) -> None:
-        """Raise UserError unless `restore` can take `tensors` over, and `best` has the rule's meta-parameters."""
+        """Raise UserError unless `restore` can load `tensors` and `best` has the rule's meta-parameters."""
         earlier = [f"earlier/{back}" for back in range(1, min(version, self.settings.staleness) + 1)]
         shapes = dict.fromkeys(("theta", "average", "exp_avg", "exp_avg_sq", *earlier), self._theta.shape)
         wanted = {**shapes, "adam_step": torch.Size([1]), **{f"best/{name}": s for name, s in self._shapes.items()}}
@@ -124,7 +124,7 @@ class Learner:
         check_floats({name: found[name] for name in wanted}, "its tensors")
 
     def restore(self, tensors: Mapping[str, Tensor], version: int) -> None:
-        """Take over the state that `tensors()` returned at `version`."""
+        """Load the state that `tensors()` returned at `version`."""
         with torch.no_grad():
             self._theta.copy_(tensors["theta"])
         self._average.copy_(tensors["average"])

@@ -1,6 +1,6 @@
 """The meta-loss of an episode: L = (1/P) sum_p sum_{t=1..K} w_t l_t(z_t) / sum_t w_t.
 
-It is taken on the batch of step t, whose gradient the rollout has computed anyway. Shapes: K steps, P instances, m
+l_t uses the batch of step t, whose gradient the rollout computes anyway. Shapes: K steps, P instances, m
 objectives.
 """
 

@@ -1,4 +1,4 @@
-"""What an episode saw at each inner step, in a few numbers for each instance. It only reads: results stay as they are.
+"""Records a few numbers for each instance at every inner step of an episode. Recording never changes the results.
 
 Shapes: K steps, P instances, m objectives, n parameters.
 """
@@ -24,8 +24,8 @@ class Trajectory:
         update_norms: |z_{k+1} - z_k|, after projection onto the problem's box, [K, P].
         descent_cosines: cos(z_{k+1} - z_k, -mean_i g_i), [K, P]: 1 is straight descent of the mean objective.
 
-    A cosine with a zero vector is 0, with a vector that is not finite nan. Norms are taken in float64, where no float32
-    vector's overflows or vanishes; stored, one above 3.4e38 is inf.
+    A cosine with a zero vector is 0, with a vector that is not finite nan. Norms are computed in float64, in which the
+    norm of a float32 vector neither overflows nor vanishes; a stored norm above 3.4e38 is inf.
     """
 
     losses: NDArray[np.float32]
@@ -36,7 +36,7 @@ class Trajectory:
 
 
 class TrajectoryRecorder:
-    """Collects the steps of one episode, on the device it runs on: one matrix product each, the rest at the end."""
+    """Collects the steps of one episode on its device: one matrix product for each step, the rest at the end."""
 
     def __init__(self) -> None:
         self._losses: list[Tensor] = []
@@ -44,7 +44,7 @@ class TrajectoryRecorder:
 
     @torch.no_grad()
     def add(self, jacobian: Tensor, losses: Tensor, before: Tensor, after: Tensor) -> None:
-        """Take down one step: J [P, m, n] and losses [P, m] at `before` [P, n], and where it led, `after` [P, n]."""
+        """Record one step from `before` [P, n], with J [P, m, n] and losses [P, m] there, to `after` [P, n]."""
         gradients = jacobian.double()
         descent = before.double() - after.double()
         rows = torch.cat([gradients, gradients.mean(dim=1, keepdim=True), descent[:, None]], dim=1)
@@ -52,7 +52,7 @@ class TrajectoryRecorder:
         self._gramians.append(rows @ rows.transpose(1, 2))
 
     def trajectory(self) -> Trajectory:
-        """Return what was taken down."""
+        """Return the recorded steps."""
         products = torch.stack(self._gramians)  # [K, P, m + 2, m + 2]: g_1 .. g_m, their mean, -update
         norms = products.diagonal(dim1=2, dim2=3).sqrt()
         objectives = products.shape[2] - 2

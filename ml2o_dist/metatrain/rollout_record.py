@@ -1,7 +1,7 @@
-"""A rollout on its way to the learner: an Arrow record batch, which Ray hands over without a copy.
+"""A rollout in the form in which it goes to the learner: an Arrow record batch, which Ray transfers without a copy.
 
-One row for each of the points z_0 .. z_K; what a column holds stands in its `description`, the shapes and what does not
-change from point to point in the schema's metadata.
+There is one row for each of the points z_0 .. z_K. Each column's `description` says what it holds. The schema's
+metadata hold the shapes and the values that are the same for all points.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _RECORD = "record/"
 
 
 def rollout_batch(replayable: Replayable) -> pa.RecordBatch:
-    """Return the batch: K + 1 rows, 4 P (m (1 + S) + 1) bytes each and the rule's record. Most is not copied."""
+    """Return the batch: K + 1 rows, 4 P (m (1 + S) + 1) bytes each plus the rule's record. Most data is not copied."""
     rollout = replayable.rollout
     points, instances, objectives, coordinates = rollout.gradients.shape
     columns = {
@@ -53,7 +53,7 @@ def rollout_batch(replayable: Replayable) -> pa.RecordBatch:
 
 
 def read_rollout(batch: pa.RecordBatch, device: str | torch.device) -> Replayable:
-    """Return what the batch holds; on a CPU its tensors are the batch's own memory, which must not be written to."""
+    """Return the batch's content; on a CPU its tensors share the batch's memory, which must not be written to."""
     shared = json.loads(batch.schema.metadata[b"rollout"])
     instances, objectives, coordinates = (shared[name] for name in ("instances", "objectives", "coordinates"))
 
@@ -75,5 +75,5 @@ def read_rollout(batch: pa.RecordBatch, device: str | torch.device) -> Replayabl
 
 
 def _padded(steps: Tensor) -> Tensor:
-    """Append a row of zeros: there is no step from the last point."""
+    """Append a row of zeros, since no step starts at the last point."""
     return torch.cat((steps, steps.new_zeros(1, *steps.shape[1:])))

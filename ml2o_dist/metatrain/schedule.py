@@ -1,4 +1,4 @@
-"""Which (meta_step, slot) does what: pure functions of the settings and the key, no Ray, no clock."""
+"""The episode of each (meta_step, slot): pure functions of the settings and the key, no Ray, no clock."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from ml2o_dist.runtime.seeding import derive_seed
 
 @dataclass(frozen=True, order=True)
 class Key:
-    """Names a work item; the episode behind it is the same wherever it runs.
+    """Names a work item; its episode is the same wherever it runs.
 
     Attributes:
         meta_step: updates of the weights before the episode, so 0 for the first meta-step.
-        slot: number of the episode within its meta-step, from 0.
+        slot: number of the episode within its meta-batch, from 0.
         purpose: `train` or `validate`.
     """
 
@@ -26,7 +26,7 @@ class Key:
 
     @property
     def number(self) -> int:
-        """The meta-step as users know it, in every file and line: training is counted from 1.
+        """The meta-step as every file and message shows it: training is counted from 1.
 
         A validation has the number of the last meta-step before it, 0 before the first.
         """
@@ -51,12 +51,12 @@ def horizon(settings: MetaTrainSettings, meta_step: int) -> int:
 
 
 def weights_version(settings: MetaTrainSettings, meta_step: int) -> int:
-    """Return how many updates the weights have had under which `meta_step` is rolled out, at most `meta_step`."""
+    """Return the number of updates, at most `meta_step`, behind the weights that roll out `meta_step`."""
     return max(0, meta_step - settings.staleness)
 
 
 def admitted(settings: MetaTrainSettings, version: int) -> range:
-    """Return the meta-steps from `version` on whose weights exist after `version` updates: those may be rolled out."""
+    """Return the meta-steps that may be rolled out after `version` updates, since their weights exist."""
     return range(version, min(version + settings.staleness + 1, settings.meta_steps))
 
 

@@ -1,7 +1,7 @@
 """Recorded trajectories as a Parquet data set: one file for each recorded meta-step, one row for each inner step.
 
-Any Parquet reader takes `RUN_DIR/trajectories/*.parquet`: DuckDB, pandas, Ray Data. What a column holds stands in the
-`description` of its Arrow field (`SCHEMA`), which every file carries.
+Any Parquet reader (DuckDB, pandas, Ray Data) can read `RUN_DIR/trajectories/*.parquet`. The `description` of each
+Arrow field in `SCHEMA`, which every file carries, says what the column holds.
 """
 
 from __future__ import annotations
@@ -69,19 +69,19 @@ SCHEMA = pa.schema(
     ],
     metadata={"description": "ml2o_dist: inner steps of recorded meta-training episodes", "format": "2"},
 )
-"""The columns of every file. Not a number stays not a number: an episode that blew up is recorded as it was.
+"""The columns of every file. A nan stays a nan, so that an episode that diverged is recorded unchanged.
 
-In format 1 meta-steps were counted from 0, and the files named so.
+In format 1, meta-steps were counted from 0, in the file names too.
 """
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """What could be read of a run's trajectories.
+    """The readable part of a run's trajectories.
 
     Attributes:
         rows: inner steps with `SCHEMA`, ordered by meta-step, slot, instance and step.
-        unread: for each file that is left out, a line that names it and says why.
+        unread: one line for each file left out, with its name and the reason.
     """
 
     rows: pa.Table
@@ -90,7 +90,7 @@ class Recorded:
 
 @dataclass(frozen=True)
 class RecordedProblem:
-    """What is recorded of one problem: distinct meta-steps, episodes (of P instances each), inner steps (rows)."""
+    """Counts for one recorded problem: distinct meta-steps, episodes (of P instances each), inner steps (rows)."""
 
     problem: str
     objectives: int
@@ -106,10 +106,10 @@ def episodes_table(episodes: Sequence[tuple[WorkItem, Trajectory]]) -> pa.Table:
 
 
 class TrajectoryWriter:
-    """Writes recorded episodes from a thread of its own; the training loop only hands them over.
+    """Writes recorded episodes in a separate thread, to which the training loop passes them.
 
-    A file is whole or not there, and a meta-step that is done again replaces its file by an equal one. What cannot be
-    written is warned of once: it never costs the run. Meta-steps are counted from 1.
+    Files are written atomically. A meta-step that is repeated replaces its file by an equal one. If a file cannot be
+    written, the writer warns once and the run goes on. Meta-steps are counted from 1.
     """
 
     def __init__(self, run_dir: Path) -> None:
@@ -119,22 +119,22 @@ class TrajectoryWriter:
         self._warned = False
 
     def add(self, meta_step: int, items: Sequence[WorkItem], results: Sequence[EpisodeResult]) -> None:
-        """Take over what was recorded of `meta_step`, if anything was, and return at once."""
+        """Queue the recorded episodes of `meta_step`, if there are any, and return at once."""
         episodes = [(i, r.trajectory) for i, r in zip(items, results, strict=True) if r.trajectory is not None]
         if episodes:
             self._pending.append(self._thread.submit(self._write, meta_step, episodes))
 
     def flush(self) -> None:
-        """Return when everything that was taken over is written, or was warned of."""
+        """Wait until every queued file is written, or its failure was warned of."""
         wait(self._pending)
         for done in self._pending:
             done.result()
         self._pending.clear()
 
     def discard_from(self, meta_step: int) -> None:
-        """Remove the files of `meta_step` and later ones: a run that goes on from there writes them again.
+        """Remove the files of `meta_step` and later ones: a run that resumes from there writes them again.
 
-        So a run that was begun anew in the folder of one that was killed keeps none of the other's.
+        A new run in the folder of a killed one thereby keeps none of that run's files.
         """
         for step, file in _files(self._run_dir / FOLDER):
             if step >= meta_step:
@@ -163,7 +163,7 @@ def read_trajectories(run_dir: Path, problem: str | None = None) -> Recorded:
     Files that cannot be read are left out and named.
 
     Raises:
-        UserError: nothing is recorded in `run_dir`, no file can be read, or the problem is not among what is recorded.
+        UserError: nothing is recorded in `run_dir`, no file can be read, or the problem was not recorded.
     """
     files = _files(run_dir / FOLDER)
     if not files:
@@ -199,7 +199,7 @@ def recorded_problems(table: pa.Table) -> list[RecordedProblem]:
 
 
 def _recorded_name(problem: str, names: Sequence[str]) -> str:
-    """Return which of the recorded `names` is meant; its settings may be given in any order."""
+    """Return the one of the recorded `names` that `problem` means; its settings may be in any order."""
     if problem in names:
         return problem
     try:
@@ -213,7 +213,7 @@ def _recorded_name(problem: str, names: Sequence[str]) -> str:
 
 
 def _files(folder: Path) -> list[tuple[int, Path]]:
-    """Return the data files with their meta-steps, in order; what a killed process left half-written is none."""
+    """Return the data files with their meta-steps, in order, without those that a killed process left half-written."""
     found = [(match, path) for path in folder.glob("step_*") if (match := _NAME.fullmatch(path.name))]
     return sorted((int(match.group(1)), path) for match, path in found)
 

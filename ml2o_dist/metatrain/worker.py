@@ -1,4 +1,4 @@
-"""The Ray actors around an episode and its replay: they know nothing that another one could not recompute."""
+"""The Ray actors that run an episode and its replay; they hold no state that another actor could not recompute."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ml2o_dist.rules.learned import Weights
 
 
 class _OneThread:
-    """Computes on one torch thread: results depend neither on the core count nor on the neighbours."""
+    """Computes on one torch thread, so that results do not depend on the core count or on other processes."""
 
     def __init__(self) -> None:
         torch.set_num_threads(1)
@@ -31,7 +31,7 @@ class _OneThread:
             torch.use_deterministic_algorithms(True)
 
     def where(self) -> tuple[int, str]:
-        """Return the process id and Ray's name of the node: answers once the process is up."""
+        """Return the process id and Ray's name of the node; Ray answers once the process is up."""
         return os.getpid(), ray.get_runtime_context().get_node_id()
 
 
@@ -43,13 +43,13 @@ class RolloutWorker(_OneThread):
         return run_episode(weights, spec)
 
     def roll_out(self, weights: Weights, spec: EpisodeSpec) -> tuple[EpisodeResult, pa.RecordBatch | None]:
-        """Run an episode up to what is to be replayed elsewhere."""
+        """Run the rollout of an episode; return its result so far and what another process needs to replay it."""
         result, replayable = roll_out_episode(weights, spec)
         return result, None if replayable is None else rollout_batch(replayable)
 
 
 class Replayer(_OneThread):
-    """Replays what workers rolled out, on a device of its own."""
+    """Replays the workers' rollouts on its own device."""
 
     def __init__(self, device: str) -> None:
         super().__init__()

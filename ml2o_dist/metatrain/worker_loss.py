@@ -1,4 +1,4 @@
-"""A worker that is lost: what Ray raises then, and why, in a few words."""
+"""Recognises what Ray raises when a worker is lost, and states the reason in a few words."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ LOST = (RayActorError, ObjectLostError, OwnerDiedError, WorkerCrashedError, OutO
 """What Ray raises when a result died with its worker or node."""
 
 LONGEST_REASON = 120
-"""Characters of Ray's own words that are shown where we know no shorter ones."""
+"""Characters of Ray's own message that are shown when we have no shorter text."""
 
 _SHORT = (
     ("low on memory", "Ray ended it: the node was out of memory"),
@@ -25,11 +25,11 @@ _SHORT = (
     ("worker process has died", "its process was killed or crashed"),
     ("actor is temporarily unavailable", "it does not answer any more"),
 )
-"""What a text of Ray's (2.60) contains, and what it comes to; the first that fits."""
+"""Parts of Ray's messages (2.60) and our short text for each; the first match counts."""
 
 
 def reason(error: Exception) -> str:
-    """Return in one short line why a worker was lost; Ray tells it in paragraphs, with a terminal's escape codes."""
+    """Return in one short line why a worker was lost; Ray's message has paragraphs and terminal escape codes."""
     text = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip()
     if isinstance(error, OutOfMemoryError):
         return _SHORT[0][1]

@@ -1,7 +1,7 @@
 """Pareto sets by fusion: models fine-tuned for single tasks become one model that takes a preference.
 
 Tang, Shen, Luo et al. 2024, "Towards Efficient Pareto Set Approximation via Mixture of Experts Based Model Fusion"
-(arXiv 2406.09770), with what it is compared with. T tasks, r the preference: r_t >= 0, sum r_t = 1.
+(arXiv 2406.09770), and the methods it is compared with. T tasks, r the preference: r_t >= 0, sum r_t = 1.
 """
 
 from importlib import import_module

@@ -1,4 +1,4 @@
-"""Every way to a front, ours and what it is compared with, on the same tasks and network, as pieces of work for Ray.
+"""All approaches to a front, ours and the comparators, on the same tasks and network, as pieces of work for Ray.
 
 | name | what | trained |
 |---|---|---|
@@ -50,10 +50,10 @@ from ml2o_dist.runtime.reading import read_bytes, read_json_object, validated
 OURS, EXPERTS = "pwe", "experts"
 
 TOLD_EVERY = 50
-"""Steps between two times that a training tells how far it is."""
+"""Steps between two progress reports of a training."""
 
 Outcome = dict[str, Any]
-"""What a piece of work came to, as JSON values."""
+"""The outcome of a piece of work, as JSON values."""
 
 
 class _OutcomeJson(BaseModel):
@@ -76,11 +76,11 @@ class Work(Carrying):
 
     Attributes:
         approach: see the table above.
-        ray: which row of `evaluation_rays`, of approaches that train a network for each; None: all.
-        settings: with the device and the data folder resolved.
-        contestant: what trains it.
+        ray: the row of `evaluation_rays`, for approaches that train a network for each; None: all rays.
+        settings: the settings, with the device and the data folder resolved.
+        contestant: the update rule that trains it.
         folder: the run directory; states of start and experts lie in `experts/`.
-        files: of the start and each expert.
+        files: the files of the start and each expert.
     """
 
     approach: str
@@ -93,7 +93,7 @@ class Work(Carrying):
 
     @property
     def name(self) -> str:
-        """The approach, with the ray's number where it has one."""
+        """The approach, with the ray's number if it has one."""
         return self.approach if self.ray is None else f"{self.approach}_{self.ray:02d}"
 
     @property
@@ -102,7 +102,7 @@ class Work(Carrying):
         return "none" if self.approach == EXPERTS else COMPARATORS[self.approach].training
 
     def steps(self, tasks: int) -> int:
-        """Return how many steps its training has; 0 where there is none. `tasks`: T."""
+        """Return the number of its training steps; 0 if it is not trained. `tasks`: T."""
         settings = self.settings
         if self.approach == OURS:
             return settings.routers.steps
@@ -113,7 +113,7 @@ class Work(Carrying):
         return settings.start.steps + settings.experts.steps
 
     def done(self, tasks: int, finished: bool) -> int:
-        """Return how many of its steps are done, as far as it has told."""
+        """Return how many of its steps are done, by its last progress report."""
         try:
             return self.steps(tasks) if finished else int(read_bytes(self.told, "count", 20, self.told.parent))
         except (OSError, ValueError):  # not begun, or just being written
@@ -121,12 +121,12 @@ class Work(Carrying):
 
     @property
     def told(self) -> Path:
-        """Where a training writes, every so often, how far it is."""
+        """The file of a training's progress reports."""
         return Path(self.folder) / "training" / f"{self.name}.step"
 
     @property
     def result(self) -> Path:
-        """Where its outcome is kept."""
+        """The file of its outcome."""
         return Path(self.folder) / "fronts" / f"{self.name}.json"
 
 
@@ -145,10 +145,10 @@ def all_work(
 
 
 def run_work(work: Work) -> Outcome:
-    """Do one piece of work, or what is left of it, and keep its outcome; what is kept already is returned.
+    """Do or resume one piece of work and store its outcome; an outcome that is stored already is returned.
 
     Raises:
-        UserError: data, a state dict or a name that is not as it must be; OSError: a disk that takes nothing.
+        UserError: invalid data, state dict or name; OSError: the disk cannot be written.
     """
     settings = work.settings
     device = torch.device(settings.device)
@@ -192,7 +192,7 @@ def run_work(work: Work) -> Outcome:
 
 
 def finished(works: Sequence[Work]) -> dict[str, Outcome]:
-    """Return the outcomes of those `works` of one run that are done, by name; none before it has its experts."""
+    """Return the outcomes of the finished `works` of one run, by name; none before the run has its experts."""
     if not all(Path(file).exists() for file in works[0].files):
         return {}
     states = [read_state(file) for file in works[0].files]
@@ -201,7 +201,7 @@ def finished(works: Sequence[Work]) -> dict[str, Outcome]:
 
 
 def kept_outcome(file: Path, mark: Mapping[str, Any] | None = None) -> Outcome | None:
-    """Return the outcome in `file`; None where there is none, a torn one, or with `mark` one of something else."""
+    """Return the outcome in `file`; None if it is missing, torn, or does not match a given `mark`."""
     try:
         outcome: Outcome = read_json_object(file, "outcome", within=file.parent)
         if mark is not None and outcome.get("fingerprint") != mark:
@@ -216,7 +216,7 @@ def kept_outcome(file: Path, mark: Mapping[str, Any] | None = None) -> Outcome |
 
 
 def _fingerprint(work: Work, states: list[dict[str, Tensor]]) -> dict[str, Any]:
-    """Return what determines the outcome, as JSON values."""
+    """Return the values that determine the outcome, as JSON values."""
     settings = work.settings
     kept = settings.model_dump(
         mode="json", exclude={"plugins", "comparators", "resources", "data", "tracking"}, by_alias=True

@@ -1,4 +1,4 @@
-"""What is found out about the settings of a Pareto set before anything is trained."""
+"""Checks of the settings of a Pareto set before anything is trained."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ from ml2o_dist.runtime.errors import UserError
 from ml2o_dist.runtime.files import home_folder
 
 OPERATIONAL = ("comparators", "resources", "data", "tracking")
-"""Keys that a resumed run may change; so may it checkpoint_every and max_failures."""
+"""Keys that a resumed run may change, besides checkpoint_every and max_failures."""
 
 
 def resolved(settings: ParetoSetSettings) -> ParetoSetSettings:
-    """Write out what depends on this process, as for a meta-training."""
+    """Resolve settings that depend on this process, as for a meta-training."""
     device = "cuda" if settings.resources.num_gpus > 0 else "cpu"
     return settings.model_copy(
         update={
@@ -36,7 +36,7 @@ def resolved(settings: ParetoSetSettings) -> ParetoSetSettings:
 
 
 def check_place(folder: Path, settings: ParetoSetSettings, resume: bool) -> None:
-    """Raise UserError where the folder holds something else, or this and nobody has asked to go on with it."""
+    """Raise UserError if the folder holds something else, or this run without a request to resume it."""
     if not (folder / SETTINGS).exists():
         check_kind(folder, "a Pareto set")
         if resume:
@@ -60,7 +60,7 @@ def _difference(ours: ParetoSetSettings, theirs: ParetoSetSettings) -> str:
 
 
 def router_trainer(settings: ParetoSetSettings, resolve: Resolve) -> Contestant:
-    """Return what trains the routers; raises UserError for a name that is not whole, or does not suit the loss."""
+    """Return the optimizer of the routers; raises UserError if its name is incomplete or does not suit the loss."""
     name = settings.routers.optimizer
     (entrant,) = parse_optimizers(EvaluateSettings(optimizers=(name,)), resolve)
     if entrant.tuned:
@@ -79,7 +79,7 @@ def router_trainer(settings: ParetoSetSettings, resolve: Resolve) -> Contestant:
 
 
 def check_network(settings: ParetoSetSettings, tasks: TaskSet) -> None:
-    """Raise UserError, before anything is trained, for network, files, modules, comparators that do not fit."""
+    """Raise UserError before any training if network, files, modules or comparators do not fit."""
     network = network_of(tasks, settings.network, settings.seed)
     if settings.experts.files:
         if len(settings.experts.files) != tasks.count + 1:

@@ -1,7 +1,7 @@
-"""Networks that take a preference: what is trained over all preferences at once, ours and its rivals.
+"""Networks that take a preference and are trained over all preferences at once: ours and its rivals.
 
-Each is a module whose `forward(preference, images)` gives, for each of some batches of images, the logits of all
-tasks. Its parameters are what is trained.
+Each is a module whose `forward(preference, images)` gives the logits of all tasks for each of several batches of
+images. Its parameters are trained.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Conditioned(nn.Module):
 
 
 class Plain(Conditioned):
-    """One network, whatever the preference: what trains for a single ray, and MGDA."""
+    """One network that ignores the preference, for training on a single ray and for MGDA."""
 
     def __init__(self, network: MultiHead) -> None:
         super().__init__()
@@ -52,9 +52,9 @@ class Plain(Conditioned):
 
 
 class Fused(Conditioned):
-    """PWE-MoE: the routers of a fusion are what is trained, with the network in evaluation mode.
+    """PWE-MoE: only the routers of a fusion are trained, with the network in evaluation mode.
 
-    So BatchNorm has the experts' averaged moments, as in the network that is exported.
+    BatchNorm therefore uses the experts' averaged moments, as in the exported network.
     """
 
     moving_buffers = False
@@ -78,11 +78,11 @@ class OfArchitecture(Conditioned):
     """A family whose networks have parameters that are made for each preference.
 
     Attributes:
-        network: the architecture; its values are of no meaning, and its mode is that of the family.
+        network: the architecture; its values are not used, and its mode is that of the family.
     """
 
     def __init__(self, network: MultiHead) -> None:
-        """Raises UserError for a network whose buffers change in training: which preference should they be of?"""
+        """Create the family; raises UserError if the network's buffers change in training: they fit no preference."""
         super().__init__()
         moving = [name for name, buffer in network.named_buffers() if buffer.is_floating_point()]
         if moving:
@@ -111,7 +111,7 @@ class WeightLine(OfArchitecture):
     """
 
     def __init__(self, network: MultiHead, ends: Sequence[MultiHead]) -> None:
-        """`ends`: what the ends begin at; `network` gives the heads."""
+        """Create the ends with the initial values `ends`; `network` gives the heads."""
         super().__init__(network)
         self.heads = copy.deepcopy(network.heads)
         self.ends = nn.ModuleList(copy.deepcopy(end.trunk) for end in ends)
@@ -165,8 +165,8 @@ class ConditionedInput(Conditioned):
         """Widen the first layer of `network` to 1 + T channels; the new weights are drawn from `seed`.
 
         Raises:
-            UserError: it takes images of several channels, as other libraries' networks do, or its first layer is
-                tied to another.
+            UserError: `network` takes images of several channels, as other libraries' networks do, or its first layer
+                is tied to another.
         """
         super().__init__()
         self.network = copy.deepcopy(network)
@@ -188,12 +188,12 @@ class ConditionedInput(Conditioned):
             self.network.set_submodule(name, _widened(first, tasks))
 
     def forward(self, preference: Tensor, images: Sequence[Tensor]) -> list[Logits]:
-        """Lay the preference over every image."""
+        """Append the preference to every image as channels, and return the network's answers."""
         return [self.network(_with_channels(each, preference)) for each in images]
 
 
 def answers(network: nn.Module, state: dict[str, Tensor], images: Sequence[Tensor]) -> list[Logits]:
-    """Return what `network` answers with the parameters and buffers `state`, for each batch of images."""
+    """Return the output of `network` with the parameters and buffers `state`, for each batch of images."""
     return [functional_call(network, state, (each,)) for each in images]
 
 
@@ -210,7 +210,7 @@ def _first_layer(network: nn.Module) -> tuple[nn.Linear | nn.Conv2d, str]:
 
 
 def _widened(layer: nn.Linear | nn.Conv2d, tasks: int) -> nn.Linear | nn.Conv2d:
-    """Return the layer for 1 + T channels, all its weights drawn anew for the larger fan-in."""
+    """Return the layer for 1 + T channels, with all weights redrawn for the larger fan-in."""
     bias = layer.bias is not None
     if isinstance(layer, nn.Linear):
         return nn.Linear(layer.in_features * (1 + tasks), layer.out_features, bias=bias)
@@ -234,5 +234,5 @@ def named_views(model: nn.Module, flat: Tensor) -> dict[str, Tensor]:
     """View the vector `flat` [n] as the parameters of `model`, by name."""
     named = dict(model.named_parameters())
     sizes = [parameter.numel() for parameter in named.values()]
-    parts = torch.split(flat, sizes)  # one copy of [n] in the backward pass, where slices take one for each name
+    parts = torch.split(flat, sizes)  # one copy of [n] in the backward pass; slices need one for each name
     return {name: part.view(parameter.shape) for (name, parameter), part in zip(named.items(), parts, strict=True)}

@@ -13,21 +13,21 @@ from scipy.optimize import linprog
 from torch import Tensor
 
 LEAST = 1e-3
-"""What preferences are raised to: at r_i = 0 the non-uniformity has log 0."""
+"""The least value of a preference's entries: at r_i = 0 the non-uniformity has log 0."""
 
 BALANCED = 1e-4
 """The non-uniformity up to which all objectives descend together, as in the authors' code."""
 
 
 def epo_weights(preference: Tensor, losses: Tensor, jacobian: Tensor) -> Tensor | None:
-    """Return alpha [m] float64 on the simplex, such that -J^T alpha leads to the ray of r; None where the LP has none.
+    """Return alpha [m] float64 on the simplex, such that -J^T alpha leads to the ray of r; None if the LP has none.
 
     With C = J J^T, h = r f / sum(r f), mu = sum_i h_i log(m h_i) and a_i = r_i (log(m h_i) - mu):
-    where mu > `BALANCED` (off the ray) alpha maximises alpha^T C a, and no objective ascends that need not, else it
-    maximises the sum of C alpha, with C alpha >= 0 and no loss of balance.
+    if mu > `BALANCED` (off the ray), alpha maximises alpha^T C a, and no objective ascends that need not. Otherwise
+    alpha maximises the sum of C alpha, with C alpha >= 0 and no loss of balance.
 
     Args:
-        preference: r [m], a point of the simplex, raised to `LEAST` where it is below.
+        preference: r [m], a point of the simplex; smaller entries are raised to `LEAST`.
         losses: f [m] > 0.
         jacobian: J [m, n].
     """
@@ -38,12 +38,12 @@ def epo_weights(preference: Tensor, losses: Tensor, jacobian: Tensor) -> Tensor 
     if not (np.isfinite(gram).all() and np.isfinite(f).all() and (f > 0).all()):
         return None
     scale = float(np.abs(gram).max())
-    alpha = None if scale == 0 else _solve(r, f, gram / scale)  # the program is homogeneous, its solver's tolerance not
+    alpha = None if scale == 0 else _solve(r, f, gram / scale)  # homogeneous, but the solver's tolerance is not
     return None if alpha is None else torch.from_numpy(alpha).to(losses.device)
 
 
 def non_uniformity(preference: NDArray[np.float64], losses: NDArray[np.float64]) -> float:
-    """Return mu(r, f): the Kullback-Leibler divergence of r f / sum(r f) from even; 0 on the ray."""
+    """Return mu(r, f): the Kullback-Leibler divergence of r f / sum(r f) from uniform; 0 on the ray."""
     weighted = preference * losses
     share = weighted / weighted.sum()
     return float((share * np.log(len(share) * share)).sum())

@@ -3,8 +3,8 @@
 A stage is one training of the network on a weighted sum of the tasks' losses: equal weights from the first values
 give theta_0, the weights e_t from theta_0 give expert t. Its ranks are data-parallel (gloo on CPUs, NCCL on GPUs).
 
-The batch of a step and rank is a function of the seed, the stage, the step and the rank alone: what was killed and is
-gone on with from its checkpoint ends as what was not.
+The batch of a step and rank depends only on the seed, the stage, the step and the rank. A training that was killed and
+resumed from its checkpoint therefore ends like one that was not killed.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from ml2o_dist.runtime.seeding import generator
 
 @dataclass(frozen=True)
 class Stage(Carrying):
-    """One training, as plain values: what a rank needs to know.
+    """One training, as the plain values that a rank needs.
 
     Attributes:
-        name: `start`, `expert_1`, ...; also its folder's.
-        weights: of the tasks' losses.
-        start: the file whose parameters it begins at; "" for first values from the seed.
+        name: `start`, `expert_1`, ...; also the name of its folder.
+        weights: weights of the tasks' losses.
+        start: the file with its initial parameters; "" for initial values from the seed.
         device: cpu or cuda.
     """
 
@@ -62,7 +62,7 @@ def network_of(tasks: TaskSet, settings: NetworkSettings, seed: int) -> MultiHea
 
 
 def expert_stages(settings: ParetoSetSettings, tasks: int, folder: Path) -> list[Stage]:
-    """Return the trainings of start and experts, whose states lie in `folder`; [] where they are read from files."""
+    """Return the trainings of start and experts, whose states lie in `folder`; [] if they are read from files."""
     if settings.experts.files:
         return []
 
@@ -80,12 +80,12 @@ def expert_stages(settings: ParetoSetSettings, tasks: int, folder: Path) -> list
 
 
 def is_done(stage: Stage, folder: Path) -> bool:
-    """Tell whether `folder` holds what the stage ends with."""
+    """Tell whether `folder` holds the finished state of the stage."""
     return about_state(folder / f"{stage.name}.safetensors").get("stage") == fingerprint(stage)
 
 
 def steps_done(stage: Stage, folder: Path) -> int:
-    """Return how many of the stage's steps are done, as far as its checkpoints say."""
+    """Return how many of the stage's steps are done, according to its checkpoints."""
     if is_done(stage, folder):
         return stage.tuning.steps
     newest = newest_manifest(folder / stage.name)
@@ -95,8 +95,7 @@ def steps_done(stage: Stage, folder: Path) -> int:
 def fit_stage(stage: Stage, folder: Path, *, num_cpus: float = 1.0, num_gpus: float = 0.0) -> float:
     """Train a stage as a Ray Train run with its checkpoints in `folder`, and write `folder/NAME.safetensors`.
 
-    Goes on from what is there; returns the seconds that the ranks have trained in all. To be called where Ray is
-    connected.
+    Resumes from a checkpoint if there is one; returns the total seconds of training. Ray must be connected.
 
     Raises:
         ray.train.TrainingFailedError: the ranks failed more often than `max_failures`.
@@ -104,7 +103,7 @@ def fit_stage(stage: Stage, folder: Path, *, num_cpus: float = 1.0, num_gpus: fl
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
-    # What Ray Train has left of an earlier run, which goes on from our checkpoints, is not read again.
+    # Ray Train's own files of an earlier run are not read again; the run resumes from our checkpoints.
     shutil.rmtree(folder / "ray" / stage.name, ignore_errors=True)
     config = {"stage": stage, "folder": str(folder / stage.name)}
     each: dict[str, float] = {"CPU": num_cpus}
@@ -133,7 +132,7 @@ def fit_stage(stage: Stage, folder: Path, *, num_cpus: float = 1.0, num_gpus: fl
 
 
 def fingerprint(stage: Stage) -> dict[str, Any]:
-    """Return what determines the weights that a stage ends with, as JSON values."""
+    """Return the JSON values that determine the final weights of a stage."""
     tuning = stage.tuning.model_dump(exclude={"checkpoint_every", "max_failures", "files"})
     kept = asdict(stage) | {"network": stage.network.model_dump(), "tuning": tuning, "weights": list(stage.weights)}
     plugins = sorted(each.sha256 for each in loaded())
@@ -141,7 +140,7 @@ def fingerprint(stage: Stage) -> dict[str, Any]:
 
 
 def train_rank(config: Mapping[str, Any]) -> None:
-    """What each rank of a stage runs."""
+    """Train one rank of a stage."""
     import ray.train
     import ray.train.torch
 
@@ -198,10 +197,10 @@ def _save(
 def _resume(
     folder: Path, mark: Mapping[str, Any], network: nn.Module, optimizer: torch.optim.Adam
 ) -> tuple[int, float]:
-    """Go on from the newest checkpoint of the same stage; return the steps done and the seconds they took.
+    """Resume from the newest checkpoint of the same stage; return the steps done and the seconds they took.
 
     Raises:
-        UserError: it says that it is of this stage, but its tensors are of something else.
+        UserError: the checkpoint is marked as this stage's, but its tensors do not fit.
     """
     saved, _ = newest_checkpoint(folder)
     if saved is None or saved.state.get("fingerprint") != json.loads(json.dumps(mark)):

@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy
 from ml2o_dist.runtime.errors import UserError
 
 State = Mapping[str, Tensor]
-"""What `state_dict` returns."""
+"""The type that `state_dict` returns."""
 
 MERGEABLE = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64, torch.complex128)
 """The precisions in which a weighted sum of tensors is formed."""
@@ -25,14 +25,14 @@ COUNTABLE = (torch.bool, torch.uint8, torch.int8, torch.int16, torch.int32, torc
 class TensorNames:
     """Every name of every parameter and buffer of a network.
 
-    Two names are of one tensor where the network registers one tensor twice (tied weights, a module that is registered
-    twice), or two that lie in the same memory in the same layout. The first name stands for the tensor; names of
+    Two names belong to one tensor if the network registers one tensor twice (tied weights, a module that is registered
+    twice), or two tensors in the same memory with the same layout. The first name stands for the tensor; names of
     parameters come before those of buffers.
 
     Attributes:
         first: each name, with the first name of its tensor.
         tensors: the network's tensor for each first name; its values do not count.
-        parameters: the first names that are of parameters; the others are of buffers.
+        parameters: the first names of parameters; the others belong to buffers.
         saved: the names that the network's state dict has, in its order.
     """
 
@@ -84,14 +84,14 @@ class TensorNames:
     def fitted(self, state: State, what: str) -> dict[str, Tensor]:
         """Return the tensors of a state dict by their first names, detached, each in the network's precision.
 
-        A tied tensor may be there under any of its names, or several.
+        A tied tensor may be given under any of its names, or several.
 
         Args:
-            what: whose state dict it is, for the message: "expert 2".
+            what: the owner of the state dict, for the message: "expert 2".
 
         Raises:
-            UserError: it is no state dict of this network; names of one tensor have different values; a value of a
-                parameter is not finite.
+            UserError: the value is no state dict of this network; names of one tensor have different values; a value
+                of a parameter is not finite.
         """
         _check_state_dict(state, what)
         wrong = f"the state dict of {what} does not fit the network:"
@@ -125,7 +125,7 @@ class TensorNames:
 
 
 def check_finite(tensor: Tensor, name: str, what: str) -> None:
-    """Raise UserError where `tensor`, called `name` in the state dict of `what`, has a value that is not finite."""
+    """Raise UserError if `tensor`, called `name` in the state dict of `what`, has a value that is not finite."""
     if not tensor.isfinite().all():
         raise UserError(f"the state dict of {what} has a value in {name} that is not finite")
 

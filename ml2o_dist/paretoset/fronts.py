@@ -14,12 +14,12 @@ from ml2o_dist.runtime.errors import UserError
 from ml2o_dist.runtime.reading import validated
 
 REFERENCE = 2.0
-"""Of the hypervolume, in each task's cross-entropy: that of the published figures."""
+"""Reference point of the hypervolume, in each task's cross-entropy, as for the published figures."""
 
 
 MOST_TASKS, MOST_POINTS, MOST_POINTS_OF_MANY = 16, 2000, 64
-"""What a front that is read may have: points up to three tasks and for more, where a hypervolume takes long. The grid
-of most preferences has 1326, the preferences of eight tasks are 25."""
+"""Limits for a front that is read: tasks, points with up to three tasks, and points with more tasks, where a
+hypervolume takes long. The largest grid of preferences has 1326 points; eight tasks have 25 preferences."""
 
 
 class _FrontJson(BaseModel):
@@ -42,7 +42,7 @@ class Front:
 
     @property
     def hypervolume(self) -> float:
-        """What the front dominates up to (2, ..., 2)."""
+        """The volume that the front dominates up to (2, ..., 2)."""
         reference = torch.full((self.losses.shape[1],), REFERENCE, dtype=torch.float64)
         return hypervolume(self.losses, reference).value
 
@@ -50,8 +50,8 @@ class Front:
     def monotonicity(self) -> float | None:
         """The share of pairs of rays, over all tasks, where more preference for a task means less loss of it.
 
-        1: moving the dial towards a task always helps it; 1/2: the dial does nothing, since a tie counts as a half.
-        None where no two rays differ.
+        1: more preference for a task always helps it; 1/2: the preference has no effect, since a tie counts as a half.
+        None if no two rays differ.
         """
         more = self.rays.unsqueeze(1) > self.rays.unsqueeze(0)  # [i, j, t]: ray i asks more for task t than ray j
         difference = self.losses.unsqueeze(1) - self.losses.unsqueeze(0)
@@ -73,7 +73,7 @@ def front_from_json(value: Any) -> Front:
     """Return the front that `Front.to_json` wrote.
 
     Raises:
-        UserError: it is something else, or larger than any that is made.
+        UserError: the value is no front, or is larger than any front that we make.
     """
     found = validated(_FRONT, value, "the front")
     parts = {

@@ -1,6 +1,6 @@
 """The weight-ensembling mixture of experts: one network whose modules are merged anew for each preference.
 
-theta^M(r) = theta_0^M + sum_t w_t^M(r) tau_t^M for every upscaled module M, w^M its router's answer to r; modules that
+theta^M(r) = theta_0^M + sum_t w_t^M(r) tau_t^M for every upscaled module M, w^M its router's output for r; modules that
 are not upscaled are task arithmetic, theta_0 + lambda_0 sum_t tau_t (arXiv 2406.09770, section 4). Only the routers
 are trained. For a fixed preference the result is a plain network of the original size.
 """
@@ -27,9 +27,9 @@ SCALE = 0.3
 
 
 class Fusion(nn.Module):
-    """A network with a dial: `fusion(preference, ...)` is the network for that preference, `export` gives it away.
+    """A network for every preference: call `fusion(preference, ...)`, or get a plain network from `export`.
 
-    Parameters are the routers' alone; the experts are buffers, so that the module can be moved as any other.
+    Only the routers have parameters; the experts are buffers, so that the module can be moved like any other.
 
     Attributes:
         tasks: T.
@@ -54,13 +54,13 @@ class Fusion(nn.Module):
         Args:
             network: the architecture; it is copied, and its own values do not count.
             modules: which modules get a router: `all` (each module that has parameters of its own), `mlp` (each module
-                called so, the paper's choice for transformers), or a glob over module names, as `blocks.*.mlp`. What
-                lies in a module belongs to its router.
-            heads: the name of each task's own module, which is its expert's for every preference; () for none.
-            scale: lambda_0, the weight of every task vector in what has no router; with begin="arithmetic" what the
-                routers begin with, too.
-            begin: what the routers' first answers are, see `Routers`.
-            seed: of the routers' first weights.
+                with this name, the paper's choice for transformers), or a glob over module names, as `blocks.*.mlp`.
+                Submodules belong to the router of the module that contains them.
+            heads: the name of each task's own module, taken from its expert for every preference; () for none.
+            scale: lambda_0, the weight of every task vector in modules without a router; with begin="arithmetic" also
+                the routers' initial output.
+            begin: the kind of the routers' initial output, see `Routers`.
+            seed: the seed of the routers' initial weights.
 
         Raises:
             UserError: a state dict that does not fit, a missing head, a pattern that fits no module, an unknown
@@ -89,13 +89,13 @@ class Fusion(nn.Module):
 
     @property
     def network(self) -> nn.Module:
-        """The architecture; its values are of no meaning."""
+        """The architecture; its values are not used."""
         return self._network[0]
 
     def state(self, preference: Tensor) -> dict[str, Tensor]:
         """Return all parameters and buffers of the network for `preference` [T], differentiable in the routers.
 
-        A tied tensor is there under one of its names, as `torch.func.functional_call` wants it.
+        A tied tensor is given under one of its names, as `torch.func.functional_call` requires.
         """
         weights = self.routers(preference.to(self.routers.bias))
         start, vectors = dict(self._start.items()), dict(self._vectors.items())
@@ -126,7 +126,7 @@ class Fusion(nn.Module):
     def export(self, preference: Sequence[float] | Tensor) -> nn.Module:
         """Return the plain network of one preference, with parameters of its own, in evaluation mode.
 
-        What is tied in the network is tied there.
+        Tied tensors stay tied.
 
         Raises:
             UserError: `preference` is no point of the simplex.
@@ -157,14 +157,14 @@ class Tensors(nn.Module):
 def upscaled_parameters(network: nn.Module, pattern: str, names: Mapping[str, str]) -> dict[str, list[str]]:
     """Return the modules of `network` that `pattern` picks, each with the parameters that it owns.
 
-    See `Fusion` for the patterns. Where modules that fit lie in one another, the outer one has the router; a parameter
-    that two modules share is that of the first.
+    See `Fusion` for the patterns. If matching modules are nested, the outer one gets the router; a parameter that two
+    modules share belongs to the first.
 
     Args:
         names: every name of a parameter that the tasks share, with the one name that stands for it.
 
     Raises:
-        UserError: none fits.
+        UserError: no module fits the pattern.
     """
     if not isinstance(pattern, str):
         raise UserError(f"modules must be one pattern, not {pattern!r}: a glob picks several, as blocks.*.mlp")

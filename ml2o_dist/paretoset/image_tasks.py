@@ -28,16 +28,16 @@ from ml2o_dist.runtime.errors import UserError, unknown
 from ml2o_dist.runtime.seeding import derive_seed
 
 GENERATOR = "ml2o-tasks-1"
-"""The version of how these images are made; any change to them needs a new one."""
+"""The version of the image generation; any change to the images needs a new one."""
 
 TRIPLE_CANVAS = 36
 TRIPLE_OFFSETS = (((0, 2), (0, 2)), ((0, 2), (6, 8)), ((6, 8), (3, 5)))
-"""Where the digits' corners may be, y and x, inclusive: the three overlap in the middle of the canvas."""
+"""Ranges of the digits' corners, y and x, inclusive: the three digits overlap in the middle of the canvas."""
 
 
 @dataclass(frozen=True)
 class SingleTask:
-    """One of the eight: of images of `source` in the classes `keep`, turned or not, tell `label` of the class."""
+    """One of the eight tasks: predict `label` for images of `source` in the classes `keep`, turned or not."""
 
     name: str
     source: str
@@ -95,7 +95,7 @@ def _triples(data_root: str) -> TaskSet:
 
 
 def _triple_group(pool: ImagePool, split: str) -> Group:
-    """Lay every image of the pool, and two others of other classes, onto a canvas by the pixelwise maximum."""
+    """Combine every image of the pool with two images of other classes on a canvas by the pixelwise maximum."""
     draws = np.random.RandomState(derive_seed(GENERATOR, "multimnist3", split) % 2**32)
     first = pool.rows
     partners = np.stack([first, draws.permutation(first), draws.permutation(first)], axis=1)

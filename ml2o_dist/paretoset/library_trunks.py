@@ -1,8 +1,8 @@
 """Trunks of other libraries by name: timm, Hugging Face and open_clip, the extra `zoo`.
 
-Their weights are downloaded by the library, or read from a folder that the name gives (Hugging Face). A name may stand
-in a file that somebody else wrote: it leads to no code, and to no weights but those that a library itself lists or that
-Hugging Face reads without unpickling.
+Their weights are downloaded by the library, or read from a folder that the name gives (Hugging Face). A name may come
+from somebody else's file. It therefore loads no code, and only weights that a library itself lists or that Hugging
+Face reads without unpickling.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ def library_trunk(library: str, name: str, side: int, *, pretrained: bool = True
     Without `pretrained` no weights are loaded or looked for, only the architecture.
 
     Raises:
-        UserError: an unknown library, one that is not installed, or whatever kept it from loading the trunk.
+        UserError: an unknown library, one that is not installed, or an error of the library while loading the trunk.
     """
     if library not in LIBRARIES:
         raise unknown("library of networks", library, LIBRARIES)
@@ -47,7 +47,7 @@ def library_trunk(library: str, name: str, side: int, *, pretrained: bool = True
 
 
 class GreyImages(nn.Module):
-    """Gives a library's trunk, which wants three colours in pictures of its own size, our grey ones."""
+    """Adapts our grey images for a library's trunk, which needs three colours and its own image size."""
 
     def __init__(self, trunk: nn.Module, size: int, *, pooled: bool = False) -> None:
         """`pooled`: the trunk's answer has the features as `pooler_output`, else in its last hidden state's first."""
@@ -101,4 +101,4 @@ def _open_clip(name: str, pretrained: bool) -> nn.Module:
 
 
 _LOADERS = {"timm": _timm, "hf": _hugging_face, "open_clip": _open_clip}
-"""What loads a trunk by name; each library is imported only here."""
+"""The loaders of trunks by name; each library is imported only here."""

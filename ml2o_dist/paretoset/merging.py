@@ -1,4 +1,4 @@
-"""Ways to merge T experts into one network without any training: what every fusion is compared with.
+"""Ways to merge T experts into one network without training; every fusion is compared with them.
 
 Each returns a whole state dict; floating-point buffers are the mean of the experts' (rewarded soup: weighted).
 """
@@ -38,8 +38,8 @@ def rewarded_soup(vectors: TaskVectors, preference: Sequence[float] | Tensor) ->
 def ties(vectors: TaskVectors, scale: float = 1.0, keep: float = 0.2) -> dict[str, Tensor]:
     """Return theta_0 + scale * tau, tau the trimmed, sign-elected, disjoint mean (TIES, Yadav et al. 2023).
 
-    Of each task vector the `keep` largest entries by magnitude stay, over all parameters; each coordinate takes the
-    sign of its larger total, and the mean of the entries that have this sign. The paper's keep and scale are ours.
+    In each task vector the `keep` largest entries by magnitude stay, over all parameters. Each coordinate takes the
+    sign of its larger total, and the mean of the entries with this sign. Keep and scale are as in the paper.
 
     Raises:
         UserError: `keep` is not in (0, 1], or a parameter is complex.

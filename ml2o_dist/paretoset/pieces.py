@@ -1,4 +1,4 @@
-"""Stages and pieces of work on Ray: as many at once as there is room for, each run once more where it fails."""
+"""Run stages and pieces of work on Ray: as many at once as the cluster has room for, with one retry each."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ml2o_dist.runtime.ray_tasks import run_tasks
 from ml2o_dist.runtime.stopping import Stopped
 
 RUNS = 2
-"""A piece that failed runs again once: an error of the machine is not one of the piece."""
+"""A failed piece is retried once, since the machine may have caused the error."""
 
 log = logging.getLogger(__name__)
 
@@ -24,7 +24,7 @@ OnPoll = Callable[[], bool]
 
 
 def run_stages(stages: Sequence[Stage], folder: Path, resources: ShareSettings, on_poll: OnPoll) -> None:
-    """Train all `stages` as Ray Train runs, those together that the cluster has room for.
+    """Train all `stages` as Ray Train runs, as many at once as the cluster has room for.
 
     Raises:
         UserError: the cluster has no room for one; RuntimeError: one has failed; Stopped.
@@ -61,7 +61,7 @@ def run_works(
     """Do all `works` as Ray tasks; return those that failed twice, with the reasons.
 
     Raises:
-        UserError: what a piece raised, since the others would raise it, too; Stopped.
+        UserError: a piece raised it, and the others would raise it, too; Stopped.
     """
     import ray
 

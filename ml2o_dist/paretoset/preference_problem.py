@@ -1,4 +1,4 @@
-"""Training over preferences as a `Problem`: so every rule of this package, hand-designed or learned, can do it.
+"""Training over preferences as a `Problem`, so that every rule of this package, hand-designed or learned, can do it.
 
 P = 1 instance, m = T objectives, n the parameters of a `Conditioned` model. A batch is a preference (or a few) and
 images for every task; objective t is sum_i w_it l_t(z; r_i) with the weights w of the `Scalarization`.
@@ -48,7 +48,7 @@ class PreferenceProblem(Problem):
         device: torch.device,
         preference: Tensor | None = None,
     ) -> None:
-        """`batch` samples are drawn for each group of tasks; `preference` [T] where all training is for one ray."""
+        """Create the problem: `batch` samples per group of tasks; `preference` [T] if all training is for one ray."""
         self.model, self.tasks, self.scalarization = model.to(device), tasks, scalarization
         self.instances, self.objectives = 1, tasks.count
         self.dimension = sum(parameter.numel() for parameter in model.parameters())
@@ -56,7 +56,7 @@ class PreferenceProblem(Problem):
         self._batch, self._preference = batch, preference
 
     def initial_parameters(self, seeds: Sequence[int]) -> Tensor:
-        """Return what the model was built with, [1, n]: its seed was given there."""
+        """Return the model's initial parameters, [1, n]; their seed was given when it was built."""
         return flat_parameters(self.model).repeat(len(seeds), 1)
 
     def sample_batch(self, generator: torch.Generator) -> PreferenceBatch:
@@ -134,7 +134,7 @@ class PreferenceProblem(Problem):
 
 
 def _rows(objectives: Tensor, point: Tensor) -> Tensor:
-    """Return the gradients [T, n] of the objectives [T]; raises UserError where one does not depend on the point."""
+    """Return the gradients [T, n] of the objectives [T]; raises UserError if one does not depend on the point."""
     rows = []
     for t, objective in enumerate(objectives):
         row = None

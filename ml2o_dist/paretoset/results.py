@@ -1,4 +1,4 @@
-"""What the approaches of a run came to, side by side."""
+"""The results of a run's approaches, side by side."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ SPLITS = ("validation", "test")
 
 @dataclass(frozen=True, eq=False)
 class ApproachResult:
-    """One approach: its fronts, and what they took.
+    """One approach: its fronts and their cost.
 
     Attributes:
-        fronts: by split; empty where all of it diverged.
-        steps, seconds, trained_parameters: over all its trainings.
-        peak_mb: of memory, of the largest process.
+        fronts: the fronts by split; empty if all trainings diverged.
+        steps, seconds, trained_parameters: totals over all its trainings.
+        peak_mb: peak memory of the largest process.
         failures: EPO's linear programs without a solution.
         diverged: rays that have no network; the others' front stands.
-        igd_plus: of the test front to the best of all approaches' test points; None where that is not known.
+        igd_plus: IGD+ of the test front to the best of all approaches' test points; None if that is not known.
     """
 
     approach: str
@@ -90,7 +90,7 @@ def assembled(outcomes: Sequence[Outcome]) -> list[ApproachResult]:
 
 @dataclass(frozen=True, eq=False)
 class Fronts:
-    """What `fronts.json` holds: the tasks' names, all approaches, and what they were made from."""
+    """The content of `fronts.json`: the tasks' names, all approaches, and the inputs they were made from."""
 
     tasks: tuple[str, ...]
     approaches: list[ApproachResult]
@@ -119,14 +119,14 @@ def read_fronts(file: Path) -> Fronts:
 
 
 def from_json(value: dict[str, Any]) -> ApproachResult:
-    """Return the result that `ApproachResult.to_json` wrote; raises UserError where it is something else."""
+    """Return the result that `ApproachResult.to_json` wrote; raises UserError if it is something else."""
     fronts = {split: front_from_json(value[split]) for split in SPLITS if split in value}
     rest = validated(_APPROACH, {key: each for key, each in value.items() if key not in SPLITS}, "an approach")
     return ApproachResult(fronts=fronts, **rest.model_dump())
 
 
 def nondominated(points: torch.Tensor) -> torch.Tensor:
-    """Return those of `points` [k, m] that no other one dominates."""
+    """Return the rows of `points` [k, m] that no other row dominates."""
     no_worse = (points.unsqueeze(0) <= points.unsqueeze(1)).all(dim=2)
     better = (points.unsqueeze(0) < points.unsqueeze(1)).any(dim=2)
     return points[~(no_worse & better).any(dim=1)]

@@ -9,15 +9,15 @@ from ml2o_dist.runtime.errors import unknown
 from ml2o_dist.runtime.seeding import generator
 
 BEGINNINGS = ("soup", "arithmetic")
-"""What the routers' first answers are: the preference itself (ours), or lambda_0 for every task (the paper's)."""
+"""The routers' initial output: the preference itself (ours), or lambda_0 for every task (the paper's)."""
 
 DEVIATION = 0.01
-"""Of the initial weights, as in the paper: so small that every router begins as task arithmetic."""
+"""Standard deviation of the initial weights, as in the paper: so small that routers begin as task arithmetic."""
 
 ALIVE = 0.5
 """First biases. At 0 Adam's first steps, as long as the weights are large, can push all ReLUs of a router below zero
-for good, and its dial is dead: so ended 5 of 16 trainings of one router of two tasks (MLP on MultiDigits, learning
-rates 0.01 and 0.03), 4 at 0.1, 1 at 0.5, 1 of 32 at 1, with slower learning."""
+for good; the router then ignores the preference. This happened in 5 of 16 trainings of one router of two tasks (MLP on
+MultiDigits, learning rates 0.01 and 0.03), in 4 at 0.1, 1 at 0.5, and 1 of 32 at 1, with slower learning."""
 
 
 class Routers(nn.Module):

@@ -28,17 +28,17 @@ FILE = "pareto_set.safetensors"
 FORMAT = 1
 
 SET_LIMIT = 32 * 1024 * MIB
-"""Bytes of a set: of a start and of some experts, each a network of any size."""
+"""Maximum bytes of a set: a start and some experts, each a network of any size."""
 
 
 @dataclass(frozen=True)
 class SetCard:
-    """What a saved set says of itself.
+    """The description stored in a saved set.
 
     Attributes:
         tasks: the task set's name.  names, classes, side: its tasks and images.
-        mean, deviation: of the training pixels of each task, grey levels: images are standardised by them.
-        network, modules, scale, seed: what the fusion is built with.
+        mean, deviation: moments of each task's training pixels, in grey levels, by which images are standardised.
+        network, modules, scale, seed: the settings that the fusion is built with.
         front: rays, losses and accuracies on the test split, as JSON values.
     """
 
@@ -60,7 +60,7 @@ _CARD = TypeAdapter(SetCard)
 
 @dataclass(frozen=True, eq=False)
 class SavedSet:
-    """A set as it was read back: the fusion with its trained routers, and the card."""
+    """A set that was read back: the fusion with its trained routers, and the card."""
 
     fusion: Fusion
     card: SetCard
@@ -68,7 +68,7 @@ class SavedSet:
 
 
 def save_set(file: Path, card: SetCard, start: State, experts: Sequence[State], routers: Mapping[str, Tensor]) -> str:
-    """Write a set, whole or not at all; return the sha256 over its tensors. Raises OSError."""
+    """Write a set atomically; return the sha256 over its tensors. Raises OSError."""
     tensors = {f"start/{name}": tensor for name, tensor in start.items()}
     for t, expert in enumerate(experts):
         tensors |= {f"expert_{t + 1}/{name}": tensor for name, tensor in expert.items()}
@@ -121,21 +121,21 @@ def load_set(place: Path | str) -> SavedSet:
 
 
 def set_network(card: SetCard) -> MultiHead:
-    """Build the plain network of a set, with first values that do not count."""
+    """Build the plain network of a set; its initial values are not used."""
     rest = card.network.model_dump()
     name = rest.pop("name")
     return build_multi_head(name, side=card.side, classes=card.classes, seed=card.seed, pretrained=False, **rest)
 
 
 def standardised(card: SetCard, images: Tensor, task: int) -> Tensor:
-    """Return grey images [B, H, W], levels 0..255, as the networks want them for a task: [B, 1, H, W]."""
+    """Return grey images [B, H, W], levels 0..255, in the form that the networks need for a task: [B, 1, H, W]."""
     groups = len(card.mean)
     g = task if groups == len(card.names) else 0
     return ((images.to(torch.float32) - card.mean[g]) / card.deviation[g]).unsqueeze(1)
 
 
 def save_plain(file: Path, network: nn.Module, card: SetCard, preference: Sequence[float]) -> None:
-    """Write the state dict of an exported network, with what it is in the header; raises OSError."""
+    """Write the state dict of an exported network, with its description in the header; raises OSError."""
     about = {
         "tasks": card.tasks,
         "names": card.names,

@@ -1,4 +1,4 @@
-"""How a preference turns the losses of T tasks into what is descended: weights of the objectives, one set a step.
+"""Scalarizations: a preference turns the losses of T tasks into weights of the objectives, one set a step.
 
 All but EPO are functions s(r, l) to be minimised, whose gradient with respect to the losses gives the weights; EPO
 finds its weights from the gradients. At even preferences the weights of `ls` are all 1.
@@ -34,8 +34,8 @@ class Scalarization:
     hypervolume  -HV(l(r_1) .. l(r_p)) - sum_i cos(1 / r_i, l(r_i)): PHN-HVI (Hoang et al. 2023)
     cosmos       T sum_t r_t l_t - 2 cos(1 / r, l): COSMOS (Ruchte & Grabocka 2021)
 
-    In both cosines the direction 1 / r, of equal r_t l_t, is ours: more preference asks for less loss, as everywhere
-    here, where the papers have r; r is raised to 0.001.
+    In both cosines the direction 1 / r, of equal r_t l_t, is ours; the papers have r. More preference asks for less
+    loss, as everywhere here. Entries of r below 0.001 are raised to 0.001.
 
     Attributes:
         reference: of the hypervolume, in each objective.

@@ -22,7 +22,7 @@ from ml2o_dist.runtime.errors import unknown
 from ml2o_dist.runtime.names import ExperimentName, ModelName
 
 SETTINGS, FRONTS, TABLE, PICTURE = "pareto_set.yaml", "fronts.json", "fronts.md", "plots/fronts.png"
-"""What a run directory calls its settings and results."""
+"""File names of settings and results in a run directory."""
 
 MOST_SAMPLES = 1_000_000
 """Samples of each task in a batch."""

@@ -1,4 +1,4 @@
-"""State dicts as files: ours are safetensors with JSON in the header; anybody's are read, and nothing is unpickled."""
+"""State dicts as files: ours are safetensors with JSON in the header; others' are read, too. No code is unpickled."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ from ml2o_dist.runtime.reading import MIB, one_line, parse_json, read_bytes
 from ml2o_dist.runtime.reading_tensors import read_tensors, read_texts
 
 STATE_LIMIT = 16 * 1024 * MIB
-"""Bytes of a state dict, and of what it becomes in memory: four times the largest trunk of the libraries."""
+"""Maximum bytes of a state dict, on disk and in memory: four times the largest trunk of the libraries."""
 
 
 def read_state(file: str | Path) -> dict[str, Tensor]:
-    """Read a state dict: .safetensors, or what torch.save wrote, of which nothing but tensors is unpickled.
+    """Read a state dict: .safetensors, or a file of torch.save, from which only tensors are unpickled.
 
     Raises:
         UserError: the file is missing, torn, too large, or holds something else.
@@ -39,7 +39,7 @@ def read_state(file: str | Path) -> dict[str, Tensor]:
     try:
         _check_archive(content)
         state = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    except Exception as error:  # what is no such file makes torch's unpickler raise anything
+    except Exception as error:  # for other files torch's unpickler can raise any exception
         raise UserError(f"{shown} cannot be read: {one_line(error)[:200]}") from error
     if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
         state = state["state_dict"]  # as trainers write it
@@ -54,7 +54,7 @@ def read_state(file: str | Path) -> dict[str, Tensor]:
 
 
 def _check_archive(content: bytes) -> None:
-    """Raise UserError unless this is an archive as torch.save writes it, whose parts are as large as they say."""
+    """Raise UserError unless the file is an archive of torch.save whose parts have their declared sizes."""
     if not zipfile.is_zipfile(io.BytesIO(content)):
         raise UserError("it is no file of torch.save, or one of torch before 1.6: save it again")
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
@@ -63,14 +63,14 @@ def _check_archive(content: bytes) -> None:
 
 
 def save_state(file: Path, state: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
-    """Write a state dict, whole or not at all, with JSON values beside it in the header; raises OSError."""
+    """Write a state dict atomically, with JSON values in the header; raises OSError."""
     tensors = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()}
     with replacing(file) as stream:
         stream.write(save(tensors, {"ml2o_dist": json.dumps(about, sort_keys=True)}))
 
 
 def about_state(file: Path) -> dict[str, Any]:
-    """Return the JSON values that `save_state` wrote; {} where there is no such file, or another's."""
+    """Return the JSON values that `save_state` wrote; {} if the file is missing or was not written by it."""
     try:
         about = read_texts(file, "weights file", STATE_LIMIT)
         value = parse_json(about.get("ml2o_dist", "{}"), "its header")

@@ -1,4 +1,4 @@
-"""What T fine-tuned models have in common and what each has learned, tensor by tensor, matched by name.
+"""The common part of T fine-tuned models and each model's task vector, tensor by tensor, matched by name.
 
 tau_t = theta_t - theta_0 (Ilharco et al. 2023): meaningful only where all were fine-tuned from the same theta_0.
 """
@@ -15,7 +15,7 @@ from ml2o_dist.paretoset.fitted_states import State, TensorNames, check_finite
 from ml2o_dist.runtime.errors import UserError
 
 COUNTER = "num_batches_tracked"
-"""BatchNorm's count of batches. It differs between experts as their training did, and no answer depends on it."""
+"""BatchNorm's count of batches. It differs between experts with the length of their training; no output uses it."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +52,7 @@ class TaskVectors:
         A state dict may have a tied tensor under one of its names or under all, as torch and safetensors write it.
 
         Args:
-            network: says what the tensors are called, and which are parameters; its own values do not count.
+            network: gives the tensors' names, and which are parameters; its own values are not used.
             start: theta_0.
             experts: theta_1 .. theta_T, T >= 2.
             heads: the name of the module that only task t uses, for each task; () where there is none.

@@ -1,7 +1,7 @@
-"""What the T tasks are: images, labels, and the cross-entropy of each task.
+"""The T tasks: images, labels, and the cross-entropy of each task.
 
-Tasks share their images (two digits in one picture) or have images of their own; `Group` is what one forward pass of
-the network serves. The network returns the logits of every head for whatever images it is given.
+Tasks share their images (two digits in one picture) or have images of their own; one forward pass of the network
+serves one `Group`. The network returns the logits of every head for any images.
 """
 
 from __future__ import annotations
@@ -52,8 +52,8 @@ class TaskSet:
     Attributes:
         names: of the tasks.  classes: how many each has.  side: of the square images.
         splits: the groups of each split; the same tasks in the same order in all three.
-        mean, deviation: of the training pixels of each group, grey levels: images are standardised by them.
-        sha256: of the data, by the name of what it belongs to.
+        mean, deviation: moments of each group's training pixels, in grey levels, by which images are standardised.
+        sha256: hashes of the data, by the name of the data.
     """
 
     names: tuple[str, ...]
@@ -88,8 +88,8 @@ class TaskSet:
     ) -> tuple[Tensor, Tensor]:
         """Return the mean cross-entropies [T] and accuracies [T], float64 on the CPU, over `split`.
 
-        `answer` maps images to the logits of all tasks. With `samples`, over so many evenly spaced images of each
-        group: the same at every call.
+        `answer` maps images to the logits of all tasks. With `samples`, only that many evenly spaced images of each
+        group are used, the same at every call.
         """
         losses = torch.zeros(self.count, dtype=torch.float64)
         accuracies = torch.zeros_like(losses)

@@ -1,7 +1,7 @@
-"""Trains what takes a preference by any update rule, from checkpoint to checkpoint.
+"""Train a network that takes a preference by any update rule, with checkpoints.
 
-The batch of a step is a function of the seed and the step's number alone, so that a training that was killed and goes
-on from its newest checkpoint ends as one that was not.
+The batch of a step depends only on the seed and the step's number, so that a training that was killed and resumed from
+its newest checkpoint ends like one that was not killed.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ class Diverged(Exception):
 
 @dataclass(frozen=True, eq=False)
 class Trained:
-    """What a training came to, finished or stopped.
+    """The result of a training, finished or stopped.
 
     Attributes:
         parameters: [1, n].  steps: how many were done.
-        seconds: of training, over all its starts; without evaluations between steps.
+        seconds: training time over all its starts, without evaluations between steps.
         failures: EPO's linear programs without a solution.
     """
 
@@ -58,18 +58,18 @@ def train(
     checkpoint_every: int = 500,
     on_step: Callable[[int, Tensor, float], bool] = lambda step, parameters, seconds: True,
 ) -> Trained:
-    """Take `steps` steps of `rule`, or what is left of them after the newest checkpoint in `folder`.
+    """Take `steps` steps of `rule`, or those that remain after the newest checkpoint in `folder`.
 
     Args:
-        fingerprint: JSON values that say what is trained; checkpoints with others are not gone on with, but removed.
-        final_lr: the last step's length as a share of the rule's own; between, a cosine.
+        fingerprint: JSON values that identify the training; checkpoints with other values are removed, not resumed.
+        final_lr: the last step's length as a share of the rule's own; a cosine leads there.
         on_step: called after each step with (steps done, parameters [1, n], seconds so far); False ends the training
             there, with a checkpoint.
 
     Raises:
         Diverged: a parameter is not finite.
         OSError: a checkpoint cannot be written.
-        UserError: the newest checkpoint says that it is of this training, but is of something else.
+        UserError: the newest checkpoint is marked as this training's, but does not fit.
     """
     device = problem.device
     parameters = problem.initial_parameters([seed])

@@ -1,4 +1,4 @@
-"""What is optimized. Names are imported when they are first used: the classes need torch, names and settings do not."""
+"""The problems. Exports are imported at first use, because classes need torch and names and settings do not."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

@@ -1,4 +1,4 @@
-"""What is optimized: the `Problem` contract.
+"""The `Problem` contract: what rules optimize.
 
 Shapes everywhere: P instances advanced together, m objectives, n parameters (flat), B samples in a batch.
 """
@@ -44,7 +44,7 @@ class Problem(ABC):
 
     @property
     def layout(self) -> ParameterLayout:
-        """The tensors behind the parameters [n]: one vector, unless a problem knows more."""
+        """The tensors behind the parameters [n]: one vector, unless a problem overrides it."""
         return ParameterLayout.vector(self.dimension)
 
     @abstractmethod
@@ -77,7 +77,7 @@ class Problem(ABC):
         return autograd_gradient(self.losses, parameters, batch, weights)
 
     def exact(self, batch: Batch) -> bool:
-        """Tell whether losses on `batch` are the objectives themselves, so that two points compare without error."""
+        """Tell whether losses on `batch` are the objectives themselves, so that comparing two points has no error."""
         return batch is None
 
     def project(self, parameters: Tensor) -> Tensor:
@@ -87,13 +87,13 @@ class Problem(ABC):
         return torch.minimum(torch.maximum(parameters, self.bounds[0]), self.bounds[1])
 
     def test_metrics(self, parameters: Tensor) -> dict[str, Tensor]:
-        """Return figures on unseen data, each [P, m] (`test_loss`, `test_accuracy`), or {} where there is none."""
+        """Return figures on unseen data, each [P, m] (`test_loss`, `test_accuracy`), or {} if there is no such data."""
         return {}
 
     def data_hashes(self, *, test: bool) -> dict[str, str]:
-        """Return the sha256 of the data that the losses come from, by name; with `test` also of unseen data.
+        """Return the sha256 of the data that the losses are computed on, by name; with `test` also of unseen data.
 
-        A run and a finished cell are named by it. {} where there is none.
+        The hashes are part of the names of runs and finished cells. Return {} if there is no data.
         """
         return {}
 
@@ -160,10 +160,10 @@ def autograd_gradient(
 
 @dataclass(frozen=True)
 class ProblemContext:
-    """What a problem is built with besides its own settings.
+    """The arguments that a problem is built with besides its own settings.
 
-    `seed` names the problem's own randomness (coefficients, data order); starting points have seeds of their own.
-    `data_root` is the folder of the image data, "" where the embedded default or ML2O_DATA serves.
+    `seed` seeds the problem's own randomness (coefficients, data order); starting points have their own seeds.
+    `data_root` is the folder of the image data, or "" for the embedded default or ML2O_DATA.
     """
 
     instances: int = 1

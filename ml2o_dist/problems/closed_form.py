@@ -18,8 +18,8 @@ from ml2o_dist.runtime.seeding import generator
 class ClosedForm(Problem):
     """A noise-free problem whose P instances are one and the same formula, started from different points.
 
-    A subclass gives `name`, `objective_values`, `start` and, where the Pareto set is known, `pareto_set`: the front is
-    its image. The name, under which it is registered, stands in error messages and names the streams of its starts.
+    A subclass defines `name`, `objective_values`, `start` and, if the Pareto set is known, `pareto_set`, whose image is
+    the front. The name is the registered one; it appears in error messages and seeds the random streams of the starts.
     """
 
     name: ClassVar[str]
@@ -51,7 +51,7 @@ class ClosedForm(Problem):
         return None
 
     def sample_losses(self, parameters: Tensor, batch: Batch) -> Tensor:
-        """Return the objectives as the one sample there is, [P, 1, m]."""
+        """Return the objectives as the only sample, [P, 1, m]."""
         return self.objective_values(parameters).unsqueeze(1)
 
     def pareto_front(self, points: int) -> Tensor:
@@ -108,7 +108,7 @@ def simplex_points(points: int, objectives: int) -> Tensor:
 
 
 LARGEST = 1_000_000
-"""What a count may be where nothing else is said: parameters, points, rows of a batch."""
+"""Default upper limit of a count: parameters, points, rows of a batch."""
 
 
 def at_least(owner: str, key: str, value: object, least: int, most: int = LARGEST) -> int:

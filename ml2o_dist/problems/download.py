@@ -1,4 +1,4 @@
-"""The raw image files from their official mirrors: what is there, and how to get what is not."""
+"""List the raw image files and download missing ones from their official mirrors."""
 
 from __future__ import annotations
 
@@ -20,19 +20,19 @@ MIRRORS = {
     "MNIST": "https://ossci-datasets.s3.amazonaws.com/mnist/",
     "FashionMNIST": "https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
 }
-"""Source -> the address that its file names are appended to: https, as all that it may redirect to."""
+"""Source -> the base address of its files: https, and redirects to https only."""
 
 _TIMEOUT = 30.0  # seconds without an answer; a slow download that keeps coming is not cut off
 _CHUNK = 1 << 18
 _PACKED = 1 << 16  # bytes by which gzip may make a file larger that it cannot make smaller
 
 Progress = Callable[[str, int, int | None], None]
-"""Called with (path under the data root, bytes so far, bytes in all where the server says so)."""
+"""Called with (path under the data root, bytes so far, total bytes if the server gives them)."""
 
 
 @dataclass(frozen=True)
 class FileStatus:
-    """One raw file: its path under the data root, whether it is there, its size, and what its content is.
+    """One raw file: its path under the data root, whether it exists, its size, and the kind of its content.
 
     content: `official` (the sha256 of the published data), `unknown` (unpacks to something else), `damaged` (does not
     unpack) or `missing`.
@@ -52,10 +52,10 @@ def data_status(data_root: str = "") -> list[FileStatus]:
 
 
 def fetch(data_root: str = "", progress: Progress | None = None) -> list[FileStatus]:
-    """Download the raw files that are not there, or whose content is not the official one; return their state.
+    """Download raw files that are missing or whose content is not the official one; return the files' state.
 
-    A file comes by https, no redirect leads away from that, and no more of it is taken than it can have. It is put in
-    place only when its unpacked content has the sha256 of the published data, and then at once.
+    A file is downloaded by https only, redirects included, up to the largest size that it can have. It is moved into
+    place atomically, once its unpacked content has the sha256 of the published data.
 
     Raises:
         UserError: no network, no such file on the mirror, wrong content or too much of it, a redirect to another
@@ -85,7 +85,7 @@ def _status(source: str, file: RawFile, root: Path) -> FileStatus:
 
 
 def _unpacked_sha256(path: Path, file: RawFile) -> str:
-    """Return the sha256 of what `path` unpacks to, "" where that is more than `file` can have."""
+    """Return the sha256 of the unpacked content of `path`, "" if that is larger than `file` can be."""
     content = unpacked(path, file.shape)
     return hashlib.sha256(content).hexdigest() if len(content) <= file.unpacked else ""
 

@@ -24,7 +24,7 @@ from ml2o_dist.runtime.files import cache_folder, expanded, home_folder
 from ml2o_dist.runtime.reading import MIB, read_bytes
 
 PACKED_LIMIT = 64 * MIB
-"""Bytes of a packed file: the largest has 26 million."""
+"""Most bytes of a packed file: the largest has 26 million."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def read_idx(path: Path, shape: tuple[int, ...]) -> NDArray[np.uint8]:
 
 
 def unpacked(path: Path, shape: tuple[int, ...]) -> bytes:
-    """Return what the gzipped IDX file at `path` holds, a byte more than an array of `shape` needs at most.
+    """Return the content of the gzipped IDX file at `path`, at most one byte more than an array of `shape` needs.
 
     Raises:
         FileNotFoundError, EOFError, zlib.error, gzip.BadGzipFile: it is missing, cut or damaged.

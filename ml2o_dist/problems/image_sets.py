@@ -1,4 +1,4 @@
-"""Image data sets by name, behind one problem each: the package's pairs, and what plug-ins bring."""
+"""Image data sets by name, each behind one problem: the package's pairs, and those of plug-ins."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class ImageSet:
 
 @dataclass(frozen=True, eq=False)
 class Images:
-    """One split: uint8 images [N, H, H], a label of each task [N, T], and of the pixels' grey levels the moments."""
+    """One split: uint8 images [N, H, H], a label of each task [N, T], and the moments of the pixels' grey levels."""
 
     images: Tensor
     labels: Tensor
@@ -66,8 +66,8 @@ def register_images(name: str, *, side: int, classes: int = 10, tasks: int = 2) 
 
 
 def _of(load: Load) -> Any:
-    """Return the factory of the problem, as a definition of whoever has written `load`."""
-    from ml2o_dist.problems.multitask import build  # late: it is made of this module
+    """Return the factory of the problem, defined as if in the module of `load`."""
+    from ml2o_dist.problems.multitask import build  # imported late: it imports this module
 
     @functools.wraps(build)
     def factory(context: ProblemContext, **settings: Any) -> Problem:
@@ -83,7 +83,7 @@ def image_set_names() -> list[str]:
 
 
 def image_side(name: str, size: int = 0) -> int:
-    """Return the side of the images of data set `name` after pooling to `size` (0: as they are).
+    """Return the side of the images of data set `name` after pooling to `size` (0: unchanged).
 
     Raises:
         UserError: an unknown name, or a size that does not divide the side.
@@ -114,7 +114,7 @@ def load_images(name: str, split: str, size: int = 0, data_root: str = "") -> Im
     The third task of the package's pairs (ours) is the sum of both class indices modulo 10.
 
     Raises:
-        UserError: as `load_pairs`; or a plug-in's data that are not as it has said.
+        UserError: as `load_pairs`; or a plug-in's data that do not match its declaration.
     """
     if name not in DATA_SETS:
         return _loaded(name, split, image_side(name, size), data_root)

@@ -1,4 +1,4 @@
-"""The tensors behind a flat vector of parameters: what a rule that looks at matrices needs to know of it."""
+"""The tensors behind a flat vector of parameters, for rules that work on matrices."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 Kind = Literal["scalar", "vector", "matrix", "convolution", "embedding"]
-"""What a tensor is to a rule: a matrix [out, in], a convolution [out, in, ...], an embedding [entries, width]."""
+"""The kind of a tensor: a matrix [out, in], a convolution [out, in, ...], an embedding [entries, width]."""
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
@@ -22,9 +22,9 @@ class ParameterTensor:
     """One tensor of a model.
 
     Attributes:
-        name: as the model calls it, `trunk.0.weight`.
+        name: its name in the model, such as `trunk.0.weight`.
         shape: its shape, () for a single number.
-        kind: what it is.
+        kind: its kind.
         start: where its entries begin in the flat vector, row by row.
     """
 
@@ -64,8 +64,8 @@ class ParameterLayout:
     def of(cls, named: Iterable[tuple[str, Iterable[int]] | tuple[str, Iterable[int], Kind]]) -> Self:
         """Lay tensors one behind the other: (name, shape), or (name, shape, kind).
 
-        Without a kind, the shape says it: a tensor of one dimension is a vector, one of two a matrix, one of more a
-        convolution, and one without a dimension a scalar.
+        The default kind follows from the shape: a tensor of one dimension is a vector, one of two a matrix, one of more
+        a convolution, and one without a dimension a scalar.
         """
         tensors, start = [], 0
         for name, given, *kind in named:
@@ -76,7 +76,7 @@ class ParameterLayout:
 
     @classmethod
     def vector(cls, dimension: int, name: str = "parameters") -> Self:
-        """Return the layout of `dimension` parameters of which nothing else is known."""
+        """Return the layout of `dimension` parameters without a known structure."""
         return cls.of([(name, (dimension,))])
 
     @cached_property
@@ -91,11 +91,11 @@ class ParameterLayout:
         return [part.reshape(*flat.shape[:-1], *shape) for part, shape in zip(parts, shapes, strict=True)]
 
     def grown(self, more: ParameterLayout) -> ParameterLayout:
-        """Return the layout with the tensors of `more` behind its own."""
+        """Return the layout with the tensors of `more` appended."""
         own = ((tensor.name, tensor.shape, tensor.kind) for tensor in (*self.tensors, *more.tensors))
         return ParameterLayout.of(own)
 
 
 def kind_of(shape: tuple[int, ...]) -> Kind:
-    """Return what a tensor of this shape is, where nothing but its shape is known."""
+    """Return the kind of a tensor of which only this shape is known."""
     return KINDS[min(len(shape), 3)]

@@ -20,10 +20,10 @@ Losses = Callable[..., Tensor | Sequence[Tensor]]
 """(model, *batch) -> the m losses of every sample: m vectors [B], or one tensor [B, m]."""
 
 Metrics = Callable[..., Mapping[str, Tensor | Sequence[float]]]
-"""(model, *samples) -> by name a figure for each objective, [m]."""
+"""(model, *samples) -> name -> a figure for each objective, [m]."""
 
 TEST_CHUNK = 1024
-"""Samples of the test set that go through the module at a time."""
+"""Number of test samples that go through the module at a time."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ class ModuleProblem(Problem):
             return ModuleProblem(context, lambda: Net(hidden), losses, train, test=test, batch=32, positive=True)
 
     The module keeps its training mode. Random numbers that it draws (dropout) are a function of the batch, so that two
-    points are compared at the same ones. Buffers are what they were when it was made: layers with running statistics
-    (BatchNorm) use those of the batch, in tests, too. Tied weights count once.
+    points are compared with the same numbers. Buffers keep their initial values: layers with running statistics
+    (BatchNorm) use the batch's statistics, also in tests. Tied weights count once.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class ModuleProblem(Problem):
 
         Args:
             make: returns the module with its initial weights; torch's random numbers are seeded while it is made.
-            losses: of a batch, sample by sample; `model` is called as the module is.
+            losses: returns a batch's losses, sample by sample; `model` is called like the module.
             data: the training samples, tensors [N, ...] or a data loader, which is read to its end once.
             test: unseen samples, for `test_loss`; None: there are none.
             batch: B, samples in a batch, drawn with replacement.

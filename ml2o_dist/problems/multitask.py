@@ -57,11 +57,10 @@ class MultiTaskImages(Problem):
         init: float = 1.0,
         vectorized: bool | None = None,
     ) -> None:
-        """Load the training pairs, on a GPU onto the device.
+        """Load the training pairs; with a GPU, onto the device.
 
-        `vectorized` says whether the instances go through the network together or in a loop. By default they go
-        together on a GPU and where there are dense layers only; on a CPU vmap over convolutions is up to twice as
-        slow as the loop.
+        `vectorized`: whether the instances go through the network together or in a loop. By default they go together on
+        a GPU, and on a CPU if all layers are dense: on a CPU vmap over convolutions is up to twice as slow as the loop.
         """
         self.instances, self.device, self.dtype = context.instances, context.device, context.dtype
         self.objectives, self.dimension = network.tasks, network.dimension

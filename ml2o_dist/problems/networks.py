@@ -11,7 +11,7 @@ Convolutions of cnn and vgg keep the side, those of lenet5 shrink it. Pooling co
 and tanh it makes no difference but the cost, for gelu, which is not monotone, it is a choice.
 
 The parameters lie in the order trunk, head of task 1, head of task 2, ..., each layer as weight and bias, so that
-what objective i depends on is two runs of coordinates.
+objective i depends on two contiguous ranges of coordinates.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ LENET_KERNELS = {"cosmos": (5, 5), "paretomtl": (9, 5)}
 
 WIDEST, DEEPEST = 65_536, 100
 MOST_PARAMETERS = 100_000_000
-"""Of one network: 400 MB, and as much for each objective's gradient."""
+"""Most parameters of one network: 400 MB, and as much for each objective's gradient."""
 
 
 @dataclass(frozen=True)
@@ -151,9 +151,9 @@ class Network:
         return Parameters(tensors, weight.view(*weight.shape[:-1], outputs, inputs), bias)
 
     def features(self, trunk: Sequence[Tensor], images: Tensor) -> Tensor:
-        """Return what the heads see, [B, features], of `images` [B, 1, H, W]; `trunk` as `split` returns it.
+        """Return the heads' inputs, [B, features], for `images` [B, 1, H, W]; `trunk` as `split` returns it.
 
-        Without convolutions, both may have the number of instances in front; with them, vmap does it.
+        Without convolutions, both may have a leading dimension of instances; with convolutions, vmap adds it.
         """
         activation = ACTIVATIONS[self.activation]
         features = images
@@ -173,7 +173,7 @@ class Network:
     def initial_parameters(self, seed: int, scale: float = 1.0) -> Tensor:
         """Draw parameters [n], float64, as torch's layers draw theirs, times `scale`.
 
-        Weights and biases are uniform in +-1/sqrt(fan in): what kaiming_uniform_ with a = sqrt(5) comes to.
+        Weights and biases are uniform in +-1/sqrt(fan in), as kaiming_uniform_ with a = sqrt(5) gives.
         """
         bounds = []
         for layer in (*self.trunk, *[self.head] * self.tasks):
@@ -256,7 +256,7 @@ def _lenet5(side: int, variant: str) -> tuple[tuple[Layer, ...], int]:
 
 
 def _features(net: str, layers: tuple[Convolution, ...], side: int) -> int:
-    """Return how many features leave `layers`; raises UserError where an image of `side` is used up before."""
+    """Return how many features leave `layers`; raises UserError if an image of `side` becomes too small for them."""
     left = side
     for layer in layers:
         left = layer.side_after(left)

@@ -1,8 +1,8 @@
-"""How two images become one: the construction of MultiMNIST-style pairs, as pure functions over arrays.
+"""Build MultiMNIST-style pairs, two images on one canvas, by pure functions over arrays.
 
-Two small images are laid onto one canvas, the first towards the top left, the second towards the bottom right, by
-the pixelwise maximum. The published MultiMNIST files come from no published generator; this one is named
-`GENERATOR`, and what it makes is a function of the images and the seed alone.
+Two small images are placed on one canvas, the first towards the top left, the second towards the bottom right, by the
+pixelwise maximum. The published MultiMNIST files come from no published generator. This generator is named
+`GENERATOR`; its output is a function of the images and the seed alone.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from ml2o_dist.runtime.seeding import derive_seed
 
 GENERATOR = "ml2o-pairs-1"
-"""The version of this construction; any change to what it makes needs a new one."""
+"""The version of this construction; any change of its output needs a new one."""
 
 _BLOCK = 8192  # pairs composed at a time: 10 MB of canvas, so that only the result takes memory
 

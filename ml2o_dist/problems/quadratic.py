@@ -1,4 +1,4 @@
-"""Random convex quadratics: the problem whose every answer is known."""
+"""Random convex quadratics, whose Pareto set and front are known in closed form."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from ml2o_dist.runtime.errors import UserError
 from ml2o_dist.runtime.seeding import generator
 
 CENTRE_SPREAD = 1.0  # standard deviation of the minimisers' coordinates
-START_SPREAD = 3.0  # and of the starts', which so lie outside the Pareto set's hull as a rule
+START_SPREAD = 3.0  # of the starts' coordinates: starts usually lie outside the Pareto set's hull
 
 
 MOST_OBJECTIVES = 1000
 MOST_COEFFICIENTS, MOST_DRAWN = 2**26, 2**28
-"""Entries of the matrices of one instance, half a gigabyte; of the noise of one batch, one gigabyte."""
+"""Most entries of one instance's matrices, half a gigabyte, and of one batch's noise, one gigabyte."""
 
 
 @register_problem("quadratic")
@@ -76,7 +76,7 @@ class Quadratic(Problem):
             self.reference_point = 1.1 * payoff.amax(dim=(0, 2))
 
     def initial_parameters(self, seeds: Sequence[int]) -> Tensor:
-        """Return starting points [P, n], normal round 0; drawn in float64: every dtype starts at the same place."""
+        """Return starting points [P, n], normal around 0; drawn in float64, so that all dtypes start at one point."""
         if len(seeds) != self.instances:
             raise ValueError(f"{len(seeds)} seeds for {self.instances} instances")
         streams = [generator("start", "quadratic", seed) for seed in seeds]
@@ -129,7 +129,7 @@ class Quadratic(Problem):
 
 
 def _coefficients(seed: int, instance: int, m: int, n: int, condition: float) -> tuple[Tensor, Tensor]:
-    """Draw R [m, n, n] with A_i = R_i^T R_i, and the minimisers c [m, n], in float64: named by seed and instance."""
+    """Draw R [m, n, n] with A_i = R_i^T R_i, and the minimisers c [m, n], in float64, seeded by seed and instance."""
     stream = generator("quadratic", seed, instance)
     rotations = torch.linalg.qr(torch.randn(m, n, n, generator=stream, dtype=torch.float64)).Q
     exponents = torch.rand(m, n, generator=stream, dtype=torch.float64)

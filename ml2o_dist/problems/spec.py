@@ -1,7 +1,7 @@
 """Problems by name, and families to draw them from.
 
 Nothing here needs torch: the settings of the package's own problems are read from its source, which takes a hundredth
-of the time that it takes to import them.
+of the time of importing them.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ FACTORIES: Registry[Factory] = Registry("problem", lambda: modules_of("ml2o_dist
 def register_problem(name: str, about: str = "", **fixed: Scalar) -> Callable[[Factory], Factory]:
     """Register a factory `(context: ProblemContext, *, key=default, ...) -> Problem` under `name` (a decorator).
 
-    Its keyword-only parameters are the problem's settings; the first line of its docstring describes it, or `about`
-    does, which goes before it. One factory may serve several names, each with `fixed` values for some parameters.
+    Its keyword-only parameters are the problem's settings. The first line of its docstring describes the problem;
+    `about`, if given, is put before it. One factory may serve several names, each with `fixed` values for some
+    parameters.
     """
 
     def register(factory: Factory) -> Factory:
@@ -51,7 +52,7 @@ def register_problem(name: str, about: str = "", **fixed: Scalar) -> Callable[[F
 
 @dataclass(frozen=True)
 class Description:
-    """What a problem can be given, with the defaults, and what it is."""
+    """A problem's settings with their defaults, and its description."""
 
     settings: dict[str, Scalar]
     text: str
@@ -68,7 +69,7 @@ def problem_settings(name: str) -> dict[str, Scalar]:
 
 
 def problem_description(name: str) -> str:
-    """Return what problem `name` is; raises UserError for an unknown name."""
+    """Return the description of problem `name`; raises UserError for an unknown name."""
     return _described(name).text
 
 
@@ -179,7 +180,7 @@ class ProblemFamily:
     members: tuple[FamilyMember, ...]
 
     def sample(self, seed: int) -> ProblemSpec:
-        """Return the problem that `seed` names: a pure function of the family and the seed."""
+        """Return the problem drawn with `seed`: a pure function of the family and the seed."""
         if not self.members:
             raise UserError("the problem family is empty: give it at least one member")
         total = sum(member.weight for member in self.members)

@@ -28,7 +28,7 @@ TABLES = {"breast_cancer": 2, "diabetes": 0, "iris": 3, "wine": 3}
 """Data set -> classes of its target; 0: a number."""
 
 TEST_SHARE = 5
-"""One row in so many is kept for `test_metrics`."""
+"""One row in this many is kept for `test_metrics`."""
 
 MOST_TASKS = 4
 
@@ -57,7 +57,7 @@ class TabularTasks(Problem):
         self, data: str, hidden: tuple[int, ...], context: ProblemContext, *, tasks: int, activation: str, batch: int,
         columns: int, init: float,
     ) -> None:  # fmt: skip
-        """`columns` names the choice of the columns that tasks 2 .. m predict."""
+        """`columns` selects the columns that tasks 2 .. m predict."""
         self.data, self.instances, self.objectives = data, context.instances, tasks
         self.device, self.dtype = context.device, context.dtype
         self._train, self._test = (_on(split, self.device, self.dtype) for split in _tables(data, tasks, columns))
@@ -128,7 +128,7 @@ class TabularTasks(Problem):
 @functools.cache
 def _tables(data: str, tasks: int, columns: int) -> tuple[Table, Table]:
     """Return the training and the test split, in float64."""
-    from sklearn import datasets  # late: it takes half a second
+    from sklearn import datasets  # imported late: it takes half a second
 
     loaded = getattr(datasets, f"load_{data}")()
     draws = generator("tabular", data, columns)

@@ -1,4 +1,4 @@
-"""A page as one HTML document that asks for nothing outside itself; a script sorts its tables."""
+"""A page as one self-contained HTML document; a script sorts its tables."""
 
 from __future__ import annotations
 
@@ -33,24 +33,24 @@ for (const head of document.querySelectorAll('table.sortable th')) {
   });
 }
 """
-"""Turns the heads of a sortable table into buttons; the value of a cell is in its data-value, "" is always last.
-Without it the page is whole, its tables stay as they were made."""
+"""Script that turns the heads of a sortable table into buttons. It sorts by the cells' data-value; "" is always last.
+Without the script the page is complete, but its tables cannot be sorted."""
 
 
 def policy(scripts: Iterable[str]) -> str:
-    """Return what tells the browser, too, that the page may load nothing and run nothing but these scripts."""
+    """Return the Content-Security-Policy: the page may load nothing, and run nothing but these scripts."""
     digests = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
     allowed = " ".join(f"'sha256-{digest}'" for digest in digests)
     return f"default-src 'none'; style-src 'unsafe-inline'; img-src data:; script-src {allowed}"
 
 
 MOST_WARNINGS = 100
-"""The newest ones that are shown."""
+"""Number of warnings shown, the newest ones."""
 
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page; where something is not there to be shown, `missing` says why."""
+    """A part of the page; if it has nothing to show, `missing` tells why."""
 
     name: str
     title: str
@@ -60,12 +60,12 @@ class Section:
 
 @dataclass(frozen=True)
 class PageHead:
-    """What stands above the sections.
+    """The head of a page, above its sections.
 
     Attributes:
-        kind: what the page is of.  name: of that.  path: where it was read.
-        state: how it is, in a sentence.
-        tiles: what is looked for first: what it is, and its value.
+        kind: what the page shows, say "Meta-training run".  name: its name.  path: the folder it was read from.
+        state: its state, in a sentence.
+        tiles: (label, value) of the most important figures.
         unread: a line for each file that cannot be read.
     """
 

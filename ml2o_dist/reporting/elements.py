@@ -1,4 +1,4 @@
-"""The parts that a page is put together from; whatever comes from a run is escaped."""
+"""HTML elements of a page. All text that comes from a run is escaped."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from ml2o_dist.reporting.evaluation_figures import Shown, heading
 from ml2o_dist.runtime import shown_text
 
 LONGEST_LINE = 30
-"""Characters of a name that stands in one line of a table."""
+"""Characters of a name in a table that is not broken into lines."""
 
 
 @dataclass(frozen=True)
 class SortableRow:
-    """A row of a table that can be sorted: CSS classes, figures by column, and pictures that stand before some."""
+    """A row of a sortable table: CSS classes, figures by column, and pictures before some figures, by column."""
 
     kind: str
     figures: Mapping[str, Shown]
@@ -25,7 +25,7 @@ class SortableRow:
 
 
 def pairs(label: str, pairs: Iterable[tuple[str, Any]]) -> str:
-    """Return a table of keys and their values, as JSON where they are no text."""
+    """Return a table of keys and values; a value that is not a string is shown as JSON."""
     rows = [
         ("", [key, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)]) for key, value in pairs
     ]
@@ -33,7 +33,7 @@ def pairs(label: str, pairs: Iterable[tuple[str, Any]]) -> str:
 
 
 def table(label: str, columns: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]], kind: str = "") -> str:
-    """Return a table in a box of its own that scrolls; each row comes with its CSS classes. Everything is escaped."""
+    """Return a table in a scrolling box; each row is (CSS classes, cells). All text is escaped."""
     head = "".join(f"<th scope=col>{text(name)}</th>" for name in columns) if any(columns) else ""
     body = "".join(
         f'<tr class="{kind_of_row}">{"".join(f"<td>{text(cell)}</td>" for cell in cells)}</tr>'
@@ -45,7 +45,7 @@ def table(label: str, columns: Sequence[str], rows: Sequence[tuple[str, Sequence
 
 
 def sortable_table(label: str, columns: Sequence[str], rows: Sequence[SortableRow]) -> str:
-    """Return a table as `table` does, whose rows the script of the page sorts by what its figures are sorted by."""
+    """Return a table like that of `table` whose rows the page's script can sort by `Shown.value`."""
     head = "".join(f"<th scope=col>{_heading(name)}</th>" for name in columns)
     body = "".join(
         f'<tr class="{row.kind}">{"".join(_sortable_cell(row, name) for name in columns)}</tr>' for row in rows
@@ -72,12 +72,12 @@ def _sort_key(cell: Shown) -> str:
 
 
 def figure(caption_html: str, svg: str, kind: str = "") -> str:
-    """Return a picture under its caption, which is HTML already."""
+    """Return a picture under its caption; the caption is HTML and is not escaped."""
     return f'<figure class="{kind}"><figcaption>{caption_html}</figcaption>{svg}</figure>'
 
 
 def bar(share: float, colour: str) -> str:
-    """Return a bar of a colour of the style sheet, `share` of the room long, as an <svg> element."""
+    """Return a bar in a colour of the style sheet, as an <svg> element; `share` is its part of the full length."""
     return (
         '<svg class="bar" viewBox="0 0 100 10" preserveAspectRatio="none" aria-hidden="true">'
         f'<rect width="{100 * share:.1f}" height="10" fill="var(--{colour})"/></svg>'
@@ -85,14 +85,14 @@ def bar(share: float, colour: str) -> str:
 
 
 def key(colour: str, what: str, line: int = 0) -> str:
-    """Return an entry of a legend: a line of a colour of the style sheet, solid, dashed (1) or dotted (2)."""
+    """Return an entry of a legend: a line in a colour of the style sheet, solid (0), dashed (1) or dotted (2)."""
     return f'<span class="key line-{line}" style="--key: var(--{colour})">{text(what)}</span>'
 
 
 def missing(why: str) -> str:
-    """Return the line that stands in place of what is not there."""
+    """Return the line that explains why something is missing; "" without a reason."""
     return f'<p class="missing">{text(why)}</p>' if why else ""
 
 
 text = shown_text.html
-"""Whatever comes from a run is shown by it."""
+"""Escapes text that comes from a run."""

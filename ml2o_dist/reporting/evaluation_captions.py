@@ -1,4 +1,4 @@
-"""What the figures of an evaluation are, how they were made, and which way is better: a lead, then term by term."""
+"""Explanations of an evaluation's figures and of which direction is better: a lead, then one text per term."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from ml2o_dist.reporting.evaluation_figures import (
 )
 
 Terms = list[tuple[str, str]]
-"""What is explained, and how."""
+"""Pairs (term, its explanation)."""
 
 
 def rows_lead(evaluation: Evaluation) -> str:
-    """Return what all rows are of."""
+    """Return the lead of the rows: suite, seeds and steps."""
     settings = evaluation.settings
     suite = f"Suite {evaluation.suite}: " if evaluation.suite else ""
     return (
@@ -39,7 +39,7 @@ def rows_lead(evaluation: Evaluation) -> str:
 
 
 def row_terms(evaluation: Evaluation) -> Terms:
-    """Return what the figures of the rows are; only of those that are there."""
+    """Return the explanations of the rows' figures, only of those that occur."""
     settings, rows = evaluation.settings, evaluation.rows
     terms = [(LOSS, "summed over the objectives, over the last tenth of the steps; lower is better")]
     if any(row.optimizer == settings.reference for row in rows):
@@ -67,7 +67,7 @@ def row_terms(evaluation: Evaluation) -> Terms:
 
 
 def standings_lead(evaluation: Evaluation) -> str:
-    """Return what the standings are of; or why there are none."""
+    """Return the lead of the standings: reference and problems, or why there are no standings."""
     reference, problems = evaluation.settings.reference, len(evaluation.problems)
     if not evaluation.standings:
         missing = f"the reference {reference} is not among the optimizers (add --optimizer {reference})"
@@ -78,7 +78,7 @@ def standings_lead(evaluation: Evaluation) -> str:
 
 
 def standing_terms(evaluation: Evaluation) -> Terms:
-    """Return what the figures of the standings are, [] where there are none."""
+    """Return the explanations of the standings' figures, [] without standings."""
     if not evaluation.standings:
         return []
     return [
@@ -98,6 +98,6 @@ def standing_terms(evaluation: Evaluation) -> Terms:
 
 
 def caption(lead: str, terms: Terms) -> str:
-    """Return all of it as one paragraph."""
+    """Return the lead and the terms as one paragraph."""
     said = [f"{what[0].upper()}{what[1:]}: {how}." for what, how in terms]
     return " ".join(filter(None, (lead, *said)))

@@ -1,4 +1,4 @@
-"""The figures of an evaluation in words: what the tables of the terminal, of Markdown and of a page share."""
+"""The figures of an evaluation as text, shared by the tables of the terminal, of Markdown and of a page."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from ml2o_dist.evaluation.statistics import Interval, PairedDifference, paired_d
 NOTHING = "-"
 STAR = " *"
 RATIO_FORM = "#.4g"
-"""Of figures that are often so near to 1 that three digits would not tell on which side."""
+"""Number format of ratios: they are often so near to 1 that three digits would not show the side."""
 SHORT_HEADING = 8
-"""Letters of the name of a column that is not broken into two lines."""
+"""Longest column name that is not broken into two lines, in characters."""
 LEARNED, INITIAL = "learned", "initial"
-"""Names of the entrants at the end of a meta-training: the weights that it kept, and the network before it."""
+"""Names of the entrants at the end of a meta-training: the kept weights, and the untrained network."""
 
 OPTIMIZER, LOSS, OBJECTIVES, ACCURACY = "optimizer", "loss by steps", "per objective", "test accuracy %"
 AT_EVALUATIONS, AT_TIME = "by evals", "by time"
@@ -28,7 +28,7 @@ DELTA_M, DELTA_M_ACCURACY, SPEEDUP, LOG_AREA, DIVERGED = "Δm %", "Δm % accurac
 
 
 class Shown(NamedTuple):
-    """A figure as it is shown, and what it is sorted by: text, or a number, NaN where there is none."""
+    """A figure as text, and its sort key: text, or a number, NaN if there is none."""
 
     text: str
     value: float | str
@@ -59,7 +59,7 @@ def row_figures(row: Row) -> dict[str, Shown]:
 
 
 def row_columns(evaluation: Evaluation, rows: Sequence[Row]) -> list[str]:
-    """Return the columns of which some row has something to show that no other column does."""
+    """Return the columns in which some row has a figure, without those that would repeat another column."""
     figures = [row_figures(row) for row in rows]
     needless = set()
     if all(len(row.losses) < 2 for row in rows):
@@ -91,34 +91,34 @@ def standing_figures(standing: Standing) -> dict[str, Shown]:
 
 
 def standing_columns(standings: Sequence[Standing]) -> list[str]:
-    """Return the columns of which some standing has something to show."""
+    """Return the columns in which some standing has a figure."""
     figures = [standing_figures(standing) for standing in standings]
     return [name for name in figures[0] if any(each[name].text != NOTHING for each in figures)]
 
 
 def ranked(rows: Sequence[Row]) -> list[Row]:
-    """Return the rows of one problem, the lowest loss first; what diverged or failed comes last."""
+    """Return the rows of one problem, the lowest loss first, then those that diverged, then those that failed."""
     return sorted(rows, key=lambda row: (not row.seeds, _or_inf(row.loss)))
 
 
 def ranked_standings(standings: Sequence[Standing]) -> list[Standing]:
-    """Return the standings, the lowest ratio first, or the lowest rank where there are no ratios."""
+    """Return the standings, the lowest ratio first, or the lowest rank if there are no ratios."""
     return sorted(standings, key=lambda each: (_or_inf(each.ratio.estimate), _or_inf(each.mean_rank)))
 
 
 def heading(name: str) -> tuple[str, str]:
-    """Split the name of a column where it may be broken, before its last word; the first part is "" for a short one."""
+    """Split the name of a column before its last word; the first part is "" for a short name."""
     first, _, last = name.rpartition(" ")
     return (first, last) if len(name) > SHORT_HEADING else ("", name)
 
 
 def count(number: int, what: str) -> str:
-    """Return a number and what it counts, in the plural where it is not 1."""
+    """Return a number and the noun it counts, in the plural unless the number is 1."""
     return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def verdicts(evaluation: Evaluation, problem: str) -> list[str]:
-    """Say in a sentence each how `learned` does on a problem against the best baseline, and against `initial`."""
+    """Return a sentence on `learned` against the best baseline of a problem, and one on it against `initial`."""
     rows = evaluation.rows_of(problem)
     learned = next((row for row in rows if row.optimizer == LEARNED and row.role == "learned"), None)
     initial = next((row for row in rows if row.optimizer == INITIAL and row.role != "baseline"), None)
@@ -129,7 +129,7 @@ def verdicts(evaluation: Evaluation, problem: str) -> list[str]:
 
 
 def verdict_on(evaluation: Evaluation, problem: str) -> PairedDifference | None:
-    """Return the paired difference of `learned` and a problem's best baseline; None where there is no such pair."""
+    """Return the paired difference of `learned` and a problem's best baseline; None without a pair."""
     rows = evaluation.rows_of(problem)
     learned, best = next((row for row in rows if row.optimizer == LEARNED), None), best_baseline(rows)
     if learned is None or best is None:
@@ -139,7 +139,7 @@ def verdict_on(evaluation: Evaluation, problem: str) -> PairedDifference | None:
 
 
 def best_baseline(rows: Sequence[Row]) -> Row | None:
-    """Return the baseline with the lowest loss, None where there is no baseline."""
+    """Return the baseline with the lowest loss, None if there is no baseline."""
     return next((row for row in ranked(rows) if row.role == "baseline"), None)
 
 
@@ -157,13 +157,13 @@ def seed_losses(evaluation: Evaluation, row: Row) -> list[float]:
 
 
 def note(row: Row) -> str:
-    """Return what a reader must know of a row: about its failed cells and its tuning; "" where all is well."""
+    """Return the warnings of a row, about failed cells and tuning; "" if there are none."""
     failed = f"{row.failed} of {row.seeds + row.failed} cells failed" if row.failed else ""
     return "; ".join(filter(None, (failed, row.note)))
 
 
 def several(values: Sequence[float], form: str) -> str:
-    """Return all of up to three values, else their range and how many there are."""
+    """Return up to three values as text, or the range and the number of more values."""
     if not values or not all(map(math.isfinite, values)):
         return NOTHING
     if len(values) <= 3:
@@ -172,7 +172,7 @@ def several(values: Sequence[float], form: str) -> str:
 
 
 def number(value: float, form: str = "#.4g") -> str:
-    """Return a figure as text, `NOTHING` for one that is not finite."""
+    """Return a figure as text, `NOTHING` if it is not finite."""
     return format(value, form).removesuffix(".") if math.isfinite(value) else NOTHING
 
 
@@ -194,7 +194,7 @@ def _verdict(evaluation: Evaluation, learned: Row, other: Row) -> str:
 
 
 def _pairs(evaluation: Evaluation, row: Row, other: Row) -> list[tuple[float, float]]:
-    """Return the losses of the seeds that both rows were run from."""
+    """Return the pairs of losses of the seeds that ran for both rows."""
     both = zip(seed_losses(evaluation, row), seed_losses(evaluation, other), strict=False)
     return [(a, b) for a, b in both if not math.isnan(a) and not math.isnan(b)]
 

@@ -1,4 +1,4 @@
-"""An evaluation as sections of a page: standings and results that can be sorted, and its pictures."""
+"""An evaluation as sections of a page: sortable standings and results, and its pictures."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ GUARD = "The share of the seeds whose learned candidate the guard took, over the
 
 
 def evaluation_sections(evaluation: Evaluation) -> list[Section]:
-    """Return what an evaluation has to show; the first part is `comparison`, and is always there."""
+    """Return the sections that an evaluation has; the first one is `comparison`, which always exists."""
     looks = optimizer_looks(evaluation)
     return [
         _comparison(evaluation, looks),
@@ -81,7 +81,7 @@ def evaluation_sections(evaluation: Evaluation) -> list[Section]:
 
 
 def evaluation_page_sections(record: EvaluationRecord) -> list[Section]:
-    """Return the parts of the page of `ml2o evaluate`, each with its HTML or with why there is none."""
+    """Return the parts of the page of `ml2o evaluate`, each with its HTML or the reason why it has none."""
     if record.evaluation is None:
         why = record.why_not("evaluation.json", "No results yet: they are written when the evaluation is done.")
         shown = [Section("comparison", "Comparison", missing=why)]
@@ -230,7 +230,7 @@ def _failed(evaluation: Evaluation) -> Section:
 
 
 def _grid(said: str, problems: Sequence[str], draw: Callable[[str], str], looks: Looks) -> str:
-    """Return a picture for each problem below one legend, "" where there is none."""
+    """Return a picture for each problem below one legend, "" without pictures."""
     pictures = "".join(figure(text(problem), draw(problem)) for problem in problems)
     return f'<p>{text(said)}</p>{_keys(looks)}<div class="grid">{pictures}</div>' if pictures else ""
 

@@ -1,6 +1,6 @@
-"""What an evaluation looks like, a panel each: learning curves, end points, time, the guard's decisions.
+"""Panels of an evaluation: learning curves, end points, time, the guard's decisions.
 
-Nothing of a user's is written into a panel but by `draw_times`, so that a page can hold the others.
+Only `draw_times` writes a user's text into a panel, so that a page can include the other panels.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ Points = Sequence[Sequence[float]]
 """[k, m]: losses of end points, or of points of a front."""
 
 ABOVE_START = 3.0
-"""How many times the loss at the start a logarithmic axis may reach, whatever some run does."""
+"""A logarithmic axis ends at this multiple of the loss at the start at most."""
 FRONT_LINES = 40
-"""At most so many points of a front of three or more objectives are drawn: they are lines there."""
+"""Maximum number of points drawn of a front of three or more objectives, each as a line."""
 LARGEST_FACTOR, FACTORS = 10.0, 200
-"""How far the performance profile reaches at most, and in how many steps."""
+"""The largest factor tau of the performance profile, and the number of factors."""
 VALUES_SHOWN = 6
-"""Up to so many objectives have their range written at their axis."""
+"""With more objectives than this the axes do not show their ranges."""
 
 
 def draw_curves(panel: Axes, rows: Sequence[Row], looks: Looks) -> None:
     """Draw one problem's learning curves, the summed loss on each step's own batch.
 
     Curves are exponential averages (span 1/20 of the points) of the mean over the seeds; bands are one standard error,
-    averaged alike. Where all losses are positive the axis is logarithmic. It is scaled to the runs that did not
-    diverge, and to a few times the loss at the start, else nothing could be told apart.
+    averaged alike. The axis is logarithmic if all losses are positive. To keep the curves apart, it covers the runs
+    that did not diverge, up to a few times the loss at the start.
     """
     sound: list[float] = []
     starts: list[float] = []
@@ -66,7 +66,7 @@ def draw_curves(panel: Axes, rows: Sequence[Row], looks: Looks) -> None:
 
 
 def draw_acceptance(panel: Axes, rows: Sequence[Row], looks: Looks) -> None:
-    """Draw for each guarded optimizer the share of the seeds whose learned candidate was taken, over the steps.
+    """Draw for each guarded optimizer the share of seeds whose learned candidate the guard took, over the steps.
 
     Curves are exponential averages (span 1/20 of the points).
     """
@@ -93,7 +93,7 @@ def draw_profile(panel: Axes, losses: Mapping[str, Sequence[float]], looks: Look
         look = looks[name]
         style: dict[str, Any] = {"drawstyle": "steps-post", "linewidth": look.width, "zorder": look.layer()}
         panel.plot(factors, 100 * shares[name], look.line, color=look.colour, **style)
-    if last > 2:  # a logarithmic axis of less has no ticks
+    if last > 2:  # a shorter logarithmic axis has no ticks
         log_axis(panel, factors, "x")
     panel.set_xlim(1, last)
     panel.set_ylim(-3, 103)
@@ -103,11 +103,11 @@ def draw_profile(panel: Axes, losses: Mapping[str, Sequence[float]], looks: Look
 
 
 def draw_ends(panel: Axes, ends: Mapping[str, Points], front: Points, looks: Looks) -> None:
-    """Draw the seeds' end points of each optimizer before the known front, if there is one.
+    """Draw the seeds' end points of each optimizer in front of the known Pareto front, if there is one.
 
-    Of two objectives they are marks in their plane; of more, lines over the objectives (parallel coordinates), each of
-    which is scaled to its own range, thick ones are the means over the seeds. End points that are not finite, and those
-    far from all the others, are left out, and counted.
+    Two objectives give marks in a plane. More give lines over the objectives (parallel coordinates), each objective
+    scaled to its own range; thick lines are means over the seeds. End points that are not finite or far from all others
+    are left out; the panel shows their number.
     """
     points = [point for each in ends.values() for point in each]
     highest = [_highest(reached) for reached in zip(*points, strict=True)]
@@ -129,7 +129,7 @@ def draw_ends(panel: Axes, ends: Mapping[str, Points], front: Points, looks: Loo
 
 
 def draw_times(panel: Axes, rows: Sequence[Row], looks: Looks, *, named: bool) -> None:
-    """Draw a bar for each optimizer, ms per step, its name before it if `named`, its evaluations per step beside it."""
+    """Draw a bar of ms per step for each optimizer, with its evaluations per step and, if `named`, its name."""
     known = [row.ms_per_step if math.isfinite(row.ms_per_step) else 0.0 for row in rows]
     places = range(len(rows))
     panel.barh(places, known, height=0.62, color=[looks[row.optimizer].colour for row in rows])
@@ -148,10 +148,10 @@ def draw_times(panel: Axes, rows: Sequence[Row], looks: Looks, *, named: bool) -
 
 
 def profile_losses(evaluation: Evaluation) -> dict[str, list[float]]:
-    """Return the loss of each run by optimizer, inf where it diverged; {} where there is nothing to compare.
+    """Return the loss of each run by optimizer, inf if it diverged; {} if nothing can be compared.
 
-    A run is a problem and a seed. Left out are runs that failed, or were not made, for some optimizer, optimizers of
-    which all runs failed, and problems with a loss that is not positive: nothing is within a factor of it.
+    A run is a problem and a seed. Optimizers whose runs all failed are left out, then runs that failed or are missing
+    for some optimizer. Problems with a loss <= 0 are left out: no loss is within a factor of it.
     """
     losses: dict[str, list[float]] = {row.optimizer: [] for row in evaluation.rows if row.seeds}
     for problem in evaluation.problems:
@@ -168,7 +168,7 @@ def profile_losses(evaluation: Evaluation) -> dict[str, list[float]]:
 
 
 def end_points(evaluation: Evaluation, problem: str) -> dict[str, Points]:
-    """Return the end points of a problem by optimizer, {} where there are fewer than two objectives."""
+    """Return the end points of a problem by optimizer, {} if it has fewer than two objectives."""
     ends: dict[str, list[Sequence[float]]] = {}
     for cell in evaluation.cells:
         if cell.problem == problem and len(cell.end_losses) > 1:
@@ -177,7 +177,7 @@ def end_points(evaluation: Evaluation, problem: str) -> dict[str, Points]:
 
 
 def evaluations_per_step(row: Row) -> float:
-    """Return forward and backward passes per step."""
+    """Return the number of forward and backward passes per step."""
     return row.evaluations / row.steps
 
 
@@ -235,7 +235,7 @@ def _draw_parallel(
 
 
 def _highest(reached: Sequence[float]) -> float:
-    """Return up to where end points are shown: all, but those far above three quarters of them."""
+    """Return the highest value shown: end points far above the third quartile are not shown."""
     known = sorted(filter(math.isfinite, reached))
     if not known:
         return -math.inf
@@ -249,7 +249,7 @@ def _say(panel: Axes, what: str) -> None:
 
 
 def _line(panel: Axes, steps: Sequence[int], values: Sequence[float], look: Look, order: tuple[int, int]) -> None:
-    """Draw a line with some marks, elsewhere on each line of the panel: `order` is (which line, of how many)."""
+    """Draw a line with some marks, at other places on each line; `order` is (index of the line, number of lines)."""
     place, of = order
     marks: dict[str, Any] = {
         "marker": look.mark,
@@ -273,7 +273,7 @@ def _smooth(values: Sequence[float]) -> list[float]:
 
 
 def _scale(panel: Axes, which: Literal["x", "y"], low: float, high: float, *, linear: bool = True) -> None:
-    """Make an axis go from `low` to `high`; a logarithmic one, unless it is to be linear, where they are far apart."""
+    """Scale an axis from `low` to `high`: logarithmically if these are far apart and `linear` is False."""
     if not linear and high > 100 * low > 0:
         log_axis(panel, (low, high), which)
         return

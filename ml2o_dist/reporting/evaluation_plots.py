@@ -28,11 +28,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 CHARACTER = 0.083
-"""Inches of a character of a legend."""
+"""Width of a character of a legend, in inches."""
 
 
 def plot_evaluation(evaluation: Evaluation, folder: Path) -> list[Path]:
-    """Write the pictures of an evaluation into `folder`, those that have something to show; return their paths.
+    """Write the pictures of an evaluation into `folder`, except for empty ones; return their paths.
 
     learning_curves.png, performance_profile.png, pareto.png (problems of two or more objectives), time_per_step.png
     and acceptance.png (where an optimizer is guarded).
@@ -54,7 +54,7 @@ def plot_evaluation(evaluation: Evaluation, folder: Path) -> list[Path]:
 
 
 def curves_figure(evaluation: Evaluation) -> Figure | None:
-    """Return the learning curves, a panel for each problem; None where there is nothing to show."""
+    """Return the learning curves, a panel for each problem; None without curves."""
     return _curves(evaluation, optimizer_looks(evaluation))
 
 
@@ -159,7 +159,7 @@ def _columns(panels: int) -> int:
 
 
 def _folded(name: str, letters: int) -> str:
-    """Break a long name into lines, after a comma where it has one."""
+    """Break a long name into lines, after a comma if it has one."""
     lines = [""]
     for part in re.findall(r"[^,]*,|[^,]+$", name):
         for piece in textwrap.wrap(part, letters, break_on_hyphens=False):
@@ -170,7 +170,7 @@ def _folded(name: str, letters: int) -> str:
 
 
 def _legend(figure: Figure, looks: Looks) -> None:
-    """Put what the lines are below the panels, in as many columns as there is room for."""
+    """Put the legend of the lines below the panels, in as many columns as fit."""
     from matplotlib.lines import Line2D
 
     if not looks:

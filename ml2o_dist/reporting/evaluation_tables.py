@@ -30,11 +30,11 @@ from ml2o_dist.reporting.evaluation_figures import (
 from ml2o_dist.runtime.shown_text import markdown, markdown_row, visible
 
 WIDTH = 80
-"""Columns of a terminal that everything fits in; what does not stands in a further table below."""
+"""Width of the tables in characters; columns that do not fit go into a further table below."""
 GAP = 2
-"""Between two columns of a table."""
+"""Characters between two columns of a table."""
 LONGEST_NAME = 24
-"""A longer name of an optimizer may be broken into lines."""
+"""An optimizer's name that is longer than this may be broken into lines."""
 
 Rows = Sequence[tuple[str, Mapping[str, Shown]]]
 """The style and the figures of each row of a table."""
@@ -97,7 +97,7 @@ def evaluation_markdown(evaluation: Evaluation) -> str:
 
 
 def code(name: str) -> str:
-    """Return a name as Markdown shows it letter by letter, in a table too."""
+    """Return a name as Markdown that shows it unchanged, also in a table."""
     shown = visible(name)
     fence = "`" * (1 + max(map(len, re.findall("`+", shown)), default=0))
     room = " " if "`" in shown else ""
@@ -113,7 +113,7 @@ def _styled(figures: Mapping[str, Shown], place: int, role: str) -> tuple[str, M
 
 
 def _tables(rows: Rows, columns: Sequence[str]) -> list[Table | Text]:
-    """Return the columns as one table, or as several of about one width, each of which begins with the optimizer."""
+    """Return the columns as one table, or as several of about equal width that each begin with the optimizer."""
     widths = {name: _width(name, [figures[name].text for _, figures in rows]) for name in columns}
     limit = WIDTH
     parts = _parts(widths, limit)
@@ -127,7 +127,7 @@ def _tables(rows: Rows, columns: Sequence[str]) -> list[Table | Text]:
 
 
 def _parts(widths: Mapping[str, int], limit: int) -> list[list[str]]:
-    """Split the columns after the first into parts that fit within `limit` beside it, at least one in each."""
+    """Split the columns after the first into parts that fit with it within `limit`; each part has at least one."""
     parts: list[list[str]] = [[]]
     for name in list(widths)[1:]:
         taken = widths[OPTIMIZER] + sum(widths[each] + GAP for each in (*parts[-1], name))

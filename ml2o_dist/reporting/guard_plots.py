@@ -1,4 +1,4 @@
-"""What the guard is worth, as a picture: loss and criticality over the steps, guarded, unguarded, fallback alone."""
+"""A picture of the guard's effect: loss and criticality over the steps, guarded, unguarded, fallback alone."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ if TYPE_CHECKING:
 
 UNGUARDED = MUTED[0]
 ROOM = 3.0
-"""How far above the highest value of the sound runs an axis may reach to show one that diverges."""
+"""Multiple of the highest guarded or fallback value up to which an axis shows an unguarded run."""
 
 
 @dataclass(frozen=True)
 class Curve:
-    """Summed loss and criticality, means over the seeds, `at` these numbers of steps; NaN where not finite."""
+    """Summed loss and criticality, means over the seeds, after the numbers of steps `at`; NaN where not finite."""
 
     at: tuple[int, ...]
     loss: tuple[float, ...]
@@ -38,9 +38,10 @@ class GuardColumn:
 
 
 def plot_guard(columns: Sequence[GuardColumn], title: str, fallback: str, path: Path) -> None:
-    """Draw a column for each rule, losses above criticality (of the last: small is not good by itself), to a PNG.
+    """Draw a column for each rule to a PNG: losses above criticality (a small one alone is not good).
 
-    Axes are shared along a row and scaled to the guarded runs and the fallback's; what is not finite any more is said.
+    Axes are shared along a row and scaled to the guarded runs and the fallback. A text marks runs that became
+    non-finite.
     """
     figure = new_figure(max(2.15 * len(columns), 6.4), 5.4)
     panels = figure.subplots(2, len(columns), squeeze=False, sharex=True, sharey="row")
@@ -65,7 +66,7 @@ def _draw(panel: Axes, column: GuardColumn, name: str, fallback: str) -> None:
 
     line(column.unguarded, "unguarded", UNGUARDED, 1.6, "--")
     line(column.guarded, f"guarded by {fallback}", STRONG, 3.2)
-    line(column.fallback, f"{fallback} alone", PLAIN, 1.0)  # on top: the two are often the same line
+    line(column.fallback, f"{fallback} alone", PLAIN, 1.0)  # on top: it often coincides with the guarded line
     values = getattr(column.unguarded, name)
     gone = next((k for k, value in enumerate(values) if not math.isfinite(value)), None)
     if gone is not None:

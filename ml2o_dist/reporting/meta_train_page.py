@@ -1,4 +1,4 @@
-"""One run as one HTML page that asks for nothing outside itself: curves, comparison, trajectories, configuration."""
+"""One run as one self-contained HTML page: curves, comparison, trajectories, configuration."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ CURVES = {
     "inner_steps_per_s": "Inner steps per second",
     "skipped_episodes": "Episodes skipped: failed, or not finite",
 }
-"""The curves of a run by key of its history, what to look at first."""
+"""Titles of a run's curves by key of its history, the most important first."""
 
 MOST_PROBLEMS = 2
-"""Problems whose trajectories are drawn: those recorded at the most meta-steps."""
+"""Number of problems whose trajectories are drawn: those recorded at the most meta-steps."""
 
 
 def page_sections(record: RunRecord) -> list[Section]:
-    """Return the parts of the page in their order, each with its HTML or with why there is none."""
+    """Return the parts of the page in their order, each with its HTML or the reason why it has none."""
     return [
         _curves(record),
         *_comparison(record),
@@ -84,7 +84,7 @@ def _learning_tiles(record: RunRecord) -> list[tuple[str, str]]:
 
 
 def _faults_tiles(record: RunRecord) -> list[tuple[str, str]]:
-    """What went wrong on the way and was dealt with; 0 is said too."""
+    """Return the counts of handled faults: skipped and repeated episodes, replaced workers; zeros are shown, too."""
     tiles = []
     if any(row.get("skipped_episodes") is not None for row in record.history):
         skipped, failed = (

@@ -1,4 +1,4 @@
-"""How an optimizer looks: one colour, line and mark in all pictures of an evaluation."""
+"""The look of an optimizer: one colour, line and mark in all pictures of an evaluation."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from ml2o_dist.reporting.plots import MUTED, PAGE_COLOURS, PLAIN, STRONGS
 LINES = {"-": "", "--": "5 2.5", ":": "1.5 2"}
 """Lines as matplotlib calls them, and their dashes in SVG."""
 MARKS = ("s", "^", "D", "v", "P", "X", "<", ">")
-"""More of them than colours: two optimizers of one colour differ in the mark, too."""
+"""There are more marks than colours: two optimizers of one colour differ in the mark, too."""
 LONGEST_NAME = 40
-"""Characters of a name in a picture."""
+"""Longest name in a picture, in characters."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,11 @@ class Look:
 
     @property
     def width(self) -> float:
-        """Of its lines, in points."""
+        """Width of the lines, in points."""
         return 2.4 if self.strong else 1.5
 
     def layer(self) -> int:
-        """Return what it covers: the learned ones all, the untrained network the others."""
+        """Return the z-order: learned optimizers are drawn on top, then the untrained network, then the others."""
         return 4 if self.strong else 3 if self.colour == PLAIN else 2
 
 
@@ -55,7 +55,7 @@ def optimizer_looks(evaluation: Evaluation) -> dict[str, Look]:
 
 
 def short_name(name: str) -> str:
-    """Return a name of at most `LONGEST_NAME` characters, its middle left out where it is longer."""
+    """Return the name; if it is longer than `LONGEST_NAME` characters its middle is left out."""
     half = (LONGEST_NAME - 1) // 2
     return name if len(name) <= LONGEST_NAME else f"{name[:half]}…{name[-half:]}"
 

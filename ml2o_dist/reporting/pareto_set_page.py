@@ -1,7 +1,7 @@
 """A Pareto set as one HTML page with its dial: moving a preference shows the losses and accuracies to expect.
 
-What the page shows between the preferences that were measured is an average of them, weighted by their distance:
-the network itself is not in the page.
+The page does not contain the network. Between the measured preferences it shows averages of their results, weighted
+by distance.
 """
 
 from __future__ import annotations
@@ -63,14 +63,14 @@ function turn(moved) {
 dials.forEach((dial, t) => dial.addEventListener('input', () => turn(t)));
 turn();
 """
-"""Moving one preference shares what is left among the others in their proportion."""
+"""Script of the dial. When one preference moves, the others share the rest in their proportion."""
 
 WIDTH, HEIGHT, MARGIN = 420, 320, 46
 
 
 @dataclass(frozen=True)
 class SetPageRecord(Record):
-    """What is known of a Pareto set; what is not there (yet) is None or empty.
+    """The content of a Pareto set's folder; None or empty for what is missing (so far).
 
     Attributes:
         names: of the tasks.  results: of all approaches.  picture: the PNG of the fronts.
@@ -84,7 +84,7 @@ class SetPageRecord(Record):
 
 
 def set_page_sections(record: SetPageRecord) -> list[Section]:
-    """Return the parts of the page in their order, each with its HTML or with why there is none."""
+    """Return the parts of the page in their order, each with its HTML or the reason why it has none."""
     return [_dial(record), _picture(record), _table(record), _configuration(record), warnings_section(record)]
 
 

@@ -24,13 +24,13 @@ def plot_fronts(results: Sequence[ApproachResult], names: Sequence[str], path: P
 def fronts_figure(results: Sequence[ApproachResult], names: Sequence[str]) -> Figure:
     """Return the picture that `plot_fronts` writes."""
     shown = [result for result in best_first(results) if "test" in result.fronts]
-    shown.sort(key=lambda result: result.approach == OURS)  # on top
+    shown.sort(key=lambda result: result.approach == OURS)  # ours is drawn last, on top
     draw = {2: _plane, 3: _space}.get(len(names), _parallel)
     return draw(shown, names)
 
 
 def look(result: ApproachResult, place: int) -> dict[str, Any]:
-    """Return colour and mark of an approach, the `place`-th that is drawn."""
+    """Return colour and mark of an approach; `place` is its index in the order of drawing."""
     if result.approach == OURS:
         return {"color": STRONG, "marker": "o", "markersize": 6, "linewidth": 2.0, "zorder": 3}
     mark = MARKS[1 + place % (len(MARKS) - 1)]
@@ -43,7 +43,7 @@ def _plane(results: Sequence[ApproachResult], names: Sequence[str]) -> Figure:
     for place, result in enumerate(results):
         losses = result.fronts["test"].losses
         order = losses[:, 0].argsort()
-        style = look(result, place) | ({"linestyle": ""} if result.approach == EXPERTS else {})  # nothing lies between
+        style = look(result, place) | ({"linestyle": ""} if result.approach == EXPERTS else {})  # marks, no line
         panel.plot(losses[order, 0].tolist(), losses[order, 1].tolist(), label=result.approach, **style)
     panel.set_xlabel(f"test loss, {names[0]}", color=PLAIN)
     panel.set_ylabel(f"test loss, {names[1]}", color=PLAIN)

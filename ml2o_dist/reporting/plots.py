@@ -1,4 +1,4 @@
-"""Pictures of a meta-training; and what all pictures share: panels drawn into axes, as PNG or inline SVG of a page."""
+"""Pictures of a meta-training, and helpers for all pictures: panels drawn into axes, as PNG or inline SVG of a page."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 STRONG = "#c8102e"
-"""The colour of the first learned optimizer, and of nothing else."""
+"""The colour of the first learned optimizer, used for nothing else."""
 STRONGS = (STRONG, "#e8710a", "#8e1a9c")
-"""Learned optimizers, in their order."""
+"""Colours of the learned optimizers, in their order."""
 PLAIN = "#33383d"
 GRID = "#d9dde1"
 MUTED = ("#4f86b8", "#c3a03d", "#5fa287", "#9a86b5", "#86bfd9", "#96735d")
-"""Everything else; hues and lightness differ also to those who see no red or no green."""
+"""Colours of all other lines; their hue and lightness also differ for red-green colour-blind readers."""
 PAGE_COLOURS = (
     {PLAIN: "ink", GRID: "grid"}
     | {colour: f"strong-{i}" for i, colour in enumerate(STRONGS)}
@@ -38,7 +38,7 @@ HISTORY_CAPTION = (
     "meta-loss does not, by itself: every meta-step draws its horizon and its problems anew, so it goes up and down "
     "with what was drawn."
 )
-"""What a reader must know of the two curves of a run; every form of the picture says it."""
+"""Explains the two curves of a run; every form of the picture includes it."""
 
 
 def plot_meta_loss(history: Sequence[Mapping[str, Any]], path: Path) -> None:
@@ -66,7 +66,7 @@ def meta_loss_figure(history: Sequence[Mapping[str, Any]]) -> Figure:
 
 
 def draw_history(panel: Axes, history: Sequence[Mapping[str, Any]], key: str) -> None:
-    """Draw one figure of a run, a key of its history, against the meta-step; what is not finite is left out.
+    """Draw one figure of a run, a key of its history, against the meta-step; values that are not finite are left out.
 
     Validation is a line of marks with the best one ringed, a count and a schedule are plain, anything else is drawn as
     points and as their exponential average (span 1/15 of the run). A gradient norm has a logarithmic axis.
@@ -100,12 +100,12 @@ def draw_history(panel: Axes, history: Sequence[Mapping[str, Any]], key: str) ->
 
 
 def log_axis(panel: Axes, values: Sequence[float], which: Literal["x", "y"] = "y") -> None:
-    """Make an axis logarithmic round `values` > 0, its ticks plain numbers, as many as there is room for."""
+    """Make an axis logarithmic round `values` > 0, its ticks plain numbers, as many as fit."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 
     low, high = min(values), max(values)
     ratio = high / low
-    room = max(ratio, 1.5) ** 0.1  # of a level curve, too, ticks must differ in what is written at them
+    room = max(ratio, 1.5) ** 0.1  # the labels of the ticks must differ for a nearly constant curve, too
     axis = panel.yaxis if which == "y" else panel.xaxis
     panel.set(**{f"{which}scale": "log", f"{which}lim": (low / room, high * room)})
     subs = (1, 1.5, 2, 3, 4, 5, 7) if ratio < 10 else (1, 2, 5) if ratio < 200 else (1,)
@@ -115,7 +115,7 @@ def log_axis(panel: Axes, values: Sequence[float], which: Literal["x", "y"] = "y
 
 
 def plain_axes(panel: Axes) -> None:
-    """Leave of a panel's frame the two axes, and give it a faint grid."""
+    """Reduce a panel's frame to the two axes, and add a faint grid."""
     panel.spines[["top", "right"]].set_visible(False)
     panel.grid(True, which="major", color=GRID, linewidth=0.6)
     panel.set_axisbelow(True)
@@ -123,7 +123,7 @@ def plain_axes(panel: Axes) -> None:
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """Return an empty figure of so many inches, without the global state of pyplot."""
+    """Return an empty figure, its size in inches, without the global state of pyplot."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -133,7 +133,7 @@ def new_figure(width: float, height: float) -> Figure:
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a picture, a PNG unless the name says otherwise, whole or not at all."""
+    """Write a picture atomically, in the format of its file name, PNG by default."""
     with replacing(path) as stream:
         figure.savefig(stream, format=path.suffix.removeprefix(".") or "png", facecolor="white")
 
@@ -142,9 +142,9 @@ def inline_svg(draw: Callable[[Axes], object], label: str, identity: str) -> str
     """Return one panel as an <svg> element that takes the page's colours and fonts.
 
     Args:
-        draw: draws into the axes; what it writes there must hold no text of a user's, which goes into the HTML beside.
-        label: what the picture shows, for those who do not see it.
-        identity: differs from that of every other picture of the page.
+        draw: draws into the axes. It must write no user's text there: such text goes into the HTML beside.
+        label: a description of the picture for readers who cannot see it.
+        identity: an id that no other picture of the page has.
     """
     from matplotlib import rc_context
 
@@ -164,7 +164,7 @@ def is_finite(value: Any) -> bool:
 
 
 def _embedded(svg: str, label: str, identity: str) -> str:
-    """Turn matplotlib's SVG document into an element: no prolog, ids of its own, colours and fonts of the page."""
+    """Turn matplotlib's SVG document into an element: no prolog, unique ids, colours and fonts of the page."""
     box = re.search(r'viewBox="[^"]*"', svg)
     assert box is not None
     body = svg[svg.index(">", box.end()) + 1 :]
@@ -172,7 +172,7 @@ def _embedded(svg: str, label: str, identity: str) -> str:
     body = re.sub(r'(<g) id="[^"]*"', r"\1", body)
     body = re.sub(r'( id="|url\(#|xlink:href="#)', rf"\g<1>{identity}-", body).replace("xlink:href", "href")
     body = re.sub(r"font-family: [^;\"]*;? ?", "", body)
-    body = re.sub(r"font: ([0-9.]+px)[^;\"]*", r"font-size: \1", body)  # as matplotlib before 3.10 writes it
+    body = re.sub(r"font: ([0-9.]+px)[^;\"]*", r"font-size: \1", body)  # the spelling of matplotlib before 3.10
     body = re.sub(r' d="[^"]*"', lambda data: re.sub(r"(\.\d)\d+", r"\1", data.group()), body)  # tenths of a point
     for colour, name in PAGE_COLOURS.items():
         body = body.replace(colour, f"var(--{name})")

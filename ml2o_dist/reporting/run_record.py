@@ -1,4 +1,4 @@
-"""What is known of a run or of an evaluation, read back from its folder: what its page is made from."""
+"""Records of runs and evaluations, read from their folders; pages are made from them."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from ml2o_dist.rundir.log import RunLog
 
 @dataclass(frozen=True)
 class Record:
-    """What is known of a folder.
+    """The content of a folder.
 
     Attributes:
         name: of the run or evaluation.  path: of its folder, or its URI.
-        log: what run.log says.
-        unread: by name in the folder, what cannot be read of it and why, a line for each file.
+        log: the content of run.log.
+        unread: the files that cannot be read, by name in the folder, each with a line that gives the reason.
     """
 
     name: str
@@ -30,11 +30,11 @@ class Record:
 
     @property
     def unread_lines(self) -> list[str]:
-        """What cannot be read, line by line."""
+        """The lines of `unread`."""
         return [line for lines in self.unread.values() for line in lines]
 
     def why_not(self, name: str, otherwise: str) -> str:
-        """Say why there is nothing of the file or folder `name`: it cannot be read, or `otherwise`."""
+        """Return why the file or folder `name` gave nothing: it cannot be read, or else `otherwise`."""
         lines = self.unread.get(name, ())
         more = f" (and {len(lines) - 1} more)" if len(lines) > 1 else ""
         return f"{lines[0]}{more}" if lines else otherwise
@@ -42,7 +42,7 @@ class Record:
 
 @dataclass(frozen=True)
 class EvaluationRecord(Record):
-    """What is known of an evaluation; what is not there (yet) is None."""
+    """The content of an evaluation's folder; None for what is missing (so far)."""
 
     evaluation: Evaluation | None = None
     settings: EvaluateSettings | None = None
@@ -50,13 +50,13 @@ class EvaluationRecord(Record):
 
 @dataclass(frozen=True)
 class RunRecord(Record):
-    """What is known of a run; what is not there (yet) is None or empty.
+    """The content of a run's folder; None or empty for what is missing (so far).
 
     Attributes:
         history: a mapping for each meta-step, as in metrics.parquet.
         comparison: of the learned optimizer, at the end of the run.
         card: of the weights, as artifact.py writes it.
-        checkpoint_step: of the newest checkpoint that holds.  progress: what it says besides.
+        checkpoint_step: of the newest valid checkpoint.  progress: the other figures in that checkpoint.
         trajectories: rows as `read_trajectories` returns them.
     """
 
@@ -70,6 +70,6 @@ class RunRecord(Record):
 
     @property
     def meta_steps(self) -> int | None:
-        """Meta-steps done, as far as metrics or a checkpoint say; None where neither is there."""
+        """Meta-steps done, according to the metrics or a checkpoint; None if neither exists."""
         written = [row["meta_step"] for row in self.history]
         return max(written) if written else self.checkpoint_step

@@ -1,4 +1,4 @@
-"""A sweep as one HTML page that asks for nothing outside itself."""
+"""A sweep as one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from ml2o_dist.sweeping.record import FILE, SweepRecord, Trial, shown, shown_ste
 from ml2o_dist.sweeping.settings import SweepSettings
 
 PICTURE_LIMIT = 16 * MIB
-"""Bytes of a picture that is put into a page."""
+"""Largest picture that a page includes, in bytes."""
 
 
 @dataclass(frozen=True)
 class SweepPageRecord(Record):
-    """What is known of a sweep; what is not there (yet) is None or empty.
+    """The content of a sweep's folder; None or empty for what is missing (so far).
 
     Attributes:
         pictures: by name, the PNG files of `plots/`.
@@ -37,7 +37,7 @@ class SweepPageRecord(Record):
 
 
 def read_pictures(folder: Path) -> dict[str, bytes]:
-    """Return the pictures in `folder`, `plots/` of a sweep, by name; raises UserError."""
+    """Return the pictures in `folder` (a sweep's `plots/`) by name; raises UserError."""
     files = {name: folder / f"{name}.png" for name in PICTURES}
     return {
         name: read_bytes(file, "picture", PICTURE_LIMIT, folder.parent) for name, file in files.items() if file.exists()
@@ -45,7 +45,7 @@ def read_pictures(folder: Path) -> dict[str, bytes]:
 
 
 def sweep_page_sections(record: SweepPageRecord) -> list[Section]:
-    """Return the parts of the page in their order, each with its HTML or with why there is none."""
+    """Return the parts of the page in their order, each with its HTML or the reason why it has none."""
     return [
         _trials(record),
         *(_picture(record, name) for name in PICTURES),

@@ -1,4 +1,4 @@
-"""Pictures of a sweep: parallel coordinates, the importance of its keys, and how the best score fell."""
+"""Pictures of a sweep: parallel coordinates, the importance of its keys, and the best score over the trials."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ PICTURES = {
     "importance": "What the scores depend on",
     "progress": "Score of each trial, and of the best one so far",
 }
-"""By file name in `plots/`, what the pictures show."""
+"""Captions of the pictures, by file name in `plots/`."""
 
 LONGEST_LABEL = 18
-"""Characters of a value at an axis."""
+"""Longest value at an axis, in characters."""
 
 Place = tuple[float, str]
-"""A tick: where, from 0 to 1, and what is written there."""
+"""A tick: (position from 0 to 1, label)."""
 
 
 def plot_sweep(settings: SweepSettings, record: SweepRecord, importances: Importances, folder: Path) -> list[Path]:
-    """Write the pictures of a sweep into `folder`, those that have something to show; return their paths."""
+    """Write the pictures of a sweep into `folder`, except for empty ones; return their paths."""
     scored = _scored(record)
     figures: dict[str, Figure | None] = {
         "parallel_coordinates": _parallel_coordinates(settings, scored) if scored else None,
@@ -44,7 +44,7 @@ def plot_sweep(settings: SweepSettings, record: SweepRecord, importances: Import
     for name, figure in figures.items():
         path = folder / f"{name}.png"
         if figure is None:
-            path.unlink(missing_ok=True)  # of a sweep that has gone on since
+            path.unlink(missing_ok=True)  # a picture of an earlier state of the sweep
         else:
             save_figure(figure, path)
             written.append(path)
@@ -52,7 +52,7 @@ def plot_sweep(settings: SweepSettings, record: SweepRecord, importances: Import
 
 
 def progress_figure(record: SweepRecord) -> Figure | None:
-    """Return the score of each trial, and of the best one so far; None where none has a score."""
+    """Return the picture of each trial's score and the best one so far; None if no trial has a score."""
     scored = _scored(record)
     return _progress(scored) if scored else None
 
@@ -93,7 +93,7 @@ def _parallel_coordinates(settings: SweepSettings, trials: list[Trial]) -> Figur
 
 
 def _axis(distribution: Distribution, values: list[object]) -> tuple[list[float], list[Place]]:
-    """Return where the values are on an axis from 0 to 1, and its ticks."""
+    """Return the positions of the values on an axis from 0 to 1, and its ticks."""
     if distribution.interval is None:
         last = max(1, len(distribution.values) - 1)
         return (

@@ -1,4 +1,4 @@
-"""Pictures of one problem's recorded trajectories: how its episodes went early and late in meta-training."""
+"""Pictures of one problem's recorded trajectories: its episodes early and late in meta-training."""
 
 from __future__ import annotations
 
@@ -23,22 +23,22 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 STYLES = ("-", "--", ":")
-"""Lines of the first, second and third objective or pair; where there are more, their mean and range are drawn."""
+"""Line styles of the first, second and third objective or pair; of more than three, mean and range are drawn."""
 MOST_THIN = 12
-"""Single trajectories drawn behind the medians of a stage."""
+"""Maximum number of single trajectories drawn behind the medians of a stage."""
 
 CAPTION = (
     "Thick: medians of the trajectories of equal length, one line for each length, which ends where they end. "
     "Thin: single trajectories, smoothed."
 )
-"""What a reader must know of the lines; every form of the picture says it."""
+"""Explains the lines; every form of the picture includes it."""
 
 
 @dataclass(frozen=True)
 class Stage:
-    """Some episodes of one problem: those of the first, or of the last, third of its recorded meta-steps.
+    """The episodes of one problem in the first, or the last, third of its recorded meta-steps.
 
-    `values` has for each column of the data set one array [K, L] for each episode and instance.
+    `values` has, for each column of the data set, one array [K, L] for each episode and instance.
     """
 
     label: str
@@ -48,7 +48,7 @@ class Stage:
 
 @dataclass(frozen=True)
 class TrajectoryPanel:
-    """One picture: what it shows, its legend of line styles ("" where there is one kind of line), how it is drawn."""
+    """One picture: its title, its legend of line styles ("" for a single kind of line), and its drawing function."""
 
     title: str
     lines: tuple[str, ...]
@@ -56,8 +56,8 @@ class TrajectoryPanel:
 
 
 def stages(table: pa.Table) -> list[Stage]:
-    """Split one problem's rows, as `read_trajectories` returns them, into early and late; into one where only one
-    meta-step is recorded."""
+    """Split one problem's rows, as `read_trajectories` returns them, into an early and a late stage; a single recorded
+    meta-step gives one stage."""
     meta_steps = sorted(set(table["meta_step"].to_pylist()))
     third = max(1, len(meta_steps) // 3)
     if len(meta_steps) == 1:
@@ -69,9 +69,9 @@ def stages(table: pa.Table) -> list[Stage]:
 def trajectory_panels(parts: list[Stage]) -> list[TrajectoryPanel]:
     """Return the panels of one problem: losses, gradient norms and cosines, update norm and direction.
 
-    Thin lines are single trajectories, exponential averages (span 1/20 of their steps); thick ones are the medians of
-    all of one horizon, so that no median loses some of them on its way (`CAPTION`). A panel of cosines is left out
-    where there is only one objective.
+    Thin lines are single trajectories, exponential averages (span 1/20 of their steps). Thick lines are medians over
+    all trajectories of one horizon, so that each median covers the same ones at every step (`CAPTION`). With only one
+    objective there is no panel of cosines.
     """
     objectives = parts[0].values["losses"][0].shape[1]
     names = tuple(f"objective {i + 1}" for i in range(objectives))
@@ -90,7 +90,7 @@ def plot_trajectories(table: pa.Table, path: Path) -> None:
     """Draw the panels of one problem's rows, as `read_trajectories` returns them, to a picture at `path`.
 
     Raises:
-        UserError: it cannot be written there.
+        UserError: the picture cannot be written to `path`.
     """
     from matplotlib.lines import Line2D
 
@@ -114,12 +114,12 @@ def plot_trajectories(table: pa.Table, path: Path) -> None:
     figure.suptitle(problem, fontsize=12, fontweight="bold", color=PLAIN, parse_math=False)
     try:
         save_figure(figure, path)
-    except (OSError, ValueError) as error:  # matplotlib's ValueError: a file format that it does not write
+    except (OSError, ValueError) as error:  # matplotlib raises ValueError for an unknown file format
         raise UserError(f"the picture cannot be written to {str(path)!r}: {error}") from error
 
 
 def trajectories_file(run_dir: Path, problem: str) -> Path:
-    """Return where the picture of one problem belongs."""
+    """Return the path of the picture of one problem."""
     return run_dir / "plots" / f"trajectories-{re.sub(r'[^A-Za-z0-9=.-]+', '_', problem).strip('_')}.png"
 
 
@@ -184,9 +184,9 @@ def _smooth(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def _medians(trajectories: list[NDArray[np.float64]]) -> list[NDArray[np.float64]]:
-    """Return for each horizon K, the shortest first, the median [K, L] over the trajectories [K, L] that have it.
+    """Return for each horizon K, the shortest first, the median [K, L] over its trajectories [K, L].
 
-    Over trajectories of several horizons the median would jump where the short ones end, with nothing behind it.
+    A median over several horizons would jump where the short trajectories end, without any meaning.
     """
     horizons = sorted({len(each) for each in trajectories})
     return [np.median([each for each in trajectories if len(each) == horizon], axis=0) for horizon in horizons]

@@ -1,4 +1,4 @@
-"""Rules that no one should follow: what a learned rule may do at its worst, and what a guard must survive."""
+"""Adversarial rules: the worst that a learned rule may do, which a guard must survive."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from ml2o_dist.runtime.errors import unknown
 from ml2o_dist.runtime.seeding import generator
 
 RATE = 0.05
-"""Step size of the adversaries along gradients, and length of a drift's step: what a usual learned step is like."""
+"""Step size of the adversaries along gradients, and length of a drift's step; both resemble usual learned steps."""
 
 HUGE = 1e6
 TURNS_AT = 100
-"""How many steps a turncoat is good for."""
+"""How many good steps a turncoat takes first."""
 
 
 class _Seen(NamedTuple):
-    """What an adversary goes by: mean gradient [P, n], step number, and a random stream of the step."""
+    """The inputs of an adversary: mean gradient [P, n], step number, and a random stream of the step."""
 
     gradient: Tensor
     step: int
@@ -35,7 +35,7 @@ class _Seen(NamedTuple):
 
 
 class Adversary(NamedTuple):
-    """A line about it, and its update [P, n]."""
+    """An adversary: a line about it, and its update [P, n]."""
 
     about: str
     update: Callable[[_Seen], Tensor]
@@ -71,7 +71,7 @@ ADVERSARIES: dict[str, Adversary] = {
         lambda seen: seen.gradient * (-RATE if seen.step < TURNS_AT else RATE),
     ),
 }
-"""By name, the update for the mean gradient."""
+"""The adversaries by name."""
 
 
 class AdversaryRule(UpdateRule):
@@ -88,6 +88,6 @@ class AdversaryRule(UpdateRule):
         return 0
 
     def propose(self, oracle: Oracle, parameters: Tensor, state: int, seen: StepInfo) -> tuple[Tensor, int]:
-        """Do harm."""
+        """Return the point after the adversary's update, and the next step number."""
         update = ADVERSARIES[self.name].update(_Seen(seen.jacobian.mean(dim=1), state))
         return oracle.problem.project(parameters + update), state + 1

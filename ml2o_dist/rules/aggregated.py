@@ -1,4 +1,4 @@
-"""Hand-designed rules: torchjd turns the Jacobian into one direction, a classical optimizer steps on it.
+"""Hand-designed rules: torchjd turns the Jacobian into one direction, and a classical optimizer steps along it.
 
 `mean+adam` is Adam on the sum of the objectives: Adam does not see a constant factor (up to eps), so the mean serves.
 """
@@ -35,12 +35,12 @@ EPSILON = 1e-8
 
 @dataclass(frozen=True)
 class AggregatedState:
-    """What a hand-designed rule remembers: the steps taken, running moments of its direction, torchjd's memory.
+    """A hand-designed rule's state: the number of steps, running moments of its direction, torchjd's memory.
 
-    `first` is the velocity of `momentum` or the first moment of `adam`; `second` the second moment of `adam`; both
-    stay zero where the optimizer has no use for them. They are [P, n + k], k parameters of the aggregator's own among
-    those that the optimizer trains. `modules` has torchjd's object for each instance, which no step changes. Of an
-    optimizer of torch's, `memories` has the state dict for each instance, on tensors of these `shapes`.
+    `first` is the velocity of `momentum` or the first moment of `adam`; `second` is the second moment of `adam`. Both
+    stay zero if the optimizer does not use them. They are [P, n + k]: the optimizer also trains k parameters of the
+    aggregator. `modules` has torchjd's object for each instance; a step replaces it and never changes it. For a torch
+    optimizer, `memories` has the state dict for each instance, on tensors of these `shapes`.
     """
 
     steps: int
@@ -54,19 +54,19 @@ class AggregatedState:
 class AggregatedRule(UpdateRule):
     """z_{k+1} = z_k - lr * optimizer(aggregator(J_k, f_k)), instance by instance, projected onto the problem's box.
 
-    `aggregators.AGGREGATORS` has the names. Whatever torchjd draws at random (the order of `pcgrad` and `gradvac`, the
-    masks of `graddrop`, `randomweights`) is a function of the step number alone, so that a run repeats, an instance
-    moves alike in any company, and the global random stream stays as it was. Log-variances of `uw` and scales of
+    `aggregators.AGGREGATORS` has the names. torchjd's random numbers (the order of `pcgrad` and `gradvac`, the masks of
+    `graddrop`, `randomweights`) are a function of the step number alone, so that a run repeats, an instance does not
+    depend on the others, and the global random stream is unchanged. Log-variances of `uw` and scales of
     `imtll` are trained by the same optimizer at the same learning rate, jointly with z, as their papers do.
     `sgd`, `momentum` (0.9) and `adam` (0.9, 0.999, eps 1e-8, bias-corrected) step as their namesakes in torch.optim.
 
-    A step of `mean` and `sum` costs one backward pass, of any other a Jacobian, m of them, though one would do for all
-    that look at the losses alone; `famo` costs one more forward.
-    An instance whose Jacobian has an entry that is not finite gets NaN parameters: it has diverged, which is a result.
+    A step of `mean` and `sum` costs one backward pass. Any other step costs a Jacobian, m passes, although one would be
+    enough for methods that use only the losses. `famo` costs one more forward.
+    An instance whose Jacobian has a non-finite entry gets NaN parameters: it has diverged, which is a result.
     """
 
     def __init__(self, aggregator: str, optimizer: str = "adam", lr: float | None = 0.01) -> None:
-        """`lr`: None for an optimizer that takes none, or has its own.
+        """`lr`: None for an optimizer that takes no learning rate or has its own.
 
         Raises:
             UserError: an unknown name, a missing solver, or an `lr` that is not positive and finite.
@@ -99,14 +99,14 @@ class AggregatedRule(UpdateRule):
     def step(
         self, oracle: Oracle, parameters: Tensor, state: AggregatedState
     ) -> tuple[Tensor, AggregatedState, StepInfo]:
-        """Take one step from `parameters` [P, n]; `mean` and `sum` differentiate what they descend only."""
+        """Take one step from `parameters` [P, n]; `mean` and `sum` differentiate only their own objective."""
         objectives = oracle.problem.objectives
         share = {"mean": 1 / objectives, "sum": 1.0}.get(self.aggregator)
         if share is None:
             return super().step(oracle, parameters, state)
         batch = oracle.draw()
         gradient, losses = oracle.gradient(parameters, batch, parameters.new_full((len(parameters), objectives), share))
-        seen = StepInfo(losses, gradient.unsqueeze(1), batch)  # of one row mean and sum are the row
+        seen = StepInfo(losses, gradient.unsqueeze(1), batch)  # mean and sum of one row are that row
         point, state = self.propose(oracle, parameters, state, seen)
         return point, state, seen
 
@@ -198,4 +198,4 @@ _OPTIMIZERS: dict[str, Callable[[Tensor, AggregatedState], tuple[Tensor, Tensor,
     "momentum": _momentum,
     "adam": _adam,
 }
-"""Name -> (direction, state) -> what the learning rate multiplies, and both moments to go on with."""
+"""Name -> (direction, state) -> the vector that the learning rate multiplies, and both moments for the next step."""

@@ -26,8 +26,8 @@ from ml2o_dist.rules.names import AGGREGATORS
 from ml2o_dist.runtime.errors import UserError, unknown
 
 DWA_EPOCH = 20
-"""Steps over which `dwa` averages losses. Ours: batches are drawn with replacement, so nothing else ends an epoch; 20
-damp the batches' noise and leave eight updates of the weights in the 200 steps of a comparison."""
+"""Steps over which `dwa` averages losses (ours). Batches are drawn with replacement, so there are no natural epochs; 20
+steps damp the batches' noise and leave eight updates of the weights in the 200 steps of a comparison."""
 
 
 @dataclass(frozen=True)
@@ -35,15 +35,15 @@ class Method:
     """How torchjd is called for one name.
 
     Attributes:
-        about: a line about it, with its source.
+        about: one line that describes the method, with its source.
         build: number of objectives -> a fresh Aggregator or Scalarizer.
-        objectives: the fewest it works with.
-        positive: it is defined for losses that are positive by construction only.
+        objectives: the fewest objectives that it works with.
+        positive: it is defined only for losses that are positive by construction.
         learned: its own parameters are trained by the optimizer that trains the network.
         rescaled: by definition a multiple of J gives that multiple of the direction, but torchjd compares |J|^2 with
-            absolute thresholds (1e-4, 1e-8). So it is called with J / 2^k, largest entry in [1/2, 1), and its answer
-            multiplied by 2^k: exact, and the thresholds become relative (ours).
-        looks_back: it learns from the losses of the step's batch after the step: one more forward.
+            absolute thresholds (1e-4, 1e-8). It is therefore called with J / 2^k, largest entry in [1/2, 1), and its
+            result is multiplied by 2^k. This is exact, and the thresholds become relative (ours).
+        looks_back: it learns from the losses of the step's batch after the step, which costs one more forward.
     """
 
     about: str
@@ -193,7 +193,7 @@ Direction = Callable[[Tensor], Tensor]
 def register_aggregator(name: str, *, objectives: int = 1) -> Callable[[Direction], Direction]:
     """Register a function from the Jacobian [m, n] to a direction [n] (a decorator).
 
-    What it draws at random by torch is seeded by the number of the step. `objectives`: the fewest that it works with.
+    Its torch random numbers are seeded by the step number. `objectives`: the fewest objectives that it works with.
     """
 
     def register(direction: Direction) -> Direction:
@@ -206,7 +206,7 @@ def register_aggregator(name: str, *, objectives: int = 1) -> Callable[[Directio
 
 
 class _Function(nn.Module):
-    """A function as torchjd's objects are: it remembers nothing."""
+    """Wraps a function as a torchjd object without memory."""
 
     def __init__(self, direction: Direction) -> None:
         super().__init__()
@@ -217,7 +217,7 @@ class _Function(nn.Module):
 
 
 def check_aggregator(name: str) -> Method:
-    """Return the method `name`; raise UserError where there is none or where torchjd lacks the solver it needs."""
+    """Return the method `name`; raise UserError if it is unknown or torchjd lacks the solver that it needs."""
     if name not in AGGREGATORS:
         raise unknown("aggregator", name, AGGREGATORS)
     try:
@@ -229,10 +229,10 @@ def check_aggregator(name: str) -> Method:
 
 
 def build_aggregator(name: str, objectives: int) -> nn.Module:
-    """Build torchjd's object for one instance; its buffers and parameters are all that the method remembers.
+    """Build torchjd's object for one instance; its buffers and parameters are the method's whole memory.
 
     Raises:
-        UserError: as `check_aggregator`, or there are too few objectives.
+        UserError: as `check_aggregator`, or too few objectives.
     """
     method = check_aggregator(name)
     if objectives < method.objectives:
@@ -241,18 +241,18 @@ def build_aggregator(name: str, objectives: int) -> nn.Module:
 
 
 def learned_parameters(name: str, module: nn.Module) -> list[nn.Parameter]:
-    """Return the parameters of the method's own that the network's optimizer trains; [] for most methods."""
+    """Return the method's own parameters that the network's optimizer trains; [] for most methods."""
     return list(module.parameters()) if AGGREGATORS[name].learned else []
 
 
 def aggregate(name: str, module: nn.Module, jacobian: Tensor, losses: Tensor, seed: int) -> tuple[Tensor, nn.Module]:
-    """Return one instance's direction for J [m, n] and f [m], and the module to go on with.
+    """Return one instance's direction for J [m, n] and f [m], and the module for the next step.
 
-    The direction is [n]; where the method has k `learned` parameters it is [n + k], their own gradient behind. `module`
-    is not changed, nor is the global random stream; what torchjd draws is a function of `seed`.
+    The direction is [n], or [n + k] with the gradient of the method's k `learned` parameters at the end. Neither
+    `module` nor the global random stream is changed; torchjd's random numbers are a function of `seed`.
 
-    An instance whose J is not finite, or on whose finite J torchjd's solver gives up (ValueError, LinAlgError), gets
-    NaN, and `module` back. Where it gives up on J = 0 (`nashmtl`) the direction is 0.
+    If J is not finite, or torchjd's solver fails on a finite J (ValueError, LinAlgError), the direction is NaN and
+    `module` is returned unchanged. If the solver fails on J = 0 (`nashmtl`) the direction is 0.
     """
     own = learned_parameters(name, module)
     if not jacobian.isfinite().all():
@@ -268,10 +268,10 @@ def aggregate(name: str, module: nn.Module, jacobian: Tensor, losses: Tensor, se
 
 
 def after_step(name: str, module: nn.Module, own_move: Tensor, losses: Tensor, epoch_ends: bool) -> None:
-    """Tell a `module` that `aggregate` has just returned with a finite direction that the step is taken (in place).
+    """Update a `module` in place after a step with the finite direction that `aggregate` returned with it.
 
-    `own_move` [k] is what its learned parameters lose; `losses` [m] are those of the same batch after the step, which
-    `famo` learns from; `epoch_ends` closes an epoch of `dwa`.
+    `own_move` [k] is subtracted from its learned parameters. `losses` [m] are those of the same batch after the step,
+    from which `famo` learns. `epoch_ends` closes an epoch of `dwa`.
     """
     own = learned_parameters(name, module)
     if own:
@@ -284,7 +284,7 @@ def after_step(name: str, module: nn.Module, own_move: Tensor, losses: Tensor, e
 
 
 def _scalarized(name: str, module: nn.Module, jacobian: Tensor, losses: Tensor) -> Tensor:
-    """Return J^T ds/df [n], the gradient of the learned parameters behind it, [n + k]."""
+    """Return J^T ds/df [n], followed by the gradient of the learned parameters: [n + k]."""
     with torch.enable_grad():
         values = losses.detach().to(jacobian).requires_grad_(True)
         weights, *own = torch.autograd.grad(module(values), [values, *learned_parameters(name, module)])
@@ -296,7 +296,7 @@ def _remembers(module: nn.Module) -> bool:
 
 
 def _power_of_two(matrix: Tensor) -> float:
-    """Return the 2^k with the largest entry of `matrix` / 2^k in [1/2, 1); 1 for a matrix of zeros."""
+    """Return the 2^k for which the largest entry of `matrix` / 2^k is in [1/2, 1); 1 for a matrix of zeros."""
     return math.ldexp(1.0, math.frexp(float(matrix.abs().max()))[1])
 
 

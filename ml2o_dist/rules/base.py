@@ -1,4 +1,4 @@
-"""How a step is taken: the `UpdateRule` contract and the `Oracle`, the only way to a gradient or a loss."""
+"""The `UpdateRule` contract, and the `Oracle`, through which a rule gets every gradient and loss."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ State = Any
 
 
 class Oracle:
-    """Draws batches of one problem and counts every evaluation, so that each method is charged what it uses.
+    """Draws batches of one problem and counts every evaluation, so that each method is charged for what it uses.
 
     Attributes:
-        problem: what is optimized.
+        problem: the problem that is optimized.
         batches, forwards, backwards: how many were drawn or computed so far, for each instance. A Jacobian of m
-            objectives is one forward and m backwards, a gradient of their weighted sum one of each.
+            objectives counts as one forward and m backwards, a gradient of their weighted sum as one of each.
     """
 
     def __init__(self, problem: Problem, generator: torch.Generator) -> None:
@@ -66,9 +66,9 @@ class Oracle:
 
 @dataclass(frozen=True)
 class StepInfo:
-    """What a step saw at the point it left: its first batch, and losses [P, m] and Jacobian [P, m, n] on it.
+    """What a step saw at its starting point: its first batch, and the losses [P, m] and Jacobian [P, m, n] on it.
 
-    The Jacobian is [P, 1, n] of a rule that looks at one weighted sum of the objectives only.
+    A rule that uses only one weighted sum of the objectives has a Jacobian [P, 1, n].
     """
 
     losses: Tensor
@@ -77,43 +77,43 @@ class StepInfo:
 
 
 class UpdateRule(ABC):
-    """A rule z_{k+1} = step(z_k): no hidden state, no globals; everything it remembers is in the state value."""
+    """A rule z_{k+1} = step(z_k), without hidden state or globals: all that it remembers is in the state value."""
 
     @abstractmethod
     def initial_state(self, instances: int, objectives: int, layout: ParameterLayout) -> State:
-        """Return the state before the first step for P instances, m objectives, and n parameters laid out so."""
+        """Return the state before the first step for P instances, m objectives, and n parameters with this layout."""
 
     @abstractmethod
     def propose(self, oracle: Oracle, parameters: Tensor, state: State, seen: StepInfo) -> tuple[Tensor, State]:
         """Return the next point [P, n] and the next state, from what was `seen` at `parameters` [P, n].
 
-        The point is feasible: projected onto the problem's box, if it has one. What else the rule needs to know, it
-        asks the oracle, on batches of its own.
+        The point is feasible: projected onto the problem's box, if it has one. If the rule needs more evaluations, it
+        draws its own batches from the oracle.
         """
 
     def overruled(self, state: State, seen: StepInfo, update: Tensor, where: Tensor) -> State:
-        """Return the state that `propose` gave, told that the instances `where` [P] moved by `update` [P, n] instead.
+        """Return the state from `propose`, corrected where instances `where` [P] moved by `update` [P, n] instead.
 
-        Unchanged unless a rule remembers its own updates.
+        The state is unchanged unless a rule remembers its own updates.
         """
         return state
 
     def grown(self, state: State, more: ParameterLayout) -> State:
-        """Return the state of one instance after `more` tensors came in behind the others: theirs is as at first.
+        """Return the state of one instance after the tensors `more` were appended, which start from an initial state.
 
-        Unchanged unless a rule remembers something of every parameter.
+        The state is unchanged unless a rule remembers something for every parameter.
         """
         return state
 
     def step(self, oracle: Oracle, parameters: Tensor, state: State) -> tuple[Tensor, State, StepInfo]:
-        """Take one step from `parameters` [P, n]: draw a batch, compute its Jacobian, go where the rule proposes."""
+        """Take one step from `parameters` [P, n]: draw a batch, compute its Jacobian, move to the proposed point."""
         seen = look(oracle, parameters)
         point, state = self.propose(oracle, parameters, state, seen)
         return point, state, seen
 
 
 def look(oracle: Oracle, parameters: Tensor) -> StepInfo:
-    """Draw a batch and see what there is at `parameters` [P, n]: one forward, m backwards."""
+    """Draw a batch and return its losses and Jacobian at `parameters` [P, n]: one forward, m backwards."""
     batch = oracle.draw()
     jacobian, losses = oracle.jacobian(parameters, batch)
     return StepInfo(losses, jacobian, batch)

@@ -1,7 +1,7 @@
-"""How much of a guard the card of learned weights may ask for: only what is stricter than the default guard, and cheap.
+"""Limit the guard that a card of learned weights may request: no looser than the default guard, and cheap.
 
-Weights come from anywhere. If their card could loosen the guard, they could switch off what is there to check them; if
-it could ask for any number of batches, they could keep a machine busy for ever.
+Weights may come from anywhere. If their card could loosen the guard, they could switch off their own check; if it
+could request any number of batches, they could keep a machine busy for ever.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ _AS_STRICT: dict[str, Callable[[Any, Any], bool]] = {
     "every": lambda asked, default: asked <= default,
     "criterion": lambda asked, default: asked == "each",
 }
-"""For each setting, whether the value `asked` checks at least as strictly as the `default`, for a fair price."""
+"""For each setting, whether the value `asked` is at least as strict as the `default`, at an acceptable cost."""
 
 
 def admitted(asked: GuardSettings | None, origin: str) -> tuple[GuardSettings | None, str]:
-    """Return the guard that the weights from `origin` get, and one line about what was refused, "" if nothing was.
+    """Return the guard for the weights from `origin`, and one line about refused settings, "" if there are none.
 
-    Each setting of `asked` that is looser than the default one, or too dear, is replaced by the default. None stays
+    Each setting of `asked` that is looser than the default one, or too costly, is replaced by the default. None stays
     None.
     """
     if asked is None:

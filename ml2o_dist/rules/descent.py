@@ -1,4 +1,4 @@
-"""How far objectives have fallen: the scale of a guard's budget, from many batches and free of where losses have 0.
+"""How far objectives have fallen: the scale of a guard's budget, from many batches and independent of losses' zero.
 
 Shapes: P instances, k objectives that must pass a guard.
 """
@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 FIRST = 5
-"""Steps whose losses are averaged for where a run began."""
+"""Number of first steps whose losses are averaged for the beginning of a run."""
 
 DECAY = 0.8
-"""Of the running average that says where it is now: as many steps, five, as the beginning has."""
+"""Decay of the running average of the present losses; it covers five steps, like the beginning."""
 
 
 @dataclass(frozen=True)
@@ -24,8 +24,8 @@ class Descent:
     Attributes:
         first: [P, k] float64, mean losses of the first `FIRST` steps.
         recent: [P, k] float64, running average of all steps' losses, without correction for its start at 0.
-        depth: [P] float64, the most that an average has fallen below its beginning so far, of the objective that fell
-            furthest. It never shrinks, and is at most f_i(z_0) - inf f_i of that objective but for noise.
+        depth: [P] float64, the largest fall of an average below its beginning so far, over steps and objectives. It
+            never shrinks, and except for noise it is at most f_i(z_0) - inf f_i of the objective that fell furthest.
     """
 
     count: int
@@ -35,12 +35,12 @@ class Descent:
 
     @classmethod
     def begin(cls, losses: Tensor, depth: Tensor | None = None) -> Descent:
-        """Return it before the first step, for losses shaped `losses` [P, k]; `depth` is known from before."""
+        """Return the value before the first step, for losses shaped `losses` [P, k]; `depth`: one already known."""
         zero = torch.zeros_like(losses, dtype=torch.float64)
         return cls(0, zero, zero, zero[:, 0] if depth is None else depth)
 
     def after(self, losses: Tensor) -> Descent:
-        """Return it with the losses [P, k] of another step; one that is not finite counts as the average before it."""
+        """Return the value updated with a step's losses [P, k]; a non-finite loss counts as the previous average."""
         count = self.count + 1
         before = self.recent / (1 - DECAY**self.count) if self.count else self.recent
         values = losses.detach().double()

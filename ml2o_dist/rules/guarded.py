@@ -1,7 +1,7 @@
 """GML2O: a learned rule guarded by a convergent one, which takes over wherever the learned step would be worse.
 
-The seed paper (Yang, Tang, Yang 2023) guards ML2O by a step that is known to converge; the test below, its margin and
-what is claimed for them are ours.
+The seed paper (Yang, Tang, Yang 2023) guards ML2O by a step that is known to converge. The test below, its margin and
+the claims about them are ours.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ from ml2o_dist.runtime.errors import UserError
 
 @dataclass(frozen=True)
 class Debt:
-    """By how much the steps since it was last 0 left each objective above the fallback's candidates.
+    """How far the steps since the debt was last 0 left each objective above the fallback's candidates.
 
-    One entry for each of the k things that must pass: the objectives, or with `criterion: sum` their sum.
+    There are k entries: one for each objective, or with `criterion: sum` one for their sum.
 
     Attributes:
         owed: [P, k] float64, at least 0.
-        variance: [P, k], of `owed` as an estimate; 0 where losses are exact.
+        variance: [P, k], variance of the estimate `owed`; 0 where losses are exact.
         limit: [P, k], the budget: `GuardSettings.budget` times the `Descent.depth` of the run so far.
     """
 
@@ -38,29 +38,29 @@ class Debt:
     limit: Tensor
 
     def after(self, worse: Tensor, variance: Tensor) -> Debt:
-        """Return it with a step that was worse by `worse` [P, k]: a better one repays, and nothing is saved."""
+        """Return the debt after a step that was worse by `worse` [P, k]; better steps repay, but leave no credit."""
         owed = self.owed + worse
         free = owed <= 0
         return replace(self, owed=owed.where(~free, 0), variance=(self.variance + variance).where(~free, 0))
 
     def where(self, taken: Tensor, other: Debt) -> Debt:
-        """Return this debt for the instances that are `taken` [P], for the rest the `other`."""
+        """Return this debt for the instances in the mask `taken` [P], and `other` for the rest."""
         pairs = (self.owed, other.owed), (self.variance, other.variance), (self.limit, other.limit)
         return Debt(*(ours.where(taken[:, None], theirs) for ours, theirs in pairs))
 
     def within(self, margin: float) -> Tensor:
-        """Return [P]: whether all of it, with `margin` standard errors, is within the budget."""
+        """Return [P]: whether every entry of the debt plus `margin` standard errors is within the budget."""
         return (self.owed + margin * self.variance.sqrt() <= self.limit).all(dim=1)
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a comparison says of the learned candidates, instance by instance.
+    """The result of a comparison of the two candidates, for each instance.
 
     Attributes:
-        passed: [P].
-        learned_losses, fallback_losses: [P, m], the candidates' losses that decided.
-        debt: what is owed where they are taken.
+        passed: [P], whether the learned candidate passed.
+        learned_losses, fallback_losses: [P, m], the losses of both candidates that were compared.
+        debt: the debt if the learned candidate is taken.
     """
 
     passed: Tensor
@@ -71,9 +71,9 @@ class Verdict:
 
 @dataclass(frozen=True)
 class GML2OState:
-    """After `step` steps: the states of both rules, what is owed, and how far the objectives have fallen.
+    """The state after `step` steps: both rules' states, the debt, and how far the objectives have fallen.
 
-    The last two are None before the first step; `descent` is None, too, in states that older versions wrote.
+    `debt` and `descent` are None before the first step. `descent` is also None in states of older versions.
     """
 
     step: int
@@ -89,9 +89,9 @@ class GuardedInfo(StepInfo):
 
     Attributes:
         accepted: [P], which instances took the learned candidate.
-        checked: whether the candidates were compared (`GuardSettings.every`); where not, the losses below are nan.
-        learned_losses, fallback_losses: [P, m], the candidates' losses that decided.
-        forwards, backwards: evaluations that the step used, the Jacobian included, for each instance.
+        checked: whether the candidates were compared (`GuardSettings.every`). If not, the losses below are nan.
+        learned_losses, fallback_losses: [P, m], the losses of both candidates that were compared.
+        forwards, backwards: evaluations that the step used for each instance, including the Jacobian.
         guard_seconds: wall time of the fallback's candidate and of the comparison.
     """
 
@@ -107,46 +107,46 @@ class GuardedInfo(StepInfo):
 class GuardedRule(UpdateRule):
     """z_{t+1} = x_L, the learned candidate, where it passes the guard; else x_D, the fallback's candidate.
 
-    Both candidates start at z_t and share the Jacobian of the first batch; the fallback's state is advanced at every
-    checked step, whoever wins. Instances decide for themselves.
+    Both candidates start at z_t and share the Jacobian of the first batch. Every checked step advances the fallback's
+    state, whichever candidate is taken. Each instance is decided separately.
 
     **Exact losses** (noise-free problems): x_L is accepted iff f_i(x_L) <= f_i(x_D) + eps_t for EVERY objective, with
-    eps_t = eps_0 (t + 1)^(-2p). So each step is no worse than the fallback's step from the same point by more than
-    eps_t in any objective. With DSSMG as fallback its bound (`ml2o_dist.rules.stochastic`) holds for the guarded run
-    with sum_t eps_t < inf added, and nothing is assumed of the learned rule: the proof bounds lambda^T F at x_D for a
-    fixed lambda of the simplex, and lambda^T F(z_{t+1}) <= lambda^T F(x_D) + eps_t. It does not say that the guarded
-    run ends at a better place than the fallback's own run would have: from different points they may go to different
-    places of the front.
+    eps_t = eps_0 (t + 1)^(-2p). Thus no objective is worse by more than eps_t than after the fallback's step from the
+    same point. With DSSMG as fallback, its bound (`ml2o_dist.rules.stochastic`) holds for the guarded run with
+    sum_t eps_t < inf added, and nothing is assumed about the learned rule: the proof bounds lambda^T F at x_D for a
+    fixed lambda of the simplex, and lambda^T F(z_{t+1}) <= lambda^T F(x_D) + eps_t. The bound does not say that the
+    guarded run ends at a better point than a run of the fallback alone: once the two runs are at different points they
+    may reach different parts of the front.
 
-    **Mini-batches**: one noisy comparison is fooled by a rule that drifts slowly. So x_L is accepted iff
-    mean_s d_is + margin * sd_s(d_is) / sqrt(B) <= eps_t for every objective, d_is = f_is(x_L) - f_is(x_D) the paired
-    differences over the B samples of guard batches that neither candidate depends on. What is then proved carries a
-    term: with the probability of a normal tail beyond `margin` a step may still be worse, by the order of
-    |x_L - x_D| sigma / sqrt(B), sigma the deviation of the gradients of single samples; the bound gets the sum of these
-    terms, which does not vanish unless B grows or the candidates meet.
+    **Mini-batches**: a rule that drifts slowly can pass a single noisy comparison. Therefore x_L is accepted iff
+    mean_s d_is + margin * sd_s(d_is) / sqrt(B) <= eps_t for every objective. d_is = f_is(x_L) - f_is(x_D) are the
+    paired differences over the B samples of guard batches that neither candidate depends on. The bound then gets an
+    extra term per step: with the probability of a normal tail beyond `margin` a step may still be worse, by the order
+    of |x_L - x_D| sigma / sqrt(B), where sigma is the deviation of the gradients of single samples. The sum of these
+    terms does not vanish unless B grows or the candidates meet.
 
-    **A budget** (`budget` > 0, ours, and the default): the learned step is better in the long run just where it is
-    worse than the fallback's greedy one from the same point, so that the tests above refuse it. The bound needs less:
-    for a fixed lambda, lambda^T F(z_{t+1}) = lambda^T F(x_D) + lambda^T d_t with d_t = F(z_{t+1}) - F(x_D), and what
-    telescopes is sum_t lambda^T d_t <= max_i sum_t d_ti. So x_L is also accepted where, for every objective, the
-    differences since they last came to 0 or less add up to at most C_t = budget D_t; a better step repays, but nothing
-    is saved, so that a rule which turns hostile finds no credit. D_t is by how much the objective that fell furthest
-    has fallen so far (`Descent`, from averages over several batches): a constant added to a loss changes nothing, a
-    loss that begins at 0 has the others' budget, and a rule that only climbs has none. As D_t <= max_i f_i(z_0) -
-    inf f_i, DSSMG's bound holds with `budget` times that added to what it starts from, hence Pareto criticality in the
-    limit all the same. On mini-batches the sum is an estimate, of which `margin` standard errors, that grow with
-    its root only, must be spared. Half of the guard's samples decides and the other half is what is added: the
-    decision does not depend on it, so that the estimate's error is a martingale. No step by itself is promised to be
-    no worse; `budget: 0` promises it.
+    **A budget** (`budget` > 0, ours, and the default): the learned step is better in the long run precisely where it
+    is worse than the fallback's greedy step from the same point, and there the tests above reject it. The bound needs
+    less: for a fixed lambda, lambda^T F(z_{t+1}) = lambda^T F(x_D) + lambda^T d_t with d_t = F(z_{t+1}) - F(x_D), and
+    the telescoped sum needs only sum_t lambda^T d_t <= max_i sum_t d_ti. Therefore x_L is also accepted if, for every
+    objective, the sum of the differences since that sum was last 0 or less is at most C_t = budget D_t. A better step
+    repays debt but leaves no credit that a hostile rule could use later. D_t is the decrease so far of the objective
+    that fell furthest (`Descent`, from averages over several batches). A constant added to a loss does not change D_t,
+    a loss that begins at 0 gets the same budget as the others, and a rule that only climbs gets none. As D_t <= max_i
+    f_i(z_0) - inf f_i, DSSMG's bound holds with `budget` times that added to its initial value, so the limit is still
+    Pareto critical. On mini-batches the sum is an estimate, and the sum plus `margin` standard errors, which grow only
+    with the root of the sum, must stay within C_t. Half of the guard's samples decide, and the other half are added to
+    the sum. The decision does not depend on that other half, so the estimate's error is a martingale. With a budget no
+    single step is guaranteed to be no worse; `budget: 0` guarantees it.
 
     **Without any theorem**: `every` > 1 (steps between are taken unchecked), `criterion: sum` (one objective may pay
     for another), any other fallback (`mgda+sgd@0.01`).
 
-    A candidate with a parameter or loss that is not finite is never accepted; a loss of the fallback's that is not
-    counts as infinitely bad. After a rejected step the learned rule keeps what it saw, and is told what was done
-    (`UpdateRule.overruled`).
+    A learned candidate with a non-finite parameter or loss is never accepted. A non-finite loss of the fallback counts
+    as infinitely bad. After a rejected step the learned rule keeps its memory of the gradients, and `overruled` passes
+    it the update that was taken instead (`UpdateRule.overruled`).
 
-    Costs, with DSSMG, beside the shared Jacobian: one gradient, and two forwards for each guard batch.
+    Cost with DSSMG, besides the shared Jacobian: one gradient, and two forwards for each guard batch.
     """
 
     def __init__(self, learned: UpdateRule, fallback: UpdateRule, settings: GuardSettings | None = None) -> None:
@@ -171,19 +171,19 @@ class GuardedRule(UpdateRule):
         return point, state
 
     def overruled(self, state: GML2OState, seen: StepInfo, update: Tensor, where: Tensor) -> GML2OState:
-        """Tell both rules."""
+        """Call `overruled` of both rules."""
         learned = self.learned.overruled(state.learned, seen, update, where)
         return replace(state, learned=learned, fallback=self.fallback.overruled(state.fallback, seen, update, where))
 
     def grown(self, state: GML2OState, more: ParameterLayout) -> GML2OState:
-        """Let both rules grow."""
+        """Call `grown` of both rules."""
         learned, fallback = self.learned.grown(state.learned, more), self.fallback.grown(state.fallback, more)
         return replace(state, learned=learned, fallback=fallback)
 
     def choose(
         self, oracle: Oracle, parameters: Tensor, state: GML2OState, seen: StepInfo
     ) -> tuple[Tensor, GML2OState, GuardedInfo]:
-        """Return what `step` does, from what was `seen` at `parameters` [P, n]."""
+        """Return what `step` returns, given what was `seen` at `parameters` [P, n]."""
         forwards, backwards = oracle.forwards - 1, oracle.backwards - oracle.problem.objectives  # before the Jacobian
         candidate, learned = self.learned.propose(oracle, parameters, state.learned, seen)
         accepted = candidate.isfinite().all(dim=1)
@@ -217,7 +217,7 @@ class GuardedRule(UpdateRule):
         return point, GML2OState(state.step + 1, learned, fallback, debt, descent), info
 
     def _descent(self, state: GML2OState, seen: StepInfo) -> Descent:
-        """Return how far the objectives have fallen, the losses of this step included."""
+        """Return how far the objectives have fallen, including the losses of this step."""
         losses = seen.losses.sum(dim=1, keepdim=True) if self.settings.criterion == "sum" else seen.losses
         descent = state.descent
         if descent is None:
@@ -226,7 +226,7 @@ class GuardedRule(UpdateRule):
         return descent.after(losses)
 
     def _debt(self, state: GML2OState, descent: Descent) -> Debt:
-        """Return what is owed before a step, nothing before the first one, and the budget by now."""
+        """Return the debt before a step (0 before the first one) with the current budget as its limit."""
         zero = torch.zeros_like(descent.first)
         debt = state.debt or Debt(zero, zero, zero)
         return replace(debt, limit=(self.settings.budget * descent.depth)[:, None].expand_as(zero))
@@ -242,7 +242,7 @@ class GuardedRule(UpdateRule):
             ours, theirs = ours.sum(dim=2, keepdim=True), theirs.sum(dim=2, keepdim=True)
         worse = ours - theirs.where(theirs.isfinite(), math.inf)
         allowed = settings.eps * (step + 1) ** (-2 * settings.p)
-        # One half of the samples decides and the other is paid by: of accepted steps the deciding half is biased.
+        # One half of the samples decides, the other is added to the debt: given acceptance the deciding half is biased.
         halves = settings.budget > 0 and not exact
         decides, pays = (worse[:, 0::2], worse[:, 1::2]) if halves else (worse, worse)
         if not exact and worse.shape[1] < settings.fewest_samples:
@@ -259,7 +259,7 @@ class GuardedRule(UpdateRule):
 
 
 def guarded(learned: UpdateRule, settings: GuardSettings | None) -> UpdateRule:
-    """Return `learned` under the guard that the settings describe, or as it is where there are none.
+    """Return `learned` under the guard that the settings describe, or unchanged if `settings` is None.
 
     Raises:
         UserError: an unknown fallback, or a hand-designed one without its learning rate.
@@ -271,7 +271,7 @@ def guarded(learned: UpdateRule, settings: GuardSettings | None) -> UpdateRule:
 
 def fallback_rule(settings: GuardSettings) -> UpdateRule:
     """Build the fallback that the settings name; raises UserError as `guarded`."""
-    # late: workers without a guard need neither scipy nor torchjd, whose imports take a second
+    # Imported late: workers without a guard need neither scipy nor torchjd, whose imports take a second.
     from ml2o_dist.rules.aggregated import AggregatedRule, parse_optimizer_name, takes_learning_rate
     from ml2o_dist.rules.stochastic import DSSMG, SMG
 
@@ -286,7 +286,7 @@ def fallback_rule(settings: GuardSettings) -> UpdateRule:
 
 
 def _paired_losses(oracle: Oracle, candidate: Tensor, safe: Tensor, batches: int) -> tuple[Tensor, Tensor, bool]:
-    """Return both candidates' losses of the same samples [P, B, m] in float64; and whether they are exact."""
+    """Return both candidates' losses on the same samples, [P, B, m] each in float64, and whether they are exact."""
     ours, theirs = [], []
     for _ in range(batches):
         batch: Batch = oracle.draw()

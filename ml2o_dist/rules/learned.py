@@ -1,6 +1,6 @@
-"""What meta-training, artifacts, comparisons and torch optimizers know of a learned rule, whatever network it is.
+"""The interface of learned rules that meta-training, artifacts, comparisons and torch optimizers use.
 
-A rule of one's own is two classes and one decorator (docs/extending.md):
+A user's own rule is two classes and one decorator (docs/extending.md):
 
     class MySettings(LearnedRuleSettings):
         kind: Literal["mine"] = "mine"
@@ -27,20 +27,20 @@ from ml2o_dist.rules.base import Oracle, State, StepInfo, UpdateRule
 from ml2o_dist.runtime.seeding import derive_seed
 
 Weights = Mapping[str, Tensor]
-"""Meta-parameters by name; floats are float32 on the CPU while they travel."""
+"""Meta-parameters by name; floats are float32 on the CPU while they are sent between processes."""
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """What a rollout of K steps leaves for the replay of S of each instance's n parameters.
+    """The data of a rollout of K steps that the replay of S of each instance's n parameters needs.
 
     Attributes:
         losses: [K+1, P, m], at z_0 .. z_K.
         gradients: [K+1, P, m, S] of the chosen parameters at z_0 .. z_K.
-        record: what the rule itself wants to know of its steps, [K, P, ...] each (`LearnedRule.record`).
-        accepted: [K, P], 1 where a step was the rule's own: everywhere but where a guard rejected it.
+        record: further values that the rule stores for each step, [K, P, ...] each (`LearnedRule.record`).
+        accepted: [K, P], 1 where the rule's own step was taken, 0 where a guard rejected it.
         scale: n / S, which makes a sum over a random subset an unbiased estimate of the sum over all.
-        layout: of all n parameters.
+        layout: the layout of all n parameters.
     """
 
     losses: Tensor
@@ -54,9 +54,9 @@ class Rollout:
 class LearnedRule(UpdateRule):
     """A rule with meta-parameters: z_{k+1} = z_k + u_k, u_k = g_theta(gradients, losses, state).
 
-    A subclass gives `make_network`, `initial_state` and `advance`; the estimators `exact`, `es` and `replay`,
+    A subclass defines `make_network`, `initial_state` and `advance`; the estimators `exact`, `es` and `replay`,
     checkpoints, artifacts, evaluation and the torch optimizers need nothing else. The state is a pytree: tensors in
-    tuples, named tuples, lists or dictionaries, with numbers beside them that no gradient goes through.
+    tuples, named tuples, lists or dictionaries. It may also hold plain numbers, which carry no gradient.
 
     Attributes:
         network: holds the meta-parameters.
@@ -87,11 +87,11 @@ class LearnedRule(UpdateRule):
         return dict(self.network.named_parameters())
 
     def attached(self) -> Self:
-        """Return the rule for use under autograd, where it prepares its meta-parameters differently there."""
+        """Return the rule for use under autograd; override it if the meta-parameters must be prepared differently."""
         return self
 
     def check_objectives(self, objectives: int) -> None:
-        """Raise UserError where the rule was made for another number of objectives; it takes any, unless it says so."""
+        """Raise UserError if the rule was made for another number of objectives; by default it takes any number."""
 
     def record(self, state: State, update: Tensor) -> dict[str, Tensor]:
         """Return what `replay` needs of a step besides gradients and losses, [P, ...] each.
@@ -105,11 +105,12 @@ class LearnedRule(UpdateRule):
     def replay(self, rollout: Rollout, adjoints: Tensor, chunk: int) -> dict[str, Tensor]:
         """Return sum_s <a_s, du_s / dtheta> by meta-parameter, with the inputs of all steps taken as constants.
 
-        Here: first-order back-propagation through time, by `advance` alone. A rule may have a faster way.
+        The default is first-order back-propagation through time, by `advance` alone. A rule may override it with a
+        faster method.
 
         Args:
             adjoints: a_s [K, P, S], already 0 where a step was not the rule's own.
-            chunk: the graph is cut every so many steps, states carried.
+            chunk: number of steps after which the graph is cut; states are carried over.
         """
         theta = self.meta_parameters
         sums = {name: torch.zeros_like(tensor) for name, tensor in theta.items()}
@@ -133,13 +134,13 @@ class LearnedRule(UpdateRule):
 
     @torch.no_grad()
     def propose(self, oracle: Oracle, parameters: Tensor, state: State, seen: StepInfo) -> tuple[Tensor, State]:
-        """Move the parameters by the update, onto the problem's box."""
+        """Return the parameters moved by the update and projected onto the problem's box, and the next state."""
         update, state = self.advance(seen.jacobian, seen.losses, state)
         return oracle.problem.project(parameters + update), state
 
     @torch.no_grad()
     def update(self, gradients: Tensor, state: State, losses: Tensor | None = None) -> tuple[Tensor, State]:
-        """Do as `advance` without a graph; losses that are not given count as 1."""
+        """Return what `advance` returns, without a graph; losses that are not given count as 1."""
         seen = gradients.new_ones(gradients.shape[:2]) if losses is None else losses
         return self.advance(gradients, seen, state)
 
@@ -151,7 +152,7 @@ class LearnedRule(UpdateRule):
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
     ) -> Self:
-        """Build the rule with these meta-parameters; None: as it is before any meta-training (`initial`)."""
+        """Build the rule with these meta-parameters; None: those before any meta-training (`initial`)."""
         network = cls._network(settings)
         if weights is not None:
             with torch.no_grad():
@@ -161,7 +162,7 @@ class LearnedRule(UpdateRule):
 
     @classmethod
     def shapes(cls, settings: LearnedRuleSettings) -> dict[str, tuple[int, ...]]:
-        """Return the shapes of the meta-parameters by name; nothing of their size is made."""
+        """Return the shapes of the meta-parameters by name, without allocating them."""
         with torch.device("meta"):
             return {name: tuple(tensor.shape) for name, tensor in cls._network(settings).named_parameters()}
 
@@ -197,7 +198,7 @@ def learned_rule(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> LearnedRule:
-    """Build the rule that the settings describe; raises UserError for a kind that there is not."""
+    """Build the rule that the settings describe; raises UserError for an unknown kind."""
     kind: type[LearnedRule] = RULES[settings.kind]
     return kind.from_weights(settings, weights, device, dtype)
 
@@ -208,5 +209,5 @@ def initial_weights(settings: LearnedRuleSettings) -> dict[str, Tensor]:
 
 
 def detached(state: State) -> State:
-    """Return a state without the history of its tensors."""
+    """Return the state with all its tensors detached from their graph."""
     return torch.utils._pytree.tree_map_only(Tensor, Tensor.detach, state)

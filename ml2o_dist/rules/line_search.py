@@ -1,4 +1,4 @@
-"""The size of a rule's first step, found on its first batch: nothing is left to be tuned.
+"""Find the size of a rule's first step on its first batch, so that it need not be tuned.
 
 Shapes: P instances, m objectives, n parameters.
 """
@@ -14,10 +14,10 @@ from ml2o_dist.problems.base import Batch
 from ml2o_dist.rules.base import Oracle
 
 HALVINGS = 60
-"""Trials at most: from the longest step, as long as the parameters, down to 1e-18 of it."""
+"""Most trials: from the longest step, as long as the parameter vector, down to 1e-18 of it."""
 
 VISIBLE = 8.0
-"""A promised decrease below so many units of the losses' rounding cannot be told from none."""
+"""A promised decrease below this many units of the losses' rounding cannot be distinguished from 0."""
 
 
 class FirstStep(NamedTuple):
@@ -25,8 +25,8 @@ class FirstStep(NamedTuple):
 
     Attributes:
         alpha: [P] float64, 0 where none was found.
-        steepening: [P] float64, >= 1: how many times the promised decrease the step achieved; 1 where it was no more
-            than promised. About the factor by which the gradient grows along the step.
+        steepening: [P] float64, >= 1: achieved decrease / promised decrease, or 1 if no more than promised was
+            achieved. It is about the factor by which the gradient grows along the step.
     """
 
     alpha: Tensor
@@ -37,7 +37,7 @@ class FirstStep(NamedTuple):
 def first_step(
     oracle: Oracle, parameters: Tensor, direction: Tensor, weights: Tensor, losses: Tensor, batch: Batch
 ) -> FirstStep:
-    """Find a step size along -`direction` [P, n] from `parameters` [P, n], each instance by itself.
+    """Find a step size along -`direction` [P, n] from `parameters` [P, n], separately for each instance.
 
     With phi = weights^T F on `batch`, whose gradient `direction` is, and z(a) the projection of z - a direction onto
     the problem's box, alpha is the first of |z| / |direction| * 2^-k, k = 0, 1, .. (1 for |z| where z = 0) with
@@ -45,22 +45,23 @@ def first_step(
         phi(z) - phi(z(a)) >= 1/2 <direction, z - z(a)>,
 
     half of what the gradient promises (Armijo 1966, constant 1/2: on a quadratic no more than the minimiser along the
-    line, and more than half of it unless k = 0). Where the step achieved more than was promised, which no convex phi
-    does, it left a plateau, and steps made for the plateau would jump over what they find: alpha is divided by
-    `steepening` = achieved / promised. Losses times s give alpha / s, parameters and losses in other units likewise.
+    line, and more than half of it unless k = 0). If a step achieves more than was promised, which cannot happen for a
+    convex phi, it has left a plateau, and steps of a size made for the plateau would jump over the minima beyond it.
+    alpha is then divided by `steepening` = achieved / promised. alpha scales with the units: losses times s give
+    alpha / s, and other units of the parameters likewise.
 
-    A trial whose losses are not finite is halved like any other. None is found (alpha = 0) where the direction is 0
-    or not finite, where losses at z are not finite, and where the promise falls below `VISIBLE` roundings of the
-    losses, as at a critical point of the batch.
-    The constants and the division are ours. On 64 starts on Fonseca (n = 2, most of them on its plateau) 12 runs of
-    DSSMG jumped to where gradients vanish and stayed there; with the division none did, and on quadratics and networks
-    it changed nothing.
+    A trial with non-finite losses is halved like any other. No step size is found (alpha = 0) if the direction is 0 or
+    not finite, if losses at z are not finite, or if the promise falls below `VISIBLE` roundings of the losses, as at a
+    critical point of the batch.
+    The constants and the division are ours. Of 64 starts on Fonseca (n = 2, most of them on its plateau) 12 runs of
+    DSSMG jumped to a region where gradients vanish and stayed there; with the division none did, and on quadratics and
+    networks it changed nothing.
 
     Args:
         weights: [P, m], on the simplex.
         losses: [P, m], at `parameters` on `batch`.
 
-    Every trial is one forward of all instances, charged by the oracle; as many as the slowest of them needs.
+    Every trial is one forward of all instances, counted by the oracle. The slowest instance determines how many.
     """
     start, size = direction.double().norm(dim=1), parameters.double().norm(dim=1)
     alpha = torch.where((start > 0) & start.isfinite(), torch.where(size > 0, size, 1.0) / start, 0.0)

@@ -15,12 +15,12 @@ from torch import Tensor
 
 
 class MinNorm(NamedTuple):
-    """The min-norm point v = J^T weights of the convex hull of m gradients, per instance, in float64.
+    """The min-norm point v = J^T weights of the convex hull of m gradients, for each instance, in float64.
 
     Attributes:
         weights: [P, m], >= 0, sum 1.
         squared_norm: |v|^2, [P].
-        gap: [P], |v|^2 - min_i <g_i, v> >= 0, which is 0 at the minimum only. It certifies the answer: with v* the
+        gap: [P], |v|^2 - min_i <g_i, v> >= 0, which is 0 only at the minimum. It certifies the result: with v* the
             true min-norm point, |v - v*|^2 <= gap and (|v|^2 - gap) / |v| <= |v*| <= |v|.
     """
 
@@ -32,22 +32,22 @@ class MinNorm(NamedTuple):
 def min_norm(jacobian: Tensor) -> MinNorm:
     """Solve min over the simplex of |J^T lambda| for J [P, m, n], each instance by itself, in float64.
 
-    An active-set method on m variables, so exact up to rounding, where Frank-Wolfe (MGDA as it is usually coded) stops
-    at a tolerance. Lengths d_i = |g_i| and cosines K = U U^T, u_i = g_i / d_i, are taken apart, so that rows of very
-    different length do not drown each other; with F F^T = K (eigendecomposition, clipped at 0) and d_min the
+    The active-set method on m variables is exact up to rounding; Frank-Wolfe (the usual code of MGDA) stops at a
+    tolerance. Lengths d_i = |g_i| and cosines K = U U^T, u_i = g_i / d_i, are handled separately, so that long rows do
+    not hide short ones. With F F^T = K (eigendecomposition, clipped at 0) and d_min the
     smallest length, the y >= 0 that minimises
 
         |F^T y|^2 + (sum_i y_i d_min / d_i - 1)^2
 
-    (`scipy.optimize.nnls`) is a multiple of lambda_i d_i: the best length on the ray of lambda leaves a / (1 + a),
-    a = |J^T lambda|^2 / d_min^2, which grows with a. The weights need not be unique, v is. Where gradients vanish they
-    share the weight alike. An instance with an entry that is not finite gets NaN.
+    (`scipy.optimize.nnls`) is a multiple of lambda_i d_i: on the ray of lambda the smallest value is a / (1 + a),
+    a = |J^T lambda|^2 / d_min^2, which grows with a. The point v is unique, the weights need not be. Gradients that
+    vanish share the weight equally. An instance with a non-finite entry gets NaN.
 
     Against rational arithmetic (m <= 4; parallel, opposite, rank-deficient, lengths within 1e-8 .. 1e8 of each other)
     |v|^2 was off by at most 2e-15 min_i |g_i|^2. The gap was at most 4e-15 max_i |g_i| min_i |g_i| where lengths are
-    comparable, and up to 2e-10 times that product where they differ by many orders: the long rows' products round.
+    comparable, and up to 2e-10 times that product where they differ by many orders, as products of long rows round.
 
-    Source: non-negative least squares for the distance of a hull, Lawson & Hanson 1974, chapter 23; the separation of
+    Source: non-negative least squares for the distance to a hull, Lawson & Hanson 1974, chapter 23; the separation of
     lengths and cosines is ours.
     """
     gradients = jacobian.double()

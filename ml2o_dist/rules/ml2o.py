@@ -1,4 +1,4 @@
-"""Where the coordinatewise rule was: models that older versions registered bring code that imports it from here."""
+"""Former module of the coordinatewise rule; code in models that older versions registered still imports it here."""
 
 from ml2o_dist.rules.coordinatewise.rule import ML2ONetwork, ML2ORule
 

@@ -13,39 +13,39 @@ from ml2o_dist.runtime.registry import Registry
 
 AGGREGATORS: Registry[Any] = Registry("aggregator", lambda: ["ml2o_dist.rules.aggregators"])
 OPTIMIZERS: Registry[Any] = Registry("optimizer")
-"""Optimizers of torch that plug-ins bring."""
+"""Torch optimizers that plug-ins register."""
 
 OWN_OPTIMIZERS = {
     "sgd": "the direction times the learning rate",
     "momentum": "heavy ball, 0.9",
     "adam": "Adam (0.9, 0.999, 1e-8), bias-corrected",
 }
-"""What steps on an aggregated direction, in this package's own code."""
+"""This package's own optimizers for an aggregated direction."""
 
 
 def aggregators() -> dict[str, str]:
-    """Return what there is to aggregate by, with a line about each."""
+    """Return the names of all aggregators, with a line about each."""
     return _described("aggregators.py", "_BUILT_IN") | _registered(AGGREGATORS)
 
 
 def optimizers() -> dict[str, str]:
-    """Return what steps on an aggregated direction, with a line about each."""
+    """Return the optimizers for an aggregated direction, with a line about each."""
     return OWN_OPTIMIZERS | _registered(OPTIMIZERS)
 
 
 def adversaries() -> dict[str, str]:
-    """Return the rules that no one should follow, with a line about each."""
+    """Return the adversaries, with a line about each."""
     return dict(_described("adversaries.py", "ADVERSARIES"))
 
 
 def split_optimizer_name(text: str) -> tuple[str, str, float | None]:
     """Read `AGGREGATOR[+OPTIMIZER][@LR]` or `OPTIMIZER[@LR]` as (aggregator, optimizer, learning rate).
 
-    The optimizer is `adam` where none is named, the aggregator `mean`; the learning rate is None where none is written.
+    By default the optimizer is `adam`, the aggregator `mean` and the learning rate None.
 
     Raises:
-        UserError: an unknown aggregator or optimizer (the nearest name is given), or a learning rate that is no
-            positive, finite number.
+        UserError: an unknown aggregator or optimizer (the nearest name is given), or a learning rate that is not
+            a positive, finite number.
     """
     names, at, rate = text.strip().partition("@")
     aggregator, plus, optimizer = names.partition("+")

@@ -1,8 +1,8 @@
-"""A rule's state as JSON and tensors, and back: what a checkpoint of a training that goes on with it holds.
+"""Convert a rule's state to JSON and tensors, and back, for the checkpoints of a training that can be resumed.
 
 States are frozen values: dataclasses and named tuples of this package, tuples, tensors, numbers, None, and torchjd's
-modules, which remember in parameters, buffers and plain attributes, one of them in an Adam of its own. Nothing is
-unpickled: a class is looked up by name among those of `ml2o_dist.rules`, and a module is a fresh one, filled.
+modules. These keep their memory in parameters, buffers and plain attributes; one of them has its own Adam. Nothing is
+unpickled: classes are looked up by name in `ml2o_dist.rules`, and saved memory is written into fresh modules.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _MOVED = {
     "ml2o_dist.rules.gml2o": "ml2o_dist.rules.guarded",
     "ml2o_dist.rules.features": "ml2o_dist.rules.coordinatewise.features",
 }
-"""Where classes are that a state names by the module in which an older version had them."""
+"""Present modules of classes, by the module of an older version that a saved state may name."""
 
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _PLAIN = (type(None), bool, int, float, str)
 _SAVED = (*_PLAIN, tuple, list, dict, Tensor, np.ndarray, torch.dtype, torch.device, torch.optim.Adam)
-"""What a module's attribute is saved as; others, as a solver's problem, belong to the fresh module."""
+"""Types of module attributes that are saved. Others, such as a solver's problem, are the fresh module's own."""
 
 
 class StateError(ValueError):
@@ -39,10 +39,10 @@ class StateError(ValueError):
 
 
 def take_apart(state: Any) -> tuple[Tree, dict[str, Tensor]]:
-    """Return what JSON can say of `state`, and its tensors by their place in it.
+    """Return the part of `state` that JSON can hold, and its tensors by their place in the state.
 
     Raises:
-        TypeError: it holds something that is not named above.
+        TypeError: the state holds something of a type not listed above.
     """
     tensors: dict[str, Tensor] = {}
     return _apart(state, "", tensors), tensors
@@ -54,15 +54,15 @@ def put_together(
     modules: Callable[[str], nn.Module],
     classes: Mapping[str, type] | None = None,
 ) -> Any:
-    """Return the state that was taken apart.
+    """Return the state from the results of `take_apart`.
 
     Args:
-        modules: gives a fresh module of the right kind for a place.
-        classes: those of a fresh state (`classes_of`), for rules of plug-ins; the package's own are known.
+        modules: returns a fresh module of the right kind for a place.
+        classes: the classes of a fresh state (`classes_of`), for plug-ins' rules; the package's own are known.
 
     Raises:
-        StateError: the tree is none that `take_apart` returns, a place has no tensor or no module, or a class is none
-            of this package's rules, nor of `classes`.
+        StateError: the tree cannot be a result of `take_apart`, a place has no tensor or no module, or a class is
+            neither of this package's rules nor in `classes`.
     """
     if not isinstance(tree, dict):
         if isinstance(tree, _PLAIN):
@@ -111,7 +111,7 @@ def put_together(
 def check_alike(state: Any, fresh: Any, place: str = "") -> None:
     """Raise StateError unless `state` has the kinds and shapes of a `fresh` state of the same rule and problem.
 
-    What is None in one of them may be anything in the other: a rule fills it, or empties it, as it goes.
+    A value that is None in one of them may be anything in the other: a rule may fill or clear it between steps.
     """
     if state is None or fresh is None or isinstance(fresh, nn.Module):
         return
@@ -142,7 +142,7 @@ def _text(tree: Mapping[str, Any], key: str, otherwise: str | None = None) -> st
 
 
 def modules_of(state: Any) -> dict[str, nn.Module]:
-    """Return the modules in `state` by their place: those of a fresh state serve `put_together`."""
+    """Return the modules in `state` by their place; `put_together` needs those of a fresh state."""
     found: dict[str, nn.Module] = {}
 
     def look(value: Any, place: str) -> None:
@@ -156,7 +156,7 @@ def modules_of(state: Any) -> dict[str, nn.Module]:
 
 
 def classes_of(state: Any) -> dict[str, type]:
-    """Return the named tuples and dataclasses in `state` by what `take_apart` calls them."""
+    """Return the named tuples and dataclasses in `state` by the names that `take_apart` gives them."""
     found = {}
     if type(state) is not tuple and (isinstance(state, tuple) or dataclasses.is_dataclass(state)):
         found[_class_name(state)] = type(state)
@@ -200,7 +200,7 @@ def _apart(value: Any, place: str, tensors: dict[str, Tensor]) -> Tree:
 
 
 def _memory(module: nn.Module) -> Iterator[tuple[str, Any]]:
-    """Yield what a module remembers itself, without the modules in it."""
+    """Yield a module's own memory, without that of its submodules."""
     yield from module._parameters.items()
     yield from module._buffers.items()
     for name, value in vars(module).items():
@@ -209,7 +209,7 @@ def _memory(module: nn.Module) -> Iterator[tuple[str, Any]]:
 
 
 def _fill(module: nn.Module, parts: Any, put: Callable[[Tree], Any]) -> None:
-    """Give a fresh module the memory that was saved; raises StateError where it has no such memory."""
+    """Write the saved memory into a fresh module; raises StateError if the module has no such memory."""
     own = dict(module.named_modules())
     if not isinstance(parts, dict) or not parts.keys() <= own.keys():
         raise StateError("the saved state of the rule has a module of other parts than the rule's")
@@ -224,7 +224,7 @@ def _fill(module: nn.Module, parts: Any, put: Callable[[Tree], Any]) -> None:
                 adam = torch.optim.Adam(part.parameters())  # they come before the attributes
                 try:
                     adam.load_state_dict(put(tree | {"kind": "dict"}))
-                except (KeyError, TypeError, AttributeError, RuntimeError) as error:  # what torch raises for others'
+                except (KeyError, TypeError, AttributeError, RuntimeError) as error:  # from torch for others'
                     raise StateError(f"the saved state of the rule has an Adam that is none: {error}") from error
                 setattr(part, key, adam)
             elif key in part._parameters:

@@ -21,7 +21,7 @@ from ml2o_dist.runtime.errors import UserError
 
 @dataclass(frozen=True)
 class SMGState:
-    """After `steps` steps: alpha_0 [P] float64, the size of step 0; 0 where it is still to be found."""
+    """The state after `steps` steps: alpha_0 [P] float64, the size of step 0; 0 where it has not been found yet."""
 
     steps: int
     alpha_0: Tensor
@@ -29,7 +29,7 @@ class SMGState:
 
 @dataclass(frozen=True)
 class DSSMGState(SMGState):
-    """What DSSMG remembers besides: the weights lambda_t [P, m], and gamma_0 [P] float64, 0 until alpha_0 is found."""
+    """DSSMG's further state: the weights lambda_t [P, m], and gamma_0 [P] float64, 0 until alpha_0 is found."""
 
     weights: Tensor
     gamma_0: Tensor
@@ -38,16 +38,16 @@ class DSSMGState(SMGState):
 class DecreasingSteps(UpdateRule):
     """z_{t+1} = z_t - alpha_t J_1^T lambda_t, projected onto the box, with alpha_t = alpha_0 / (t + 1)^p.
 
-    What SMG and DSSMG share. p in (1/2, 1] makes sum alpha_t infinite and sum alpha_t^2 finite. The default 0.55 (ours)
+    Base of SMG and DSSMG. p in (1/2, 1] makes sum alpha_t infinite and sum alpha_t^2 finite. The default 0.55 (ours)
     is near the fast end: DSSMG's summed loss on MultiDigits (MLP, 3 seeds, last 20 of 200 steps) was 2.12, 2.28, 2.51,
-    3.27 at p = 0.51, 0.55, 0.6, 0.75, on noisy quadratics level up to 0.6; and sum (t + 1)^-2p, which multiplies the
-    noise in the bound, is 50.6, 10.6, 5.6, 2.6.
+    3.27 at p = 0.51, 0.55, 0.6, 0.75; on noisy quadratics the loss did not change up to 0.6. At the same p the factor
+    of the noise in the bound, sum (t + 1)^-2p, is 50.6, 10.6, 5.6, 2.6.
 
-    alpha_0 is given, or found by `first_step` on the first batch (ours). Where that gives none (its direction is zero
-    or too small to be seen) the instance stays where it is and the next step's batch is searched; t counts on.
+    alpha_0 is given, or found by `first_step` on the first batch (ours). If none is found (the direction is zero or
+    too small to be visible) the instance does not move and the next step searches its batch; t still increases.
 
-    An instance whose gradients have an entry that is not finite gets NaN parameters: it has diverged, which is a
-    result. No other instance sees it.
+    An instance with a non-finite gradient entry gets NaN parameters: it has diverged, which is a result. Other
+    instances are not affected.
     """
 
     def __init__(self, p: float = 0.55, alpha_0: float | None = None) -> None:
@@ -63,13 +63,13 @@ class DecreasingSteps(UpdateRule):
         self.alpha_0 = alpha_0
 
     def decay(self, state: SMGState) -> float:
-        """Return alpha_t / alpha_0 = (t + 1)^-p of the step that starts from `state`."""
+        """Return alpha_t / alpha_0 = (t + 1)^-p for the step that starts from `state`."""
         return 1.0 / math.pow(state.steps + 1, self.p)
 
     def alpha(self, state: SMGState) -> Tensor:
-        """Return alpha_t [P] of the step that starts from `state`; 0 where alpha_0 is still to be found.
+        """Return alpha_t [P] of the step that starts from `state`; 0 where alpha_0 has not been found yet.
 
-        Of the first step it is known afterwards: `following.alpha_0 * decay(state)`.
+        For the first step it is known only afterwards: `following.alpha_0 * decay(state)`.
         """
         return state.alpha_0 * self.decay(state)
 
@@ -80,11 +80,11 @@ class DecreasingSteps(UpdateRule):
 class SMG(DecreasingSteps):
     """Stochastic multi-gradient: lambda_t are the min-norm weights of J_1 itself, so z moves along its min-norm point.
 
-    One batch and one Jacobian a step; the weights are exact (`min_norm`). The move is biased, E J_1^T lambda(J_1) is
-    not J^T lambda(J), because the weights see the noise that they weigh: the rates of Liu & Vicente are for convex
-    objectives and a bias that shrinks with the steps, as growing batches make it. DSSMG needs neither.
+    Each step uses one batch and one Jacobian; the weights are exact (`min_norm`). The weights depend on the same noise
+    as the gradients, so the move is biased: E J_1^T lambda(J_1) is not J^T lambda(J). The rates of Liu & Vicente assume
+    convex objectives and a bias that shrinks with the steps, as with growing batches. DSSMG needs neither.
 
-    Source: Liu & Vicente 2021, decreasing steps; their form and the search of alpha_0 are ours.
+    Source: Liu & Vicente 2021, decreasing steps; the form of the steps and the search of alpha_0 are ours.
     """
 
     def initial_state(self, instances: int, objectives: int, layout: ParameterLayout) -> SMGState:
@@ -109,15 +109,15 @@ class DSSMG(DecreasingSteps):
 
     J_1, J_2 on independent batches at z_t. lambda_t is older than J_1, so the move is unbiased; J_1 and J_2 are
     independent, so the weight step is: E J_1 J_2^T lambda_t = J J^T lambda_t (one batch for both would add the
-    gradients' covariance). Of J_2 only the one gradient J_2^T lambda_t is computed: a step costs two batches, two
-    forwards and m + 1 backwards.
+    gradients' covariance). Only the one gradient J_2^T lambda_t is computed, not all of J_2: a step costs two batches,
+    two forwards and m + 1 backwards.
 
     **Scale.** gamma_t = alpha_t / C in the bound below, so C has the unit of the losses. It is written through the
     free number `c`: gamma_t = gamma_0 / (t + 1)^p, gamma_0 = 1 / (c tr(J_1 J_1^T) r^2) on the batch that gave alpha_0,
     r its `steepening` (1 where alpha_0 is given); that is C = c alpha_0 tr(J_1 J_1^T) r^2. The trace bounds the largest
     eigenvalue of J J^T, so with c >= 1 the first weight step does not overshoot, in any units of losses and parameters.
-    Smaller c follows the gradients faster, and its noise enters the bound as M_2 / C. Measured on quadratics, Fonseca
-    and MultiDigits: losses alike for c in 1 .. 10; below 0.3 the weights thrash between the vertices.
+    With a smaller c the weights follow the gradients faster, and their noise enters the bound as M_2 / C. Measured on
+    quadratics, Fonseca and MultiDigits: losses are alike for c in 1 .. 10; below 0.3 the weights jump between vertices.
 
     **Bound.** Let every f_i be L-smooth and bounded below, no box, and given the past E J_1 = E J_2 = J(z_t),
     E|J_1^T lambda_t|^2 <= M_1, E|J_1 J_2^T lambda_t|^2 <= M_2. For any fixed lambda of the simplex let V_t =
@@ -136,18 +136,19 @@ class DSSMG(DecreasingSteps):
 
     As sum alpha_t diverges, min_lambda |J(z_t)^T lambda| <= |J(z_t)^T lambda_t| has liminf 0, almost surely (Robbins &
     Siegmund 1971) and, squared and averaged with weights alpha_t, in expectation as O(T^(p-1)); p = 1: O(1 / log T).
-    Convex or not; the point found depends on the run. Any move that is no worse than this one in lambda^T F, up to
-    summable errors, keeps the bound: what a guard needs.
+    This holds for convex and non-convex objectives; the point found depends on the run. Any move that is no worse than
+    this one in lambda^T F, up to summable errors, keeps the bound, which is what a guard needs.
 
-    Where the proof stops: alpha_0 found on the first batch, and gamma_0, depend on its J_1, so the sum starts after
-    that step (s = 1), given which both are constants. The box: z moves along the feasible part of J_1^T lambda_t only,
-    and the terms no longer cancel. We then take the feasible part of J_2^T lambda_t in the weight step as well, G_2 =
-    (z_t - Proj_box(z_t - alpha_t J_2^T lambda_t)) / alpha_t, which is J_2^T lambda_t where no bound is hit. The terms
-    cancel again, and <J^T lambda_t, G_t> >= |G_t|^2 gives, without noise, the bound for the projected gradient G_t in
-    place of J^T lambda_t; with noise at an active bound only up to sum alpha_t * variance: a neighbourhood, no limit.
+    Limits of the proof: if alpha_0 is found on the first batch, alpha_0 and gamma_0 depend on its J_1. The sum then
+    starts after that step (s = 1), given which both are constants. With a box, z moves along the feasible part of
+    J_1^T lambda_t only, and the terms no longer cancel. We then take the feasible part of J_2^T lambda_t in the weight
+    step as well, G_2 = (z_t - Proj_box(z_t - alpha_t J_2^T lambda_t)) / alpha_t, which is J_2^T lambda_t where no bound
+    is hit. The terms cancel again, and without noise <J^T lambda_t, G_t> >= |G_t|^2 gives the bound for the projected
+    gradient G_t in place of J^T lambda_t. With noise at an active bound it holds only up to sum alpha_t * variance,
+    which gives a neighbourhood, not a limit.
 
-    **Whose it is.** From the paper of ML2O (Yang, Tang, Yang 2023), as far as summaries tell, only the name and its
-    place as the convergent fallback. The form above, C, the line search, the box and the bound are ours. MoDo (Chen,
+    **Origin.** As far as summaries tell, only the name and the role as the convergent fallback come from the paper of
+    ML2O (Yang, Tang, Yang 2023). The form above, C, the line search, the box and the bound are ours. MoDo (Chen,
     Fernando, Ying & Chen 2023) has the same double-sampled weight step, with constant steps, a ridge term and the whole
     J_2, and moves z by the new weights on a third batch (in code the mean of both).
     """
@@ -167,7 +168,7 @@ class DSSMG(DecreasingSteps):
     def propose(
         self, oracle: Oracle, parameters: Tensor, state: DSSMGState, seen: StepInfo
     ) -> tuple[Tensor, DSSMGState]:
-        """Return the next point [P, n] and state; draws the second batch. The weights move at z_t, whatever follows."""
+        """Return the next point [P, n] and state; draws the second batch. The weights always move at z_t."""
         problem, jacobian, weights = oracle.problem, seen.jacobian, state.weights.to(seen.jacobian)
         direction = _combine(weights, jacobian)
         alpha_0, steepening = _settle(oracle, parameters, state, direction, weights, seen)
@@ -180,7 +181,7 @@ class DSSMG(DecreasingSteps):
         candidate = _move(problem, parameters, alpha, direction)
         gradient, _ = oracle.gradient(parameters, oracle.draw(), weights)
         feasible = _feasible(problem, parameters, alpha, gradient)
-        # Of the size of J, not of its square, which float32 may not hold; gamma makes up for it in float64.
+        # Scaled like J, not like its square, which may overflow float32; gamma, in float64, compensates for the scale.
         size = lengths.where(lengths > 0, 1.0).log2().round().clamp(-120, 120).exp2()
         slopes = torch.einsum("pmn,pn->pm", jacobian, (feasible / size.to(feasible)[:, None]).to(jacobian))
         gamma = (gamma_0 * self.decay(state) * size)[:, None].to(slopes)
@@ -201,12 +202,12 @@ def _settle(
     weights: Tensor,
     seen: StepInfo,
 ) -> tuple[Tensor, Tensor]:
-    """Return alpha_0 [P], searched where it is still to be found, and the search's steepening [P] (1 elsewhere)."""
+    """Return alpha_0 [P], searched where it is not known yet, and the search's steepening [P] (1 elsewhere)."""
     known = state.alpha_0.to(parameters.device)
     missing = known == 0
     if not missing.any():
         return known, torch.ones_like(known)
-    # A direction of zero has nothing to search: instances that have their alpha_0 cost no evaluation.
+    # A zero direction is not searched, so that instances with a known alpha_0 cost no evaluation.
     wanted = torch.where(missing[:, None], direction, 0.0)
     found = first_step(oracle, parameters, wanted, weights, seen.losses, seen.batch)
     return torch.where(missing, found.alpha, known), found.steepening
@@ -218,7 +219,7 @@ def _move(problem: Problem, parameters: Tensor, alpha: Tensor, direction: Tensor
 
 
 def _feasible(problem: Problem, parameters: Tensor, alpha: Tensor, gradient: Tensor) -> Tensor:
-    """Return (z - Proj_box(z - alpha gradient)) / alpha, [P, n], without its rounding; the gradient where alpha = 0."""
+    """Return (z - Proj_box(z - alpha gradient)) / alpha, [P, n], free of its rounding; the gradient where alpha = 0."""
     if problem.bounds is None:
         return gradient
     size = alpha[:, None].to(parameters)
@@ -228,7 +229,7 @@ def _feasible(problem: Problem, parameters: Tensor, alpha: Tensor, gradient: Ten
 
 
 def _diverge(candidate: Tensor, *seen: Tensor) -> Tensor:
-    """Return `candidate` [P, n] with NaN for instances of which an entry of `seen` [P, ..] is not finite."""
+    """Return `candidate` [P, n] with NaN for instances whose `seen` [P, ..] has a non-finite entry."""
     finite = torch.stack([part.isfinite().all(dim=1) for part in seen]).all(dim=0)
     return torch.where(finite[:, None], candidate, math.nan)
 

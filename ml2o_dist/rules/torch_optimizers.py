@@ -1,6 +1,6 @@
-"""Any `torch.optim.Optimizer` as what steps on an aggregated direction, on the tensors that the parameters really are.
+"""Use any `torch.optim.Optimizer` to step along an aggregated direction, on the model's own tensors.
 
-A rule's state is a value: between two steps an optimizer is its `state_dict`, of which every step takes a copy.
+A rule's state is a value: between steps an optimizer is stored as its `state_dict`, which every step copies.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ class TorchOptimizer:
     takes_lr: bool
 
     def made(self, parameters: list[torch.nn.Parameter], lr: float | None) -> torch.optim.Optimizer:
-        """Return a fresh one; without an `lr` it has its own."""
+        """Return a fresh optimizer; without an `lr` it uses its own default."""
         return self.build(parameters) if lr is None else self.build(parameters, lr=lr)
 
 
 def register_optimizer(name: str) -> Callable[[Build], Build]:
     """Register a function `(parameters, lr=0.01) -> torch.optim.Optimizer` (a decorator).
 
-    It is an optimizer to compare with: `NAME@0.01`, `AGGREGATOR+NAME@0.01`, or `NAME` alone, whose learning rate is
+    Comparisons can then use it as `NAME@0.01`, `AGGREGATOR+NAME@0.01`, or `NAME` alone. The learning rate of `NAME` is
     tuned if the function has a parameter `lr`.
     """
 
@@ -59,7 +59,7 @@ def torch_step(
     direction: Tensor,
     memory: Mapping[str, Any] | None,
 ) -> tuple[Tensor, dict[str, Any]]:
-    """Return where one instance's parameters [n] go with `direction` [n] as their gradient, and the new memory.
+    """Return one instance's parameters [n] after a step with `direction` [n] as their gradient, and the new memory.
 
     Args:
         shapes: of the tensors behind the n parameters, in order.

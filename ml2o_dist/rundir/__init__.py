@@ -1,1 +1,1 @@
-"""Run directories: a folder, here or at a URI, and what lies in it."""
+"""Run directories: a local folder or a URI, and the files in it."""

@@ -1,4 +1,4 @@
-"""The folder of one run: whether it may be used, its configuration, its log."""
+"""Checks the folder of a run, and reads and writes its configuration and log."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from ml2o_dist.tracking.store import resolve_tracking_uri
 
 
 def resumed_settings(storage: RunStorage, overrides: Sequence[str]) -> MetaTrainSettings:
-    """Read the settings of a run, to go on with it; raises UserError where there is none."""
+    """Read the settings of a run in order to resume it; raise UserError if there is none."""
     check_folder(storage.folder)
     file = storage.folder / "config.yaml"
     if not file.exists():
@@ -41,9 +41,9 @@ def resumed_settings(storage: RunStorage, overrides: Sequence[str]) -> MetaTrain
 
 
 def check_fresh(run_dir: Path, settings: MetaTrainSettings) -> bool:
-    """Raise UserError where `run_dir` holds a run that has got as far as a checkpoint.
+    """Raise UserError if `run_dir` holds a run with a checkpoint.
 
-    Tells whether it holds this very run, killed before that: its MLflow run is gone on with.
+    Returns whether it holds the start of this same run, killed before its first checkpoint; its MLflow run is resumed.
     """
     check_kind(run_dir, "a meta-training")
     checkpoint, _ = newest_checkpoint(run_dir / "checkpoints")
@@ -51,7 +51,7 @@ def check_fresh(run_dir: Path, settings: MetaTrainSettings) -> bool:
         return _holds_start_of(run_dir, settings)
     try:
         difference = first_difference(settings, parse_settings(checkpoint.state.get("config")))
-    except UserError as error:  # of another version, or no run's
+    except UserError as error:  # the settings are of another version, or not of a run
         difference = str(error)
     if difference:
         raise UserError(f"{run_dir} holds a run of another configuration ({difference}); choose another --run-dir")
@@ -59,12 +59,12 @@ def check_fresh(run_dir: Path, settings: MetaTrainSettings) -> bool:
 
 
 def only_begun(run_dir: Path) -> bool:
-    """Tell whether `run_dir` holds a run that was cut short after its config.yaml, before its first checkpoint."""
+    """Tell whether `run_dir` holds a run that ended after its config.yaml but before its first checkpoint."""
     return (run_dir / "config.yaml").is_file() and not any((run_dir / "checkpoints").glob("step_*"))
 
 
 def check_begun_with(run_dir: Path, settings: MetaTrainSettings) -> None:
-    """Raise UserError where a run that was only begun has another configuration in its config.yaml."""
+    """Raise UserError if a run without a checkpoint has another configuration in its config.yaml."""
     difference = first_difference(settings, resolve_settings(load_settings(run_dir / "config.yaml", within=run_dir)))
     if difference:
         raise UserError(f"cannot resume {run_dir} with another configuration: {difference}")
@@ -76,7 +76,7 @@ def _holds_start_of(run_dir: Path, settings: MetaTrainSettings) -> bool:
         return False
     try:
         difference = first_difference(settings, parse_settings(identity.config))
-    except UserError as error:  # of another version
+    except UserError as error:  # the settings are of another version
         difference = str(error)
     if difference and (values := unsent_values(run_dir / SPOOL_FOLDER)):
         raise UserError(
@@ -87,20 +87,20 @@ def _holds_start_of(run_dir: Path, settings: MetaTrainSettings) -> bool:
 
 
 FOLDERS = ("checkpoints", "experts", "fronts", "plots", "training", "trajectories", "tune")
-"""What a run directory may have below it, in which files are written and removed."""
+"""The folders that a run directory may contain, in which files are written and removed."""
 
 
 def check_folder(run_dir: Path) -> None:
-    """Raise UserError where `run_dir`, or something above it, is a file, or no folder can be called so.
+    """Raise UserError if `run_dir` or one of its parents is a file, or if no folder can have its name.
 
-    Also where one of its `FOLDERS` has a link that leads out of it: somebody may have given the directory away with a
-    link, and what is written or removed there would be the reader's own.
+    Raise it also if one of its `FOLDERS` has a link that leads out of it: a directory from somebody else may contain
+    such a link, and we would then write or remove the user's own files elsewhere.
     """
     try:
         there = next(path for path in (run_dir, *run_dir.parents) if path.exists())
     except OSError as error:
         raise _unwritable(run_dir, error) from error
-    if "\0" in str(run_dir):  # `exists` answers no
+    if "\0" in str(run_dir):  # `exists` returns False for such a name
         raise UserError(f"run directory {str(run_dir)!r} has a NUL character in its name")
     if not there.is_dir():
         raise UserError(f"run directory {str(run_dir)!r}: {str(there)!r} is a file; choose another --run-dir")
@@ -112,7 +112,7 @@ def check_folder(run_dir: Path) -> None:
 
 
 def check_writable(run_dir: Path) -> None:
-    """Raise UserError where `run_dir` is on a read-only disk or may not be written; leaves nothing behind."""
+    """Raise UserError if `run_dir` is on a read-only disk or may not be written; leave no file behind."""
     there = next(folder for folder in (run_dir, *run_dir.parents) if folder.exists())
     try:
         tempfile.TemporaryFile(dir=there).close()
@@ -123,7 +123,7 @@ def check_writable(run_dir: Path) -> None:
 @contextmanager
 def written_to(run_dir: Path, settings: MetaTrainSettings, console: Console) -> Iterator[None]:
     """Write config.yaml and log as `logged_to` does, for the time of a `with` block."""
-    remember(resolve_tracking_uri(settings.tracking.uri))  # before the folder can be resumed
+    remember(resolve_tracking_uri(settings.tracking.uri))  # before the folder holds a run that can be resumed
     try:
         with replacing(run_dir / "config.yaml") as stream:
             stream.write(dump_settings(settings).encode())
@@ -135,7 +135,7 @@ def written_to(run_dir: Path, settings: MetaTrainSettings, console: Console) -> 
 
 @contextmanager
 def logged_to(run_dir: Path, console: Console) -> Iterator[None]:
-    """Log to run.log in `run_dir`, which is made, warnings to the console too, for the time of a `with` block."""
+    """Create `run_dir` and log to its run.log (warnings also to the console) for the time of a `with` block."""
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         check_own_file(run_dir / "run.log")
@@ -160,14 +160,14 @@ def logged_to(run_dir: Path, console: Console) -> Iterator[None]:
 
 
 class _Letters(logging.Formatter):
-    """Escapes the control characters of names and messages: a log is read in a terminal, too."""
+    """Escapes the control characters of names and messages, since a log may be read in a terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
         return visible(super().format(record), lines=True)
 
 
 class _Screen(logging.Handler):
-    """Shows a record as one line, which the terminal may break but nothing pads."""
+    """Shows a record as one line without padding; the terminal may wrap it."""
 
     def __init__(self, level: int, console: Console) -> None:
         super().__init__(level)
@@ -179,7 +179,7 @@ class _Screen(logging.Handler):
 
 
 class _RunLog(logging.FileHandler):
-    """The run's log. What a full disk does not take is said once per outage, and tried again with the next record."""
+    """The run's log. If the disk is full, it warns once per outage and tries again with the next record."""
 
     def __init__(self, file: Path, console: Console) -> None:
         super().__init__(file)
@@ -199,7 +199,7 @@ class _RunLog(logging.FileHandler):
             self._console.print(headed(f"{self.baseFilename} cannot be written:", str(error.strerror)))
 
     def close(self) -> None:
-        with suppress(OSError):  # of the records that were said not to be written
+        with suppress(OSError):  # records that could not be written, as was reported
             super().close()
 
 

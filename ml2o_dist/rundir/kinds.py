@@ -1,4 +1,4 @@
-"""What kind of run a folder holds: a folder holds one."""
+"""Finds the kind of run in a folder; a folder holds one run."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ KINDS = {
     "an evaluation": "evaluation.json",
     "a meta-training": "config.yaml",
 }
-"""The file that tells; a sweep's folder has the best trial's config.yaml besides."""
+"""The file that identifies each kind; a sweep's folder also has the best trial's config.yaml."""
 
 
 def kind_of(folder: Path) -> str | None:
-    """Return what the folder holds, in words; None where it holds no run."""
+    """Return the kind of run in the folder, in words; None if it holds no run."""
     return next((kind for kind, name in KINDS.items() if (folder / name).exists()), None)
 
 
 def check_kind(folder: Path, wanted: str, shown: str = "") -> None:
-    """Raise UserError where the folder holds a run of another kind than the `wanted` one; `shown` is its name."""
+    """Raise UserError if the folder holds a run of another kind than `wanted`; `shown` is the folder's name."""
     found = kind_of(folder)
     if found not in (None, wanted):
         what = f"the {wanted.split(' ', 1)[1]}"

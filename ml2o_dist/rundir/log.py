@@ -1,4 +1,4 @@
-"""What a run's log says to somebody who comes later: its warnings, and how the run last ended."""
+"""Reads a run's log for its warnings and for how the run last ended."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from ml2o_dist.runtime.reading import MIB, read_bytes
 
 FORM = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 BEGUN = "this process begins the run, or goes on with it"
-"""The first line of each process that writes to the log; what stood there before is another one's."""
+"""The first line that each process writes to the log; earlier lines are from other processes."""
 COMPARISON_FAILED = "the comparison failed"
 
 LOG_LIMIT = 256 * MIB
-"""Bytes of a log: of a run that says something each second, for a month."""
+"""Most bytes of a log: enough for a line each second for a month."""
 MOST_WARNINGS = 1000
-"""Warnings that are shown, the newest ones."""
+"""How many warnings are shown: the newest ones."""
 
 _LINE = re.compile(r"(\d{4}-\d\d-\d\d \d\d:\d\d:\d\d)\S* ([A-Z]+) \S+: (.*)")
 _END = re.compile(rf"stopped by \w+|aborted|{COMPARISON_FAILED}.*")
@@ -34,10 +34,10 @@ class Warned:
 
 @dataclass(frozen=True)
 class RunLog:
-    """What is of use of a log.
+    """The useful part of a log.
 
     Attributes:
-        warnings: lines at WARNING or above, all processes', the newest last.
+        warnings: lines at WARNING or above, from all processes, the newest last.
         ended: how the last process ended, if it said so: "stopped by SIGINT", "aborted", "the comparison failed: ...".
     """
 
@@ -46,7 +46,7 @@ class RunLog:
 
 
 def read_log(file: Path) -> RunLog:
-    """Read a log as `written_to` of run_directory.py has it written.
+    """Read a log in the format of `written_to` in directory.py.
 
     Raises:
         FileNotFoundError: there is none.  UserError: it is no regular file, too large, or a link out of its folder.
@@ -55,7 +55,7 @@ def read_log(file: Path) -> RunLog:
     ended = ""
     for line in read_bytes(file, "log", LOG_LIMIT, file.parent).decode(errors="replace").splitlines():
         match = _LINE.fullmatch(line)
-        if match is None:  # of a traceback
+        if match is None:  # a line of a traceback
             continue
         warned = Warned(*match.groups())
         if warned.level in ("WARNING", "ERROR", "CRITICAL"):

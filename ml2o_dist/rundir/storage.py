@@ -1,9 +1,9 @@
-"""Where a run lives: a local folder, or a URI of any file system that pyarrow knows (s3, gs, abfs, hdfs, file).
+"""Storage of a run: a local folder, or a URI of any file system that pyarrow knows (s3, gs, abfs, hdfs, file).
 
-A run at a URI is written in a local working copy, and a thread of its own commits what changed to the remote place.
-Nothing is renamed there, since object stores cannot: the files of a checkpoint are written first and its manifest last.
-A checkpoint without its manifest, or with a hash that differs, is refused by every reader, so that the manifest is what
-commits it. The same holds for the weights and their card.
+A run at a URI is written in a local working copy, and a separate thread commits changed files to the remote place.
+Files are not renamed there, since object stores cannot do that: the files of a checkpoint are written first and its
+manifest last. Every reader refuses a checkpoint without a manifest or with a hash that differs, so writing the manifest
+commits the checkpoint. In the same way the card commits the weights.
 """
 
 from __future__ import annotations
@@ -29,29 +29,29 @@ from ml2o_dist.runtime.reading import MIB, YAML_LIMIT, read_bytes
 from ml2o_dist.runtime.remote_files import answering, bare, check_remote, connect, is_uri, reason
 
 LOCAL_ONLY = "spool"
-"""The folder of a working copy that is neither committed nor replaced: what this machine has yet to send to MLflow."""
+"""The folder of a working copy with values not yet sent to MLflow; it is neither committed nor replaced."""
 
 FILE_LIMIT = 16 * 1024 * MIB
-"""Bytes of a file that is fetched: that of the largest checkpoint."""
+"""Most bytes of a file that is fetched: those of the largest checkpoint."""
 
 _CHECKPOINT = re.compile(r"checkpoints/(step_(\d{6,}))/(.+)")
 
 log = logging.getLogger(__name__)
 
 Stamp = tuple[int, int, int]
-"""Inode, size and time of a file: while they stay, so did its content, since our files are replaced and not changed."""
+"""Inode, size and time of a file. Our files are replaced, not modified, so equal stamps mean equal content."""
 
 
 class StorageError(Exception):
-    """The remote place does not have what the working copy has; the message is one line and says why."""
+    """The working copy could not be committed to the remote place; the message is one line and says why."""
 
 
 class RunStorage:
     """A run in a local folder: the folder is the run directory, and there is nothing to commit.
 
     Attributes:
-        name: what the user knows the run by: the absolute path, or the URI.
-        folder: where its files are written and read.
+        name: the run's name for the user: the absolute path, or the URI.
+        folder: the local folder in which its files are written and read.
     """
 
     def __init__(self, name: str, folder: Path) -> None:
@@ -68,13 +68,13 @@ class RunStorage:
         return text.replace(str(self.folder), self.name)
 
     def commit(self) -> None:
-        """Begin to bring to the remote place what changed in the folder; returns at once."""
+        """Start to commit changed files to the remote place; return at once."""
 
     def settle(self) -> None:
-        """Return when the remote place has everything; raises StorageError where it cannot be had there."""
+        """Wait until the remote place has all files; raise StorageError if that fails."""
 
     def forget(self) -> None:
-        """Remove a working copy whose content is at the remote place, unless it has something to send to MLflow."""
+        """Remove a committed working copy, unless it has values to send to MLflow."""
 
 
 def open_storage(run_dir: Path | str, *, resume: bool = False) -> RunStorage:
@@ -99,16 +99,16 @@ def open_storage(run_dir: Path | str, *, resume: bool = False) -> RunStorage:
 
 
 def working_copy(uri: str) -> Path:
-    """Return the folder in which a run at `uri` is written on this machine; its spool stays there until it is sent."""
+    """Return the local working copy of a run at `uri`; its spool stays there until it is sent."""
     return cache_folder() / "runs" / sha256(bare(uri).encode()).hexdigest()[:16]
 
 
 @contextmanager
 def read_run(run_dir: Path | str) -> Iterator[Path]:
-    """Give a local folder with the files of a run for the time of a `with` block; the run may be at a URI.
+    """Yield a local folder with the files of a run, which may be at a URI, for the time of a `with` block.
 
-    A run at a URI is downloaded for the occasion: a run that writes there meanwhile is not disturbed. Raises UserError;
-    one that the block raises names the URI, not the folder.
+    A run at a URI is downloaded to a temporary folder, which does not disturb a process that writes to it. Raises
+    UserError; a UserError from the block is raised with the URI in place of the folder.
     """
     if not is_uri(run_dir):
         yield home_folder() / run_dir
@@ -131,7 +131,7 @@ class RemoteRunStorage(RunStorage):
         super().__init__(uri, folder)
         self._filesystem = filesystem
         self._base = base
-        self._committed: dict[str, Stamp] = {}  # of the files that the remote place has as they are here
+        self._committed: dict[str, Stamp] = {}  # stamps of the files that are equal at the remote place
         self._remote_steps: set[str] = set()
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="run-storage")
         self._waiting: Future[None] | None = None
@@ -148,11 +148,11 @@ class RemoteRunStorage(RunStorage):
             self._filesystem.delete_file(f"{self._base}/.writable")
 
     def refresh(self, *, resume: bool) -> None:
-        """Make the working copy equal to the remote place, which is the truth.
+        """Make the working copy equal to the remote place, which is authoritative.
 
-        One case is left out: a working copy that is further than the remote place, because that did not answer. What
-        the steps in between came to is a function of the settings, so they need not be done again.
-        config.yaml is taken from the newest whole checkpoint, since a torn one could pass for a whole one.
+        The one exception is a working copy that is ahead because the remote place did not answer. The results of its
+        additional steps are a function of the settings, so they need not be repeated.
+        config.yaml is taken from the newest valid checkpoint, since a truncated config.yaml could pass for a whole one.
         """
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -185,7 +185,7 @@ class RemoteRunStorage(RunStorage):
             for info in self._filesystem.get_file_info(selector):
                 path = PurePosixPath(info.path).relative_to(self._base)
                 name = path.as_posix()
-                if ".." in path.parts or "\0" in name:  # an object's name may be anything
+                if ".." in path.parts or "\0" in name:  # an object may have any name
                     raise UserError(f"run directory {self.name!r} has a file {name!r}, which lies outside of it")
                 if found := re.match(r"checkpoints/(step_\d{6,})", name):
                     self._remote_steps.add(found[1])
@@ -201,7 +201,7 @@ class RemoteRunStorage(RunStorage):
         return stamps
 
     def commit(self) -> None:
-        if self._waiting is None or self._waiting.running() or self._waiting.done():  # else one is about to begin
+        if self._waiting is None or self._waiting.running() or self._waiting.done():  # else a commit is queued already
             self._waiting = self._thread.submit(self._try_to_commit)
 
     def settle(self) -> None:
@@ -217,10 +217,10 @@ class RemoteRunStorage(RunStorage):
             shutil.rmtree(self.folder, ignore_errors=True)
 
     def _try_to_commit(self) -> None:
-        """Commit, or say once per outage that it was not possible and leave it to the next time."""
+        """Commit; if that fails, warn once per outage and leave it to the next commit."""
         try:
             self._commit()
-        except Exception as error:  # whatever a file system raises: training must not end because of it
+        except Exception as error:  # no error of a file system may end the training
             if not self._away:
                 log.warning(
                     "%s cannot be written; training goes on in %s and tries again at each checkpoint: %s",
@@ -231,12 +231,12 @@ class RemoteRunStorage(RunStorage):
             self._away = True
         else:
             if self._away:
-                log.warning("%s can be written again", self.name)  # where the outage was said
+                log.warning("%s can be written again", self.name)  # the log that has the outage
             self._away = False
 
     def _commit(self) -> None:
-        """Write what changed, each commit marker after what it stands for; then remove what was removed here."""
-        steps: dict[str, bool] = {}  # newest first: is it all there?
+        """Write changed files, each commit marker after its files; then remove checkpoints that are gone locally."""
+        steps: dict[str, bool] = {}  # whether each step is complete, newest first
         for name in sorted(self._names(), key=_commit_order):
             found = _CHECKPOINT.fullmatch(name)
             step = found[1] if found else ""
@@ -248,19 +248,19 @@ class RemoteRunStorage(RunStorage):
                     continue
                 content = (self.folder / name).read_bytes()
             except FileNotFoundError:
-                steps[step] = step == ""  # a checkpoint that has become one too many meanwhile, or a file replaced
+                steps[step] = step == ""  # the checkpoint was pruned meanwhile, or the file replaced
                 continue
             if step:
                 self._remote_steps.add(step)
             self._write(name, content)
             self._committed[name] = stamp
         steps.pop("", None)
-        if next(iter(steps.values()), False):  # without the newest one there, those before must stay
+        if next(iter(steps.values()), False):  # only if the newest one is complete may earlier ones go
             for step in sorted(self._remote_steps - steps.keys()):
                 self._remove_checkpoint(step)
 
     def _names(self) -> Iterator[str]:
-        """Yield the relative paths of the run's files: not the spool, nothing that is half-written or half-removed."""
+        """Yield the relative paths of the run's files, without the spool and half-written or half-removed files."""
         for path, folders, files in os.walk(self.folder):
             below = Path(path).relative_to(self.folder)
             local = {LOCAL_ONLY} if Path(path) == self.folder else set()
@@ -271,14 +271,14 @@ class RemoteRunStorage(RunStorage):
         path = f"{self._base}/{name}"
         try:
             stream = self._filesystem.open_output_stream(path)
-        except FileNotFoundError:  # an object store has no folders to make
+        except FileNotFoundError:  # not an object store: the folder must be created
             self._filesystem.create_dir(path.rpartition("/")[0], recursive=True)
             stream = self._filesystem.open_output_stream(path)
         with stream:
             stream.write(content)
 
     def _remove_checkpoint(self, step: str) -> None:
-        """Remove the manifest first: without it what is left is no checkpoint."""
+        """Remove a checkpoint, its manifest first: the rest without it is no checkpoint."""
         folder = f"{self._base}/checkpoints/{step}"
         manifest = f"{folder}/manifest.json"
         if self._filesystem.get_file_info(manifest).type == FileType.File:
@@ -291,9 +291,9 @@ class RemoteRunStorage(RunStorage):
 
 
 def _is_further(here: Path, there: Path, whole: Checkpoint | None, resume: bool) -> bool:
-    """Say whether the folder `here` goes on from the run in `there`, whose newest whole checkpoint is `whole`.
+    """Tell whether folder `here` continues the run in `there`, whose newest valid checkpoint is `whole`.
 
-    Where nothing of a run ever came to the remote place, only the wish to resume says that one is meant.
+    If nothing of the run reached the remote place, only `resume` shows that the user means the run in `here`.
     """
     ours, _ = newest_checkpoint(here / "checkpoints")
     first, second = here / "config.yaml", there / "config.yaml"
@@ -314,7 +314,7 @@ def _tracking_run(checkpoint: Checkpoint) -> str:
 
 
 def _commit_order(name: str) -> tuple[bool, int, int, str]:
-    """Sort key: the newest checkpoint after all other files, older ones after it; commit markers after their files."""
+    """Return the sort key for commits: checkpoints last, the newest first; commit markers after their files."""
     found = _CHECKPOINT.fullmatch(name)
     marker = 2 if name.endswith("manifest.json") else int(name.endswith(".json"))
     return found is not None, -int(found[2]) if found else 0, marker, name

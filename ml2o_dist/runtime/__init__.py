@@ -1,1 +1,1 @@
-"""What every room stands on: files, errors, seeds, signals, Ray."""
+"""The basis of all other packages: files, errors, seeds, signals, Ray."""

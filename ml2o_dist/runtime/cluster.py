@@ -1,4 +1,4 @@
-"""Joining or starting the Ray cluster a command runs on."""
+"""Joins or starts the Ray cluster that a command runs on."""
 
 from __future__ import annotations
 
@@ -24,26 +24,26 @@ from ml2o_dist.runtime.ray_internals import ray_internal
 from ml2o_dist.runtime.stopping import own_handlers_kept, sigterm_kept_from_children
 
 PROBE_S = 5.0
-"""How long a cluster may take to accept a connection; Ray itself would try for many minutes."""
+"""Seconds that a cluster may take to accept a connection; Ray itself would try for many minutes."""
 
 DEFAULT_PORT = 6379
-"""Where `ray start --head` listens."""
+"""The port on which `ray start --head` listens."""
 
 SOCKET_LIMIT = 107
-"""Bytes of a Unix socket's path, as Linux has it."""
+"""Most bytes of a Unix socket's path on Linux."""
 
 MARK = "ML2O_RAY"
-"""The environment variable by which the processes of a Ray of our own are known."""
+"""The environment variable that marks the processes of a Ray that we started."""
 
 log = logging.getLogger(__name__)
 
 
 @contextmanager
 def connected(address: str = "auto") -> Iterator[str]:
-    """Connect to Ray for the time of a `with` block; yields a line that says to what.
+    """Connect to Ray for the time of a `with` block; yield a line that names the cluster.
 
-    auto: the cluster of RAY_ADDRESS (a submitted job has it) or one running on this machine, else one is started
-    here and ended with the block; local: always started here; anything else: that cluster.
+    auto: the cluster of RAY_ADDRESS (a submitted job has it) or one running on this machine; if there is none, a new
+    one that ends with the block. local: always a new one. Anything else: the cluster at that address.
 
     Raises:
         UserError: nothing answers at `address`.
@@ -68,7 +68,7 @@ def connected(address: str = "auto") -> Iterator[str]:
                 context = _init(target, mark)
             except (ConnectionError, ValueError, RuntimeError):
                 raise
-            except Exception as error:  # a plain one, where its processes are not up in half a minute (Ray 2.60)
+            except Exception as error:  # a plain Exception: its processes were not up in half a minute (Ray 2.60)
                 log.warning("Ray did not start: %s; once more, as on a busy machine", _first_line(error))
                 _end(mark)
                 context = _init(target, mark)
@@ -93,14 +93,14 @@ def _running_here() -> bool:
 
 
 class RayEnded(Aborted):
-    """The Ray that this process has started is gone: what is done is kept, and can be gone on with."""
+    """The Ray that this process started has ended; the work so far is kept and can be resumed."""
 
 
 def check_own_ray() -> None:
-    """Raise RayEnded where the raylet of a Ray that this process has started is dead: killed, or crashed.
+    """Raise RayEnded if this process started Ray and the raylet was killed or crashed.
 
-    To be called every second or so: whatever asks Ray some seconds later ends the process without a word (Ray 2.60).
-    Of a cluster that was joined it is not known.
+    Call it about every second: once the raylet has been dead for some seconds, any call of Ray ends the process without
+    a message (Ray 2.60). For a cluster that this process joined, it cannot tell.
     """
     with ray_internal("ray._private.worker._global_node"):
         from ray._private import worker
@@ -111,7 +111,7 @@ def check_own_ray() -> None:
 
 
 def _check_temporary_folder() -> None:
-    """Raise UserError where the sockets of a Ray that is started here would have too long a path."""
+    """Raise UserError if the socket paths of a Ray started here would be too long."""
     variable = next((name for name in ("RAY_TMPDIR", "TMPDIR") if os.environ.get(name)), None)
     if variable is None:
         return
@@ -130,44 +130,44 @@ def _init(target: str | None, mark: str) -> Any:
         own_handlers_kept(),
         one_start_at_a_time(),
         _marked(mark),
-        sigterm_kept_from_children(),  # timeout, systemd and scancel send it to all; Ray ends after us
+        sigterm_kept_from_children(),  # timeout, systemd and scancel signal all processes; Ray must end after us
         _ended_at_once(),
     ):
         return ray.init(
             address=target,
             include_dashboard=False,
             logging_level=logging.ERROR,
-            log_to_driver=log.isEnabledFor(logging.DEBUG),  # paragraphs on a worker that dies; ours are shorter
+            log_to_driver=log.isEnabledFor(logging.DEBUG),  # Ray logs paragraphs on a dead worker; ours are shorter
         )
 
 
 def _end(mark: str) -> None:
-    """End a Ray of our own, and what it leaves: its agents notice only after a minute that their raylet has ended.
+    """End a Ray that we started, and its agents, which notice only after a minute that their raylet has ended.
 
-    What it has started is looked up while it is still there. Only where there is a /proc; elsewhere it is left to Ray.
+    Its processes are looked up before it ends. This needs /proc; on other systems it is left to Ray.
     """
     with ExitStack() as handles:
         begun = _begun(mark, handles)
         with _ended_at_once():
             ray.shutdown()
-        for process in begun + _begun(mark, handles):  # an agent may just have been started
+        for process in begun + _begun(mark, handles):  # an agent may have started meanwhile
             with suppress(ProcessLookupError):
                 signal.pidfd_send_signal(process, signal.SIGKILL)
 
 
 def _begun(mark: str, handles: ExitStack) -> list[int]:
-    """Return handles, which stay theirs after their end, of the processes that carry `mark` and what those started.
+    """Return pidfds of the processes that carry `mark` and of their descendants; a pidfd outlives its process.
 
-    Of Ray's agents the environment cannot be read: they write their names over it.
+    The descendants are needed since Ray's agents overwrite their environment with their names.
     """
     marked = []
     for folder in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # it has ended, or is another user's
+        with suppress(OSError):  # the process has ended, or is another user's
             if f"{MARK}={mark}".encode() in (folder / "environ").read_bytes().split(b"\0"):
                 marked.append(int(folder.name))
     begun = []
     for pid in {*marked, *descendants(marked)}:
-        with suppress(OSError):  # it has ended
+        with suppress(OSError):  # the process has ended
             begun.append(os.pidfd_open(pid))
             handles.callback(os.close, begun[-1])
     return begun
@@ -175,7 +175,7 @@ def _begun(mark: str, handles: ExitStack) -> list[int]:
 
 @contextmanager
 def _ended_at_once() -> Iterator[None]:
-    """Have Ray end its processes by SIGKILL: SIGTERM, which they do not get, it would wait a second for in each."""
+    """Make Ray end its processes by SIGKILL: they block SIGTERM, and Ray would wait a second for each of them."""
     terminate = subprocess.Popen.terminate
     subprocess.Popen.terminate = subprocess.Popen.kill  # type: ignore[method-assign]
     try:
@@ -186,14 +186,14 @@ def _ended_at_once() -> Iterator[None]:
 
 @contextmanager
 def one_start_at_a_time() -> Iterator[None]:
-    """Wait until no other `with` block of this user on this machine is open.
+    """Run one such `with` block at a time for this user on this machine; wait for the others.
 
-    Two Rays that start at once take each other's ports: each looks for free ones, and listens there only later (Ray
-    2.60). The lock lies in a folder that only this user can write to: a link that another user left in its place would
-    otherwise have a file of this user's opened.
+    Two Rays that start at once take each other's ports: each looks for free ports and listens on them only later (Ray
+    2.60). The lock file is in a folder that only this user can write to. In a shared folder another user could put a
+    link in its place, which would make us open some other file of this user.
 
     Raises:
-        UserError: another user has made that folder.
+        UserError: another user has created that folder.
     """
     folder = Path(tempfile.gettempdir()) / f"ml2o-{os.getuid()}"
     try:
@@ -204,7 +204,7 @@ def one_start_at_a_time() -> Iterator[None]:
         reason = error.strerror or error
         raise UserError(f"{str(folder)!r} cannot hold the lock of Ray's start: {reason}; set TMPDIR") from error
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX)  # let go by the kernel when the process ends, however it ends
+        fcntl.flock(handle, fcntl.LOCK_EX)  # the kernel releases it when the process ends in any way
         yield
     finally:
         os.close(handle)
@@ -212,7 +212,7 @@ def one_start_at_a_time() -> Iterator[None]:
 
 @contextmanager
 def _marked(mark: str) -> Iterator[None]:
-    """Let every process that is started in the `with` block, and what that starts, carry `mark` in its environment."""
+    """Put `mark` into the environment of every process that starts in the `with` block, and of its descendants."""
     os.environ[MARK] = mark
     try:
         yield
@@ -221,9 +221,9 @@ def _marked(mark: str) -> Iterator[None]:
 
 
 def own_capacity(address: str) -> dict[str, float]:
-    """Return the most that a Ray of our own would have at `address`; {} where Ray is there, or where that is not known.
+    """Return the resources that a new Ray would have at `address`; {} if Ray runs there or they are not known.
 
-    Ray counts the machine's CPUs, or fewer where a container has fewer.
+    These are an upper limit: Ray counts the machine's CPUs, or a container's if it has fewer.
     """
     if ray.is_initialized() or os.environ.get("RAY_OVERRIDE_RESOURCES"):
         return {}
@@ -249,9 +249,9 @@ def _check_answers(address: str, source: str) -> None:
 
 
 def _speaks_http2(probe: socket.socket) -> bool:
-    """Tell whether a gRPC server, as Ray is one, is at the other end: both begin with a SETTINGS frame (RFC 9113, 3.4).
+    """Tell whether the peer is a gRPC server, as Ray is: both sides begin with a SETTINGS frame (RFC 9113, 3.4).
 
-    Of another server Ray would wait for minutes, and log lines of its own.
+    With any other server, Ray would wait for minutes and log its own messages.
     """
     settings = bytes([0, 0, 0, 4, 0, 0, 0, 0, 0])
     probe.sendall(b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + settings)

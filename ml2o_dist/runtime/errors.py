@@ -1,4 +1,4 @@
-"""How a command can end other than well: the error a user can mend, and a run that was stopped or cut short."""
+"""The errors that end a command: one that the user can correct, and a run that was stopped or cut short."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ LONGEST_NAME = 200
 
 
 class UserError(ValueError):
-    """Wrong words, a wrong setting or missing input: one clear line, exit code 2, no traceback."""
+    """A wrong argument, a wrong setting or missing input: one clear line, exit code 2, no traceback."""
 
 
 class MissingData(UserError):
@@ -19,15 +19,15 @@ class MissingData(UserError):
 
 
 class Aborted(Exception):
-    """A run could not go on; what it had is in a checkpoint. Exit code 4."""
+    """A run could not go on; its state is in a checkpoint. Exit code 4."""
 
 
 class Refused(Exception):
-    """A gate did not let something pass; the message says why. Exit code 5."""
+    """A gate refused something; the message says why. Exit code 5."""
 
 
 class Incomplete(Exception):
-    """A run finished, but a part of it failed; `answer` is what it would have returned. Exit code 3."""
+    """A run finished, but a part of it failed; `answer` is the value it would have returned. Exit code 3."""
 
     def __init__(self, message: str, answer: dict[str, Any]) -> None:
         super().__init__(message)
@@ -35,7 +35,7 @@ class Incomplete(Exception):
 
 
 class Interrupted(Exception):
-    """A run was asked to stop by a signal; what it had is in a checkpoint. Exit code 128 + signal."""
+    """A signal asked a run to stop; its state is in a checkpoint. Exit code 128 + signal."""
 
     def __init__(self, signal_number: int, message: str) -> None:
         super().__init__(message)
@@ -48,7 +48,7 @@ def unknown(kind: str, name: str, allowed: Iterable[str]) -> UserError:
     The line names the kind, the value, the nearest valid name and what is allowed.
     """
     names = sorted(allowed)
-    if len(name) > LONGEST_NAME:  # no name is near, and looking for one takes a time that grows as its square
+    if len(name) > LONGEST_NAME:  # no name is near, and the search takes a time that grows as the square of the length
         return UserError(f"unknown {kind} {f'{name[:LONGEST_NAME]}...'!r} (allowed: {', '.join(names) or 'none'})")
     near = [match for text in (name, name.lower()) for match in difflib.get_close_matches(text, names, n=1, cutoff=0.5)]
     hint = f"; did you mean {near[0]!r}?" if near else ""

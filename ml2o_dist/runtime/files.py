@@ -1,4 +1,4 @@
-"""Where relative paths begin, where caches lie, and files that are whole or not there."""
+"""The folders for relative paths, caches and state, and files that are written atomically."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from typing import IO
 
 
 def home_folder() -> Path:
-    """Return the folder that relative paths are resolved against: ML2O_HOME, else the current one."""
+    """Return the folder that relative paths are resolved against: ML2O_HOME, else the current folder."""
     return expanded(os.environ.get("ML2O_HOME") or ".").absolute()
 
 
 def cache_folder() -> Path:
-    """Return the folder of everything that can be built again: ML2O_CACHE, else `~/.cache/ml2o_dist`."""
+    """Return the folder for data that can be rebuilt: ML2O_CACHE, else `~/.cache/ml2o_dist`."""
     given = os.environ.get("ML2O_CACHE", "")
     return expanded(given or "~/.cache/ml2o_dist").absolute()
 
 
 def expanded(path: Path | str) -> Path:
-    """Return `path` with the home of a user for a `~` or `~name` at its beginning, where there is such a user."""
+    """Return `path` with a leading `~` or `~name` replaced by that user's home, if there is such a user."""
     return Path(os.path.expanduser(path))
 
 
 def state_folder() -> Path:
-    """Return the folder of what this user's machine must remember: ML2O_STATE, else `~/.config/ml2o_dist`."""
+    """Return the folder for lasting state of this user on this machine: ML2O_STATE, else `~/.config/ml2o_dist`."""
     given = os.environ.get("ML2O_STATE", "")
     return expanded(given or "~/.config/ml2o_dist").resolve()
 
 
 def private_folder(folder: Path) -> Path:
-    """Make `folder`, mode 0700, where it is missing; return it.
+    """Create `folder` with mode 0700 if it is missing; return it.
 
     Raises:
-        PermissionError: it is a link, belongs to another user, or others may write to it; OSError: it cannot be made.
+        PermissionError: it is a link, belongs to another user, or others may write to it; OSError: creating it failed.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     with suppress(FileExistsError):
@@ -62,11 +62,11 @@ def private_folder(folder: Path) -> Path:
 
 @contextmanager
 def replacing(file: Path) -> Iterator[IO[bytes]]:
-    """Open a new file for the `with` block; where the block ends well it takes the place of `file`, else it is removed.
+    """Open a temporary file for the `with` block; if the block succeeds it replaces `file`, else it is removed.
 
-    Its `name` is where it is until then; the folder of `file` is made. Its permissions are those that the umask leaves.
-    A link at `file` is replaced, not followed. Raises OSError where it cannot be written, or `file` is a folder, a
-    device or anything else than a regular file.
+    The stream's `name` is the temporary path. The folder of `file` is created if needed, and the umask sets the
+    permissions. A link at `file` is replaced, not followed. Raises OSError if writing fails, or if `file` is a folder,
+    a device or anything else than a regular file.
     """
     _check_replaceable(file)
     file.parent.mkdir(parents=True, exist_ok=True)
@@ -83,9 +83,9 @@ def replacing(file: Path) -> Iterator[IO[bytes]]:
 
 
 def _check_replaceable(file: Path) -> None:
-    """Raise OSError where something else than a regular file, or a link to something else, is at `file`.
+    """Raise OSError if `file` is, or links to, something else than a regular file.
 
-    Also in the folders of devices: /dev/stdout is a link that may lead to a regular file.
+    Raise it also for any file in a folder of devices: /dev/stdout is a link that may lead to a regular file.
     """
     if "\0" in str(file):
         raise OSError(errno.EINVAL, "a name cannot have a NUL character", str(file))
@@ -95,20 +95,20 @@ def _check_replaceable(file: Path) -> None:
         kind = os.stat(file).st_mode
     except OSError as error:
         if error.errno in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
-            return  # a link that leads nowhere is replaced; that its folder is a file is said when that is made
+            return  # a broken link is replaced; if a parent is a file, creating the folder fails later
         raise
     if not stat.S_ISREG(kind):
         raise OSError(errno.EEXIST, "it is a folder" if stat.S_ISDIR(kind) else "it is not a regular file", str(file))
 
 
 def flush_to_disk(stream: IO[bytes]) -> None:
-    """Return when the disk has what was written to `stream`."""
+    """Flush `stream` and wait until the disk has its data."""
     stream.flush()
     os.fsync(stream.fileno())
 
 
 def flush_folder(folder: Path) -> None:
-    """Return when the disk has the names in `folder`: a rename must survive a power cut too."""
+    """Wait until the disk has the names in `folder`, so that a rename survives a power cut too."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,4 +1,4 @@
-"""Names that MLflow and our locks take: checked where settings are read, so before anything is trained."""
+"""Checks names that MLflow and our locks must accept, when settings are read and so before any training."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from pydantic import AfterValidator
 from ml2o_dist.runtime.errors import UserError
 
 LOCK_SUFFIX = ".lock"
-"""What the name of a promotion's lock ends in; no model may be called so."""
+"""The suffix of a promotion lock's name; no model name may end in it."""
 
 _NOT_IN_MODELS = "/:.%\"'@\\"
-"""MLflow takes none of them in the name of a logged model, or in `models:/NAME@ALIAS`."""
+"""Characters that MLflow refuses in the name of a logged model, or in `models:/NAME@ALIAS`."""
 
 _LONGEST_KEY = 250
-"""Characters that MLflow keeps of a key."""
+"""Most characters of a key in MLflow."""
 
 _LONGEST_MODEL, _LONGEST_EXPERIMENT = 200, 200
-"""Characters. MLflow keeps 256 of a registered model's name and 500 of an experiment's; locks and folders add some."""
+"""Most characters. MLflow keeps 256 of a model's name and 500 of an experiment's; locks and folders add some."""
 
 
 def checked_model_name(name: str) -> str:
-    """Return the name of a registered model; raises UserError where MLflow or a promotion's lock cannot take it."""
+    """Return the name of a registered model; raise UserError if MLflow or a promotion's lock cannot use it."""
     if name.casefold().endswith(LOCK_SUFFIX):
         raise UserError(f"model {name!r}: names that end in {LOCK_SUFFIX} are kept for the locks of promotions")
     if wrong := sorted({each for each in name if each in _NOT_IN_MODELS or not each.isprintable()}):
@@ -37,7 +37,7 @@ def checked_model_name(name: str) -> str:
 
 
 def checked_experiment_name(name: str) -> str:
-    """Return the name of an experiment, whose artifacts may lie in a folder of this name; raises UserError."""
+    """Return the name of an experiment, which may also name an artifact folder; raise UserError if it is invalid."""
     if not name.strip(" ./") or not name.isprintable() or name != name.strip() or len(name) > _LONGEST_EXPERIMENT:
         raise UserError(
             f"experiment {name!r}: a name has 1 to {_LONGEST_EXPERIMENT} printable characters, and more than dots and "
@@ -47,7 +47,7 @@ def checked_experiment_name(name: str) -> str:
 
 
 def mlflow_key(name: str) -> str:
-    """Return `name` as MLflow takes it for the key of a parameter or a tag: what it does not take becomes `-`."""
+    """Return `name` as a key for an MLflow parameter or tag; characters that MLflow refuses become `-`."""
     key = re.sub(r"[^\w.\- :/]", "-", name).strip("/.")[:_LONGEST_KEY] or "-"
     return key if posixpath.normpath(key) == key else key.replace("/", "-")
 

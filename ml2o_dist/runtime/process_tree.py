@@ -1,4 +1,4 @@
-"""Which processes others have started, as /proc tells; where there is none, none are known."""
+"""Finds the descendants of processes in /proc; without a /proc it finds none."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 
 
 def descendants(pids: Iterable[int]) -> list[int]:
-    """Return what the processes have started and what that has, parents before their children."""
+    """Return the descendants of the processes, parents before their children."""
     parents: dict[int, int] = {}
     for file in Path("/proc").glob("[0-9]*/stat"):
-        with suppress(OSError):  # it has ended meanwhile
+        with suppress(OSError):  # the process has ended meanwhile
             parents[int(file.parent.name)] = int(file.read_text(errors="replace").rpartition(")")[2].split()[1])
     known = list(pids)
     first = len(known)
-    for pid in known:  # grows meanwhile
+    for pid in known:  # the list grows in the loop
         known += [child for child, parent in parents.items() if parent == pid]
     return known[first:]

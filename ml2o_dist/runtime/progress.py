@@ -1,4 +1,4 @@
-"""What a long command shows while it works: a live line on a terminal, plain lines elsewhere, nothing when quiet."""
+"""The progress display of a long command: a live line on a terminal, plain lines elsewhere, nothing when quiet."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PLAIN_EVERY_S = 10.0
 """Seconds between two plain lines."""
 
 RECENT = 10
-"""How many of the last steps the time that is left is reckoned from: enough for an even pace, few enough to forget."""
+"""The time left is estimated from so many recent steps: enough for an even pace, few enough to follow a change."""
 
 
 class StepDisplay:
@@ -67,14 +67,14 @@ class StepDisplay:
 
 
 class Pace:
-    """How fast the last `RECENT` steps were; the first of all, in which much is started, counts only while alone."""
+    """The pace of the last `RECENT` steps. The very first one includes startup, so it counts only while it is alone."""
 
     def __init__(self, now: float, done: int) -> None:
         self._points = deque([(now, done)], maxlen=RECENT + 1)
         self._starting = True
 
     def add(self, now: float, done: int) -> None:
-        """Note that `done` are done; nothing changes where they were done already."""
+        """Record that `done` steps are done; no effect if this was recorded already."""
         if done <= self._points[-1][1]:
             return
         if self._starting and len(self._points) == 2:
@@ -83,13 +83,13 @@ class Pace:
         self._points.append((now, done))
 
     def seconds_for(self, steps: int) -> float:
-        """Return how long `steps` more will take at this pace; nan where none was done yet."""
+        """Return the seconds that `steps` more will take at this pace; nan before the first step is done."""
         (began, first), (ended, last) = self._points[0], self._points[-1]
         return (ended - began) / (last - first) * steps if last > first else math.nan
 
 
 class _LiveLines(Progress):
-    """A bar, and below it the figures, which beside it would leave no room for the times."""
+    """A bar with the figures below it; beside it they would leave no room for the times."""
 
     def get_renderables(self) -> Iterable[RenderableType]:
         for task in self.tasks:

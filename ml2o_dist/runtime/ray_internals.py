@@ -1,4 +1,4 @@
-"""What the package uses of Ray that Ray does not promise: where a release has changed it, one line says so."""
+"""Guards our use of Ray's private names: if a release has changed one, the user gets a one-line error."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ TESTED = "2.60.0"
 
 @contextmanager
 def ray_internal(what: str) -> Iterator[None]:
-    """Raise UserError, in place of the error, where the `with` block finds `what` missing or changed.
+    """Raise UserError, in place of the original error, if the `with` block finds `what` missing or changed.
 
-    The block is to hold nothing but the import or the call of what is private: any of these errors in it counts.
+    The block must contain only the import or the call of the private name, since every such error in it counts.
     """
     try:
         yield
@@ -30,7 +30,7 @@ def ray_internal(what: str) -> Iterator[None]:
 
 
 def check_has(owner: type, *names: str) -> None:
-    """Raise UserError where a class of Ray's lacks a private method or attribute that ours builds on."""
+    """Raise UserError if one of Ray's classes lacks a private method or attribute that our subclass uses."""
     for name in names:
         with ray_internal(f"{owner.__name__}.{name}"):
             getattr(owner, name)

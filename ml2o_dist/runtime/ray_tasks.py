@@ -1,4 +1,4 @@
-"""Many Ray tasks, as many at once as there is room for; one that fails may run again."""
+"""Runs many Ray tasks, as many at once as there is room for; a failed task may be retried."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 from ml2o_dist.runtime.cluster import check_own_ray
 
 POLL_S = 0.5
-"""How long to wait for a task before `on_poll` is called again."""
+"""Seconds to wait for a task before `on_poll` is called again."""
 
 
 def run_tasks(
@@ -23,13 +23,13 @@ def run_tasks(
 ) -> None:
     """Run the tasks 0 .. count - 1.
 
-    Whatever a callback raises ends the work and cancels what is left.
+    An error that a callback raises ends the work and cancels the remaining tasks.
 
     Args:
         submit: starts a task; returns its reference.
         on_result: gets a task's number and what it returned.
         on_error: gets a task's number, what it raised (the cause, where Ray names one) and how often it has run;
-            returns whether it runs again.
+            returns whether to retry it.
         on_poll: called at least twice a second.
         limit: how many run at once; None: all.
         force: whether to kill the processes of tasks that are cancelled.

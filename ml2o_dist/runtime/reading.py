@@ -1,9 +1,8 @@
-"""Reading what is not trusted: a regular file of bounded size, JSON and YAML of bounded size and depth.
+"""Reads files that are not trusted: regular files of bounded size, JSON and YAML of bounded size and depth.
 
-Every file that the package reads may come from somebody else, or may be damaged. What cannot be read ends in one
-`UserError` line that names the file; only a file that is missing raises FileNotFoundError, for callers to say what
-that means. Nothing is unpickled here, and nothing is executed. Tensors are read by `reading_tensors`, tables by
-`reading_tables`.
+Every file that the package reads may come from somebody else, or may be damaged. A file that cannot be read raises a
+`UserError` whose one line names it. Only a missing file raises FileNotFoundError, so that callers can say what that
+means. Nothing is unpickled here, and nothing is executed. `reading_tensors` reads tensors, `reading_tables` tables.
 """
 
 from __future__ import annotations
@@ -27,25 +26,25 @@ Value = TypeVar("Value")
 MIB = 2**20
 
 JSON_LIMIT = 64 * MIB
-"""Bytes of a JSON file: more than any that the package writes, some ten times."""
+"""Most bytes of a JSON file: some ten times as many as in any that the package writes."""
 
 JSON_VALUES = 4_000_000
-"""Values in a JSON text: an empty list of three bytes becomes an object of sixty."""
+"""Most values in a JSON text: an empty list of three bytes becomes an object of sixty."""
 
 YAML_LIMIT = MIB // 4
-"""Bytes of a YAML file. PyYAML reads some 100 kB a second."""
+"""Most bytes of a YAML file. PyYAML reads some 100 kB a second."""
 
 DEPTH = 64
 """How deep mappings and lists may be nested."""
 
 YAML_NODES = 50_000
-"""Values in a YAML document once its aliases are expanded."""
+"""Most values in a YAML document once its aliases are expanded."""
 
 DIGITS = 40
-"""Digits of an integer: beyond every count, seed and time in nanoseconds."""
+"""Most digits of an integer: more than any count, seed or time in nanoseconds has."""
 
 _LONGEST_NUMBER = 1000
-"""Characters of a number in YAML: `1:59:59:...`, a number to the base 60, takes a time that grows as their square."""
+"""Most characters of a number in YAML: parsing `1:59:59:...` (base 60) takes a time that grows as their square."""
 
 
 def read_bytes(file: Path, what: str, limit: int, within: Path | None = None, *, first: int | None = None) -> bytes:
@@ -54,7 +53,7 @@ def read_bytes(file: Path, what: str, limit: int, within: Path | None = None, *,
     Args:
         what: what the file is to the reader, for the message: "weights file", "card".
         within: a folder that the file must lie in once all links are followed.
-        first: how many bytes of its beginning are returned; None: all.
+        first: return only so many bytes from its beginning; None: all.
 
     Raises:
         FileNotFoundError: it is missing.
@@ -62,7 +61,7 @@ def read_bytes(file: Path, what: str, limit: int, within: Path | None = None, *,
     """
     shown = f"{what} {str(file)!r}"
     try:
-        # Looked at before it is opened: opening a device may already do something, and a FIFO would wait for a writer.
+        # Check before opening: opening a device may have an effect, and opening a FIFO would wait for a writer.
         if not stat.S_ISREG(os.stat(file).st_mode):
             raise UserError(f"{shown} is not a regular file")
         if within is not None and not lies_within(file, within):
@@ -70,14 +69,14 @@ def read_bytes(file: Path, what: str, limit: int, within: Path | None = None, *,
         handle = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC | os.O_NOCTTY)
         with open(handle, "rb") as stream:
             about = os.fstat(handle)
-            if not stat.S_ISREG(about.st_mode):  # it was replaced meanwhile
+            if not stat.S_ISREG(about.st_mode):  # the file was replaced meanwhile
                 raise UserError(f"{shown} is not a regular file")
             if about.st_size > limit:
                 raise _too_large(shown, limit)
             wanted = limit if first is None else min(first, limit)
-            content = stream.read(min(about.st_size + 1, wanted))  # no more: Python makes room for as many bytes first
+            content = stream.read(min(about.st_size + 1, wanted))  # no more: Python allocates that many bytes first
             while len(content) < wanted and (more := stream.read(min(MIB, wanted - len(content)))):
-                content += more  # it grew meanwhile, or has no size, as the files in /proc
+                content += more  # the file grew meanwhile, or has no size, as in /proc
             if first is None and len(content) == limit and stream.read(1):
                 raise _too_large(shown, limit)
     except FileNotFoundError:
@@ -90,15 +89,15 @@ def read_bytes(file: Path, what: str, limit: int, within: Path | None = None, *,
 
 
 def lies_within(file: Path, folder: Path) -> bool:
-    """Tell whether `file` lies in `folder` once all links are followed; not so where they lead nowhere."""
+    """Tell whether `file` lies in `folder` once all links are followed; False for broken links."""
     try:
         return file.resolve().is_relative_to(folder.resolve())
-    except (OSError, RuntimeError, ValueError):  # links in a circle, a name that no file can have
+    except (OSError, RuntimeError, ValueError):  # circular links, or a name that no file can have
         return False
 
 
 def check_own_file(file: Path) -> None:
-    """Raise UserError where `file`, which is to be written on, is a link, a FIFO or anything else than a file."""
+    """Raise UserError if `file`, to which we want to append, is a link, a FIFO or anything else than a file."""
     try:
         kind = file.lstat().st_mode
     except FileNotFoundError:
@@ -110,14 +109,14 @@ def check_own_file(file: Path) -> None:
 def read_json(
     file: Path, what: str, limit: int = JSON_LIMIT, within: Path | None = None, *, finite: bool = False
 ) -> Any:
-    """Return the value in a JSON file; raises as `read_bytes` and `parse_json`."""
+    """Return the value in a JSON file; raises what `read_bytes` and `parse_json` do."""
     return parse_json(read_bytes(file, what, limit, within), f"{what} {str(file)!r}", limit, finite=finite)
 
 
 def read_json_object(
     file: Path, what: str, limit: int = JSON_LIMIT, within: Path | None = None, *, finite: bool = False
 ) -> dict[str, Any]:
-    """Return the object in a JSON file; raises as `read_json`, and UserError where it holds something else."""
+    """Return the object in a JSON file; raises what `read_json` does, and UserError if it holds another value."""
     value = read_json(file, what, limit, within, finite=finite)
     if not isinstance(value, dict):
         raise UserError(f"{what} {str(file)!r} must hold a JSON object, not {type(value).__name__}")
@@ -129,11 +128,11 @@ def parse_json(text: bytes | str, shown: str, limit: int = JSON_LIMIT, *, finite
 
     Args:
         shown: what the text is, for the message: "card '/runs/x/weights.json'".
-        finite: whether NaN and infinities are refused, numbers that are too large for a float among them.
+        finite: whether to refuse NaN and infinities, also numbers that are too large for a float.
 
     Raises:
-        UserError: it is too long, no JSON or no UTF-8, nested deeper than `DEPTH`, has a key twice, more than
-            `JSON_VALUES` values, an integer of more than `DIGITS` digits or half a character.
+        UserError: the text is too long, no JSON or no UTF-8, nested deeper than `DEPTH`, has a key twice, more than
+            `JSON_VALUES` values, an integer of more than `DIGITS` digits or a lone surrogate.
     """
     if len(text) > limit:
         raise _too_large(shown, limit)
@@ -154,7 +153,7 @@ def parse_json(text: bytes | str, shown: str, limit: int = JSON_LIMIT, *, finite
 
 
 def validated(kind: TypeAdapter[Value], value: Any, shown: str) -> Value:
-    """Return `value` as a `kind`; raises UserError, which names the first place that is wrong."""
+    """Return `value` validated as `kind`; raise UserError, which names the first wrong place."""
     try:
         return kind.validate_python(value)
     except ValidationError as error:
@@ -165,7 +164,7 @@ def validated(kind: TypeAdapter[Value], value: Any, shown: str) -> Value:
 
 
 def read_yaml(file: Path, what: str, within: Path | None = None) -> Any:
-    """Return the value in a YAML file; raises as `read_bytes` and `parse_yaml`."""
+    """Return the value in a YAML file; raises what `read_bytes` and `parse_yaml` do."""
     content = read_bytes(file, what, YAML_LIMIT, within)
     shown = f"{what} {str(file)!r}"
     try:
@@ -178,11 +177,11 @@ def read_yaml(file: Path, what: str, within: Path | None = None) -> Any:
 def parse_yaml(text: str, shown: str) -> Any:
     """Return the value of a YAML text: null, truth values, numbers, texts, lists, and mappings with texts as keys.
 
-    What an alias stands for is a value of its own each time.
+    Each use of an alias gives a separate copy of its value.
 
     Raises:
-        UserError: it is too long, no YAML, nested deeper than `DEPTH`, has a key twice, becomes more than
-            `YAML_NODES` values by its aliases, or holds something else, as a date.
+        UserError: the text is too long, no YAML, nested deeper than `DEPTH`, has a key twice, expands to more than
+            `YAML_NODES` values by its aliases, or holds another kind of value, such as a date.
     """
     if len(text) > YAML_LIMIT:
         raise _too_large(shown, YAML_LIMIT)
@@ -198,7 +197,7 @@ def parse_yaml(text: str, shown: str) -> Any:
         raise UserError(f"{shown} is nested deeper than {DEPTH} levels") from None
     except UserError:
         raise
-    # The last ones: what PyYAML raises for dates and numbers that are none, and for tags on what they are not for.
+    # PyYAML raises the last ones for invalid dates and numbers, and for tags on values of the wrong kind.
     except (yaml.YAMLError, ValueError, TypeError, OverflowError, LookupError, AttributeError) as error:
         raise UserError(f"{shown} is not YAML: {one_line(error)}") from error
     finally:
@@ -209,7 +208,7 @@ def parse_yaml(text: str, shown: str) -> Any:
 
 
 class _Loader(yaml.SafeLoader):
-    """Stops at `DEPTH`: PyYAML takes a time that grows as the square of the brackets that are open."""
+    """Stops at `DEPTH`, since PyYAML takes a time that grows as the square of the number of open brackets."""
 
     def fetch_flow_collection_start(self, TokenClass: Any) -> None:
         if self.flow_level > DEPTH:
@@ -218,7 +217,7 @@ class _Loader(yaml.SafeLoader):
 
 
 def _expanded_nodes(node: yaml.Node, shown: str, known: dict[int, int], depth: int) -> int:
-    """Return how many values a node stands for with its aliases expanded, each node visited once; raise UserError."""
+    """Count the values of a node with its aliases expanded, visiting each node once; raise UserError over the limit."""
     if depth > DEPTH:
         raise UserError(f"{shown} is nested deeper than {DEPTH} levels")
     if id(node) in known:
@@ -249,7 +248,7 @@ def _expanded_nodes(node: yaml.Node, shown: str, known: dict[int, int], depth: i
 
 
 def _check(value: Any, shown: str, finite: bool = False) -> None:
-    """Raise UserError for nesting, numbers and strings that would fail where the value is used or written."""
+    """Raise UserError for nesting, numbers and strings that would fail later when the value is used or written."""
     level: list[Any] = [value]
     for _ in range(DEPTH + 1):
         if not level:
@@ -276,7 +275,7 @@ def _parts(value: Any, shown: str, finite: bool) -> Iterator[Any]:
 
 
 def _plain(value: Any, shown: str) -> Any:
-    """Return a copy in which nothing is shared: to change what one alias stands for must not change the others."""
+    """Return a copy in which nothing is shared, so that a change to one alias's value does not change the others."""
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, list):
@@ -291,7 +290,7 @@ def _plain(value: Any, shown: str) -> Any:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a JSON object. Of a key that stands there twice, two readers might take different values."""
+    """Return a JSON object; refuse a duplicate key, for which two readers might use different values."""
     whole = dict(pairs)
     if len(whole) < len(pairs):
         ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
@@ -300,13 +299,13 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _integer(digits: str) -> int:
-    if len(digits) > DIGITS + 1:  # one for a sign
+    if len(digits) > DIGITS + 1:  # the 1 is for a sign
         raise ValueError(f"an integer of {len(digits)} digits")
     return int(digits)
 
 
 def one_line(words: object) -> str:
-    """Return at most 300 characters of an error's words, or others', as one line without control characters."""
+    """Return at most 300 characters of an error's message, or of other text, as one line without control characters."""
     line = " ".join(str(words).split())[:300]
     return "".join(
         each if each.isprintable() else each.encode("unicode_escape", "surrogatepass").decode() for each in line

@@ -1,4 +1,4 @@
-"""Reading Parquet files that are not trusted: what their metadata claims is checked before a row is read."""
+"""Reads Parquet files that are not trusted: the claims of their metadata are checked before a row is read."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from ml2o_dist.runtime.errors import UserError
 from ml2o_dist.runtime.reading import MIB, one_line, read_bytes
 
 FILE_LIMIT = 256 * MIB
-"""Bytes of a file: a recorded meta-step of 8 slots, 1,000 steps and 2 objectives has one."""
+"""Most bytes of a file, such as that of a recorded meta-step with 8 slots, 1,000 steps and 2 objectives."""
 
 UNPACKED_LIMIT = 1024 * MIB
-"""Bytes of its columns once they are unpacked, as its metadata have it."""
+"""Most bytes of a file's unpacked columns, according to its metadata."""
 
 VALUES_LIMIT = 100_000_000
-"""Values of its largest column, those in lists counted one by one."""
+"""Most values of a file's largest column, with those in lists counted one by one."""
 
 
 def read_table(file: Path, schema: pa.Schema, within: Path | None = None) -> pa.Table:
-    """Return those columns of a Parquet file that `schema` has, whole and valid.
+    """Return the columns of a Parquet file that are in `schema`, complete and validated.
 
-    Numbers of another type than `schema` has are converted; the metadata are the file's.
+    Numbers are converted to the types in `schema`; the metadata are the file's.
 
     Raises:
-        UserError: it is missing, no Parquet file, torn, too large, claims to become too large, or has a column of
+        UserError: the file is missing, no Parquet file, torn, too large, claims to become too large, or has a column of
             `schema` in a type that cannot be converted; the line begins "FILE cannot be read: ".
     """
     try:
@@ -55,7 +55,7 @@ def read_table(file: Path, schema: pa.Schema, within: Path | None = None) -> pa.
 
 
 def _check_claims(metadata: pq.FileMetaData) -> None:
-    """Raise UserError where the metadata of a file claim more than is read."""
+    """Raise UserError if a file's metadata claim more than the limits allow."""
     rows, unpacked, values = metadata.num_rows, 0, 0
     for g in range(metadata.num_row_groups):
         group = metadata.row_group(g)

@@ -1,4 +1,4 @@
-"""Reading tensors that are not trusted: a safetensors file whose header is checked before anything is built of it."""
+"""Reads safetensors files that are not trusted: the header is checked before any tensor is built."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from ml2o_dist.runtime.errors import UserError
 from ml2o_dist.runtime.reading import MIB, one_line, parse_json, read_bytes
 
 HEADER_LIMIT = 16 * MIB
-"""Bytes of a header, which names each tensor: some hundred thousand of them."""
+"""Most bytes of a header, which names each tensor: room for some hundred thousand tensors."""
 
 _BITS = {
     "BOOL": 8, "U8": 8, "I8": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
     "F64": 64, "I64": 64, "U64": 64,
 }  # fmt: skip
-"""The kinds of numbers that are read. Those of 8 bits and less that stand for fractions belong to no file of ours."""
+"""The dtypes that are read. None of our files has floats of 8 bits or fewer."""
 
 _LARGEST = 2**40
-"""Elements of a tensor, also of one that has none because a dimension is 0, and every offset."""
+"""Limit for a tensor's elements (a dimension of 0 counts as 1) and for every offset."""
 
 _MOST_DIMENSIONS = 16
 
@@ -36,13 +36,13 @@ def read_tensors(
 
     Raises:
         FileNotFoundError: it is missing.
-        UserError: as `read_bytes` and `parse_tensors`.
+        UserError: as in `read_bytes` and `parse_tensors`.
     """
     return parse_tensors(read_bytes(file, what, limit, within), f"{what} {str(file)!r}")
 
 
 def read_texts(file: Path, what: str, limit: int) -> dict[str, str]:
-    """Return the texts in a safetensors file's header, without its tensors; raises as `read_tensors`."""
+    """Return the texts in a safetensors file's header, without its tensors; raises what `read_tensors` does."""
     shown = f"{what} {str(file)!r}"
     length = int.from_bytes(read_bytes(file, what, limit, first=8), "little")
     if length > HEADER_LIMIT:
@@ -54,11 +54,11 @@ def parse_tensors(content: bytes, shown: str) -> tuple[dict[str, Tensor], dict[s
     """Return the tensors in a safetensors file's content by name, on the CPU, and the texts in its header.
 
     Args:
-        shown: what the content is of, for the message: "weights file '/runs/x/weights.safetensors'".
+        shown: what the content belongs to, for the message: "weights file '/runs/x/weights.safetensors'".
 
     Raises:
-        UserError: it is no such file, is cut, or its header claims other sizes than are there, or kinds of numbers
-            that are not read.
+        UserError: the content is no safetensors file, is cut, or its header has sizes that do not match the data, or
+            dtypes that are not read.
     """
     header = _header(content, shown)
     about = _texts(header, shown)
@@ -91,7 +91,7 @@ def _header(content: bytes, shown: str) -> dict[str, Any]:
 
 
 def _texts(header: dict[str, Any], shown: str) -> dict[str, str]:
-    """Take the texts out of a header."""
+    """Remove the texts from a header and return them."""
     about = header.pop("__metadata__", {})
     if not isinstance(about, dict) or not all(isinstance(text, str) for text in about.values()):
         raise UserError(f"{shown} is not a safetensors file: its header's texts are no texts")
@@ -99,7 +99,7 @@ def _texts(header: dict[str, Any], shown: str) -> dict[str, str]:
 
 
 def _check_entry(name: str, entry: Any, shown: str) -> None:
-    """Raise UserError unless `entry` describes a tensor whose bytes are as many as its shape and kind need."""
+    """Raise UserError unless `entry` describes a tensor whose byte count matches its shape and dtype."""
     shown = f"{shown.removesuffix(':')}: tensor {one_line(name)!r}"
     about = entry if isinstance(entry, dict) else {}
     kind, shape, ends = about.get("dtype"), about.get("shape"), about.get("data_offsets")

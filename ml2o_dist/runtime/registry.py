@@ -1,4 +1,4 @@
-"""Things by name: what the package has, and what a plug-in adds to it."""
+"""Registries by name, for the package's own values and those that a plug-in adds."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ _local: list[tuple[str, str]] = []
 """(what it is, name) of what this process has registered by itself: other processes do not know it."""
 
 _added: list[tuple[Registry[Any], str]] = []
-"""What it has registered so far."""
+"""What that plug-in has registered so far."""
 
 
 @contextmanager
 def registering(plugin: str) -> Iterator[None]:
-    """Load a plug-in in the block: what it registered is taken back if the block raises."""
+    """Load a plug-in in the block; if the block raises, remove what the plug-in registered."""
     _plugin.append(plugin)
     before = len(_added)
     try:
@@ -55,10 +55,10 @@ def check_known_elsewhere(text: str) -> None:
 class Registry(Mapping[str, T], Generic[T]):
     """Values by name, each given by one decorator.
 
-    The package's own are registered by its modules, which are imported when a name is first asked for.
+    The package's modules register its own values; they are imported when a name is first asked for.
 
     Attributes:
-        plugins: by name, which plug-in registered it; those of the package are not in it.
+        plugins: for each name, the plug-in that registered it; names of the package are not included.
     """
 
     def __init__(self, what: str, modules: Callable[[], Iterable[str]] = tuple) -> None:
@@ -72,8 +72,8 @@ class Registry(Mapping[str, T], Generic[T]):
         """Return a decorator that registers a value under `name`.
 
         Args:
-            definition: the function or class that the user has written, if the value is made of it: its module says
-                whether it is the package's.
+            definition: the function or class from which the value is made, if there is one; its module shows whether
+                it belongs to the package.
 
         Raises:
             UserError: the name is taken.
@@ -83,7 +83,7 @@ class Registry(Mapping[str, T], Generic[T]):
             module = str(getattr(value if definition is None else definition, "__module__", ""))
             foreign = bool(_plugin) and not module.startswith("ml2o_dist.")
             if foreign:
-                self._load()  # so that no name of the package is taken
+                self._load()  # so that a plug-in cannot take a name of the package
             if name in self._values:
                 owner = self.plugins.get(name)
                 by = f"the plug-in {owner!r}" if owner else "ml2o_dist"
@@ -99,16 +99,16 @@ class Registry(Mapping[str, T], Generic[T]):
         return decorate
 
     def remove(self, name: str) -> None:
-        """Take a name out again."""
+        """Remove a name."""
         self._values.pop(name, None)
         self.plugins.pop(name, None)
 
     def registered(self) -> Mapping[str, T]:
-        """Return what is registered so far, without importing anything."""
+        """Return the values registered so far, without importing anything."""
         return dict(self._values)
 
     def __getitem__(self, name: str) -> T:
-        """Return the value; raises UserError, with the nearest name, where there is none."""
+        """Return the value; raise UserError, with the nearest name, if there is none."""
         if name not in self._values:
             self._load()
         if name not in self._values:
@@ -135,6 +135,6 @@ class Registry(Mapping[str, T], Generic[T]):
 
 
 def modules_of(package: str, *, packages: bool = False) -> list[str]:
-    """Return the names of the modules in a package, or of the packages in it."""
+    """Return the names of the modules in a package, or of its subpackages."""
     found = pkgutil.iter_modules(import_module(package).__path__)
     return [f"{package}.{each.name}" for each in found if each.ispkg == packages]

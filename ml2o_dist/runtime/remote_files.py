@@ -1,4 +1,4 @@
-"""URIs of the file systems that pyarrow knows (s3, gs, abfs, hdfs, file): told from paths, opened, errors named."""
+"""Access to URIs of the file systems that pyarrow knows (s3, gs, abfs, hdfs, file), with one-line errors."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from ml2o_dist.runtime.errors import UserError
 from ml2o_dist.runtime.reading import MIB
 
 GS_RETRY_S = 30
-"""How long Google's client asks again before it fails, unless the URI says so; its own default is 15 minutes."""
+"""How long Google's client retries before it fails, unless the URI sets it; its own default is 15 minutes."""
 
 LONGEST_REASON = 240
-"""Characters of a file system's own words that are shown: some hand on whole stacks."""
+"""Most characters shown of a file system's own message: some contain whole stack traces."""
 
 
 def is_uri(place: Path | str) -> bool:
-    """Say whether a place is given as a URI: `s3://bucket/runs/x`."""
+    """Tell whether a place is given as a URI: `s3://bucket/runs/x`."""
     return re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", str(place)) is not None
 
 
@@ -32,7 +32,7 @@ def bare(uri: str) -> str:
 
 
 def connect(place: str, what: str) -> tuple[str, FileSystem, str]:
-    """Return the bare URI, its file system and the path in it; `what` is what an error calls the place.
+    """Return the bare URI, its file system and the path in it; errors call the place `what`.
 
     Nothing is read or written yet.
 
@@ -62,19 +62,19 @@ def connect(place: str, what: str) -> tuple[str, FileSystem, str]:
 
 
 def read_remote(filesystem: FileSystem, path: str, shown: str, limit: int) -> bytes:
-    """Return the content of a file of at most `limit` bytes; `shown` is what an error calls it. Raises UserError."""
+    """Return the content of a file of at most `limit` bytes. Raises UserError, which calls the file `shown`."""
     with answering(f"{shown} cannot be read"):
         info = filesystem.get_file_info(path)
         check_remote(info, shown, limit)
         with filesystem.open_input_stream(path) as stream:
             content: bytes = stream.read(info.size + 1 if info.size is not None else limit + 1)
-    if len(content) > limit:  # it grew meanwhile
+    if len(content) > limit:  # the file grew meanwhile
         raise UserError(f"{shown} is larger than {limit / MIB:g} MiB")
     return content
 
 
 def check_remote(info: FileInfo, shown: str, limit: int) -> None:
-    """Raise UserError where something is there that is no regular file of at most `limit` bytes."""
+    """Raise UserError if there is something else than a regular file of at most `limit` bytes."""
     if info.type not in (FileType.File, FileType.NotFound):
         raise UserError(f"{shown} is not a regular file")
     if info.size is not None and info.size > limit:
@@ -83,7 +83,7 @@ def check_remote(info: FileInfo, shown: str, limit: int) -> None:
 
 @contextmanager
 def answering(what: str) -> Iterator[None]:
-    """Turn what a file system raises in the `with` block into UserError: `what`, and why, in one line."""
+    """Turn errors of a file system in the `with` block into UserError: `what` and the reason, in one line."""
     try:
         yield
     except (OSError, pa.ArrowException, NotImplementedError) as error:
@@ -91,6 +91,6 @@ def answering(what: str) -> Iterator[None]:
 
 
 def reason(error: Exception) -> str:
-    """Return the first line of what a file system said, or its kind where it said nothing."""
+    """Return the first line of a file system's error message, or the error's type if it has no message."""
     line = next(iter(str(error).splitlines()), "") or type(error).__name__
     return line if len(line) <= LONGEST_REASON else f"{line[:LONGEST_REASON]}..."

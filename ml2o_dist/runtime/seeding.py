@@ -1,4 +1,4 @@
-"""Every random stream is named: a seed is a pure function of what it is for."""
+"""Named random streams: a seed is a pure function of the stream's name."""
 
 from __future__ import annotations
 
@@ -20,6 +20,6 @@ def derive_seed(*parts: str | int) -> int:
 
 def generator(*parts: str | int, device: torch.device | str = "cpu") -> torch.Generator:
     """Return a fresh torch generator on `device` for the stream that `parts` name."""
-    import torch  # late: seeds alone need none
+    import torch  # imported late: seeds alone do not need it
 
     return torch.Generator(device=device).manual_seed(derive_seed(*parts))

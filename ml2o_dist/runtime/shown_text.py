@@ -1,7 +1,7 @@
 """Text that others wrote, made safe for where it is shown: a terminal, an HTML page, a Markdown table.
 
-Names, tags, titles, paths and messages come from files, servers and command lines that may be anybody's. What they
-hold is shown letter by letter: it moves no cursor, turns no text round, opens no link and becomes no markup.
+Names, tags, titles, paths and messages come from files, servers and command lines that are not trusted. Their content
+is shown literally: it moves no cursor, reverses no text, opens no link and becomes no markup.
 """
 
 from __future__ import annotations
@@ -18,18 +18,18 @@ from rich.segment import Segment
 from rich.text import Text
 
 _UNSEEN = {"Cc", "Cf", "Cs", "Zl", "Zp"}
-"""Categories of Unicode: control and format characters (ESC, bidi overrides), half characters, line separators."""
+"""Unicode categories: control and format characters (ESC, bidi overrides), lone surrogates, line separators."""
 
 
 _MARKS = re.compile(r"[\\`*{}\[\]#!|~]|(?<!\w)_|_(?!\w)")
-"""What Markdown takes for markup; a `_` within a word is none."""
+"""The characters that are markup in Markdown; a `_` within a word is not."""
 
 
 def visible(text: str, *, lines: bool = False) -> str:
     r"""Return `text` with every control and format character as an escape: `\x1b`, `\u202e`.
 
     Args:
-        lines: line breaks and tabs stay what they are; otherwise they are escaped, too.
+        lines: whether to keep line breaks and tabs; otherwise they are escaped too.
     """
     if text.isascii() and text.isprintable():
         return text
@@ -45,12 +45,12 @@ def html(text: str) -> str:
 
 
 def script_json(value: Any) -> str:
-    """Return `value` as JSON for a <script> element of an HTML page, which no text in it can end."""
+    """Return `value` as JSON for a <script> element of an HTML page; no text in it can close the element."""
     return json.dumps(value).replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
 def markdown(text: str) -> str:
-    """Return `text` as Markdown shows it, in a table, too: one line without HTML or emphasis; bare URLs stay links."""
+    """Return `text` escaped for Markdown and its tables: one line without HTML or emphasis; bare URLs stay links."""
     return _MARKS.sub(r"\\\g<0>", html_escapes.escape(visible(" ".join(text.split())), quote=False))
 
 
@@ -81,7 +81,7 @@ class ForeignTextConsole(Console):
         """Yield the segments of what is printed."""
         if isinstance(renderable, Text) and (shown := visible(renderable.plain, lines=True)) != renderable.plain:
             layout = {name: getattr(renderable, name) for name in ("style", "justify", "overflow", "no_wrap", "end")}
-            renderable = Text(shown, **layout)  # without the styles of its parts
+            renderable = Text(shown, **layout)  # this drops the styles of its parts
         return super().render(renderable, options)
 
 

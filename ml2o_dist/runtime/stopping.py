@@ -1,4 +1,4 @@
-"""Turning Ctrl-C and SIGTERM into a clear end: work is asked to stop where it can, the second signal does not ask."""
+"""Turns Ctrl-C and SIGTERM into a clean end: the first signal requests a stop, the second one stops at once."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ from ml2o_dist.runtime.process_tree import descendants
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 TOGETHER_S = 0.1
-"""Signals within so many seconds are one: `timeout` signals its command and then its group, some ms apart."""
+"""Signals within so many seconds count as one: `timeout` signals its command and then its group, some ms apart."""
 
 
 class Stopped(Exception):
-    """A stop was requested, and what was waited for is given up."""
+    """A stop was requested, and the work that was waited for is dropped."""
 
 
 @dataclass
 class StopRequest:
-    """Set by Ctrl-C or SIGTERM; the work looks at it between results.
+    """A flag that Ctrl-C or SIGTERM sets; the work checks it between results.
 
     Attributes:
-        signal_number: of the signal that came; 0: none.
-        at_once: a signal does not wait to be looked at, but raises where the work is.
+        signal_number: number of the signal received; 0: none.
+        at_once: whether a signal raises at once instead of waiting for the next check.
     """
 
     signal_number: int = 0
@@ -52,15 +52,15 @@ def stop_on_signals(
     last_words: Callable[[], str] = lambda: "",
     awaited: str = "what is under way",
 ) -> Iterator[StopRequest]:
-    """Turn SIGINT and SIGTERM into a request for the time of a `with` block; a line on stderr says that it came.
+    """Turn SIGINT and SIGTERM into a stop request for the time of a `with` block; a line on stderr reports it.
 
-    A second signal ends the process there and then, as SIGKILL would, but with a line on stderr and exit code
-    128 + signal: whatever the work waits for may never answer.
+    A second signal ends the process at once, as SIGKILL would, but with a line on stderr and exit code 128 + signal,
+    since the process or server that the work waits for may never answer.
 
     Args:
-        at_once: the first signal raises, too, until the request's `at_once` is taken back.
-        last_words: say what is left of the work and how to go on; asked when a signal does not wait.
-        awaited: what the work brings to an end before it stops, in words.
+        at_once: whether already the first signal raises, until the request's `at_once` is reset.
+        last_words: returns what is kept of the work and how to resume; called when a signal ends it at once.
+        awaited: what the work completes before it stops, in words.
 
     Raises:
         Interrupted: a signal came while `at_once`.
@@ -79,12 +79,12 @@ def stop_on_signals(
         again, request.signal_number = request(), number
         first_at = first_at or time.monotonic()
         if again:
-            _say(line(), before="\x1b[?25h\n")  # the cursor, which a progress bar hides
+            _say(line(), before="\x1b[?25h\n")  # show the cursor, which a progress bar hides
             _kill_descendants()
             os._exit(128 + number)
         if request.at_once:
-            raise KeyboardInterrupt  # of another kind it would be lost where Ray looks for signals as it waits
-        # Beside a progress bar, which takes back two lines when it is drawn anew.
+            raise KeyboardInterrupt  # Ray checks for signals while it waits, and would lose any other error
+        # The line breaks keep it apart from a progress bar, which erases two lines when it is redrawn.
         _say(f"stopping: waiting for {awaited}; again: at once", before="\n", after="\n")
 
     for number in STOP_SIGNALS:
@@ -94,7 +94,7 @@ def stop_on_signals(
     except KeyboardInterrupt:
         request.signal_number = request.signal_number or signal.SIGINT
         raise Interrupted(request.signal_number, line()) from None
-    except Exception:  # imports that catch everything go on half done, and fail later in any way
+    except Exception:  # an import that catches everything goes on half done, and may fail later in any way
         if request.at_once and request():
             raise Interrupted(request.signal_number, line()) from None
         raise
@@ -105,9 +105,9 @@ def stop_on_signals(
 
 @contextmanager
 def own_handlers_kept() -> Iterator[None]:
-    """Put the handlers back after a `with` block that sets its own; what came in between is given to ours.
+    """Restore our signal handlers after a `with` block that sets its own; pass a SIGTERM received meanwhile to ours.
 
-    `ray.init` sets one for SIGTERM, which raises SystemExit.
+    `ray.init` sets a handler for SIGTERM that raises SystemExit.
     """
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     received = 0
@@ -122,23 +122,23 @@ def own_handlers_kept() -> Iterator[None]:
             signal.signal(number, handler)
     if received:
         signal.raise_signal(received)
-        raise SystemExit(128 + received)  # the block was left half done, whatever our handler made of it
+        raise SystemExit(128 + received)  # whatever our handler did, the block was left half done
 
 
 def _say(line: str, before: str, after: str = "") -> None:
-    """Write a line to stderr, on a terminal with what is `before` and `after` it: sys.stderr may be in use just now."""
-    with suppress(OSError):  # nobody reads it, which must not be what the work ends of
+    """Write a line to file descriptor 2, since sys.stderr may be in use; a terminal also gets `before` and `after`."""
+    with suppress(OSError):  # a closed stderr must not end the work
         whole = f"{before}ml2o: {line}\n{after}" if os.isatty(2) else f"ml2o: {line}\n"
         os.write(2, whole.encode())
 
 
 @contextmanager
 def sigterm_kept_from_children() -> Iterator[None]:
-    """Let processes that are started in a `with` block, and what those start, never get SIGTERM.
+    """Block SIGTERM in processes that start in the `with` block, and in their descendants.
 
-    It is blocked in them, which they inherit, as Ray itself does with SIGINT: who asks us to end asks all of our
-    processes at once, and we can end in order only with those that work for us. Only where they are started with a
-    `preexec_fn`, as Ray's are: other children do not come by here.
+    Children inherit the blocked signal; Ray does the same with SIGINT. `timeout` or a scheduler sends SIGTERM to all of
+    our processes at once, but we need our workers for a clean end. This affects only children that are started with a
+    `preexec_fn`, as Ray's are; others do not run this hook.
     """
     global _kept_from_children
     _kept_from_children = True
@@ -160,9 +160,9 @@ os.register_at_fork(after_in_child=_block_sigterm)
 
 
 def _kill_descendants() -> None:
-    """Kill what this process has started and what that has: some of Ray's agents outlive their parents (Ray 2.60).
+    """Kill all descendants of this process: some of Ray's agents outlive their parents (Ray 2.60).
 
-    Only where there is a /proc; elsewhere it is left to Ray.
+    This needs /proc; on other systems it is left to Ray.
     """
     for pid in descendants([os.getpid()]):
         with suppress(ProcessLookupError):
@@ -170,7 +170,7 @@ def _kill_descendants() -> None:
 
 
 def exit_on_signals(code: int) -> None:
-    """Let a signal that comes while the process is ending anyway end it at once, with its own exit code."""
+    """Make a signal that comes while the process is ending anyway end it at once, with exit code `code`."""
 
     def leave(number: int, frame: FrameType | None) -> NoReturn:
         os._exit(code)

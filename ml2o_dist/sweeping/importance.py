@@ -1,4 +1,4 @@
-"""Which keys of a search space the scores of a sweep depend on, as far as its trials can tell."""
+"""Importance of search space keys: how much the scores of a sweep's trials depend on each."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from ml2o_dist.sweeping.record import SweepRecord, Trial
 from ml2o_dist.sweeping.settings import Distribution, SweepSettings
 
 FEWEST = 10
-"""Trials that are needed: out-of-bag estimates of fewer are noise (each tree leaves out about a third of them)."""
+"""Minimum number of trials: out-of-bag estimates of fewer are noise (each tree leaves out about a third)."""
 
 TREES, REPEATS = 300, 30
 
 
 @dataclass(frozen=True)
 class Importance:
-    """What a key is worth.
+    """The importance of one key.
 
     Attributes:
-        loss: by how much R^2 of the forest falls when the key's values are shuffled among the trials.
-        spread: standard deviation of that over the shuffles.
+        loss: the drop of the forest's R^2 when the key's values are shuffled among the trials.
+        spread: standard deviation of that drop over the shuffles.
     """
 
     key: str
@@ -35,12 +35,12 @@ class Importance:
 class Importances:
     """Permutation importances of a random forest (Breiman 2001) that was fitted to the ranks of the trials' scores.
 
-    Ranks, since a trial that diverged would drown all others. They say what the score varied with in these trials, not
-    what it would vary with elsewhere in the space, and they give two keys that only matter together to both.
+    Ranks are used because a diverged trial would dominate raw scores. The importances hold for these trials, not for
+    other regions of the space; if two keys only matter together, both get the importance.
 
     Attributes:
-        by_key: the most important first; empty where there are too few trials.
-        trials: how many were used: all with a finite score.
+        by_key: the most important first; empty if there are too few trials.
+        trials: the number of trials used: all with a finite score.
         out_of_bag: R^2 of the forest on trials that a tree did not see; at or below 0 it has learned nothing, and the
             importances mean nothing.
     """
@@ -51,7 +51,7 @@ class Importances:
 
     @property
     def caption(self) -> str:
-        """What the figures are, and whether they mean anything, in sentences."""
+        """Sentences that explain the figures and whether they are meaningful."""
         if not self.by_key:
             return f"Not measured: it takes {FEWEST} trials with finite, different scores; {self.trials} are there."
         said = (
@@ -89,7 +89,7 @@ def encoded(settings: SweepSettings, trials: list[Trial]) -> np.ndarray:
 
 
 def as_number(distribution: Distribution, value: object) -> float:
-    """Return a value as a number: its place in a list, the logarithm of one that is even in it, else itself."""
+    """Return a value as a number: its index in a list, the logarithm of a log-uniform value, else the value."""
     if distribution.interval is None:
         texts = [json.dumps(each, sort_keys=True) for each in distribution.values]
         return float(texts.index(json.dumps(value, sort_keys=True)))

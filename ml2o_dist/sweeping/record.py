@@ -1,4 +1,4 @@
-"""What the trials of a sweep have reported: lines of `trials.jsonl`, the truth behind tables, MLflow and pages."""
+"""The reports of a sweep's trials: lines of `trials.jsonl`, from which tables, MLflow and pages are made."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ml2o_dist.runtime.reading import MIB, check_own_file, read_bytes
 from ml2o_dist.sweeping.record_lines import Beginning, Copy, End, Entry, Report, State, entry_of, line_of
 
 FILE, TABLE = "trials.jsonl", "results.parquet"
-"""The record, and the table of trials that is made of it."""
+"""The record of the trials, and the table that is made from it."""
 
 FOLDER = "tune"
 """Ray Tune's part of the run directory: its state, and a folder with the checkpoints of each trial."""
@@ -31,13 +31,13 @@ LIMIT = 512 * MIB
 
 @dataclass
 class Trial:
-    """One trial: `number` counts from 1 in the order of their beginning, `id` names its folder.
+    """One trial: `number` counts trials from 1 in the order in which they began, `id` names the trial's folder.
 
     Attributes:
-        values: with which it goes on.
-        copied: the checkpoint of another trial that it goes on from, where it has not reported since it was given it.
-        runs_with: the values that its process was started with; those of what it reports.
-        begun_with: the values that it began with.
+        values: the current values of the search space's keys.
+        copied: the checkpoint of another trial that this trial resumes from; None once it has reported since the copy.
+        runs_with: the values that its process was started with; its reports are recorded with them.
+        begun_with: the values that the trial began with.
     """
 
     id: str
@@ -52,31 +52,31 @@ class Trial:
 
     @property
     def last(self) -> Report | None:
-        """What it said last."""
+        """The newest report."""
         return self.reports[max(self.reports)] if self.reports else None
 
     @property
     def score(self) -> float:
-        """Validation of its best weights, infinite where there is none."""
+        """Validation score of its best weights; infinite if there is none."""
         return self.last.best_validation if self.last else math.inf
 
     @property
     def best_at(self) -> int | None:
-        """The meta-step of its best weights; None where there are none."""
+        """The meta-step of its best weights; None if there are none."""
         return self.last.best_meta_step if self.last else None
 
     @property
     def folder(self) -> str:
-        """Where its checkpoints are, in the run directory."""
+        """The folder of its checkpoints, relative to the run directory."""
         return f"{FOLDER}/{self.id}"
 
     @property
     def meta_steps(self) -> int:
-        """How many it has done."""
+        """The number of meta-steps done."""
         return max(self.reports, default=0)
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as `ml2o sweep --json` prints it; null where there is no finite number."""
+        """Return the trial as `ml2o sweep --json` prints it; values that are not finite become null."""
         last = self.last
         return {
             "trial": self.number,
@@ -92,16 +92,16 @@ class Trial:
 
 
 class SweepRecord:
-    """All trials by their id; every change is a line of the file first.
+    """All trials by their id; every change is first written to the file as a line.
 
     Attributes:
-        left_out: how many lines are not used, `reason` why the first of them is not. The last line is not counted
-            where a kill has cut it.
-        in_time: trial and meta-step of every report, in the order in which they came.
+        left_out: the number of unusable lines; `reason` tells why the first of them is unusable. A last line that a
+            kill has cut is not counted.
+        in_time: trial and meta-step of every report, in the order of arrival.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Read what is there; raises UserError where that is a link or no regular file, or is too large."""
+        """Read the record in `folder`; raises UserError if it is a link, no regular file, or too large."""
         self.file = folder / FILE
         check_own_file(self.file)
         self.trials: dict[str, Trial] = {}
@@ -120,7 +120,7 @@ class SweepRecord:
                 self.reason = self.reason or f"line {number}: {error}"
 
     def begin(self, id: str, values: Mapping[str, Any]) -> Trial:
-        """Note that a trial runs (again) with these values; a new one has the lowest number that is free."""
+        """Note that a trial runs (again) with these values; a new trial gets the lowest free number."""
         known = self.trials.get(id)
         number = known.number if known else next(free for free in count(1) if free not in self._numbers)
         if known is None or known.state != "running" or known.values != dict(values):
@@ -129,13 +129,13 @@ class SweepRecord:
         return self.trials[id]
 
     def report(self, id: str, report: Report) -> None:
-        """Add a report; one of the same meta-step, which was lost and made again, takes the place of the first."""
+        """Add a report; it replaces an earlier report of the same meta-step, which the trial has repeated."""
         if report.meta_step in self.trials[id].reports:
             self._drop(lambda trial, entry: _is_at(entry, report.meta_step) and trial == id)
         self._write(id, report)
 
     def copy(self, id: str, source: str, meta_step: int, values: Mapping[str, Any]) -> None:
-        """Note that a trial goes on from the checkpoint of another one, `source`, at `meta_step`, with these values."""
+        """Note that a trial resumes from the checkpoint of trial `source` at `meta_step`, with these values."""
         self._write(id, Copy(source, meta_step, values))
 
     def end(self, id: str, state: State, error: str = "") -> None:
@@ -143,7 +143,7 @@ class SweepRecord:
         self._write(id, End(state, error))
 
     def rewind(self, id: str, meta_step: int) -> None:
-        """Drop what a trial said after `meta_step`: it goes on from there, and says it again."""
+        """Drop a trial's entries after `meta_step`: the trial resumes there and reports them again."""
         known = self.trials[id]
         later = [step for step in known.reports if step > meta_step]
         if not later and (known.copied is None or known.copied.at <= meta_step):
@@ -162,7 +162,7 @@ class SweepRecord:
         return sorted(self.trials.values(), key=lambda trial: trial.number)
 
     def best(self) -> Trial | None:
-        """Return the trial with the lowest score among those that did not fail; None: there is none."""
+        """Return the trial with the lowest finite score among those that did not fail; None if there is none."""
         whole = [trial for trial in self.trials.values() if trial.state != "failed" and math.isfinite(trial.score)]
         return min(whole, key=lambda trial: (trial.score, trial.number), default=None)
 
@@ -171,21 +171,21 @@ class SweepRecord:
         return sorted(self.trials.values(), key=lambda trial: (trial.state == "failed", trial.score, trial.number))
 
     def so_far(self, count: int) -> str:
-        """Say how many of `count` trials are where."""
+        """Return in words how many of `count` trials have ended, are running, and have not begun."""
         ended = sum(trial.state != "running" for trial in self.trials.values())
         begun = len(self.trials)
         return f"{ended} of {count} trials ended, {begun - ended} under way, {count - begun} not begun"
 
     @property
     def what_is_left_out(self) -> str:
-        """How many lines of the file are not used, and why not; "" where all are."""
+        """How many lines of the file are not used, and why; "" if all are used."""
         if not self.left_out:
             return ""
         lines = "1 line is" if self.left_out == 1 else f"{self.left_out} lines are"
         return f"{self.file.name}: {lines} left out; {self.reason}"
 
     def notes(self, scheduler: str) -> list[str]:
-        """Say what the table of trials does not show by itself."""
+        """Return remarks that the table of trials does not show by itself."""
         notes = []
         if self.left_out:
             notes.append(f"{self.what_is_left_out}.")
@@ -204,19 +204,19 @@ class SweepRecord:
 
     def _write(self, id: str, entry: Entry) -> None:
         if self.file.exists() and not _ends_a_line(self.file):
-            self._drop(lambda trial, entry: False)  # but for the last line, which a kill has cut
+            self._drop(lambda trial, entry: False)  # removes only the last line, which a kill has cut
         with self.file.open("ab") as stream:
             stream.write(line_of(id, entry))
         self._take(id, entry)
 
     def _drop(self, unwanted: Callable[[str, Entry], bool]) -> None:
-        """Write the file anew without the lines that say something `unwanted`."""
+        """Rewrite the file without the lines whose entry is `unwanted`."""
         lines = read_bytes(self.file, "record of trials", LIMIT).split(b"\n")[:-1]
         with replacing(self.file) as stream:
             stream.writelines(line + b"\n" for line in lines if not _says(line, unwanted))
 
     def _take(self, id: str, entry: Entry) -> None:
-        """Learn what a line says; raises UserError where it does not go with those before."""
+        """Apply the entry of one line; raises UserError if it contradicts earlier lines."""
         if isinstance(entry, Beginning):
             if (other := self._numbers.setdefault(entry.number, id)) != id:
                 raise UserError(f"trial {id!r} has the number {entry.number} of trial {other!r}")
@@ -230,7 +230,7 @@ class SweepRecord:
         trial = self.trials[id]
         if isinstance(entry, Report):
             trial.reports[entry.meta_step] = entry
-            # The last report before an exchange brings it about: it is written when the copies are on record already.
+            # The last report before an exchange triggers it, so this report is written after the copies are on record.
             if trial.copied is None or trial.copied.at < entry.meta_step:
                 trial.values, trial.copied = dict(entry.values), None
             self.in_time[id, entry.meta_step] = None
@@ -243,7 +243,7 @@ class SweepRecord:
 
 
 def write_table(folder: Path, record: SweepRecord) -> Path:
-    """Write a row for each trial: its figures, and each key of the space as a column; values of mixed kinds as JSON."""
+    """Write a row for each trial: its figures, and a column for each key of the space; mixed types become JSON."""
     rows = [trial.to_json() for trial in record.in_order]
     keys = list(dict.fromkeys(key for row in rows for key in row["values"]))
     columns: dict[str, list[Any]] = {name: [row[name] for row in rows] for name in rows[0] if name != "values"}
@@ -258,7 +258,7 @@ def write_table(folder: Path, record: SweepRecord) -> Path:
 
 
 def markdown(record: SweepRecord, name: str, scheduler: str) -> str:
-    """Return the trials as a Markdown table, the best first, and what is to be said of it."""
+    """Return the trials as a Markdown table, the best first, followed by remarks."""
     ranked = record.ranked()
     keys = list(dict.fromkeys(key for trial in ranked for key in trial.values))
     head = ["trial", "state", "meta-steps", "best at", "validation", *map(shown_text.markdown, keys), "folder"]
@@ -281,14 +281,14 @@ def markdown(record: SweepRecord, name: str, scheduler: str) -> str:
 
 
 def shown(value: Any) -> str:
-    """Return a value of the space, or a figure, as a table has it."""
+    """Return a value of the space, or a figure, as table text."""
     if isinstance(value, float):
         return f"{value:.4g}" if math.isfinite(value) else "-"
     return value if isinstance(value, str) else json.dumps(value)
 
 
 def shown_step(step: int | None) -> str:
-    """Return a meta-step, where there is one, as a table has it."""
+    """Return a meta-step, if there is one, as table text."""
     return "-" if step is None else str(step)
 
 
@@ -314,7 +314,7 @@ def _says(line: bytes, unwanted: Callable[[str, Entry], bool]) -> bool:
 
 
 def _ends_a_line(file: Path) -> bool:
-    """Tell whether nothing stands after the last end of a line."""
+    """Tell whether the file ends with a newline."""
     with file.open("rb") as stream:
         if stream.seek(0, 2) == 0:
             return True

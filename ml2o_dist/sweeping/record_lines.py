@@ -1,4 +1,4 @@
-"""The lines of `trials.jsonl`: what each kind says, and how it is checked, since the file may come from anybody."""
+"""The lines of `trials.jsonl`: the kinds of line and their checks, since the file may come from anybody."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from ml2o_dist.runtime.errors import UserError
 from ml2o_dist.runtime.reading import MIB, parse_json
 
 LINE_LIMIT = MIB // 4
-"""Bytes of a line. Ours have some hundred."""
+"""Maximum bytes of a line. Lines that we write have some hundred."""
 
 MOST_STEPS = 10**12
-"""More meta-steps than any run has, and more trials than any sweep."""
+"""Upper bound on meta-steps and trial numbers, above any real run or sweep."""
 
 State = Literal["running", "finished", "stopped", "failed"]
-"""stopped: by the scheduler, before its last meta-step."""
+"""`stopped`: the scheduler stopped the trial before its last meta-step."""
 
 _ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
@@ -34,12 +34,13 @@ class Beginning:
 
 @dataclass(frozen=True)
 class Report:
-    """What a trial said at one validation.
+    """A trial's report at one validation.
 
     Attributes:
-        values: of the search space by key, as they were then (population-based training changes them).
-        validation: of the weights at `meta_step`; `best_validation` of those that are kept, from `best_meta_step`.
-        seconds: of meta-training so far.
+        values: values of the search space by key at that time (population-based training changes them).
+        validation: score of the weights at `meta_step`; `best_validation` is that of the best weights, which are kept
+            and come from `best_meta_step`.
+        seconds: time of meta-training so far.
     """
 
     meta_step: int
@@ -53,7 +54,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Copy:
-    """A trial goes on from the checkpoint of another, `source`, at meta-step `at`, with other values."""
+    """A trial resumes from the checkpoint of trial `source` at meta-step `at`, with other values."""
 
     source: str
     at: int
@@ -72,12 +73,12 @@ Entry = Beginning | Report | Copy | End
 
 
 def line_of(trial: str, entry: Entry) -> bytes:
-    """Return a line of the file that says `entry` of a trial."""
+    """Return the line of the file that records `entry` for a trial."""
     return json.dumps({"trial": trial, **asdict(entry)}).encode() + b"\n"
 
 
 def entry_of(line: bytes) -> tuple[str, Entry]:
-    """Return the trial that a line is about, and what it says; raises UserError where that is none of ours.
+    """Return the trial and the entry of a line; raises UserError if the line has none of our formats.
 
     The message does not name the file.
     """
@@ -117,7 +118,7 @@ def _is_number(value: Any) -> bool:
 
 
 def _is_values(value: Any) -> bool:
-    """Tell whether it holds plain JSON by key: infinities and NaN are no JSON, and no values of a space."""
+    """Tell whether every value is plain JSON: infinities and NaN are neither JSON nor values of a space."""
     try:
         json.dumps(value, allow_nan=False)
     except ValueError:

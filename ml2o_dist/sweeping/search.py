@@ -19,15 +19,15 @@ from ml2o_dist.sweeping.trial_source import Earlier, TrialSource
 
 
 def tune_config(settings: SweepSettings, earlier: Sequence[Earlier], on_copy: OnCopy) -> Any:
-    """Return Tune's configuration for a sweep that goes on with trials of an `earlier` process, or has none.
+    """Return Tune's configuration for a sweep, which resumes the trials of an `earlier` process if there are any.
 
-    `on_copy` is told by population-based training who goes on from whose checkpoint.
+    Population-based training calls `on_copy` when a trial resumes from another trial's checkpoint.
 
     Raises:
         UserError: search=optuna, which is not installed.
     """
     check_search(settings)
-    np.random.seed(settings.seed % 2**32)  # what ASHA's brackets are drawn from
+    np.random.seed(settings.seed % 2**32)  # ASHA draws its brackets with it
     return tune.TuneConfig(
         metric=SCORE,
         mode="min",
@@ -40,7 +40,7 @@ def tune_config(settings: SweepSettings, earlier: Sequence[Earlier], on_copy: On
 
 
 def param_space(settings: SweepSettings) -> dict[str, Any]:
-    """Return the search space as Tune has it, by dotted key."""
+    """Return the search space in Tune's form, by dotted key."""
     if settings.search == "grid":
         return {
             key: tune.grid_search([as_sampled(each, value) for value in each.values])
@@ -50,7 +50,7 @@ def param_space(settings: SweepSettings) -> dict[str, Any]:
 
 
 def check_search(settings: SweepSettings) -> None:
-    """Raise UserError where what searches is not installed."""
+    """Raise UserError if the search library is not installed."""
     if settings.search == "optuna":
         try:
             import optuna  # noqa: F401
@@ -83,9 +83,9 @@ def _scheduler(settings: SweepSettings, recorded: Recorded, on_copy: OnCopy) -> 
 
 
 def asha(settings: SweepSettings, recorded: Recorded) -> RememberingAsha:
-    """Return the scheduler of scheduler=asha, which knows what is `recorded` of trials before they are added.
+    """Return the scheduler of scheduler=asha, which knows the `recorded` scores of trials before they are added.
 
-    Tune tells it which score it goes by, with `set_search_properties`.
+    Tune tells it the name of the score with `set_search_properties`.
     """
     return RememberingAsha(
         recorded,
@@ -97,7 +97,7 @@ def asha(settings: SweepSettings, recorded: Recorded) -> RememberingAsha:
 
 
 def result(meta_step: int, score: float) -> dict[str, Any]:
-    """Return what a trial reports, as far as schedulers look at it."""
+    """Return the part of a trial's report that schedulers use."""
     return {TIME: meta_step, SCORE: score}
 
 
@@ -108,14 +108,14 @@ def longest(settings: SweepSettings) -> int:
 
 
 class RememberingAsha(ASHAScheduler):  # type: ignore[misc]  # Ray is not followed
-    """ASHA that knows, in a sweep that is gone on with, what its trials have reported."""
+    """ASHA that, in a resumed sweep, knows the earlier reports of its trials."""
 
     def __init__(self, recorded: Recorded, **settings: Any) -> None:
         super().__init__(**settings)
         self._recorded = recorded
 
     def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-        """Put the trial's reports into their rungs again; what was decided then has been done."""
+        """Enter the trial's earlier reports into their rungs again; the decisions on them are already carried out."""
         super().on_trial_add(tune_controller, trial)
         for step, score in self._recorded.get(trial.trial_id, {}).items():
             self.on_trial_result(tune_controller, trial, result(step, score))

@@ -1,4 +1,4 @@
-"""The settings of a sweep, with what a search space may say."""
+"""The settings of a sweep, including its search space."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ml2o_dist.runtime.names import ModelName
 
 DEFAULT_TRIALS = 10
 MOST_TRIALS = 100_000
-"""Trials of a sweep; of a grid, all combinations."""
+"""Maximum trials of a sweep; in a grid, maximum combinations."""
 
 
 class _Settings(BaseModel):
@@ -30,7 +30,7 @@ class _Settings(BaseModel):
 
 
 class Distribution(_Settings):
-    """Where the values of one key come from: exactly one of these, ends of intervals included."""
+    """The source of one key's values: exactly one field is set; intervals include their ends."""
 
     uniform: tuple[float, float] | None = Field(None, description="a number from [low, high]")
     loguniform: tuple[float, float] | None = Field(None, description="the same, even in its logarithm; low > 0")
@@ -41,7 +41,7 @@ class Distribution(_Settings):
 
     @property
     def kind(self) -> str:
-        """The name of the one that is given."""
+        """The name of the field that is set."""
         return next(name for name in type(self).model_fields if getattr(self, name) is not None)
 
     @property
@@ -52,23 +52,23 @@ class Distribution(_Settings):
 
     @property
     def whole(self) -> bool:
-        """Only whole numbers come from it."""
+        """Whether it yields only whole numbers."""
         return self.kind in ("randint", "lograndint")
 
     @property
     def logarithmic(self) -> bool:
-        """Its values are even in their logarithm."""
+        """Whether its values are uniform in their logarithm."""
         return self.kind in ("loguniform", "lograndint")
 
     @property
     def values(self) -> tuple[Any, ...]:
-        """What is to be checked before anything starts: every value of a list, both ends of an interval."""
+        """The values to check before anything starts: every value of a list, both ends of an interval."""
         given: tuple[Any, ...] = getattr(self, self.kind)
         return given
 
     @model_serializer(mode="wrap")
     def _given(self, whole: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Write out the one that is given, not what the others are not."""
+        """Serialise only the field that is set."""
         return {key: value for key, value in whole(self).items() if value is not None}
 
     @model_validator(mode="after")
@@ -101,9 +101,9 @@ class AshaSettings(_Settings):
 
 
 class PbtSettings(_Settings):
-    """Population-based training, in lockstep: now and then the worst go on from the best ones' weights.
+    """Population-based training in lockstep: at each `interval` the worst trials resume from the best ones' weights.
 
-    Their settings are then the best ones', changed a little. All trials wait for each other at `interval`.
+    They then use the best ones' settings, changed a little. All trials wait for each other at `interval`.
     """
 
     interval: int = Field(
@@ -116,13 +116,13 @@ class PbtSettings(_Settings):
 
 
 class DriverSettings(_Settings):
-    """What a trial's own process asks of Ray, beside its workers: it coordinates them and takes the small updates."""
+    """Ray resources of a trial's driver process, which coordinates the workers and does the small updates."""
 
     num_cpus: float = Field(0.0, ge=0, le=1e6, description="0: it needs next to nothing beside workers that are busy")
 
 
 class SweepTracking(_Settings):
-    """Where MLflow keeps the runs of a sweep and the best trial's version."""
+    """MLflow settings for the runs of a sweep and the version of the best trial."""
 
     model_config = TrackingSettings.model_config
 
@@ -169,7 +169,7 @@ class SweepSettings(_Settings):
 
     @property
     def count(self) -> int:
-        """How many trials there will be."""
+        """The number of trials of the sweep."""
         if self.search == "grid":
             return math.prod(len(each.values) for each in self.space.values())
         return self.trials or DEFAULT_TRIALS

@@ -27,30 +27,30 @@ from ml2o_dist.runtime.errors import UserError
 from ml2o_dist.sweeping.settings import Distribution, SweepSettings
 
 SETTINGS = "sweep.yaml"
-"""What a run directory calls the settings of a sweep."""
+"""The name of a sweep's settings file in its run directory."""
 
 _NO_EFFECT = ("compare", "comparison", "trajectories", "tracking", "data", "checkpoint_every", "keep_checkpoints")
-"""What a trial does without: the best one alone is registered, and a checkpoint comes with every validation."""
+"""Settings that have no effect in a trial: only the best is registered, and every validation writes a checkpoint."""
 
 _MUTABLE = (
     "learner.lr", "learner.final_lr", "learner.clip", "learner.ema", "estimator.gamma", "estimator.step_weights",
     "estimator.coordinates", "estimator.clip", "estimator.sigma", "horizon", "meta_batch_size", "instances",
     "family.rescale", "family.objective_rescale",
 )  # fmt: skip
-"""What may change while a meta-training runs: not the rule, which its weights are of, nor the length of the run."""
+"""Settings that may change while a meta-training runs: not the rule, whose weights it trains, nor the run's length."""
 
 MOST_CHECKED = 1000
 """How many combinations of a grid are tried before anything starts."""
 
 _OPERATIONAL = ("tracking", "max_concurrent")
-"""What a sweep that is gone on with may change."""
+"""Settings that a resumed sweep may change."""
 
 
 def load_sweep(file: Path | None, overrides: Iterable[str] = (), within: Path | None = None) -> SweepSettings:
     """Read a sweep's settings as `config_file.load_settings` does, with its `meta_train` from the file it names.
 
-    `meta_train` is the name of a file beside this one, or a mapping of settings, which may begin with `extends: FILE`;
-    where it is not there, or says no `family` of its own, it is laid over the embedded default.
+    `meta_train` is the name of a file beside this one, or a mapping of settings, which may begin with `extends: FILE`.
+    If it is missing, or sets no `family` of its own, it overrides the embedded default.
 
     Raises:
         UserError: an unreadable file, a misspelt key or a wrong value, also among those of the space.
@@ -62,7 +62,7 @@ def load_sweep(file: Path | None, overrides: Iterable[str] = (), within: Path | 
 def parse_sweep(
     tree: Mapping[str, Any], beside: Path, overrides: Iterable[str] = (), within: Path | None = None
 ) -> SweepSettings:
-    """Check a mapping of a sweep's settings; files that it names lie `beside`. Raises UserError as `load_sweep`."""
+    """Check a mapping of a sweep's settings; `beside` is the folder of files it names. Raises as `load_sweep`."""
     given = tree.get("meta_train") or {}
     if isinstance(given, str):
         given = read_tree(beside / given, within=within)
@@ -79,7 +79,7 @@ def parse_sweep(
 
 
 def _check_has_space(tree: Mapping[str, Any]) -> None:
-    """Raise UserError where `space` is not there at all; one that is misspelt is an unknown key, said elsewhere."""
+    """Raise UserError if `space` is missing; a misspelt `space` is reported elsewhere as an unknown key."""
     others = tree.keys() - SweepSettings.model_fields
     if "space" in tree or others - MetaTrainSettings.model_fields.keys() - {"extends"}:
         return
@@ -96,8 +96,8 @@ _EXAMPLE = "`space: {learner.lr: {loguniform: [1e-4, 0.1]}}`"
 def check_space(settings: SweepSettings) -> None:
     """Raise UserError unless a meta-training can be made with every value of the space, one key at a time.
 
-    Of a grid, every combination; of what is drawn, one that does not go together is a trial that fails.
-    Values that only go together are no two keys: give their group, as `estimator: {choice: [{...}, {...}]}`.
+    In a grid every combination must be valid; among drawn values an invalid combination is a trial that fails.
+    Values that are only valid together should be given as one group: `estimator: {choice: [{...}, {...}]}`.
     """
     scores = settings.meta_train.validation.every
     if settings.scheduler != "none" and scores >= settings.meta_train.meta_steps:
@@ -133,7 +133,7 @@ def check_space(settings: SweepSettings) -> None:
 
 
 def _check_combinations(settings: SweepSettings) -> None:
-    """Raise UserError unless the values of a grid go together, as far as `MOST_CHECKED` combinations tell."""
+    """Raise UserError if one of the first `MOST_CHECKED` combinations of a grid is invalid."""
     combinations = product(*(each.values for each in settings.space.values()))
     for combination in islice(combinations, MOST_CHECKED):
         values = dict(zip(settings.space, combination, strict=True))
@@ -153,18 +153,18 @@ def trial_settings(settings: SweepSettings, values: Mapping[str, Any]) -> MetaTr
 
 
 def as_sampled(distribution: Distribution, value: Any) -> Any:
-    """Return `value` as Ray Tune and Optuna have it: of a list as JSON text, since those take no lists or mappings."""
+    """Return `value` for Ray Tune and Optuna: a value of a list as JSON text, since they take no lists or mappings."""
     return json.dumps(value) if distribution.interval is None else value
 
 
 def as_values(settings: SweepSettings, sampled: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values by key of what was sampled as `as_sampled` says."""
+    """Return the values by key from sampled ones, undoing `as_sampled`."""
     space = settings.space
     return {key: json.loads(sampled[key]) if space[key].interval is None else sampled[key] for key in space}
 
 
 def sweep_difference(ours: SweepSettings, theirs: SweepSettings) -> str:
-    """Name the first key that determines a sweep's results and differs, with both values; "" where there is none."""
+    """Return the first differing key that determines a sweep's results, with both values; "" if there is none."""
     left, right = flat_settings(ours), flat_settings(theirs)
     for key in sorted(left.keys() | right.keys()):
         same = left.get(key) == right.get(key) or key.startswith("meta_train.")

@@ -1,7 +1,7 @@
-"""Where the trials of an earlier process are taken up again: from `trials.jsonl` and the checkpoints, nothing else.
+"""Resume the trials of an earlier process from `trials.jsonl` and the checkpoints, nothing else.
 
-Ray Tune's own state of a sweep is pickled, and who unpickles a file runs what it says: it is never read. What it would
-tell follows from the record, which has every report and every copy in the order in which they came.
+Ray Tune pickles its own state of a sweep, and unpickling a file can run code in it, so that state is never read. The
+record has the same information: every report and every copy, in the order of arrival.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ log = logging.getLogger(__name__)
 
 
 def take_up(settings: SweepSettings, folder: Path, record: SweepRecord) -> list[Earlier]:
-    """Return the trials on record; each that has not ended is brought back to its newest whole checkpoint.
+    """Return the trials on record; each unfinished trial is rewound to its newest intact checkpoint.
 
-    The record is put right first: trials whose last report was their end, or made the scheduler stop them, have ended,
-    and what was said after the checkpoint that a trial goes on from is dropped, since it will be said again.
+    The record is corrected first. A trial is marked as ended if its last report was at its last meta-step or made the
+    scheduler stop it. Reports after the checkpoint that a trial resumes from are dropped; the trial makes them again.
 
     Raises:
         UserError: the record is not of this sweep.
@@ -45,7 +45,7 @@ def take_up(settings: SweepSettings, folder: Path, record: SweepRecord) -> list[
 
 
 def checkpoint_of(folder: Path, trial: Trial) -> Path:
-    """Return the checkpoint of a trial's last report, in a sweep's `folder`; where there is none, the newest one."""
+    """Return the checkpoint of a trial's last report in a sweep's `folder`, or the newest one if that is missing."""
     paths = [path for _, path in _checkpoints(folder, trial.id)] or [folder / trial.folder / "checkpoint_000000"]
     for path in paths:
         with suppress(CheckpointError):
@@ -90,7 +90,7 @@ def _text(value: Any) -> str:
 
 
 def _note_ends(settings: SweepSettings, record: SweepRecord) -> None:
-    """Note the end of trials that had come to it, or been given it, when the process was killed before it was noted."""
+    """Record the end of trials that had finished or been stopped when a kill kept that from being recorded."""
     stopped = _stopped(settings, record)
     for trial in record.trials.values():
         if trial.state == "running" and trial.reports:
@@ -101,7 +101,7 @@ def _note_ends(settings: SweepSettings, record: SweepRecord) -> None:
 
 
 def _stopped(settings: SweepSettings, record: SweepRecord) -> set[str]:
-    """Return the trials whose last report ASHA answered by stopping them: all reports are shown to it once more."""
+    """Return the trials that ASHA stopped at their last report, found by replaying all reports to it."""
     if settings.scheduler != "asha":
         return set()
     scheduler = asha(settings, {})
@@ -136,7 +136,7 @@ def _taken_up(settings: SweepSettings, folder: Path, record: SweepRecord, trial:
 
 
 def _copied(folder: Path, trial: Trial) -> tuple[Path, int] | None:
-    """Return the checkpoint of another trial that this one was given after its last report, where it is whole."""
+    """Return the other trial's checkpoint that this trial was given after its last report; None if not intact."""
     if trial.copied is None:
         return None
     found = _newest_whole(folder, trial.copied.source, trial.copied.at)
@@ -147,7 +147,7 @@ def _copied(folder: Path, trial: Trial) -> tuple[Path, int] | None:
 
 
 def _newest_whole(folder: Path, id: str, last: int) -> tuple[Path, int] | None:
-    """Return a trial's newest whole checkpoint, of meta-step `last` at most, and its meta-step."""
+    """Return a trial's newest intact checkpoint of meta-step `last` or before, and its meta-step."""
     for _, path in _checkpoints(folder, id):
         try:
             step = load_checkpoint(path).meta_step

@@ -1,4 +1,4 @@
-"""One trial: a whole meta-training in a process of Ray Tune's, with workers of its own in one placement group."""
+"""One trial: a whole meta-training in a Ray Tune process, with its own workers in one placement group."""
 
 from __future__ import annotations
 
@@ -22,32 +22,32 @@ from ml2o_dist.sweeping.settings import SweepSettings
 from ml2o_dist.sweeping.space import as_values, trial_settings
 
 SCRATCH = "meta-training"
-"""What a trial works in, below its folder of Tune's."""
+"""The working folder of a trial, inside the folder that Tune gives it."""
 
 SCORE, TIME = "validation", "meta_step"
-"""What trials report that Tune's schedulers and searches look at: lower is better, after so many meta-steps."""
+"""The reported figures that Tune's schedulers and searches use: the score, lower is better, and the meta-steps."""
 
 
 def as_trainable(settings: SweepSettings) -> Any:
-    """Return what Ray Tune runs for each trial, with the placement group that it asks for."""
+    """Return the function that Ray Tune runs for each trial, with the placement group of a trial."""
     sent = Carried(settings)
 
-    def meta_training(sampled: dict[str, Any]) -> None:  # Tune knows it by this name when it is gone on with
+    def meta_training(sampled: dict[str, Any]) -> None:  # on resume Tune finds it by this name
         meta_train_trial(_in_trial(sent.value, sampled))
 
     def resources(sampled: dict[str, Any]) -> Any:
         try:
             return placement(sent.value, _in_trial(sent.value, sampled))
-        except UserError:  # values that do not go together: the trial itself will say so
+        except UserError:  # invalid combination of values: the trial itself reports it
             return placement(sent.value, sent.value.meta_train)
 
     return tune.with_resources(meta_training, resources)
 
 
 def placement(settings: SweepSettings, trial: MetaTrainSettings) -> Any:
-    """Return the placement group of a trial: its driver first, then each other process, near to each other if possible.
+    """Return the placement group of a trial: the driver first, then each other process, close together if possible.
 
-    A driver that asks for nothing has no bundle of its own, and sits beside the first worker.
+    A driver that asks for no resources has no bundle of its own and runs beside the first worker.
     """
     replayer = [trial.learner.resources] if trial.backward == "learner" else []
     processes: list[PlacementSettings] = [*replayer, *[trial.resources] * trial.workers]
@@ -68,14 +68,14 @@ def _bundle(share: PlacementSettings) -> dict[str, float]:
 
 
 def meta_train_trial(settings: MetaTrainSettings) -> None:
-    """Meta-train, from the checkpoint that Tune gives if there is one, and report every validation with a checkpoint.
+    """Meta-train, resuming from Tune's checkpoint if there is one, and report every validation with a checkpoint.
 
-    Tune keeps the checkpoints; what lies in the trial's own folder is gone with its process. Whatever ends a
-    meta-training is raised: the trial has failed.
+    Tune keeps the checkpoints; the next process of the trial deletes its working folder. An exception of the
+    meta-training is raised, and the trial has failed.
     """
     torch.set_num_threads(1)
     folder = Path(tune.get_context().get_trial_dir()) / SCRATCH
-    shutil.rmtree(folder, ignore_errors=True)  # of a process before: what counts of it came with Tune's checkpoint
+    shutil.rmtree(folder, ignore_errors=True)  # an earlier process's; Tune's checkpoint has all that matters
     trainer = Trainer(settings, folder)
     if (found := tune.get_checkpoint()) is not None:
         with found.as_directory() as path:
@@ -91,7 +91,7 @@ def _reporting(trainer: Trainer) -> Callable[[int, Row], None]:
         if SCORE not in row:
             return
         checkpoint = trainer.run_dir / "checkpoints" / f"step_{step:06d}"
-        shutil.rmtree(checkpoint, ignore_errors=True)  # the first one: it was written before the validation
+        shutil.rmtree(checkpoint, ignore_errors=True)  # an older one, written before the validation
         trainer.save()
         progress = trainer.progress
         figures = {
@@ -110,7 +110,7 @@ def _reporting(trainer: Trainer) -> Callable[[int, Row], None]:
 
 
 def _in_trial(settings: SweepSettings, sampled: Mapping[str, Any]) -> MetaTrainSettings:
-    """Return a trial's settings without what is done once for the whole sweep, or not at all."""
+    """Return a trial's settings without the steps that a sweep does only once, or not at all."""
     trial = trial_settings(settings, as_values(settings, sampled))
     return trial.model_copy(
         update={"trajectories": trial.trajectories.model_copy(update={"meta_steps": 0}), "keep_checkpoints": 1}

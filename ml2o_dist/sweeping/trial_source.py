@@ -1,4 +1,4 @@
-"""Which trials Ray Tune is given: first those of an earlier process, where they stand, then those not drawn yet."""
+"""The source of Ray Tune's trials: first the resumed trials of an earlier process, then newly drawn ones."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ _DRAWN = re.compile(r".*_(\d{5,12})")
 
 @dataclass(frozen=True)
 class Earlier:
-    """A trial that a process before this one has begun.
+    """A trial that an earlier process has begun.
 
     Attributes:
-        values: of the space by key, with which it goes on.
-        ended: it is finished, or its scheduler has stopped it: it does not run again.
-        scores: what it has reported, by meta-step.
-        checkpoint: the folder that it goes on from; None: it begins anew, or has ended.
-        meta_step: of the checkpoint.
-        newest: number of its newest checkpoint, whether it goes on from that or not; -1: it has none.
+        values: values of the search space by key that it resumes with.
+        ended: whether it has finished or its scheduler has stopped it; such a trial does not run again.
+        scores: the reported scores by meta-step.
+        checkpoint: the folder that it resumes from; None if it restarts from the beginning or has ended.
+        meta_step: the meta-step of `checkpoint`.
+        newest: the number of its newest checkpoint, whether it resumes from that or not; -1 if it has none.
     """
 
     id: str
@@ -46,12 +46,12 @@ class Earlier:
 
     @property
     def drawn(self) -> int:
-        """Its place among the trials that are drawn, from 0."""
+        """Its index among the drawn trials, from 0."""
         return drawn_number(self.id)
 
 
 def drawn_number(id: str) -> int:
-    """Return which of the trials that are drawn has this id, from 0; -1: the id does not tell."""
+    """Return the index, from 0, of the drawn trial with this id; -1 if the id does not contain it."""
     found = _DRAWN.fullmatch(id)
     return int(found[1]) if found else -1
 
@@ -59,13 +59,13 @@ def drawn_number(id: str) -> int:
 class TrialSource(SearchAlgorithm):  # type: ignore[misc]  # Ray is not followed
     """Gives Tune each trial once, `max_concurrent` at a time.
 
-    Random search and grids draw all trials from the seed, in the same order in every process: those that are not on
-    record are the ones to run. Optuna is told all scores on record, and asked for the rest.
+    Random search and grids draw all trials from the seed, in the same order in every process; those not on record are
+    run. Optuna is told all scores on record and asked for the remaining trials.
     """
 
     def __init__(self, settings: SweepSettings, earlier: Sequence[Earlier] = ()) -> None:
         self._settings = settings
-        # Those that wait for an exchange take no place among the pending ones: they come before those that do.
+        # Trials that have ended or wait for an exchange take no pending slot, so they are given to Tune first.
         self._earlier = sorted(earlier, key=lambda each: not each.ended and each.checkpoint is None)
         self._known = {each.drawn for each in earlier}
         self._drawn = BasicVariantGenerator(random_state=settings.seed)
@@ -85,7 +85,7 @@ class TrialSource(SearchAlgorithm):  # type: ignore[misc]  # Ray is not followed
         self._carriers.add_configurations(experiments)
 
     def next_trial(self) -> Trial | None:
-        """Return a trial that has not been given yet; None: there is none (now)."""
+        """Return a trial that has not been given yet; None if there is none (now)."""
         live = [trial for trial in self._given if not trial.is_finished()]
         if self._settings.max_concurrent and len(live) >= self._settings.max_concurrent:
             return None
@@ -118,7 +118,7 @@ class TrialSource(SearchAlgorithm):  # type: ignore[misc]  # Ray is not followed
         return None
 
     def _again(self, earlier: Earlier) -> Trial:
-        """Return a trial that is named as the earlier one and stands where that did."""
+        """Return a trial with the name and the progress of the earlier one."""
         trial = self._carriers.next_trial()
         trial.trial_id = trial.custom_trial_name = trial.custom_dirname = earlier.id
         space = self._settings.space
@@ -147,7 +147,7 @@ def _set_values(trial: Trial, sampled: Mapping[str, Any]) -> None:
 class OptunaSuggestions:
     """Optuna's tree-structured Parzen estimator, asked one trial at a time.
 
-    A suggestion depends on the seed, the trial's number and the scores so far, and on nothing that a kill would lose.
+    A suggestion depends only on the seed, the trial's number and the scores so far; a kill loses none of these.
     """
 
     def __init__(self, settings: SweepSettings, earlier: Sequence[Earlier]) -> None:
@@ -167,7 +167,7 @@ class OptunaSuggestions:
         return dict(self._asked[id].params)
 
     def tell(self, id: str, sampled: Mapping[str, Any], score: float | None) -> None:
-        """Tell the score of a trial that has ended; None: it has failed, or has none."""
+        """Tell Optuna the score of a trial that has ended; None if the trial failed or has no score."""
         import optuna
 
         study = self._begun()

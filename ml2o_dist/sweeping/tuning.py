@@ -1,4 +1,4 @@
-"""Ray Tune at work on a sweep: begun or gone on with, watched, and stopped when that is asked for."""
+"""Run a sweep on Ray Tune: begin or resume it, watch it, and stop it on request."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ _ENVIRONMENT = {
 
 
 class Watcher(Callback):  # type: ignore[misc]  # Ray is not followed
-    """Writes down what trials say, tells MLflow, shows it, and ends the sweep when a stop is requested."""
+    """Records the trials' reports, sends them to MLflow, shows them, and ends the sweep when a stop is requested."""
 
     def __init__(
         self,
@@ -61,15 +61,15 @@ class Watcher(Callback):  # type: ignore[misc]  # Ray is not followed
         self._losses: Counter[str] = Counter()
 
     def __reduce__(self) -> tuple[type[Callback], tuple[()]]:
-        """Tune pickles its callbacks, and nothing unpickles them."""
+        """Return an empty callback for Tune to pickle; nothing unpickles it."""
         return Callback, ()
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        """Tell MLflow what came from before, once, and look at whether to stop, and at whether Ray is still there."""
+        """Check that Ray is alive, send earlier records to MLflow once, and stop the sweep if requested."""
         check_own_ray()
         self._look_back()
-        if trials and self._stop():  # without trials Tune would look for some in the state that lies in its folder
-            signal.raise_signal(signal.SIGUSR1)  # what Tune ends its loop for
+        if trials and self._stop():  # without trials Tune would read the state in its folder to find some
+            signal.raise_signal(signal.SIGUSR1)  # on this signal Tune ends its loop
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Note that a trial runs."""
@@ -96,26 +96,26 @@ class Watcher(Callback):  # type: ignore[misc]  # Ray is not followed
         self._show(trials)
 
     def on_trial_recover(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Note why a trial is run again, and that a process of it that was lost is no failure of the trial's.
+        """Log why a trial is retried, and do not count the loss of its process as a failure of the trial.
 
-        So it is for as many losses as a meta-training may have of its workers; a trial that crashes each time does end.
+        This holds for as many losses as a meta-training may have worker restarts; a trial that always crashes ends.
         """
         with ray_internal("ray.tune.experiment.Trial.pickled_error_file"):
             file = trial.pickled_error_file
-        # Tune has just written it, into Ray's session folder on this machine: nothing of a run directory is unpickled.
+        # Tune has just written this file into Ray's local session folder: nothing from a run directory is unpickled.
         error = ray.cloudpickle.loads(Path(file).read_bytes()) if file else None
-        if not isinstance(error, RayActorError):  # it was raised in the trial, or by Tune
+        if not isinstance(error, RayActorError):  # the error was raised in the trial, or by Tune
             return
         number, losses = self._known(trial).number, self._losses[trial.trial_id] + 1
         log.warning("trial %d is lost: %s; it goes on from its newest checkpoint", number, reason(error))
         self._losses[trial.trial_id] = losses
-        counted = not error.preempted  # Tune itself lets those pass
+        counted = not error.preempted  # Tune itself does not count preemptions
         if counted and losses <= self._settings.meta_train.resources.max_restarts:
             with ray_internal("ray.tune.experiment.Trial.run_metadata"):
                 trial.run_metadata.num_failures -= 1
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Note that a trial came to its end, or to the one that the scheduler gave it."""
+        """Note that a trial finished, or that the scheduler stopped it."""
         steps = trial_settings(self._settings, as_values(self._settings, trial.config)).meta_steps
         self._end(trial.trial_id, "finished" if self._record.trials[trial.trial_id].meta_steps >= steps else "stopped")
         self._show(trials)
@@ -127,14 +127,14 @@ class Watcher(Callback):  # type: ignore[misc]  # Ray is not followed
         self._show(trials)
 
     def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
-        """Keep Tune from unpickling, for results that nobody asks for, what lies in the trials' folders."""
-        self._look_back()  # no step was taken where all trials had ended: only MLflow had not got everything
+        """Keep Tune from unpickling error files in the trials' folders for results that nobody uses."""
+        self._look_back()  # if all trials had ended before, Tune took no step and MLflow may still lack records
         for trial in trials:
             with ray_internal("ray.tune.experiment.Trial.run_metadata"):
                 trial.run_metadata.pickled_error_filename = None
 
     def tell_all(self) -> None:
-        """Tell MLflow what the record holds; what it has got already is not written again."""
+        """Send the whole record to MLflow, which does not write again what it has already."""
         for id, trial in self._record.trials.items():
             first = next(iter(trial.reports.values()), None)
             self._runs.begin(id, f"trial {trial.number}", first.values if first else trial.values)
@@ -145,11 +145,11 @@ class Watcher(Callback):  # type: ignore[misc]  # Ray is not followed
                 self._runs.end(id, "FAILED" if trial.state == "failed" else "FINISHED")
 
     def on_copy(self, id: str, source: str, meta_step: int, sampled: Mapping[str, Any]) -> None:
-        """Note that a trial goes on from another one's checkpoint, with other values."""
+        """Note that a trial resumes from another trial's checkpoint, with other values."""
         self._record.copy(id, source, meta_step, as_values(self._settings, sampled))
 
     def _known(self, trial: Any) -> Trial:
-        """Return a trial as it is recorded; one whose process was lost before it was up is not yet."""
+        """Return the recorded trial, recording it first if its process was lost before it had started."""
         known = self._record.trials.get(trial.trial_id)
         return known or self._record.begin(trial.trial_id, as_values(self._settings, trial.config))
 
@@ -177,9 +177,9 @@ class Watcher(Callback):  # type: ignore[misc]  # Ray is not followed
 
 
 def run_trials(settings: SweepSettings, folder: Path, earlier: Sequence[Earlier], watcher: Watcher) -> None:
-    """Run all trials of a sweep but those of an `earlier` process that have ended; failed ones go on, too.
+    """Run all trials of a sweep except those that ended in an `earlier` process; failed ones are resumed, too.
 
-    Returns when all have ended, or some time after a stop was requested. Trials that fail do not raise.
+    Returns when all trials have ended, or some time after a stop was requested. Trials that fail do not raise.
 
     Raises:
         UserError: Tune's folder is a link to somewhere else.
@@ -188,9 +188,9 @@ def run_trials(settings: SweepSettings, folder: Path, earlier: Sequence[Earlier]
     if not lies_within(place, folder):
         raise UserError(f"{place} is a link out of {folder}")
     _remove_state(place)
-    pending = {"TUNE_MAX_PENDING_TRIALS_PG": "1" if settings.search == "optuna" else "200"}  # as for searches of Tune's
+    pending = {"TUNE_MAX_PENDING_TRIALS_PG": "1" if settings.search == "optuna" else "200"}  # as Tune's own searches
     with _set(_ENVIRONMENT | pending), _handler_kept(signal.SIGUSR1), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Consider boosting PBT")  # by what our trials are not made for
+        warnings.filterwarnings("ignore", message="Consider boosting PBT")  # our trials cannot follow it
         try:
             tune.Tuner(
                 as_trainable(settings),
@@ -202,12 +202,12 @@ def run_trials(settings: SweepSettings, folder: Path, earlier: Sequence[Earlier]
                     callbacks=[watcher],
                     verbose=0,
                     failure_config=tune.FailureConfig(max_failures=settings.retries),
-                    # all of them, each some tens of kB: PBT may need any, and so may a sweep whose newest ones are cut
+                    # Keep all, each some tens of kB: PBT may need any, as may a resume whose newest ones are damaged.
                     checkpoint_config=tune.CheckpointConfig(num_to_keep=None),
                 ),
             ).fit()
         except Exception:
-            check_own_ray()  # what Tune has to say of it is no help
+            check_own_ray()  # Tune's own message for a dead Ray is no help
             raise
         finally:
             _remove_state(place)
@@ -217,17 +217,17 @@ def run_trials(settings: SweepSettings, folder: Path, earlier: Sequence[Earlier]
 
 
 def _remove_state(place: Path) -> None:
-    """Remove what Tune leaves of its state: it is pickled, and nothing reads it."""
+    """Remove Tune's state files: they are pickled, and nothing reads them."""
     for pattern in ("*.pkl", "experiment_state-*.json", "basic-variant-state-*.json", "search_gen_state-*.json"):
         for file in (*place.glob(pattern), *place.glob(f"*/{pattern}")):
             if lies_within(file.parent, place):
-                with suppress(OSError):  # it stays, and is not read
+                with suppress(OSError):  # the file then stays, but is not read
                     file.unlink()
 
 
 @contextmanager
 def _set(environment: Mapping[str, str]) -> Iterator[None]:
-    """Set environment variables, those that the user has not set, for the time of a `with` block."""
+    """Set environment variables during a `with` block, except those that the user has set."""
     ours = {name: value for name, value in environment.items() if name not in os.environ}
     os.environ.update(ours)
     try:
@@ -247,7 +247,7 @@ def _handler_kept(number: int) -> Iterator[None]:
 
 
 def _figures(settings: SweepSettings, report: Report) -> dict[str, float]:
-    """Return what MLflow plots of a report; with population-based training also values, which change on the way."""
+    """Return the figures of a report for MLflow; with population-based training also the values, which change."""
     figures = {"validation": report.validation, "best_validation": report.best_validation}
     if report.meta_loss is not None:
         figures["meta_loss"] = report.meta_loss
@@ -257,7 +257,7 @@ def _figures(settings: SweepSettings, report: Report) -> dict[str, float]:
 
 
 def _why(file: Path) -> str:
-    """Return the last line that Tune wrote of what a trial raised: its type and message, without the traceback."""
+    """Return the last line of Tune's error file: type and message of the trial's exception, without the traceback."""
     try:
         lines = file.read_text(errors="replace").split("\n")
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The buffers of the user's modules: a closure that is called several times in a step must change them once."""
+"""Save and restore module buffers: a closure that a step calls several times must change them only once."""
 
 from __future__ import annotations
 
@@ -42,39 +42,39 @@ class _Saved(NamedTuple):
 
 
 class Snapshot:
-    """The buffers of some modules as they are now."""
+    """A copy of the present buffers of some modules."""
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         self._saved = [_saved(module) for module in modules]
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Give the modules the buffers that they had, with the values that these had."""
+        """Restore the modules' buffers and their values."""
         for each in self._saved:
             each.restore()
 
     def changed(self) -> Snapshot:
-        """Return the part of this snapshot that is about modules whose buffers are others by now."""
+        """Return the part of this snapshot for modules whose buffers have changed since."""
         part = Snapshot([])
         part._saved = [each for each in self._saved if each.changed()]
         return part
 
     def add(self, other: Snapshot) -> None:
-        """Take the modules of another snapshot in."""
+        """Add the modules of another snapshot."""
         self._saved += other._saved
 
     @property
     def modules(self) -> list[nn.Module]:
-        """The modules that this is about."""
+        """The modules in this snapshot."""
         return [each.module for each in self._saved]
 
 
 class ModuleBuffers:
     """The buffers that a closure may change.
 
-    They are those of the modules that own one of the optimizer's parameters, of all modules that contain these, and of
-    everything in them, called or not, in training mode or not. Other modules, as one that computes a loss, count if the
-    first call of the closure changes a buffer of theirs.
+    They are the buffers of the modules that own one of the optimizer's parameters, of all modules that contain these,
+    and of all their submodules, called or not, in training mode or not. Other modules, such as one that computes a
+    loss, are included if the closure's first call changes one of their buffers.
     """
 
     def __init__(self, parameters: Iterable[Tensor]) -> None:
@@ -85,7 +85,7 @@ class ModuleBuffers:
         self._strangers: Snapshot | None = Snapshot(m for m in alive if m._buffers and id(m) not in known)
 
     def snapshot(self) -> Snapshot:
-        """Return the buffers as they are now."""
+        """Return a snapshot of the present buffers."""
         return Snapshot(module for module in self._modules() if module._buffers)
 
     def strangers(self) -> Snapshot:

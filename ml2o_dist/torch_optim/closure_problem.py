@@ -1,9 +1,9 @@
 """A user's closures as a `Problem`, so that the rules of this package can optimize whatever they compute.
 
-P = 1 instance, m objectives, n parameters, B samples. A batch is what a closure computes its losses on. Within a step
-a closure may be called several times, at other values of the parameters. Every call draws the same random numbers
-(dropout) and finds the same buffers of modules (BatchNorm's running moments). After the step these are as the closure's
-first call left them.
+P = 1 instance, m objectives, n parameters, B samples. A batch is the data that a closure computes its losses on. A step
+may call a closure several times, at different values of the parameters. Every call draws the same random numbers
+(dropout) and starts with the same module buffers (BatchNorm's running moments). After the step the buffers have the
+values that the closure's first call left.
 """
 
 from __future__ import annotations
@@ -24,30 +24,31 @@ from ml2o_dist.torch_optim.differentiation import gradients_of, refuse_reentrant
 from ml2o_dist.torch_optim.flat_parameters import FlatParameters
 
 CPU_ROUNDING, ROUNDING = 1e-5, 1e-3
-"""By how much the losses of two calls of a closure may differ, relative to the largest of their samples: on the CPU,
-where nearly everything repeats exactly, and on other devices, where atomic sums do not."""
+"""How much the losses of two calls of a closure may differ, relative to the largest of their samples: on the CPU, where
+nearly everything repeats exactly, and on other devices, where atomic sums do not."""
 
 MOST_INSPECTED = 256
-"""Sets of reached parameters whose graphs are searched: a model that skips parts at random has a new one each step."""
+"""Most sets of reached parameters whose graphs are searched: a model that skips parts at random has a new set each
+step."""
 
 MISSING_LABELS = (
     "Where samples lack a label, put a number in its place before the loss, torch.where(mask, label, 0), leave the "
     "loss out after it, torch.where(mask, loss, 0), and divide by no count that can be 0"
 )
-"""What is said of a loss or a gradient that is NaN: where only the loss is left out, its gradient is 0 times NaN."""
+"""Error text for a NaN loss or gradient: if only the loss is masked out, its gradient is 0 times NaN."""
 
 
 class ClosureProblem(Problem):
     """min over the parameters of `layout` of (f_1, ..., f_m), as the closures of one step compute them.
 
-    Weight decay adds d_p |z_p|^2 / (2 k_p) to each of the k_p objectives that have a gradient by parameter p: their sum
-    has the usual penalty, as torch's Adam has it on the summed loss. An objective that does not depend on p, as
-    another task's on a head, must not come to do so by its penalty: features are free of a gradient's scale.
+    Weight decay adds d_p |z_p|^2 / (2 k_p) to each of the k_p objectives that have a gradient by parameter p. Their sum
+    then has the usual penalty of torch's Adam on the summed loss. An objective that does not depend on p, such as
+    another task's on a head, gets no penalty: features ignore a gradient's scale, so any penalty would seem large.
 
     Attributes:
         reached: for each parameter whether `begin` found a gradient.
         plain: the losses [m] of `begin`, without penalties.
-        samples: whether losses of single samples came back, not scalars.
+        samples: whether the closure returned losses of single samples, not scalars.
     """
 
     instances = 1
@@ -62,9 +63,9 @@ class ClosureProblem(Problem):
         fewest: int = 1,
         buffers: ModuleBuffers | None = None,
     ) -> None:
-        """Without a `guard` batch the training batch stands for it; it takes `fewest` samples to compare by it.
+        """Without a `guard` batch, use the training batch for it; a comparison needs at least `fewest` samples.
 
-        `decay`: [1, n] of d, or None for no decay. `buffers`: what to restore where closures are called again.
+        `decay`: d for each number, [1, n], or None for no decay. `buffers`: restored when closures are called again.
         """
         self._flat, self._training, self._after, self._drawn = flat, training, guard or training, 0
         self.device, self.dtype = flat.device, flat.dtype
@@ -73,12 +74,12 @@ class ClosureProblem(Problem):
         self.reached = [True] * len(flat.parameters)
         self.plain = torch.zeros(0)
         self._decay, self._buffers = decay, buffers
-        self._shares: Tensor | None = None  # [m, n], of d, from `begin` on; None without decay
+        self._shares: Tensor | None = None  # shares of d [m, n], set by `begin`; None without decay
         self._devices = sorted({p.device for p in flat.parameters if p.device.type == "cuda"}, key=str)
         self._start = self._left = flat.read()  # before the first call and after it
         self._before: Snapshot | None = None  # the buffers as the step found them
-        self._first: Snapshot | None = None  # and as the first call left them
-        self._seen: list[list[Tensor]] = []  # of a careful `begin`, the losses part by part
+        self._first: Snapshot | None = None  # the buffers as the first call left them
+        self._seen: list[list[Tensor]] = []  # from a careful `begin`, the losses of each part
 
     @property
     def layout(self) -> ParameterLayout:
@@ -87,10 +88,10 @@ class ClosureProblem(Problem):
 
     @contextmanager
     def step(self) -> Iterator[None]:
-        """Run a step in the block, which begins with `begin` and after which the caller writes the parameters.
+        """Run a step in the block, which starts with `begin`; after the block the caller writes the parameters.
 
-        Buffers are afterwards as the first call of the training closure left them. If anything is raised, parameters
-        and restored buffers are as they were before the block.
+        After the block, buffers have the values that the first call of the training closure left. On an error,
+        parameters and restored buffers get the values that they had before the block.
         """
         if self._buffers is not None:
             self._before = self._buffers.snapshot()
@@ -107,11 +108,11 @@ class ClosureProblem(Problem):
     def begin(self, inspected: set[tuple[bool, ...]], *, careful: bool) -> tuple[Tensor, Tensor, Tensor]:
         """Call the training closure for the first time; return (z [1, n], J [1, m, n], losses [1, m]), detached.
 
-        z is where the step starts: the parameters as the closure left them, which may write some of them in place, as
-        an embedding with max_norm does.
+        z is the starting point of the step: the parameters after the call, as the closure may write some of them in
+        place (an embedding with max_norm does).
 
         Args:
-            inspected: which sets of parameters were reached by graphs without a reentrant checkpoint; it grows.
+            inspected: sets of parameters reached by graphs already found free of reentrant checkpoints; it grows.
             careful: whether to look for a closure that calls backward, and to prepare `check_repeats`.
 
         Raises:
@@ -132,10 +133,10 @@ class ClosureProblem(Problem):
         return left, rows.unsqueeze(0), (found.losses + self._penalty(left)).unsqueeze(0)
 
     def check_repeats(self) -> None:
-        """Raise UserError where a closure gives other losses when it is called again at the same point.
+        """Raise UserError if a closure gives other losses when it is called again at the same point.
 
-        This is for after a `begin` that was careful. The point is the one before the first call or the one after it:
-        some models write their parameters in their first forward, and only then.
+        Call it after a careful `begin`. Either the point before the first call or the point after it may match: some
+        models write their parameters in their first forward only.
         """
         first = self._joined([_stacked(values) for values in self._seen])
         points = (self._start, self._left)
@@ -148,23 +149,23 @@ class ClosureProblem(Problem):
                 raise UserError(self._after.repeats_wrongly)
 
     def initial_parameters(self, seeds: Sequence[int]) -> Tensor:
-        """Return the parameters as they are."""
+        """Return the current parameters."""
         return self._flat.read()
 
     def sample_batch(self, generator: torch.Generator) -> ClosureBatch:
-        """Return the training batch, later the guard batch: closures draw their samples themselves."""
+        """Return the training batch, at later calls the guard batch: closures draw their samples themselves."""
         self._drawn += 1
         return self._training if self._drawn == 1 else self._after
 
     def exact(self, batch: Batch) -> bool:
-        """Tell whether there is one value for each objective only: no error of it can be estimated."""
+        """Tell whether there is only one value for each objective, so that its error cannot be estimated."""
         return not self.samples
 
     def sample_losses(self, parameters: Tensor, batch: ClosureBatch) -> Tensor:
         """Return the losses of every sample [1, B, m], or [1, 1, m] where the closure returns scalars, detached.
 
         Raises:
-            UserError: of fewer samples than can be compared by.
+            UserError: the batch has too few samples for a comparison.
         """
         values = self._values(parameters, batch)
         if self.samples and batch is self._after and len(values) < self.fewest:
@@ -194,8 +195,8 @@ class ClosureProblem(Problem):
     def _at(self, parameters: Tensor) -> Iterator[None]:
         """Run the block at `parameters` [1, n], with the buffers that the step began with.
 
-        Gradients are enabled, also where none is asked for: a closure may differentiate by itself, and torch.compile
-        needs to compile it once only.
+        Gradients are always enabled, even if none is needed: a closure may differentiate by itself, and torch.compile
+        then compiles it only once.
         """
         torch.clear_autocast_cache()  # an autocast around the whole step keeps copies of other values
         self._flat.write(parameters)
@@ -205,13 +206,13 @@ class ClosureProblem(Problem):
             yield
 
     def _values(self, parameters: Tensor, batch: ClosureBatch) -> Tensor:
-        """Return the losses of every sample [B, m], or of every part [parts, m] where these are scalars, detached."""
+        """Return the losses of every sample [B, m], or of every part [parts, m] if these are scalars, detached."""
         parts = []
         with self._at(parameters):
             for k in range(len(batch.closures)):
                 with batch.part(k, self._devices) as losses:
                     parts.append(_stacked(self._checked(losses, batch)))
-                del losses  # and with them a part's graph, before the next one's is there
+                del losses  # frees the part's graph before the next part's is built
         return self._joined(parts)
 
     def _joined(self, parts: Sequence[Tensor]) -> Tensor:
@@ -220,7 +221,7 @@ class ClosureProblem(Problem):
     def _differentiated(
         self, batch: ClosureBatch, weights: Tensor | None = None, inspected: set[tuple[bool, ...]] | None = None
     ) -> _Differentiated:
-        """Differentiate each objective, or their weighted sum, at the parameters as they are."""
+        """Differentiate each objective, or their weighted sum, at the current parameters."""
         wanted = [i for i, parameter in enumerate(self._flat.parameters) if parameter.requires_grad]
         inputs = [self._flat.parameters[i] for i in wanted]
         reached: list[list[bool]] = []
@@ -252,7 +253,7 @@ class ClosureProblem(Problem):
                 every.append([value.detach() for value in values])
                 sums.append(torch.stack([total.detach() for total in totals]))
                 count += len(values[0]) if self.samples else 1
-                del losses, values, totals, roots, found, gradients  # and with them the graph, before the next part's
+                del losses, values, totals, roots, found, gradients  # frees the graph before the next part's
         jacobian = torch.stack(rows).sum(dim=0) / count
         if not bool(jacobian.isfinite().all()):
             what = f"a gradient of the {batch.name} is not finite, though its losses are"
@@ -260,7 +261,7 @@ class ClosureProblem(Problem):
         return _Differentiated(jacobian, torch.stack(sums).sum(dim=0) / count, reached, every)
 
     def _checked(self, losses: list[Tensor], batch: ClosureBatch) -> list[Tensor]:
-        """Return the losses in the precision of z, on its device; raise UserError where they are not as before."""
+        """Return the losses in the precision of z, on its device; raise UserError if their form changed."""
         if not self.objectives:
             self.objectives, self.samples = len(losses), losses[0].dim() == 1
         if len(losses) != self.objectives:
@@ -270,7 +271,7 @@ class ClosureProblem(Problem):
         return [loss.to(self.device, self.dtype) for loss in losses]
 
     def _shared_out(self, found: list[list[bool]]) -> Tensor | None:
-        """Return each objective's share of the decay [m, n]: alike for those that reach a parameter."""
+        """Return each objective's share of the decay [m, n]: equal for all objectives that reach a parameter."""
         if self._decay is None:
             return None
         counts = [max(1, sum(column)) for column in zip(*found, strict=True)]
@@ -278,18 +279,18 @@ class ClosureProblem(Problem):
         return torch.cat([self._flat.spread(row) for row in shares]) * self._decay
 
     def _penalty(self, parameters: Tensor) -> Tensor | float:
-        """Return what the decay adds to each objective [m]."""
+        """Return the decay's penalty on each objective [m]."""
         return 0.0 if self._shares is None else (self._shares * parameters.square()).sum(dim=1) / 2
 
 
 class _Differentiated(NamedTuple):
-    """What one pass over a batch gave, detached.
+    """The results of one pass over a batch, detached.
 
     Attributes:
         rows: the gradients of the objectives [m, n], or of their weighted sum [1, n].
         losses: [m].
         reached: for each row, which parameters have a gradient.
-        values: for each part of the batch the m losses, scalars or [B].
+        values: the m losses of each part of the batch, scalars or [B].
     """
 
     rows: Tensor
@@ -304,7 +305,7 @@ def _stacked(losses: Sequence[Tensor]) -> Tensor:
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
-    """Tell whether the losses of two calls, [B, m] or [parts, m], are the same but for rounding."""
+    """Tell whether the losses of two calls, [B, m] or [parts, m], are equal up to rounding."""
     rounding = CPU_ROUNDING if one.device.type == "cpu" else ROUNDING
     return one.shape == other.shape and not bool(((one - other).abs() > rounding * one.abs().amax(dim=0)).any())
 

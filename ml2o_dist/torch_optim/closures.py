@@ -1,4 +1,4 @@
-"""A user's closures: they are called with the same random numbers each time, and what they return is checked."""
+"""Call a user's closures with the same random numbers each time, and check what they return."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from ml2o_dist.runtime.errors import UserError
 from ml2o_dist.torch_optim.random_states import RandomStates, random_states, replayed
 
 MOST = 8
-"""A bare tensor of more rows is taken for a mistake: one loss by its samples, or [B, m]. A list may have any number."""
+"""Most rows of a bare tensor; more look like one loss's samples or [B, m], by mistake. A list may have any number."""
 
 Closure = Callable[[], "Tensor | Sequence[Tensor]"]
-"""Returns the m losses of one batch, the same one whenever it is called within a step: scalars, or one vector [B] each
-with the losses of single samples."""
+"""Returns the m losses of one batch, which is the same for all calls within a step. Each loss is a scalar, or a vector
+[B] with the losses of single samples."""
 
 
 class ClosureBatch:
-    """One batch, in as many parts as its losses are accumulated over; each part is a closure.
+    """One batch in one or more parts over which its losses are accumulated; each part is a closure.
 
     Attributes:
-        name: what error messages call it.
+        name: its name in error messages.
     """
 
     def __init__(self, closures: Closure | Sequence[Closure], name: str) -> None:
@@ -33,14 +33,14 @@ class ClosureBatch:
             raise UserError(f"the {name} must be a function that returns losses, or a list of such functions")
         self.name = name
         self._watched: Sequence[Tensor] = ()
-        self._randomness: dict[int, RandomStates] = {}  # of each part, as its first call found it
+        self._randomness: dict[int, RandomStates] = {}  # of each part, as of its first call
 
     @contextmanager
     def part(self, i: int, devices: Sequence[torch.device]) -> Iterator[list[Tensor]]:
-        """Give the m losses of part `i` at the parameters as they are, all scalars or all [B], with their graph.
+        """Return the m losses of part `i` at the current parameters, all scalars or all [B], with their graph.
 
         Raises:
-            UserError: something else than losses comes back.
+            UserError: the closure returns something other than losses.
         """
         first = i not in self._randomness
         if first:
@@ -53,7 +53,7 @@ class ClosureBatch:
             yield self._losses(returned)
 
     def forbid_backward(self, parameters: Sequence[Tensor]) -> None:
-        """From now on raise UserError where a call of a closure writes into the `grad` of one of the `parameters`."""
+        """Raise UserError from now on if a call of a closure writes into the `grad` of one of the `parameters`."""
         self._watched = parameters
 
     def _without_backward(self) -> str:
@@ -70,7 +70,7 @@ class ClosureBatch:
 
     @property
     def repeats_wrongly(self) -> str:
-        """What is said of a closure that gives other losses when it is called again."""
+        """The error text for a closure that gives other losses when it is called again."""
         return (
             f"the {self.name} gave other losses when it was called again in the same step: it must use the same batch "
             "and the same random numbers each time. Draw the batch before the step. Numbers of torch's own generator "
@@ -108,7 +108,7 @@ class ClosureBatch:
 
 
 def _was_written(parameter: Tensor, before: Tensor | None, version: int) -> bool:
-    """Tell whether a parameter's `grad` is another than before; one of zeros may come of zero_grad."""
+    """Tell whether a parameter's `grad` has changed; a new one of zeros may come from zero_grad."""
     now = parameter.grad
     return now is not None and (now is not before or now._version != version) and bool(now.any())
 

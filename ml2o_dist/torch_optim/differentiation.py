@@ -1,4 +1,4 @@
-"""Gradients of single losses by autograd, and the graphs that autograd cannot differentiate so."""
+"""Gradients of single losses by autograd, and errors for graphs that it cannot differentiate in this way."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ REENTRANT = (
     "torch.autograd.grad: write use_reentrant=False, with Hugging Face's models "
     'gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})'
 )
-"""What is said of a closure with a reentrant checkpoint."""
+"""Error text for a closure with a reentrant checkpoint."""
 
 
 def gradients_of(losses: Sequence[Tensor], i: int, inputs: Sequence[Tensor], name: str) -> Sequence[Tensor | None]:
     """Return the gradient of loss `i` by each of the `inputs`, None where it does not depend on one.
 
-    The graph is kept until the last loss. `name` is what the closure is called.
+    The graph is kept until the last loss. `name` is the closure's name in error messages.
 
     Raises:
         UserError: the loss depends on none of them, or its graph cannot be differentiated.

@@ -1,4 +1,4 @@
-"""All trainable parameters as one flat vector, where the rules of this package live, and back."""
+"""All trainable parameters as one flat vector, on which the rules of this package work, and back."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from ml2o_dist.torch_optim.modules import embedding_tables
 
 
 class FlatParameters:
-    """The place of each parameter in the flat vector z [1, n], in the order in which they came in.
+    """The place of each parameter in the flat vector z [1, n], in the order in which they were added.
 
-    z is on the device of the first parameter, in float32, or float64 where a parameter is. A parameter of lower
-    precision (float16, bfloat16) has its exact value in z, which is remembered from step to step: what is smaller than
-    its rounding adds up. Where somebody else has changed the parameter, its own value counts.
+    z is on the device of the first parameter, in float32, or in float64 if a parameter is. For a parameter of lower
+    precision (float16, bfloat16) z holds the master weights from step to step, so that updates smaller than the
+    parameter's rounding add up. If other code has changed the parameter, the parameter's own value is used.
 
     Attributes:
-        parameters: in order.
-        names: what they are called.
-        device, dtype: of z, and with it of the rule's states; the first parameters decide.
+        parameters: the parameters in order.
+        names: their names.
+        device, dtype: those of z and of the rule's states; the first parameters determine them.
     """
 
     def __init__(self) -> None:
         self.parameters: list[Tensor] = []
         self.names: list[str] = []
         self.device, self.dtype = torch.device("cpu"), torch.float32
-        self._exact: Tensor | None = None  # [1, n], the last z that was kept, where there is a use for it
+        self._exact: Tensor | None = None  # [1, n], the last kept z, if master weights are needed
 
     @property
     def dimension(self) -> int:
@@ -51,10 +51,10 @@ class FlatParameters:
         )
 
     def add(self, parameters: Sequence[Tensor], names: Sequence[str]) -> None:
-        """Append parameters, by name.
+        """Append parameters with their names.
 
         Raises:
-            UserError: one has no values yet, is neither real nor floating, or changes the precision.
+            UserError: a parameter has no values yet, is not a real floating-point tensor, or changes the precision.
         """
         for parameter in parameters:
             if is_lazy(parameter):
@@ -79,7 +79,7 @@ class FlatParameters:
             self._exact = torch.cat([self._exact, self._joined(parameters)], dim=1)
 
     def read(self) -> Tensor:
-        """Return z [1, n]. Raises UserError where the parameters have left the device or precision they began with."""
+        """Return z [1, n]. Raises UserError if the parameters have changed their device or precision."""
         device, dtype = self.parameters[0].device, _precision(self.parameters)
         if (device, dtype) != (self.device, self.dtype):
             raise UserError(
@@ -98,23 +98,23 @@ class FlatParameters:
 
     @torch.no_grad()
     def write(self, point: Tensor) -> None:
-        """Give the parameters the values of `point` [1, n]."""
+        """Write the values of `point` [1, n] into the parameters."""
         for parameter, values in zip(self.parameters, torch.split(point[0], self._sizes), strict=True):
             parameter.copy_(values.view_as(parameter))
 
     def keep(self, point: Tensor) -> None:
-        """Write `point` [1, n], and remember it where a parameter cannot hold all of it."""
+        """Write `point` [1, n] into the parameters, and keep it if a parameter cannot hold its full precision."""
         self.write(point)
         if any(parameter.dtype != self.dtype for parameter in self.parameters):
             self._exact = point.detach().clone()
 
     @property
     def exact(self) -> Tensor | None:
-        """What is remembered of z [1, n]: None where the parameters hold all of it."""
+        """The kept z [1, n] (master weights), or None if the parameters hold its full precision."""
         return self._exact
 
     def remember(self, exact: Tensor | None) -> None:
-        """Take back what `exact` gave, as from a checkpoint."""
+        """Restore a value of `exact`, as from a checkpoint."""
         self._exact = exact
 
     def flat(self, parts: Sequence[Tensor | None]) -> Tensor:

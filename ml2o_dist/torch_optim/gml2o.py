@@ -1,4 +1,4 @@
-"""GML2O, the guarded rule, as an optimizer of torch."""
+"""GML2O, the guarded rule, as a torch optimizer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from ml2o_dist.torch_optim.notices import warn
 
 
 class GML2O(ML2O):
-    """ML2O under a guard: a step that would be worse than that of a convergent rule, DSSMG, gives way to that one.
+    """ML2O under a guard: a step that would be worse than that of a convergent rule, DSSMG, is replaced by the latter.
 
         optimizer = GML2O(model.parameters())
         for batch, guard_batch in pairs(loader):
@@ -30,23 +30,24 @@ class GML2O(ML2O):
 
     With two closures on independent batches that return the losses of single samples, vectors [B], every step passes
     the test of `rules/guarded.py`, and its theorem holds: each objective is compared by the paired differences of the
-    guard batch's samples, at the same dropout masks. The guard batch gives DSSMG's second gradient, too: neither
+    guard batch's samples, at the same dropout masks. The guard batch also gives DSSMG's second gradient; neither
     candidate depends on it.
 
-    **No theorem** covers the rest: with one closure both candidates are compared on the batch that the learned step
-    was made from; with scalars they are compared by these, whatever their noise. `lr` multiplies both candidates:
-    the bound stays for one factor that never grows and keeps above 0 (its C, which is alpha_t / gamma_t, falls with
-    it), not for groups with factors of their own. A parameter that no loss reaches in a step counts as of factor 0.
+    **No theorem** covers the other cases. With one closure, both candidates are compared on the batch that the learned
+    step was made from. With scalar losses, the scalars are compared, whatever their noise. `lr` multiplies both
+    candidates. The bound still holds for one factor that never grows and stays above 0 (the bound's C, which is
+    alpha_t / gamma_t, falls with it), but not if groups have different factors. A parameter that no loss reaches in a
+    step counts as having the factor 0.
 
-    A step costs four forwards and m + 1 backward passes. The first one costs up to eight forwards more: it finds the
-    size of the fallback's steps, and it checks that a closure gives the same losses when it is called again. A closure
-    that does not is refused, as one is that draws a batch or numbers of a `torch.Generator` of its own. Whatever the
-    guard calls, buffers of modules (BatchNorm's moments) change as by one call of the training closure.
+    A step costs four forwards and m + 1 backward passes. The first step costs up to eight more forwards: it finds the
+    size of the fallback's steps and checks that a closure gives the same losses when it is called again. A closure that
+    does not is refused, for example one that draws a new batch or uses its own `torch.Generator`. Buffers of modules
+    (BatchNorm's moments) change only as by one call of the training closure, whatever the guard calls.
 
-    GML2O warns once where fewer than 3 of the last 50 learned steps passed the guard.
+    GML2O warns once if fewer than 3 of the last 50 learned steps passed the guard.
 
     Attributes:
-        accepted_steps: how many of the `steps` were the learned rule's.
+        accepted_steps: how many of the `steps` used the learned candidate.
     """
 
     def __init__(
@@ -58,14 +59,14 @@ class GML2O(ML2O):
         lr: float = 1.0,
         weight_decay: float = 0.0,
     ) -> None:
-        """Take what `ML2O` takes.
+        """Take the arguments of `ML2O` and a guard.
 
         Args:
-            guard: settings as `GuardSettings` has them, `{"budget": 0}` for one. Without it the weights have the guard
-                that they were meta-trained under, in every setting that is no looser than the default guard's.
+            guard: settings of `GuardSettings`, for example `{"budget": 0}`. By default the guard is the one that the
+                weights were meta-trained under; settings looser than the default guard's are replaced by those.
 
         Raises:
-            UserError: as `ML2O`; settings that there are not; a guard that wants more than one batch in a step.
+            UserError: as `ML2O`; unknown settings; a guard that wants more than one batch in a step.
         """
         if isinstance(guard, Mapping):
             guard = checked(GuardSettings, guard)
@@ -81,13 +82,13 @@ class GML2O(ML2O):
         super().__init__(params, weights, lr=lr, weight_decay=weight_decay)
         self.accepted_steps = 0
         self._guard = guard
-        self._card_guard: GuardSettings | None = None  # what the weights may ask for, read with them
+        self._card_guard: GuardSettings | None = None  # the guard from the weights' card, read with them
 
     def step(self, closure: Closures | None = None, guard_closure: Closures | None = None) -> Tensor:  # type: ignore[override]
         """Take one step; return the losses [m] where it started, detached.
 
         Args:
-            closure: as for `ML2O`; m is at least 2. It is called again in the first step, to find the fallback's size.
+            closure: as for `ML2O`; m is at least 2. The first step calls it again, to find the fallback's step size.
             guard_closure: the same on another batch.
 
         Raises:
@@ -96,13 +97,13 @@ class GML2O(ML2O):
         return self._stepped(closure, guard_closure)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the groups' settings and all that is remembered: plain values and tensors, as torch.save wants."""
+        """Return the groups' settings and the optimizer's state as plain values and tensors, for torch.save."""
         saved = super().state_dict()
         saved["ml2o"]["accepted_steps"] = self.accepted_steps
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from what `state_dict` returned, with the same parameters in the same groups; raises as `ML2O`."""
+        """Resume from a result of `state_dict`, with the same parameters in the same groups; raises as `ML2O`."""
         super().load_state_dict(state_dict)
         self.accepted_steps = state_dict["ml2o"]["accepted_steps"]
 

@@ -1,4 +1,4 @@
-"""Which learned optimizer an optimizer of torch is: its weights, from wherever they are."""
+"""The weights of a learned optimizer that is used as a torch optimizer, from any source."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ UNTRAINED = "initial"
 
 
 class LearnedWeights:
-    """The weights, read when they are first asked for, or at once where that takes no network."""
+    """The weights, read at first use, or at once if no network access is needed."""
 
     def __init__(self, origin: str) -> None:
         """Raises UserError for a file that cannot be read."""
         self.origin = origin
-        self._rules: dict[tuple[torch.device, torch.dtype], LearnedRule] = {}  # the last one that was asked for
+        self._rules: dict[tuple[torch.device, torch.dtype], LearnedRule] = {}  # the last one used
         self._read: tuple[LearnedRuleSettings, Mapping[str, Tensor], str] | None = None
         if not (is_uri(origin) or origin.startswith("models:/")):
             self._contents()

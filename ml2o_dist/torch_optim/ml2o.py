@@ -1,4 +1,4 @@
-"""ML2O as an optimizer of torch: the rule of this package on a user's parameters and losses."""
+"""ML2O as a torch optimizer: this package's rule applied to a user's parameters and losses."""
 
 from __future__ import annotations
 
@@ -25,45 +25,45 @@ from ml2o_dist.torch_optim.multiplied import multiplied
 from ml2o_dist.torch_optim.notices import Notices, warn
 
 Closures = Closure | Sequence[Closure]
-"""One closure, or those of the parts of a batch whose losses are averaged (gradient accumulation)."""
+"""One closure, or one for each part of a batch; their losses are averaged (gradient accumulation)."""
 
 
 class ML2O(Optimizer):
-    """A learned optimizer for several losses (Yang, Tang, Yang 2023), used as any optimizer of torch:
+    """A learned optimizer for several losses (Yang, Tang, Yang 2023), used like any torch optimizer:
 
         optimizer = ML2O(model.parameters())
         for batch in loader:
             optimizer.step(lambda: task_losses(model, batch))
 
-    Each step calls the closure once, differentiates every loss by itself (one forward, m backward passes), and moves
-    every parameter as the learned rule says: the same iterates as `ml2o_dist.ML2ORule`. No `backward`, no `zero_grad`;
-    the parameters' `grad` is neither read nor written.
+    Each step calls the closure once, differentiates every loss separately (one forward, m backward passes), and moves
+    every parameter by the learned rule: the iterates are those of `ml2o_dist.ML2ORule`. Do not call `backward` or
+    `zero_grad`; the optimizer neither reads nor writes the parameters' `grad`.
 
-    What it needs: m is the same at every step. A task without labels in a batch still needs a loss with a graph,
-    `(output * 0).sum()`; samples without a label get one before the loss, `torch.where(mask, label, 0)`, and the
-    loss 0 after it, `torch.where(mask, loss, 0)`. Checkpoints of activations have `use_reentrant=False`. Accelerate's
-    wrapper passes on one closure only and drops the losses: write `optimizer.optimizer.step(closure, guard_closure)`
-    there. Save `state_dict()` by `torch.save`: torch.distributed.checkpoint leaves out what it does not know.
+    Requirements: m is the same at every step. A task without labels in a batch still needs a loss with a graph,
+    `(output * 0).sum()`. Give samples without a label one before the loss, `torch.where(mask, label, 0)`, and set their
+    loss to 0 after it, `torch.where(mask, loss, 0)`. Activation checkpoints need `use_reentrant=False`. Accelerate's
+    wrapper passes on one closure only and drops the losses: call `optimizer.optimizer.step(closure, guard_closure)`
+    there. Save `state_dict()` with `torch.save`: torch.distributed.checkpoint omits entries that it does not know.
 
-    A parameter that no loss reaches in a step stays where it is, a frozen one (`requires_grad=False`) too; one that is
-    unfrozen, or comes by `add_param_group`, begins then. Where no loss reaches a parameter in its first step, a warning
-    says which, by name if the optimizer was given `model.named_parameters()`. Where the forward pass writes parameters
-    in place, as that of an embedding with `max_norm`, the step starts from what it wrote.
+    A parameter that no loss reaches in a step does not move, nor does a frozen one (`requires_grad=False`). A parameter
+    that is unfrozen or added by `add_param_group` starts at that step. If no loss reaches a parameter in its first
+    step, a warning names it, by its own name if the optimizer was given `model.named_parameters()`. If the forward pass
+    writes parameters in place, as an embedding with `max_norm` does, the step starts from the written values.
 
-    Parameters of float16 and bfloat16 keep their exact values and all states in float32. Parameters may lie on several
-    devices; the states are on that of the first one, 4 (3 m + 6 + 2 H (m + 1)) bytes for each number with H hidden
-    units, 0.24 kB at m = 2 with the weights in the wheel (H = 8). Not for parameters that several processes share by
-    DistributedDataParallel: nothing averages the losses' gradients there.
+    For float16 and bfloat16 parameters the master weights and all states are kept in float32. Parameters may be on
+    several devices. The states are on the device of the first one and take 4 (3 m + 6 + 2 H (m + 1)) bytes for each
+    number with H hidden units, 0.24 kB at m = 2 with the weights in the wheel (H = 8). The optimizer does not support
+    parameters that several processes share by DistributedDataParallel: nothing averages the losses' gradients there.
 
     `param_groups` have:
-        lr: multiplies the learned step, 1 by default: it is no learning rate as Adam's. The rule adapts the length of
-            its steps to what came of the last ones, so that a smaller `lr` is made up for after some tens of steps.
-            Schedulers of torch work, but for those that also set a momentum.
-        weight_decay: d adds d |z|^2 / 2 in equal parts to the losses that depend on a parameter, which is torch's
-            Adam's penalty on their sum. `step` returns the losses without it.
+        lr: multiplies the learned step, 1 by default. It is not a learning rate like Adam's: the rule adapts the length
+            of its steps to the results of the last ones, so it makes up for a smaller `lr` after some tens of steps.
+            Torch's schedulers work, except those that also set a momentum.
+        weight_decay: d adds d |z|^2 / 2 in equal parts to the losses that depend on a parameter, which is the penalty
+            of torch's Adam on their sum. `step` returns the losses without it.
 
     Attributes:
-        steps: how many were taken.
+        steps: number of steps taken.
     """
 
     def __init__(
@@ -74,12 +74,12 @@ class ML2O(Optimizer):
         lr: float = 1.0,
         weight_decay: float = 0.0,
     ) -> None:
-        """Take parameters or groups of them, as every optimizer of torch does.
+        """Take parameters or parameter groups, as every torch optimizer does.
 
         Args:
-            weights: those that come with the package, by name; a run directory or a weights file; `initial` for the
-                network before meta-training; or, read at the first step, a URI or a registered version,
-                `models:/NAME@ALIAS`.
+            weights: the name of weights in the package; a run directory or a weights file; `initial` for the network
+                before meta-training; or a URI or a registered version, `models:/NAME@ALIAS`, which are read at the
+                first step.
 
         Raises:
             UserError: weights that are missing, altered or of a later version.
@@ -107,21 +107,21 @@ class ML2O(Optimizer):
 
         Args:
             closure: returns the m losses of one batch, with their graph: a list of scalars, or of vectors [B] with the
-                losses of single samples, or one tensor [m] or [m, B], m up to 8. Whenever it is called within the step
-                it must use the same batch. One loss by its samples is a list of one vector: a tensor [B] would be B
-                losses. A list of closures is one batch in parts, whose losses are averaged.
+                losses of single samples, or one tensor [m] or [m, B], m up to 8. Every call within the step must use
+                the same batch. Return one loss with its samples as a list of one vector: a tensor [B] would be B
+                losses. A list of closures stands for one batch in parts; their losses are averaged.
             guard_closure: not for ML2O.
 
         Raises:
             UserError: losses that are neither scalars nor vectors, not finite, without a gradient, or more or fewer
-                than before. The parameters are then as they were.
+                than before. The parameters are then unchanged.
         """
         if guard_closure is not None:
             raise UserError("ML2O has no guard, so that it takes no guard_closure: use GML2O")
         return self._stepped(closure, None)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the groups' settings and all that is remembered: plain values and tensors, as torch.save wants."""
+        """Return the groups' settings and the optimizer's state as plain values and tensors, for torch.save."""
         place = {id(parameter): i for i, parameter in enumerate(self._every_parameter())}
         tree, tensors = take_apart(self._rule_state)
         saved: dict[str, Any] = super().state_dict()
@@ -139,10 +139,11 @@ class ML2O(Optimizer):
         return saved
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from what `state_dict` returned, with the same parameters in the same groups.
+        """Resume from a result of `state_dict`, with the same parameters in the same groups.
 
         Raises:
-            UserError: it is of another optimizer or of other weights; ValueError: of other groups (torch's).
+            UserError: the state is of another optimizer or other weights.
+            ValueError: the state has other groups (raised by torch).
         """
         saved = state_dict.get("ml2o")
         if saved is None:
@@ -165,7 +166,7 @@ class ML2O(Optimizer):
                 )
         flat = FlatParameters()
         there = [every[i] for i in saved["order"] if i < len(every)]
-        flat.add(there, [self._name(parameter) for parameter in there])  # where one is missing, torch will say so
+        flat.add(there, [self._name(parameter) for parameter in there])  # torch reports a missing one below
         if flat.parameters and saved["precision"] != str(flat.dtype):
             raise UserError(f"the state dict is in {saved['precision']}, the parameters here in {flat.dtype}")
         rule_state: State = None
@@ -188,12 +189,12 @@ class ML2O(Optimizer):
         self._flat = flat
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return all of it, for `copy.deepcopy`; torch's own leaves out what it does not know."""
+        """Return the whole state, for `copy.deepcopy`; torch's own method omits attributes that it does not know."""
         return {**super().__getstate__(), **{name: vars(self)[name] for name in self._remembered}}
 
     @property
     def weights(self) -> str:
-        """Whose weights these are, as they were given."""
+        """The weights' origin, as it was given."""
         return self._learned.origin
 
     def __repr__(self) -> str:
@@ -212,13 +213,13 @@ class ML2O(Optimizer):
     )
 
     _new: Sequence[Tensor] = ()
-    """Parameters whose first step is still to come."""
+    """Parameters that have not taken their first step."""
 
     _careful = True
-    """Whether the next step looks for mistakes in the closures: the first one of this object, and of new parameters."""
+    """Whether the next step checks the closures: true for the first step of this object and of new parameters."""
 
     _buffers: ModuleBuffers | None = None
-    """Buffers that calls of the closure may change, from the first step on, where it is called more than once."""
+    """Buffers that closure calls may change, set at the first step if a step calls the closure more than once."""
 
     def _stepped(self, closure: Closures | None, guard_closure: Closures | None) -> Tensor:
         if closure is None:
@@ -231,7 +232,7 @@ class ML2O(Optimizer):
         problem = ClosureProblem(
             self._flat, training, guard, self._decay(), fewest=self._fewest(), buffers=self._buffers
         )
-        oracle = Oracle(problem, torch.default_generator)  # which nothing draws from
+        oracle = Oracle(problem, torch.default_generator)  # nothing draws from the generator
         with problem.step():
             batch = oracle.draw()
             point, jacobian, losses = problem.begin(self._inspected, careful=self._careful)
@@ -252,7 +253,7 @@ class ML2O(Optimizer):
         return problem.plain
 
     def _notice(self, reached: Sequence[bool], meant: bool, point: Tensor, moved: Tensor, jacobian: Tensor) -> None:
-        """Warn of what went wrong in a step; `meant`: whether some parameter should have moved."""
+        """Warn about problems in a step; `meant`: whether some parameter should have moved."""
         new = {id(parameter) for parameter in self._new if parameter.requires_grad}
         pairs = zip(self._flat.parameters, reached, strict=True)
         self._new, self._careful = (), False
@@ -263,7 +264,7 @@ class ML2O(Optimizer):
             self._notices.moved(not torch.equal(point, moved), jacobian)
 
     def _name(self, parameter: Tensor) -> str:
-        """Return the parameter's name, where the optimizer was given names, or else its place."""
+        """Return the parameter's name if the optimizer was given names, else its place in the groups."""
         for g, group in enumerate(self.param_groups):
             for i, each in enumerate(group["params"]):
                 if each is parameter:
@@ -272,7 +273,7 @@ class ML2O(Optimizer):
         raise AssertionError
 
     def _rule(self, multiplier: Tensor | None, flat: FlatParameters) -> UpdateRule:
-        """Return the rule for parameters laid out so, with its steps times `multiplier` [1, n]."""
+        """Return the rule for the parameters in `flat`, with its steps multiplied by `multiplier` [1, n]."""
         return multiplied(self._learned.rule(flat.device, flat.dtype), multiplier)
 
     def _fewest(self) -> int:
@@ -296,7 +297,7 @@ class ML2O(Optimizer):
             raise UserError(f"the closure returned {objectives} losses, in the steps before {self._objectives}")
 
     def _take_in(self) -> None:
-        """Let parameters that are trained from now on into the layout, behind the others."""
+        """Append parameters that newly require gradients to the layout."""
         known = {id(parameter) for parameter in self._flat.parameters}
         new = [p for p in self._every_parameter() if p.requires_grad and id(p) not in known]
         if new:
@@ -316,12 +317,12 @@ class ML2O(Optimizer):
         return self._flat.spread(decays) if any(decays) else None
 
     def _multiplier(self, reached: Sequence[bool]) -> Tensor | None:
-        """Return what multiplies the steps [1, n]; None where that is 1 everywhere."""
+        """Return the factors of the steps [1, n]; None if all are 1."""
         factors = [lr if there else 0.0 for lr, there in zip(self._of_each("lr"), reached, strict=True)]
         return None if all(factor == 1 for factor in factors) else self._flat.spread(factors)
 
     def _of_each(self, key: str) -> list[float]:
-        """Return the setting that each parameter of the layout has in its group."""
+        """Return the setting `key` of each parameter of the layout, from its group."""
         values: dict[int, float] = {}
         for group in self.param_groups:
             value = _non_negative(key, group[key])
@@ -330,7 +331,7 @@ class ML2O(Optimizer):
 
 
 def _check_saved(saved: Any) -> None:
-    """Raise UserError where an entry `ml2o` of a state dict lacks something, or has it of another kind."""
+    """Raise UserError if the entry `ml2o` of a state dict lacks a value or has one of the wrong type."""
     kinds: dict[str, Any] = {
         "steps": int,
         "weights_sha256": str,

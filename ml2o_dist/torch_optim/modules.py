@@ -1,7 +1,7 @@
-"""The user's modules, of which an optimizer is given the parameters only.
+"""Find the user's modules: an optimizer is given only their parameters.
 
-No hook finds them, because torch.compile would trace it and compile everything again without it. They are found among
-the objects that Python's garbage collector knows, when parameters come in.
+Hooks are not used, because torch.compile would trace a hook and recompile everything once it is gone. The modules are
+found among the objects that Python's garbage collector knows, when parameters are added.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 
 def every_module() -> list[nn.Module]:
-    """Return the modules of this process that are whole."""
+    """Return the modules of this process that are fully constructed."""
     frozen = gc.get_freeze_count() > 0  # objects that gc.freeze() has hidden are not listed
     if frozen:
         gc.unfreeze()
@@ -21,7 +21,7 @@ def every_module() -> list[nn.Module]:
         return [each for each in gc.get_objects() if issubclass(type(each), nn.Module) and "_modules" in vars(each)]
     finally:
         if frozen:
-            gc.collect()  # else what is garbage by now would be kept for good
+            gc.collect()  # else present garbage would be kept for good
             gc.freeze()
 
 

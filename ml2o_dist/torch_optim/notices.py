@@ -1,4 +1,4 @@
-"""What an optimizer says, once each, of a training that goes wrong without an error."""
+"""Warnings, given once each, about a training that fails without raising an error."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from collections.abc import Sequence
 from torch import Tensor
 
 STILL = 10
-"""So many steps in a row without a movement are no accident of rounding."""
+"""Number of steps in a row without a movement that rounding cannot explain."""
 
 WINDOW, FEWEST = 50, 3
-"""Of so many steps of the guard's, so many learned ones: with fewer the guard's rule trains, not the learned one."""
+"""If fewer than `FEWEST` of `WINDOW` guarded steps are learned ones, the fallback trains, not the learned rule."""
 
 SMALLEST_LR = 0.05
-"""A factor below this one is a learning rate that was meant for another optimizer."""
+"""An `lr` factor below this is probably a learning rate that was meant for another optimizer."""
 
 NAMED = 8
-"""More parameters than these are counted, not named."""
+"""Most parameters that a warning names; further ones are only counted."""
 
 
 class Notices:
-    """Counts what goes wrong from step to step, for the warnings of one optimizer."""
+    """Counts problems from step to step, for the warnings of one optimizer."""
 
     def __init__(self, optimizer: str) -> None:
         """`optimizer`: the name of its class."""
@@ -34,7 +34,7 @@ class Notices:
         self._said_still = self._said_refused = False
 
     def learning_rates(self, rates: Sequence[float]) -> None:
-        """Warn of factors that are learning rates of another optimizer."""
+        """Warn about `lr` factors that look like another optimizer's learning rates."""
         small = [rate for rate in rates if 0 < rate < SMALLEST_LR]
         if small:
             warn(
@@ -43,7 +43,7 @@ class Notices:
             )
 
     def unreached(self, names: Sequence[str]) -> None:
-        """Warn of trainable parameters without a gradient in their first step."""
+        """Warn about trainable parameters without a gradient in their first step."""
         if names:
             more = f" and {len(names) - NAMED} more" if len(names) > NAMED else ""
             warn(
@@ -54,7 +54,7 @@ class Notices:
             )
 
     def moved(self, moved: bool, gradient: Tensor) -> None:
-        """Count a step that moved a parameter or none; `gradient` is its Jacobian. Warn where none moves any more."""
+        """Record whether a step moved a parameter; `gradient` is its Jacobian. Warn if none moves any more."""
         self._still = 0 if moved or not bool(gradient.any()) else self._still + 1
         if self._still >= STILL and not self._said_still:
             self._said_still = True
@@ -65,9 +65,9 @@ class Notices:
             )
 
     def decided(self, accepted: bool, worse: Sequence[bool]) -> None:
-        """Count a decision of the guard; `worse` tells which losses of the learned step were above the fallback's.
+        """Record a decision of the guard; `worse` tells which losses of the learned step were above the fallback's.
 
-        Warn where nearly all learned steps are refused.
+        Warn if nearly all learned steps are refused.
         """
         self._accepted.append(accepted)
         self._refusers.append(() if accepted else tuple(i for i, each in enumerate(worse) if each))

@@ -1,4 +1,4 @@
-"""The states of torch's random number generators: a closure that is called again draws the same numbers."""
+"""States of torch's random number generators, so that a closure draws the same numbers when it is called again."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def random_states(devices: Sequence[torch.device]) -> RandomStates:
 
 @contextmanager
 def replayed(states: RandomStates) -> Iterator[None]:
-    """Run the block from these states of the generators; they go on afterwards as if it had not been run."""
+    """Run the block with these generator states, and restore the generators' own states afterwards."""
     now = random_states([device for device in states if device.type == "cuda"])
     _set(states)
     try:

@@ -1,4 +1,4 @@
-"""What waits for MLflow: in a queue for an instant, then in the spool; in memory only where the disk takes nothing."""
+"""Records that wait for MLflow: briefly in a queue, then in the spool; in memory only if the disk cannot be written."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ _log = logging.getLogger("ml2o_dist.tracking")
 
 
 class Backlog:
-    """A queue that empties itself into a spool, from a thread of its own: whoever puts records in never waits.
+    """A queue whose own thread writes its records to a spool, so that callers who add records never wait.
 
     Attributes:
         overflowed: records dropped, the oldest first, because more than `capacity` were in memory.
     """
 
     def __init__(self, spool: Spool | None, capacity: int) -> None:
-        """Start the thread that writes to `spool`; None: everything stays in memory."""
+        """Start the thread that writes to `spool`; with None everything stays in memory."""
         self.overflowed = 0
         self._spool = spool
         self._capacity = capacity
@@ -42,13 +42,13 @@ class Backlog:
 
     @property
     def unsent(self) -> int:
-        """How many records wait, wherever they are."""
+        """How many records wait, in memory and in the spool."""
         with self._changed:
             return len(self._held()) + (self._spool.unsent if self._spool else 0)
 
     @property
     def unsent_values(self) -> int:
-        """How many of them are metric values."""
+        """How many of the waiting records are metric values."""
         with self._changed:
             return _values(self._held()) + (self._spool.unsent_values if self._spool else 0)
 
@@ -59,7 +59,7 @@ class Backlog:
             return _values(self._held())
 
     def put(self, records: Sequence[Record]) -> None:
-        """Take over records; returns at once. Raises RuntimeError after `close`."""
+        """Add records; returns at once. Raises RuntimeError after `close`."""
         with self._changed:
             if self._closed:
                 raise RuntimeError("the sink is closed")
@@ -68,7 +68,7 @@ class Backlog:
             self._changed.notify_all()
 
     def take(self) -> Batch:
-        """Return the records to be sent next (empty: there are none); `sent` or `put_back` must follow."""
+        """Return the records to send next, empty if there are none; the caller must call `sent` or `put_back`."""
         if self._spool is not None:
             batch = self._spool.read(METRICS_PER_CALL)
             if batch.records:
@@ -85,7 +85,7 @@ class Backlog:
             return Batch(records)
 
     def sent(self, batch: Batch) -> None:
-        """Forget what MLflow has taken."""
+        """Remove a batch that MLflow has accepted."""
         if self._spool is not None and batch.end is not None:
             self._spool.advance(batch)
             return
@@ -93,7 +93,7 @@ class Backlog:
             self._sending = ()
 
     def put_back(self, batch: Batch) -> None:
-        """Keep what MLflow has not taken."""
+        """Keep a batch that MLflow has not accepted."""
         if batch.end is None:
             with self._changed:
                 self._queue.extendleft(reversed(batch.records))
@@ -101,17 +101,17 @@ class Backlog:
                 self._drop_the_oldest()
 
     def rewind(self) -> None:
-        """Let everything in the spool be sent again: to a run that has nothing of it."""
+        """Mark everything in the spool as unsent, for a new run that has none of it."""
         if self._spool is not None:
             self._spool.rewind()
 
     def settle(self, limit_s: float) -> bool:
-        """Wait until nothing is on its way to the disk, at most `limit_s` seconds; tells whether that is so."""
+        """Wait at most `limit_s` seconds for pending writes to the disk; tells whether all are done."""
         with self._changed:
             return self._changed.wait_for(lambda: self._in_memory or not (self._queue or self._writing), limit_s)
 
     def close(self, limit_s: float) -> None:
-        """Take no more, and write down what is in the queue, for at most `limit_s` seconds."""
+        """Accept no more records, and write the queue to the spool within at most `limit_s` seconds."""
         with self._changed:
             self._closed = True
             self._changed.notify_all()

@@ -1,11 +1,11 @@
-"""Which version of a model is its champion: promoted, rolled back, and described by the figures that decided.
+"""The champion version of a model: promote it, roll it back, and record the figures that decided.
 
 A model has three aliases: `candidate`, its newest version; `champion`, the one that was promoted; `previous`, the
-champion before it. Whoever writes the latter two holds the model's lock (`promotion_lock`), so that of promotions at
-one time one is first, and each other one finds that the champion is not the one that it was compared with.
+champion before it. A process that writes the latter two holds the model's lock (`promotion_lock`). Of concurrent
+promotions one is therefore first, and every other one finds that the champion is not the one it was compared with.
 
-What a champion was promoted for is written before the alias, `previous` before `champion`: a promotion that is killed
-half-way leaves the old champion, whom it can be repeated against, and no champion is without its figures.
+The deciding figures are written before the aliases, and `previous` before `champion`. A promotion that is killed
+half-way leaves the old champion and can be repeated against it, and no champion is without its figures.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ _SUITE = "suite."
 
 
 class ChampionChanged(UserError):
-    """The champion is not the one that a candidate was compared with: the comparison decides nothing any more."""
+    """The champion is no longer the version that the candidate was compared with, so the comparison is void."""
 
 
 def champion_of(uri: str, model: str) -> int | None:
-    """Return the version of `model` that is its champion; None where none is.
+    """Return the champion version of `model`; None if it has none.
 
     Raises:
         UserError: there is no such model, or a store that does not answer.
@@ -40,15 +40,15 @@ def champion_of(uri: str, model: str) -> int | None:
 
 
 def promote_version(uri: str, model: str, version: int, *, expected: int | None, note: str, forced: str = "") -> None:
-    """Make `version` the champion of `model`, and the champion so far, if there is one, its `previous`.
+    """Make `version` the champion of `model`; the old champion, if there is one, becomes `previous`.
 
-    The version is tagged with `promoted_at` (UTC), `promoted_by` (user@host), `promoted_over` (the champion so far,
-    or ""), `promotion` and, only where it was, `forced`.
+    The version is tagged with `promoted_at` (UTC), `promoted_by` (user@host), `promoted_over` (the old champion, or
+    ""), `promotion` and, only if it was forced, `forced`.
 
     Args:
-        expected: the champion that the version was compared with; None: there was none.
+        expected: the champion that the version was compared with; None if there was none.
         note: the figures that decided.
-        forced: why the gate would have refused it; "": it did not.
+        forced: why the gate would have refused the version; "" if it passed.
 
     Raises:
         ChampionChanged: another version is champion by now.
@@ -73,7 +73,7 @@ def promote_version(uri: str, model: str, version: int, *, expected: int | None,
         }
         lock.confirm()
         _tag(client, model, version, tags | ({"forced": forced} if forced else {}))
-        if not forced and "forced" in promoted["tags"]:  # of an earlier promotion
+        if not forced and "forced" in promoted["tags"]:  # from an earlier promotion
             client.delete_model_version_tag(model, str(version), "forced")
         lock.confirm()
         if champion is not None:
@@ -82,14 +82,14 @@ def promote_version(uri: str, model: str, version: int, *, expected: int | None,
 
 
 def rollback(uri: str, model: str) -> tuple[int, int]:
-    """Make `previous` the champion of `model` again, and the champion `previous`; return the new two, champion first.
+    """Swap the champion of `model` and its `previous`; return both new versions, the champion first.
 
     A second rollback undoes the first. The new champion is tagged with `rolled_back_at` (UTC), `rolled_back_from` (the
     old one's version) and `rolled_back_by` (user@host).
 
     Raises:
-        UserError: there is no such model, it has no champion or no previous one, or that was deleted; a lock that is
-            not to be had, or a store that does not answer.
+        UserError: there is no such model, it has no champion, its previous one is missing or deleted, the lock cannot
+            be acquired, or the store does not answer.
     """
     with _locked(uri, model) as (lock, client, versions):
         champion, previous = _holding(versions, CHAMPION), _holding(versions, PREVIOUS)
@@ -107,12 +107,12 @@ def rollback(uri: str, model: str) -> tuple[int, int]:
 
 
 def describe_version(uri: str, model: str, version: int, suite: str, line: str) -> None:
-    """Say in the description of a version, and in its tag `suite.<suite>`, how it did in a suite of problems.
+    """Write a version's result on a suite of problems into its description and its tag `suite.<suite>`.
 
-    Of the description the line that begins with `<suite>: ` is replaced, or one is added; the others stay.
+    In the description the line that begins with `<suite>: ` is replaced, or one is added; the others stay.
 
     Args:
-        line: what is said, with or without `<suite>: ` before it.
+        line: the result, with or without `<suite>: ` before it.
 
     Raises:
         UserError: an unknown model or version, a lock that is not to be had, or a store that does not answer or
@@ -130,8 +130,8 @@ def describe_version(uri: str, model: str, version: int, suite: str, line: str) 
 
 @contextmanager
 def _locked(uri: str, model: str) -> Iterator[tuple[PromotionLock, Any, list[ModelVersion]]]:
-    """Hold the model's lock; give it, a client, and the model's versions as they are under it."""
-    model_versions(uri, model)  # of a model that does not exist nothing is locked, and no store is created
+    """Hold the model's lock; yield the lock, a client, and the model's versions, read under the lock."""
+    model_versions(uri, model)  # for a model that does not exist, take no lock and create no store
     with promotion_lock(uri, model) as lock, answering(uri):
         yield lock, connect(uri), model_versions(uri, model)
 

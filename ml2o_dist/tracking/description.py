@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Collection
 
 LIMIT = 5000
-"""Characters that MLflow keeps of a description; of more, PostgreSQL refuses the whole version (MLflow 3.17)."""
+"""Maximum characters of a description in MLflow; with more, PostgreSQL refuses the whole version (MLflow 3.17)."""
 
 CUT = "[the rest is cut off]"
 
 
 def within_limit(text: str, kept: Collection[str] = ()) -> str:
-    """Return `text`, cut from its end upwards until it is short enough for MLflow; the lines in `kept` stay whole."""
+    """Return `text`, shortened from its end until MLflow can store it; the lines in `kept` are not cut."""
     if len(text) <= LIMIT:
         return text
     lines = [line for line in text.splitlines() if line != CUT]
@@ -27,10 +27,10 @@ def within_limit(text: str, kept: Collection[str] = ()) -> str:
 
 
 def with_suite_line(text: str, suite: str, line: str, suites: Collection[str]) -> str:
-    """Return the description `text` with `suite: line` in the place of the line of that suite, or after all others.
+    """Return the description `text` with `suite: line` in place of that suite's line, or appended.
 
     Args:
-        suites: of which others `text` has lines: those are not cut where it gets too long.
+        suites: other suites that have lines in `text`; these lines are not cut when the text is too long.
     """
     said = f"{suite}: {line}"
     lines = text.splitlines()

@@ -1,7 +1,7 @@
-"""Evaluations in MLflow: one run for each optimizer on what it was evaluated on, so that its table sorts and compares.
+"""Evaluations in MLflow: one run for each optimizer and suite, so that MLflow's table can sort and compare them.
 
-The figures of a run depend on the optimizer and on the suite alone, not on what else was evaluated beside it. A run
-that is there already is not written again.
+The figures of a run depend only on the optimizer and the suite, not on other optimizers in the same evaluation. A run
+that exists already is not written again.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from ml2o_dist.tracking.identity import RUN_KEY_TAG
 from ml2o_dist.tracking.store import connect, ensure_experiment, refused
 
 LONGEST_NAME = 80
-"""Characters kept of a problem's name, its end: MLflow takes 250 for a key."""
+"""Characters kept from the end of a problem's name: MLflow allows 250 for a key."""
 
 METRICS_PER_CALL, WORDS_PER_CALL = 1000, 100
 """MLflow's limits for one `log_batch`."""
@@ -35,7 +35,7 @@ UNGUARDED = "none"
 
 @dataclass(frozen=True)
 class Version:
-    """The registered version that an optimizer is."""
+    """The registered version of an optimizer."""
 
     model: str
     version: int
@@ -64,10 +64,9 @@ def log_evaluation(
     """Write a run for each of the `optimizers`; return their run ids.
 
     Args:
-        files: tables and pictures, given to every run.
-        identities: of every optimizer, a hash of what it is; a run is the same one where this, the suite and the data
-            are.
-        guards: in words, of those that have one.  versions: of those that are registered.
+        files: tables and pictures, attached to every run.
+        identities: a hash of each optimizer; the same hash, suite and data mean the same run.
+        guards: descriptions of the guards, for optimizers with one.  versions: for registered optimizers.
 
     Raises:
         UserError: MLflow does not answer, or refuses.
@@ -102,7 +101,7 @@ def _log(
     for run in client.search_runs([experiment], f"tags.`{RUN_KEY_TAG}` = '{key}'"):
         if run.info.status == "FINISHED":
             return str(run.info.run_id)
-        client.delete_run(run.info.run_id)  # it was cut short: what it holds is not known
+        client.delete_run(run.info.run_id)  # it was cut short: its content is unknown
     suite = evaluation.suite or "evaluation"
     shown = f"{version.model} v{version.version}{'' if guard == UNGUARDED else ' guarded'}" if version else optimizer
     tags = {
@@ -128,7 +127,7 @@ def _log(
 
 
 def metric_names(names: Iterable[str]) -> dict[str, str]:
-    """Return, by name, what MLflow allows in a key; a number is added where two would be alike."""
+    """Return for each name a key that MLflow allows; a number is added if two keys would be equal."""
     found: dict[str, str] = {}
     for name in names:
         base = re.sub(r"[^\w.\-: ]+", "-", name, flags=re.ASCII).strip("-.: ")[-LONGEST_NAME:] or "x"
@@ -140,7 +139,7 @@ def metric_names(names: Iterable[str]) -> dict[str, str]:
 
 
 def _points(rows: Sequence[Row], cells: Sequence[EvaluatedCell], standing: Standing | None) -> Iterator[Point]:
-    """Yield what is finite: figures over all problems, of each problem, of each seed (its step) and along the steps."""
+    """Yield finite figures: over all problems, per problem, per seed (as the step) and along the steps."""
     problems = metric_names(row.problem for row in rows)
     figures: list[Point] = []
     if standing is not None:

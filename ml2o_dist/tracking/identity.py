@@ -1,7 +1,7 @@
-"""Which MLflow run a run directory belongs to: decided before MLflow is first asked, kept in `mlflow.json`.
+"""The identity of a run directory's MLflow run: decided before the first call to MLflow, kept in `mlflow.json`.
 
-The run is created with the tag `ml2o.run_key`, so that a process that was killed after MLflow had created it, and
-before it had noted the run's id, finds it again.
+The run is created with the tag `ml2o.run_key`. By this tag a resumed run finds its MLflow run again if the process was
+killed after MLflow had created the run and before its id was noted.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ IDENTITY_FILE = "mlflow.json"
 RUN_KEY_TAG = "ml2o.run_key"
 
 _LIMIT = 4 * MIB
-"""Bytes that are read of an identity, most of which is the run's configuration."""
+"""Maximum bytes of an identity file, most of which is the run's configuration."""
 
 _log = logging.getLogger("ml2o_dist.tracking")
 
 
 @dataclass(frozen=True)
 class RunIdentity:
-    """What names one MLflow run.
+    """The identity of one MLflow run.
 
     Attributes:
-        uri: the tracking URI without a password, which never goes to the disk.
-        run_id: "" until MLflow has said it.
-        created_ms: when the run began, whenever MLflow hears of it.
-        config: the configuration that the run is of, to tell it from another run in the same directory.
+        uri: the tracking URI without its password, which is never written to the disk.
+        run_id: "" until MLflow has returned it.
+        created_ms: when the run began, even if MLflow creates it later.
+        config: the run's configuration, which tells it from another run in the same directory.
     """
 
     uri: Annotated[str, Field(max_length=2000)]
@@ -54,9 +54,9 @@ _IDENTITY = TypeAdapter(RunIdentity)
 
 
 def load_identity(run_dir: Path, otherwise: str = "") -> RunIdentity | None:
-    """Return the identity kept in `run_dir`; None where there is none, or none that can be read.
+    """Return the identity kept in `run_dir`; None if there is none or it cannot be read.
 
-    Of the latter it warns, and says what happens `otherwise`.
+    For an unreadable one it logs a warning that ends with `otherwise`, the consequence.
     """
     file = run_dir / IDENTITY_FILE
     try:
@@ -73,7 +73,7 @@ def load_identity(run_dir: Path, otherwise: str = "") -> RunIdentity | None:
 
 
 def save_identity(run_dir: Path, identity: RunIdentity) -> None:
-    """Keep `identity` in `run_dir`, whole or not at all; a disk that takes nothing is only said: the run goes on."""
+    """Write `identity` to `run_dir` atomically; a failed write is only logged, and the run continues."""
     try:
         with replacing(run_dir / IDENTITY_FILE) as stream:
             stream.write((json.dumps(asdict(identity), indent=1) + "\n").encode())

@@ -1,8 +1,8 @@
-"""Which MLflow servers a run directory may name: those that the user, the environment or a run on this machine named.
+"""MLflow servers that a run directory may name: those that the user, the environment or a run on this machine named.
 
-A run directory may come from somebody else. What it holds is sent to no server that only the directory itself names.
-The URIs that runs on this machine were tracked at stand, without passwords, in `tracking_uris` in the private folder
-`files.state_folder()`, one a line.
+A run directory may come from somebody else. Its data are not sent to a server that only the directory itself names.
+The file `tracking_uris` in the private folder `files.state_folder()` lists, one a line and without passwords, the URIs
+that runs on this machine were tracked at.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from ml2o_dist.tracking.store import redacted, resolve_tracking_uri
 FILE = "tracking_uris"
 
 _LIMIT = 1 << 20
-"""Bytes that are read of the file: some ten thousand URIs."""
+"""Maximum bytes of the file: some ten thousand URIs."""
 
 _log = logging.getLogger("ml2o_dist.tracking")
 
 
 def remember(uri: str) -> None:
-    """Note that a run on this machine is tracked at `uri`; where no note can be taken, `ml2o sync` asks later."""
+    """Note that a run on this machine is tracked at `uri`; if the note cannot be written, `ml2o sync` asks later."""
     shown = redacted(uri)
     if not shown.isprintable() or _is_noted(shown):
         return
@@ -34,7 +34,7 @@ def remember(uri: str) -> None:
         file = private_folder(state_folder()) / FILE
         handle = os.open(file, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
         with open(handle, "ab") as stream:
-            stream.write(f"{shown}\n".encode())  # in one write: runs that begin at one time do not mix their lines
+            stream.write(f"{shown}\n".encode())  # in one write, so that lines of concurrent runs do not mix
     except OSError as error:
         _log.info("%s cannot be noted in %s: %s", shown, state_folder(), error.strerror or error)
 
@@ -49,7 +49,7 @@ def check_known(uri: str, place: Path) -> None:
     """Raise UserError unless the environment, or a run on this machine, has named the server at `uri`.
 
     Args:
-        uri: what the files in `place` name.
+        uri: the server that the files in `place` name.
     """
     if not is_known(uri):
         raise UserError(
@@ -59,11 +59,11 @@ def check_known(uri: str, place: Path) -> None:
 
 
 def check_resumed(setting: str, overrides: Sequence[str], place: Path) -> None:
-    """Raise UserError where a run that is resumed would be sent to a server that only its own directory names.
+    """Raise UserError if a resumed run would be sent to a server that only its own directory names.
 
     Args:
         setting: `tracking.uri` of the run.
-        overrides: what the user set, `key=value` each; `tracking.uri` among them is the user's word.
+        overrides: the user's settings, `key=value` each; `tracking.uri` among them counts as named by the user.
         place: the run directory.
     """
     if setting and not any(override.partition("=")[0].strip() == "tracking.uri" for override in overrides):
@@ -81,5 +81,5 @@ def _is_noted(shown: str) -> bool:
 def _named_by_environment() -> str:
     try:
         return redacted(resolve_tracking_uri())
-    except UserError:  # of a kind that MLflow does not serve
+    except UserError:  # a kind of URI that MLflow does not serve
         return ""

@@ -1,19 +1,19 @@
 """One promotion at a time: a lock that holds across processes and machines which share a tracking store.
 
 MLflow offers one atomic operation that can serve: creating a registered model, whose name is the primary key of a
-table. The lock of a model is therefore a registered model `<model>.lock` without versions: who creates it has the
-lock, who is told that it exists waits, who is done deletes it. This holds wherever that table is: in sqlite, in
-PostgreSQL or MySQL, directly or behind a `mlflow server`.
+table. The lock of a model is therefore a registered model `<model>.lock` without versions. The process that creates it
+holds the lock, a process whose creation fails waits, and the holder deletes it when done. This works for every store:
+sqlite, PostgreSQL or MySQL, directly or behind a `mlflow server`.
 
-A process that is killed leaves its lock behind. The lock is held for the second that a few writes take, so one that
-is older than `STALE_S` is broken by whoever waits for it: under the lock's own lock, `<model>.lock.lock`, so that no
-two break it one after the other. A holder that was merely stopped for so long finds, before it writes
+A process that is killed leaves its lock behind. A lock is normally held for the second that a few writes take, so a
+waiting process breaks one that is older than `STALE_S`. To do so it holds the lock's own lock, `<model>.lock.lock`, so
+that no two processes break it one after the other. A holder that was only paused for so long finds, before it writes
 (`PromotionLock.confirm`), that the lock has another token, and writes nothing.
 
-Limits. Between that look and the write no operation of MLflow's is atomic: a holder that is stopped exactly there,
-for longer than `STALE_S`, writes nevertheless. How old a lock is, is told by the stamps of the store on it and on the
-breaker's own lock: behind a server one clock, but a database that is opened directly takes the clocks of its clients,
-which must agree to within some 50 s. A store that reads from a lagging replica gives no such lock.
+Limits. The check and the write that follows are not atomic in MLflow: a holder that is paused exactly between them,
+for longer than `STALE_S`, writes nevertheless. The age of a lock is the difference of the store's timestamps on it and
+on the breaker's own lock. Behind a server these come from one clock; a database that is opened directly takes the
+clocks of its clients, which must agree to within some 50 s. A store that reads from a lagging replica gives no lock.
 """
 
 from __future__ import annotations
@@ -37,35 +37,35 @@ from ml2o_dist.runtime.names import LOCK_SUFFIX
 from ml2o_dist.tracking.store import answering, connect, one_line, redacted
 
 STALE_S = 60.0
-"""Seconds after which a lock is taken for that of a killed process."""
+"""Seconds after which a lock is considered left behind by a killed process."""
 
 WAIT_S = 20.0
-"""Seconds that a lock is waited for: many times the second that it is held for."""
+"""Seconds to wait for a lock: many times the second that it is normally held."""
 
 _PAUSE_S = 0.1
-"""Seconds between two looks at a lock: reads only, for sqlite takes one writer at a time."""
+"""Seconds between two checks of a lock, which only read because sqlite allows one writer at a time."""
 
 _STALE_AFTER_S = 2.0
-"""Seconds of waiting before, and between, two looks at how old a lock is."""
+"""Seconds of waiting before the first check of a lock's age, and between two checks."""
 
 _DESCRIPTION = "Lock {token} of {owner}; held while aliases are written, see ml2o_dist.tracking.promotion_lock."
-"""Who holds it stands here and not in tags: MLflow reads those later than the row, when it may be gone (or another)."""
+"""The description names the holder; MLflow reads tags after the row, when the lock may be gone or another's."""
 
 _log = logging.getLogger("ml2o_dist.tracking")
 
 
 class LockLost(UserError):
-    """The lock was taken for a killed process's, and broken: whoever held it must not write."""
+    """The lock was considered a killed process's and broken, so its former holder must not write."""
 
 
 @dataclass(frozen=True)
 class PromotionLock:
-    """A lock that is held.
+    """A held lock.
 
     Attributes:
-        name: of the registered model that it is.
-        token: what tells it from another process's.
-        created_ms: when it was made, as the store stamped it.
+        name: the name of the registered model that serves as the lock.
+        token: tells this lock from another process's.
+        created_ms: the store's timestamp of its creation.
     """
 
     client: Any
@@ -85,7 +85,7 @@ class PromotionLock:
 
 @contextmanager
 def promotion_lock(uri: str, model: str) -> Iterator[PromotionLock]:
-    """Hold the lock of `model` for the `with` block, and release it however that ends. It cannot be taken twice.
+    """Hold the lock of `model` during the `with` block, and release it however the block ends; it is not reentrant.
 
     Raises:
         UserError: somebody holds it for longer than `WAIT_S` (the line says who, since when, and how to remove it),
@@ -125,7 +125,7 @@ def _held(client: Any, uri: str, name: str, limit: float) -> Iterator[PromotionL
 
 
 def _acquire(client: Any, uri: str, name: str, token: str, limit: float) -> int:
-    """Return when the lock was made, in the store's milliseconds; `limit` is a time of this process's clock."""
+    """Acquire the lock; return the store's creation time in ms. `limit` is a time of this process's clock."""
     look = time.monotonic() + _STALE_AFTER_S
     while True:
         holder = _holder(client, name)
@@ -133,7 +133,7 @@ def _acquire(client: Any, uri: str, name: str, token: str, limit: float) -> int:
             created = _create(client, name, token)
             if created is not None:
                 return created
-        elif holder.token == token:  # created by a request that MLflow sent again, because its answer was lost
+        elif holder.token == token:  # our first request created it, its answer was lost, MLflow retried
             return holder.created_ms
         elif time.monotonic() > limit:
             raise _busy(uri, name, holder)
@@ -169,7 +169,7 @@ def _holder(client: Any, name: str) -> _Holder | None:
 
 
 def _create(client: Any, name: str, token: str) -> int | None:
-    """Return when the store made the lock; None where somebody was quicker."""
+    """Create the lock; return the store's creation time, or None if another process was quicker."""
     from mlflow.exceptions import MlflowException
 
     try:
@@ -178,7 +178,7 @@ def _create(client: Any, name: str, token: str) -> int | None:
             description=_DESCRIPTION.format(token=token, owner=f"{this_user()}, process {os.getpid()}"),
         )
     except MlflowException as error:
-        # The second: MLflow looks at what exists in order to name it, and it has been released by then.
+        # Second code: MLflow looks up the existing lock for its error message, but it has been released by then.
         if error.error_code not in ("RESOURCE_ALREADY_EXISTS", "RESOURCE_DOES_NOT_EXIST"):
             raise
         return None
@@ -190,9 +190,9 @@ def _release(client: Any, name: str, token: str) -> None:
         holder = _holder(client, name)
         if holder is not None and holder.token == token:
             client.delete_registered_model(name)
-    except UserError:  # it is no lock
+    except UserError:  # the registered model is not a lock
         return
-    except Exception as error:  # what the block did, or raised, counts; the lock that stays is broken in time
+    except Exception as error:  # keep the block's outcome; a lock that is left is broken later
         _log.warning("the lock %r is not released, and is broken after %.0f s: %s", name, STALE_S, one_line(error))
 
 

@@ -1,4 +1,4 @@
-"""What a run tells MLflow, one record at a time, and each record as one line of text that shows when it was torn."""
+"""The records that a run sends to MLflow, and their form as lines of text in which a torn line is detected."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, TypeAdapter
 
 Int64 = Annotated[int, Field(ge=-(2**63), lt=2**63)]
-"""What the databases of MLflow hold."""
+"""The range of values that MLflow's databases can store."""
 
 Status = Literal["FINISHED", "FAILED", "KILLED"]
 
@@ -29,7 +29,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Params:
-    """Settings of a run; MLflow never changes one that is there."""
+    """Settings of a run; MLflow never changes an existing one."""
 
     values: Mapping[str, str]
 
@@ -60,7 +60,7 @@ class Version:
 
 @dataclass(frozen=True)
 class End:
-    """How the run ended, and when. Of no effect where more records follow: the run was gone on with."""
+    """How the run ended, and when. It has no effect if more records follow, since the run was then resumed."""
 
     status: Status
     timestamp_ms: Int64
@@ -77,7 +77,7 @@ _KINDS: dict[str, TypeAdapter[Any]] = {
 
 
 def to_line(record: Record) -> bytes:
-    """Return `record` as a line: the crc32 of what follows, the record as JSON, a newline."""
+    """Return `record` as a line: the crc32 of the rest, the record as JSON, a newline."""
     assert is_dataclass(record)
     values = {field.name: getattr(record, field.name) for field in fields(record)}
     text = json.dumps({"kind": type(record).__name__.lower(), **values}, default=str, separators=(",", ":")).encode()
@@ -85,16 +85,16 @@ def to_line(record: Record) -> bytes:
 
 
 def from_line(line: bytes) -> Record | None:
-    """Return the record in `line`; None where the line is not as `to_line` wrote it: cut short, altered or forged."""
+    """Return the record in `line`; None if the line is not as `to_line` wrote it: cut short, altered or forged."""
     checksum, _, text = line.partition(b" ")
     if not text.endswith(b"\n") or checksum != b"%08x" % zlib.crc32(text[:-1]):
         return None
     try:
         values = _OBJECT.validate_json(text)  # bounds nesting and digits, in a tenth of `reading.parse_json`'s time
         kind = _KINDS.get(str(values.pop("kind", "")))
-        if kind is None:  # written by a newer version, or by nobody
+        if kind is None:  # written by a newer version, or not by this package
             return None
         record: Record = kind.validate_python(values)
-    except ValueError:  # of the JSON, and of a value's type
+    except ValueError:  # bad JSON, or a value of the wrong type
         return None
     return record

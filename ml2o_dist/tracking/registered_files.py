@@ -1,4 +1,4 @@
-"""The files of a registered version: written as an MLflow model, found again, compared with what the version says."""
+"""The files of a registered version: write them as an MLflow model, find them, compare them with the version's tags."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from ml2o_dist.runtime.files import cache_folder
 from ml2o_dist.tracking.store import StoreAway, answering
 
 DIGEST_TAGS = ("weights_sha256", "card_sha256")
-"""Tags of a version that its card must agree with. The card's digest covers the whole card, which has the files'."""
+"""Tags of a version that must match its card. The card's digest covers the whole card, with the files' digests."""
 
 
 def save_model(folder: Path, artifact: Artifact) -> None:
-    """Write the MLflow model; whatever the artifact's files are called, they are `artifacts/weights.*` in it."""
+    """Write the MLflow model; the artifact's files are always named `artifacts/weights.*` in it."""
     import mlflow.pyfunc
     import numpy as np
     from mlflow.models import ModelSignature
@@ -52,13 +52,13 @@ def version_file(uri: str, source: str, tags: Mapping[str, str], reference: str)
 
     Args:
         uri: the store.
-        source: where the store says that the version's MLflow model is; what is not on this machine's disk is
-            downloaded, once where the version says the digest of its card.
-        tags: the version's.
-        reference: how the user called it, for errors.
+        source: the place of the version's MLflow model according to the store. A remote model is downloaded, and only
+            once if the version's tags have the digest of its card.
+        tags: the tags of the version.
+        reference: the user's name for the version, for errors.
 
     Raises:
-        UserError: a file is missing, altered, newer or of another architecture, or is not what `tags` say.
+        UserError: a file is missing, altered, newer or of another architecture, or does not match `tags`.
     """
     folder = _local_path(source)
     try:
@@ -106,7 +106,7 @@ def _download(uri: str, source: str, tags: Mapping[str, str]) -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache, prefix=".download-") as folder:
         path = Path(folder) / "downloaded"
-        for name in (WEIGHTS_FILE, Path(WEIGHTS_FILE).with_suffix(".json").name):  # and nothing else that lies there
+        for name in (WEIGHTS_FILE, Path(WEIGHTS_FILE).with_suffix(".json").name):  # no other files of the folder
             with answering(uri):
                 mlflow.artifacts.download_artifacts(f"{source}/artifacts/{name}", dst_path=str(path), tracking_uri=uri)
         found = read_artifact(path)

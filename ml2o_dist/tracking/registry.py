@@ -23,13 +23,13 @@ from ml2o_dist.tracking.registered_files import DIGEST_TAGS, save_model, version
 from ml2o_dist.tracking.store import answering, connect, ensure_experiment, store_exists
 
 CANDIDATE = "candidate"
-"""The alias of the newest version, which no gate has looked at yet."""
+"""The alias of the newest version, which has not passed a gate yet."""
 
 CHAMPION = "champion"
-"""The alias of the version that was promoted: what others load."""
+"""The alias of the promoted version, which others load."""
 
 PREVIOUS = "previous"
-"""The alias of the champion before it: what a rollback brings back."""
+"""The alias of the champion before it, which a rollback restores."""
 
 _PAGE = 200
 _CREATION_S = 30
@@ -61,15 +61,15 @@ def register_version(
 ) -> int:
     """Register a learned optimizer as a version of `model` and give it `alias`; return the version.
 
-    The same weights and rule settings from the same run (without one: from any) are registered once: a second call (a
-    resumed run) returns the version of the first. An alias never moves back to an older version.
+    The same weights and rule settings from the same run (without `run_id`: from any run) are registered once. A second
+    call (a resumed run) returns the version of the first. An alias never moves back to an older version.
 
     Args:
         uri: where, as `resolve_tracking_uri` returns it.
         artifact: the .safetensors file or its folder; verified first.
         run_id: the MLflow run that made it; None where there is none.
-        experiment: where the model is kept when there is no run.
-        description: what a reader of the registry sees: the figures; its end is cut off where MLflow takes no more.
+        experiment: the experiment that keeps the model when there is no run.
+        description: the figures, shown in the registry; its end is cut off if it is too long for MLflow.
         tags: further tags; the digests, config_hash, git, seed and meta_steps come from the card.
 
     Raises:
@@ -89,7 +89,7 @@ def register_version(
 
 
 def list_versions(uri: str, model: str = "") -> list[ModelVersion]:
-    """Return every version of `model` ("": of all models) by name and number; [] where there is none.
+    """Return every version of `model` ("": of all models) by name and number; [] if there is none.
 
     An sqlite store that does not exist yet is not created. Raises UserError for a store that does not answer.
     """
@@ -150,7 +150,7 @@ def find_version(uri: str, reference: str) -> ModelVersion:
 
 
 def version_source(uri: str, version: ModelVersion) -> str:
-    """Return where the store keeps the MLflow model of `version`: a folder, or a URI of its own kind."""
+    """Return the store's location of the MLflow model of `version`: a folder, or a URI of the store's own kind."""
     with answering(uri):
         return str(connect(uri).get_model_version_download_uri(version["name"], str(version["version"])))
 
@@ -166,8 +166,8 @@ def resolve_model(uri: str, reference: str) -> Path:
         reference: `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
 
     Raises:
-        UserError: what `find_version` raises; or a file that is missing, altered, of a later format or of another
-            architecture than its card or than the registry says, and what differs.
+        UserError: as `find_version`; or a file is missing, altered, of a later format, or of another architecture than
+            its card or the registry says; the message names the difference.
     """
     version = find_version(uri, reference)
     if "tasks" in version["tags"] and "rule_sha256" not in version["tags"]:
@@ -213,7 +213,7 @@ def create_version(
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-    # A server takes only the logged model's id; without a server MLflow would look that id up at the process-wide URI.
+    # A server accepts only the logged model's id; without one MLflow would look that id up at the process-wide URI.
     served = _served(uri)
     created = client.create_model_version(
         model,
@@ -242,21 +242,21 @@ def _same_version(client: Any, model: str, artifact: Artifact, run_id: str | Non
     rule = _rule_sha256(artifact)
     for entry in _pages(client.search_model_versions, model):
         same_weights = entry.tags.get("weights_sha256") == artifact.weights_sha256
-        same_rule = entry.tags.get("rule_sha256", rule) == rule  # versions of before have no such tag
+        same_rule = entry.tags.get("rule_sha256", rule) == rule  # older versions have no such tag
         if entry.name == model and same_weights and same_rule and run_id in (None, entry.run_id):
             return int(entry.version)
     return None
 
 
 def set_alias(client: Any, model: str, alias: str, number: int) -> None:
-    """Give a version an alias, unless a newer one has it."""
+    """Give a version an alias, unless a newer version has it."""
     current = client.get_registered_model(model).aliases.get(alias)
     if current is None or int(current) < number:
         client.set_registered_model_alias(model, alias, str(number))
 
 
 def _pages(search: Any, model: str) -> Iterator[Any]:
-    # The filter saves the store work; a name that its grammar cannot quote is found by the caller, among all.
+    # The filter saves the store work. If its grammar cannot quote the name, the caller finds it among all versions.
     only = f"name = '{model}'" if model and "'" not in model else None
     token = None
     while True:

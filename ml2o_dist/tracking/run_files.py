@@ -1,7 +1,7 @@
-"""Opening the files of a run directory that are sent away: regular files that lie in it, and nothing else.
+"""Open files of a run directory for sending: only regular files that lie in it.
 
 The path of a file may come from a spool line, and the directory from somebody else. A link that leads out of the
-directory is refused, also one that takes a file's place between the check and the opening.
+directory is refused, also one that replaces a file between the check and the opening.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import IO
 from ml2o_dist.runtime.errors import UserError
 
 LIMIT = 1 << 30
-"""Bytes of a file that is sent: pictures, tables, settings and weights are far smaller."""
+"""Maximum bytes of a sent file: pictures, tables, settings and weights are far smaller."""
 
 
 @contextmanager
@@ -53,13 +53,13 @@ def copied(file: Path, run_dir: Path, target: Path) -> None:
 
 
 def _handle(file: Path, run_dir: Path) -> int:
-    """Return a handle of the file, opened one part of its path after the other and never through a link.
+    """Return a handle of the file, opened one path component at a time and never through a link.
 
-    The path that is opened is the one that the links led to a moment before: where one was exchanged since, this fails.
+    The path was resolved a moment before; if a component has been replaced by a link since, opening fails.
     """
     try:
         root, found = Path(os.path.realpath(run_dir)), Path(os.path.realpath(file))
-    except ValueError as error:  # a NUL in the name
+    except ValueError as error:  # the name contains a NUL
         raise UserError(f"{str(file)!r} is no file name, and is not sent: {error}") from error
     if found == root or not found.is_relative_to(root):
         raise UserError(f"{str(file)!r} lies outside {str(run_dir)!r} and is not sent")

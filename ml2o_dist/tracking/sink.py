@@ -1,8 +1,8 @@
 """The thread between a run and MLflow: training hands over its figures and never waits for a server, nor for a disk.
 
-What was handed over is written to the run's spool by one thread (`backlog`) and sent from there by another. While the
-server is away the spool keeps it, and the thread asks again at growing intervals; what is left at the end stays in the
-spool, for `--resume` or `ml2o sync`. Where records are sent twice, MLflow keeps them once (`run`).
+One thread (`backlog`) writes the records to the run's spool, and another sends them from there. While the server is
+away the spool keeps them, and the thread retries at growing intervals. Records that are left at the end stay in the
+spool, for `--resume` or `ml2o sync`. If records are sent twice, MLflow keeps them once (`run`).
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ml2o_dist.tracking.store import is_temporary, one_line, redacted, refused, 
 from ml2o_dist.tracking.store_run import MlflowRun, Run, RunGone, send_records
 
 _CAPACITY = 100_000
-"""Records kept in memory where the disk takes nothing: a day of a run that logs one a second, some 20 MB."""
+"""Records kept in memory if the disk cannot be written: a day of a run that logs one a second, some 20 MB."""
 
 _LONGEST_PAUSE_S = 30.0
 
@@ -48,11 +48,11 @@ class MlflowSink:
         flush_s: float = 2.0,
         capacity: int = _CAPACITY,
     ) -> None:
-        """Start the threads; `open` is the usual way to a sink.
+        """Start the threads; sinks are usually made with `open`.
 
         Args:
             place: names the store in messages.
-            spool: what it holds already is sent first; None: everything stays in memory, up to `capacity` records.
+            spool: its records are sent first; with None everything stays in memory, up to `capacity` records.
             on_begun: called with the run's id as soon as that is known.
         """
         self.refused = 0
@@ -65,7 +65,7 @@ class MlflowSink:
         self._begun = False
         self._away = False
         self._changed = threading.Condition()  # guards everything below
-        self._asked = self._served = 0  # calls of `flush`, and how many of them a delivery has begun after
+        self._asked = self._served = 0  # calls of `flush`, and those that a delivery has followed
         self._closed = False
         self._ending = False  # one last try
         self._tried = False
@@ -89,19 +89,19 @@ class MlflowSink:
         wait_s: float = 30.0,
         stop: Callable[[], bool] = lambda: False,
     ) -> MlflowSink:
-        """Begin a run, or go on with one, whose recorded metric steps are then not recorded again.
+        """Begin a run, or resume one; metric steps that it has recorded are not recorded again.
 
         Args:
-            uri: where, as `resolve_tracking_uri` returns it.
-            experiment: its name; created if there is none.
-            run_id: the run to go on with, where `run_dir` does not know it.
+            uri: the tracking URI, as `resolve_tracking_uri` returns it.
+            experiment: the experiment's name; created if there is none.
+            run_id: the run to resume if `run_dir` does not know it.
             run_name: only for a new run.
-            params, tags: sent first; params that the run already has stay as they are.
-            run_dir: holds the spool and the run's identity; None: both are only in memory.
-            config: kept with the identity, for whoever has to decide about `go_on`.
-            go_on: False begins another run in `run_dir`, and drops what the spool holds of the one before.
-            wait_s: how long to wait for the server's first answer, or until `stop()`. Without one, a warning is
-                logged, training goes on, and the thread keeps asking.
+            params, tags: sent first; params that the run already has are not changed.
+            run_dir: holds the spool and the run's identity; with None both are only in memory.
+            config: stored with the identity; callers compare it to decide about `go_on`.
+            go_on: False begins another run in `run_dir` and drops the spooled records of the earlier one.
+            wait_s: how long to wait for the server's first answer, or until `stop()`. Without an answer a warning is
+                logged, training continues, and the thread keeps retrying.
 
         Raises:
             UserError: the server answered, and refused (a deleted experiment, no permission), the URI is unusable, or
@@ -142,12 +142,12 @@ class MlflowSink:
 
     @property
     def overflowed(self) -> int:
-        """How many records were dropped, the oldest first, because the disk took none and the memory was full."""
+        """How many records were dropped, oldest first, because disk writes failed and the memory limit was reached."""
         return self._backlog.overflowed
 
     @property
     def spool(self) -> Path | None:
-        """The folder of what MLflow has not got; None where it has everything, or the rest is only in memory."""
+        """The folder of the unsent records; None if everything was sent or the rest is only in memory."""
         return self._spool.folder if self._spool and not self._spool.removed else None
 
     def log(self, metrics: Mapping[str, float], step: int) -> None:
@@ -172,7 +172,7 @@ class MlflowSink:
         self._backlog.put([Version(path.absolute(), model, description)])
 
     def flush(self, limit_s: float = 10.0) -> bool:
-        """Have all sent that waits, once, taking at most `limit_s` seconds; tells whether all was."""
+        """Try once to send all waiting records, within at most `limit_s` seconds; tells whether all were sent."""
         until = time.monotonic() + limit_s
         if not self._backlog.settle(limit_s):
             return False
@@ -185,7 +185,7 @@ class MlflowSink:
     def close(self, status: Status = "FINISHED", limit_s: float = 10.0) -> int:
         """Send what is left, mark the run as ended, and return how many metric values could not be sent.
 
-        Takes at most `limit_s` seconds; a server that does not answer is asked once more. The spool is removed where
+        Takes at most `limit_s` seconds; a server that does not answer is tried once more. The spool is removed if
         everything was sent. Closing again is harmless.
         """
         until = time.monotonic() + limit_s
@@ -231,7 +231,7 @@ class MlflowSink:
             pause = self._flush_s if sent else min(_LONGEST_PAUSE_S, max(1.0, 2 * pause))
 
     def _deliver(self, ending: bool) -> bool:
-        """Send everything that waits; False where the server does not answer."""
+        """Send all waiting records; return False if that fails."""
         try:
             if not self._begun:
                 self._begin()
@@ -247,12 +247,12 @@ class MlflowSink:
                     self._backlog.put_back(batch)
                     raise
                 self._backlog.sent(batch)
-        except Exception as error:  # whatever MLflow and its database raise: a thread that died would lose the rest
+        except Exception as error:  # any error of MLflow or its database: if the thread died, the rest would be lost
             self._begun = self._begun and not isinstance(error, RunGone)
             self._missed(error)
             return False
         if self._away:
-            _log.warning("MLflow at %s answers again", self._place)  # where its silence was said
+            _log.warning("MLflow at %s answers again", self._place)  # the outage was logged, so log its end
         self._away = False
         if ending and self._spool and not self._backlog.unsent:
             self._spool.remove()
@@ -270,7 +270,7 @@ class MlflowSink:
             _log.warning("MLflow at %s does not take %s: %s", self._place, shortened(record), one_line(error))
 
     def _missed(self, error: Exception) -> None:
-        """Say once per outage that the server is away."""
+        """Log once per outage that the server is away."""
         if not self._tried:
             self._first_error = error
         if not self._away and (self._tried or is_temporary(error)):  # else `open` raises it
@@ -286,7 +286,7 @@ class MlflowSink:
 
 
 def _open_spool(run_dir: Path, go_on: bool) -> Spool | None:
-    """Open the spool in `run_dir`, or begin one; None, with a warning, where the disk takes none."""
+    """Open or create the spool in `run_dir`; None, with a warning, if the disk cannot be written."""
     try:
         spool = Spool(run_dir / SPOOL_FOLDER)
         if not go_on:

@@ -1,11 +1,11 @@
-"""The spool: what a run told MLflow, on the disk before it is sent, so that neither a kill nor a dead server loses it.
+"""The spool: a run's records for MLflow, written to the disk before sending, so that no kill or outage loses them.
 
     spool/records.jsonl   a line for each record (`records.to_line`), in the order in which they were made
     spool/sent.json       {"bytes": N}: MLflow has taken everything before byte N of records.jsonl
     spool/files/N/NAME    a copy of the file that the record at byte N uploads
 
-A process that is killed may leave a torn last line, which is dropped, and a sent.json that is behind, after which
-some records are sent again: writing a record to MLflow twice must do no harm (see `MlflowRun`).
+A killed process may leave a torn last line, which is dropped. It may also leave an outdated sent.json, so that some
+records are sent again: writing a record to MLflow twice must do no harm (see `MlflowRun`).
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ SPOOL_FOLDER = "spool"
 """The spool's name in a run directory."""
 
 LIMIT = 4 * 1024 * MIB
-"""Bytes of records in a spool: weeks of a run that nobody answers."""
+"""Maximum bytes of records in a spool: weeks of a run whose server is away."""
 
 _LINE = 16 * MIB
-"""Bytes of one record; a longer line is none."""
+"""Maximum bytes of one record; a longer line is not a record."""
 
 _RECORDS, _SENT, _FILES = "records.jsonl", "sent.json", "files"
 
@@ -47,8 +47,8 @@ class Batch:
     """Records to be sent in one call.
 
     Attributes:
-        end: the byte of the spool where they end; None where they are not from a spool.
-        count: how many records of the spool they stand for: an `End` that more records follow is left out.
+        end: the byte of the spool where they end; None if they are not from a spool.
+        count: how many records of the spool they cover, including each skipped `End` that more records follow.
     """
 
     records: Sequence[Record]
@@ -60,23 +60,23 @@ class Spool:
     """The records of one run that MLflow may not have yet. Safe to use from several threads, by one process at a time.
 
     Attributes:
-        folder: where it is.
+        folder: the spool's folder.
         unsent: how many records MLflow has not taken.
-        unsent_values: how many of them are metric values.
+        unsent_values: how many of the unsent records are metric values.
         removed: everything was sent and the folder is gone.
     """
 
     def __init__(self, folder: Path) -> None:
-        """Open the spool in `folder`, or begin one there.
+        """Open the spool in `folder`, or create one there.
 
         Raises:
-            UserError: another process has it open, it is a link, its records are no regular file or larger than
-                `LIMIT`; OSError: it can neither be read nor made.
+            UserError: another process has it open, it is a link, or its records are no regular file or larger than
+                `LIMIT`; OSError: it can be neither read nor created.
         """
         self.folder = folder
         self.removed = False
         self._lock = threading.Lock()
-        shutil.rmtree(_removed_name(folder), ignore_errors=True)  # of a process that was killed while removing it
+        shutil.rmtree(_removed_name(folder), ignore_errors=True)  # left by a process that was killed while removing it
         folder.mkdir(parents=True, exist_ok=True)
         self._records = folder / _RECORDS
         self._file: int | None = _opened(self._records)
@@ -84,7 +84,7 @@ class Spool:
             _claim(self._file, folder)
             self._end = _end_of_whole_lines(self._records)
             self._sent = _bytes_sent(folder)
-            if self._sent > self._end:  # a power cut took records; all are sent again, before new ones get there
+            if self._sent > self._end:  # a power cut lost records; send all again before new ones are written
                 (folder / _SENT).unlink()
                 self._sent = 0
             self._count()
@@ -93,7 +93,7 @@ class Spool:
             raise
 
     def append(self, records: Sequence[Record]) -> None:
-        """Write records down, with copies of the files they upload; all of them or, where it raises OSError, none."""
+        """Write records and copies of the files they upload; all of them, or none if it raises OSError."""
         with self._lock:
             if self._file is None:
                 raise OSError(f"{self.folder} was closed")
@@ -103,7 +103,7 @@ class Spool:
             if self._end + len(content) > LIMIT:
                 raise OSError(errno.EFBIG, "the spool is full")
             try:
-                os.ftruncate(self._file, self._end)  # a torn line, of a process that was killed or of a full disk
+                os.ftruncate(self._file, self._end)  # a torn line, from a killed process or a full disk
                 _write_all(self._file, content, self._end)
             except OSError:
                 os.ftruncate(self._file, self._end)
@@ -113,7 +113,7 @@ class Spool:
             self.unsent_values += _values(records)
 
     def read(self, limit: int) -> Batch:
-        """Return what is to be sent next: up to `limit` points, or one other record; nothing where all was sent."""
+        """Return the next batch to send: up to `limit` points, or one other record; empty if all was sent."""
         with self._lock:
             records: list[Record] = []
             end, count = self._sent, 0
@@ -129,9 +129,9 @@ class Spool:
             return Batch(records, end, count)
 
     def advance(self, batch: Batch) -> None:
-        """Note that MLflow has taken `batch`, which `read` returned last.
+        """Note that MLflow has accepted `batch`, which `read` returned last.
 
-        Where the disk takes no note, `batch` is sent again after a restart, which does no harm.
+        If the note cannot be written, `batch` is sent again after a restart, which does no harm.
         """
         with self._lock:
             if self._file is None or batch.end is None:
@@ -146,7 +146,7 @@ class Spool:
                 _log.info("%s cannot be written: %s", self.folder / _SENT, error.strerror or error)
 
     def rewind(self) -> None:
-        """Let everything be sent again: to a run that has nothing of it."""
+        """Mark all records as unsent, for a new run that has none of them."""
         with self._lock:
             self._sent = 0
             self._count()
@@ -158,7 +158,7 @@ class Spool:
                 os.fsync(self._file)
 
     def remove(self) -> None:
-        """Take the spool away, whole: a process that is killed here leaves all of it or nothing."""
+        """Remove the spool atomically: a process that is killed here leaves all of it or nothing."""
         with self._lock:
             if self._file is None:
                 return
@@ -173,7 +173,7 @@ class Spool:
         shutil.rmtree(_removed_name(self.folder), ignore_errors=True)
 
     def close(self) -> None:
-        """Let another process have it. A thread that still uses it reads nothing more and changes nothing."""
+        """Release the spool for other processes; a thread that still uses it reads and changes nothing more."""
         with self._lock:
             if self._file is not None:
                 os.close(self._file)
@@ -194,15 +194,15 @@ class Spool:
         self.unsent, self.unsent_values = len(found), _values(found)
 
     def _kept(self, record: Record, position: int) -> Record:
-        """Return `record` as it is written at byte `position`: its file copied here, its path relative to the spool."""
+        """Return `record` for writing at byte `position`: its file copied here, its path relative to the spool."""
         if isinstance(record, Upload):
             target = self.folder / _FILES / str(position) / record.path.name
-            shutil.rmtree(target.parent, ignore_errors=True)  # of a line that was torn
+            shutil.rmtree(target.parent, ignore_errors=True)  # belongs to a torn line
             try:
                 target.parent.mkdir(parents=True)
                 copied(record.path, self.folder.parent, target)
                 return replace(record, path=target.relative_to(self.folder))
-            except (FileNotFoundError, UserError) as error:  # it is left out, with this reason, when its turn comes
+            except (FileNotFoundError, UserError) as error:  # sending will skip it with this reason
                 _log.info("not kept in the spool: %s", error)
         if isinstance(record, Upload | Version):
             return replace(record, path=Path(os.path.relpath(record.path, self.folder)))
@@ -215,9 +215,9 @@ class Spool:
 
 
 def unsent_values(folder: Path) -> int:
-    """Return how many metric values the spool in `folder` holds that MLflow has not taken; 0 where there is none.
+    """Return the number of unsent metric values in the spool in `folder`; 0 if there is no spool.
 
-    Raises UserError where another process has it open.
+    Raises UserError if another process has it open.
     """
     if not (folder / _RECORDS).exists():
         return 0
@@ -228,7 +228,7 @@ def unsent_values(folder: Path) -> int:
 
 def _claim(file: int, folder: Path) -> None:
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # let go by the kernel when the process ends, however it ends
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel releases it however the process ends
     except BlockingIOError:
         raise UserError(f"{folder.parent} is in use: the run that writes it is still going on") from None
     except OSError as error:  # a file system without locks
@@ -236,12 +236,12 @@ def _claim(file: int, folder: Path) -> None:
 
 
 def _opened(file: Path) -> int:
-    """Return a handle of the spool's records, which are made where there are none; raises UserError and OSError."""
+    """Return a handle of the spool's records file, created if missing; raises UserError and OSError."""
     for folder in (file.parent, file.parent / _FILES):
         if folder.is_symlink():
             raise UserError(f"{str(folder)!r} is a link: a spool lies in its run directory")
     try:
-        # A link would have another file written over; a FIFO would block.
+        # Through a link another file would be overwritten; a FIFO would block.
         handle = os.open(file, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):

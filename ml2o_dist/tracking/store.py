@@ -1,6 +1,6 @@
-"""Where MLflow keeps its runs and versions: one URI, checked before MLflow is asked, so that nothing hangs.
+"""The store of MLflow's runs and versions: one URI, checked before MLflow uses it, so that nothing hangs.
 
-MLflow is imported only when a store is opened: saying where it is costs nothing.
+MLflow is imported only when a store is opened; resolving the URI does not need it.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ _ALLOWED = "sqlite:///FILE, http(s)://HOST:PORT, postgresql://..., mysql://..., 
 
 _PROBE_S = 5.0
 _DEFAULTS = {
-    # MLflow's own (120 s, 7 retries) block for minutes where nobody answers; callers here ask again themselves.
+    # MLflow's defaults (120 s, 7 retries) block for minutes if no server answers; callers here retry themselves.
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "10",
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "0",
-    # standard output belongs to `--json`
+    # standard output is for `--json`
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
-"""What MLflow reads from the environment, where the user has not said otherwise."""
+"""Environment variables for MLflow, set unless the user has set them."""
 
 _TEMPORARY = frozenset(
     ("INTERNAL_ERROR", "TEMPORARILY_UNAVAILABLE", "DEADLINE_EXCEEDED", "REQUEST_LIMIT_EXCEEDED", "ABORTED")
@@ -52,7 +52,7 @@ _CODE_ERRORS = (
     NotImplementedError,
     TypeError,
 )
-"""What MLflow wraps as INTERNAL_ERROR, too, where its own code or a database's driver is at fault."""
+"""Errors of MLflow's own code or of a database driver, which MLflow also wraps as INTERNAL_ERROR."""
 
 _NETWORK_ERRNOS = frozenset(
     getattr(errno, name)
@@ -61,22 +61,22 @@ _NETWORK_ERRNOS = frozenset(
 )
 
 _NETWORKS = frozenset(("requests", "urllib3", "http", "httpx", "botocore", "boto3", "google", "azure", "pyarrow"))
-"""Packages that MLflow reaches servers and object stores by: their errors are those of the place."""
+"""Packages through which MLflow reaches servers and object stores; their errors are errors of the store."""
 
 _DATABASES = frozenset(("sqlalchemy", "sqlite3", "psycopg2", "psycopg", "pymysql", "MySQLdb", "pyodbc"))
 
 _CONNECTION_NAMES = frozenset(("OperationalError", "InterfaceError", "TimeoutError", "DisconnectionError"))
-"""Errors of a database that is away or locked; its other ones are of what it was asked."""
+"""Errors of a database that is away or locked; its other errors are caused by the request."""
 
 _SECRET = re.compile(r"(?<=[?&])([^=&]*(?:password|passwd|pwd|token|secret)[^=&]*)=[^&]*", re.IGNORECASE)
-"""A parameter of a URI that must not be shown, nor written down."""
+"""A parameter of a URI that must be neither shown nor written down."""
 
 
 _log = logging.getLogger("ml2o_dist.tracking")
 
 
 class StoreAway(UserError):
-    """A store that does not answer: asking again later may help."""
+    """A store that does not answer; a later retry may help."""
 
 
 def resolve_tracking_uri(setting: str = "", home: Path | None = None) -> str:
@@ -105,10 +105,10 @@ def resolve_tracking_uri(setting: str = "", home: Path | None = None) -> str:
 
 
 def tracking_uri_to_keep(setting: str = "") -> str:
-    """Return what `resolve_tracking_uri` does of a `setting` that will be written down with a run.
+    """Return `resolve_tracking_uri(setting)` for a `setting` that will be written down with a run.
 
     Raises:
-        UserError: there is a password in it.
+        UserError: it contains a password.
     """
     uri = resolve_tracking_uri(setting)
     if redacted(setting) != setting:
@@ -120,16 +120,16 @@ def tracking_uri_to_keep(setting: str = "") -> str:
 
 
 def store_exists(uri: str) -> bool:
-    """Tell whether there is a store to read: False only for an sqlite file that is not there (it is not created)."""
+    """Tell whether there is a store to read: False only for a missing sqlite file, which is not created."""
     file = _sqlite_file(uri)
     return file is None or file.exists()
 
 
 def connect(uri: str) -> Any:
-    """Return an MlflowClient for runs and versions at `uri`; creates an sqlite file that is not there (2-3 s).
+    """Return an MlflowClient for runs and versions at `uri`; creates a missing sqlite file (2-3 s).
 
     Raises:
-        UserError: an sqlite file that cannot be written or is none, or a database host that does not answer.
+        UserError: a file that cannot be written or is no sqlite file, or a database host that does not answer.
     """
     file = _sqlite_file(uri)
     if file is not None:
@@ -140,7 +140,7 @@ def connect(uri: str) -> Any:
         os.environ.setdefault(name, value)
     from mlflow import MlflowClient  # late: takes 2 s
 
-    # Schema migrations and waiting for a version announce themselves at INFO; they say nothing to a user of ours.
+    # MLflow logs schema migrations and waiting for a version at INFO; these messages do not help our users.
     for name in ("mlflow.store.db.utils", "mlflow.store.model_registry.abstract_store", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
@@ -162,7 +162,7 @@ def ensure_experiment(client: Any, uri: str, name: str) -> str:
         try:
             return str(client.create_experiment(name, artifact_location=_artifact_location(uri, name)))
         except MlflowException as error:
-            if error.error_code != "RESOURCE_ALREADY_EXISTS":  # else another run was quicker
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":  # else another run created it first
                 raise
             experiment = client.get_experiment_by_name(name)
     if experiment.lifecycle_stage != "active":
@@ -174,10 +174,10 @@ def ensure_experiment(client: Any, uri: str, name: str) -> str:
 
 
 def is_temporary(error: Exception) -> bool:
-    """Tell whether asking again later may help: nobody answered, or the server failed, rather than refused.
+    """Tell whether a later retry may help: the server did not answer or failed, but did not refuse.
 
-    That is so for errors of networks, databases and object stores, and for nothing else: an error of code in MLflow's
-    client or in this package is no silence of the server.
+    This is true only for errors of networks, databases and object stores. A bug in MLflow's client or in this package
+    does not mean that the server is away.
     """
     from mlflow.exceptions import MlflowException
 
@@ -192,34 +192,34 @@ def is_temporary(error: Exception) -> bool:
     packages = {package for package, _ in names}
     if packages & _DATABASES:
         return bool({name for _, name in names} & _CONNECTION_NAMES)
-    # A ValueError of theirs is a wrong URL or header, except where an answer is no JSON.
+    # A ValueError from these packages means a wrong URL or header, unless an answer was not JSON.
     malformed = isinstance(error, ValueError) and type(error).__name__ != "JSONDecodeError"
     return bool(packages & _NETWORKS) and not malformed
 
 
 def is_refusal(error: Exception) -> bool:
-    """Tell whether a store, or this package, has refused for good what it was asked."""
+    """Tell whether a store, or this package, has refused a request for good."""
     from mlflow.exceptions import MlflowException
 
     if isinstance(error, MlflowException):
         return error.error_code not in _TEMPORARY
-    # A permission that is lacking is a server's artifact folder on another machine's disk: it will not come.
+    # PermissionError: a server's artifact folder is on another machine's disk, so a retry cannot help.
     return isinstance(error, UserError | FileNotFoundError | PermissionError) and not isinstance(error, StoreAway)
 
 
 def one_line(error: Exception) -> str:
-    """Return what `error` says as one line; of a long one the beginning and the end, where the cause is."""
+    """Return the message of `error` as one line; a long one is cut in the middle, since its end has the cause."""
     return shortened(" ".join(str(error).split()) or type(error).__name__)
 
 
 def shortened(said: object) -> str:
-    """Return `said` as text; of a long one the beginning and the end."""
+    """Return `said` as text; a long one is cut in the middle."""
     text = str(said)
     return text if len(text) <= 240 else f"{text[:120]} ... {text[-115:]}"
 
 
 def refused(uri: str, error: Exception) -> UserError:
-    """Build the one-line error for a store at `uri` that could not do what it was asked."""
+    """Build the one-line error for a request that the store at `uri` could not fulfil."""
     shown = redacted(uri)
     if is_temporary(error):
         return StoreAway(f"MLflow at {shown} does not answer: {one_line(error)}")
@@ -238,7 +238,7 @@ def refused(uri: str, error: Exception) -> UserError:
 
 @contextmanager
 def answering(uri: str) -> Iterator[None]:
-    """Turn what MLflow raises in the `with` block into one line that names the store; a UserError stays what it is."""
+    """Turn MLflow's exceptions in the `with` block into one line that names the store; UserErrors are not changed."""
     try:
         yield
     except UserError:
@@ -266,10 +266,10 @@ def _kind(uri: str) -> str:
 
 
 def _quoted(home: Path) -> str:
-    """Return a folder as the URI of an sqlite file in it has it: only what would mean something else is quoted.
+    """Return a folder's path for the URI of an sqlite file in it; only characters with a special meaning are quoted.
 
     Raises:
-        UserError: the version of SQLAlchemy reaches no such folder (before 2.1 it unquotes nothing).
+        UserError: this version of SQLAlchemy cannot open such a folder (before 2.1 it unquotes nothing).
     """
     plain = str(home)
     quoted = re.sub(r"%(?=[0-9A-Fa-f]{2})|[?]", lambda found: f"%{ord(found[0]):02X}", plain)
@@ -283,7 +283,7 @@ def _quoted(home: Path) -> str:
 
 
 def _database(uri: str) -> str:
-    """Return the path that MLflow opens for the URI of an sqlite file."""
+    """Return the path that MLflow opens for an sqlite file's URI."""
     path = uri.removeprefix(_SQLITE).partition("?")[0]
     if "%" not in path:
         return path
@@ -293,7 +293,7 @@ def _database(uri: str) -> str:
 
 
 def _check_quoting(source: str, uri: str, path: str) -> None:
-    """Raise UserError where a `?` or `%` that belongs to a folder's name would be read as a part of the URI."""
+    """Raise UserError if a `?` or `%` in a folder's name would be read as URI syntax."""
     path, question, query = path.partition("?")
     plain, meant = Path(path), Path(_database(uri))
     other_folder = plain != meant and plain.parent.is_dir() and not meant.exists()
@@ -306,7 +306,7 @@ def _sqlite_file(uri: str) -> Path | None:
 
 
 def _check_sqlite(file: Path) -> None:
-    """Say at once what MLflow would retry for minutes."""
+    """Raise at once the errors that MLflow would retry for minutes."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         with file.open("rb") as stream:

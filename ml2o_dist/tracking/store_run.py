@@ -1,6 +1,6 @@
-"""One MLflow run: begun or gone on with, written to. Every call here may wait for the server, or raise.
+"""One MLflow run: begin or resume it, and write to it. Every call here may wait for the server, or raise.
 
-Every call may be made again: what the run holds already is not written twice.
+Every call may be repeated: records that the run has already are not written twice.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ _log = logging.getLogger("ml2o_dist.tracking")
 
 
 class RunGone(Exception):
-    """The server holds the run no more, as one that came back without its database: `start` begins another."""
+    """The server no longer has the run, for example because it lost its database; `start` begins another."""
 
 
 class Run(Protocol):
-    """What whoever sends records needs of a run."""
+    """The interface of a run that senders of records need."""
 
     @property
     def run_id(self) -> str | None:
         """The run's id; None until the server has answered."""
 
     def start(self) -> bool:
-        """Begin the run or go on with it; tells whether it is new. May be called again after it raised."""
+        """Begin or resume the run; tells whether it is new. May be called again after it raised."""
 
     def send_points(self, points: Sequence[Point]) -> None:
         """Write at most METRICS_PER_CALL points."""
@@ -50,18 +50,18 @@ class Run(Protocol):
 
 
 class MlflowRun:
-    """A run at a tracking URI. A step that it holds of a metric is not written again, whoever wrote it.
+    """A run at a tracking URI. A metric's step that the run has already is not written again, whoever wrote it.
 
     Attributes:
         version: the last version that was registered from it.
     """
 
     def __init__(self, uri: str, identity: RunIdentity, run_dir: Path | None = None) -> None:
-        """Name the run; MLflow is not asked yet.
+        """Name the run without calling MLflow.
 
         Args:
-            uri: may carry a password, which `identity` does not.
-            run_dir: the only folder that files are sent from; None: whatever file the caller names is sent.
+            uri: the tracking URI; it may contain a password, `identity` does not.
+            run_dir: the only folder that files are sent from; with None any file that the caller names is sent.
         """
         self.version: int | None = None
         self._uri = uri
@@ -79,7 +79,7 @@ class MlflowRun:
         return self._run_id
 
     def start(self) -> bool:
-        """Go on with the run of this id or run key, or begin one, with a warning where there should be one.
+        """Resume the run with this id or run key, or begin one, with a warning if an expected run is missing.
 
         Raises:
             UserError: a store that cannot be used; MlflowException or OSError: no answer.
@@ -108,9 +108,9 @@ class MlflowRun:
         return self._is_new
 
     def send_points(self, points: Sequence[Point]) -> None:
-        """Write the points whose step the run does not hold yet, the first of each step.
+        """Write the points whose step the run does not have yet, the first of each step.
 
-        A call whose answer was lost is made again with the same points, of which MLflow keeps one each.
+        A call whose answer was lost is repeated with the same points; MLflow keeps one of each.
 
         Raises:
             RunGone: see there.
@@ -137,8 +137,8 @@ class MlflowRun:
         """Write params that the run does not have yet, tags, a file, a version, or the run's end.
 
         Raises:
-            FileNotFoundError: the file is gone; UserError: it is none of the run directory's, or the artifact cannot be
-                registered.
+            FileNotFoundError: the file is gone; UserError: the file is not in the run directory, or the artifact cannot
+                be registered.
         """
         from mlflow.entities import Param, RunTag
 
@@ -171,7 +171,7 @@ class MlflowRun:
 
     @contextmanager
     def _staged(self, *files: Path) -> Iterator[Path]:
-        """Copy files of the run directory where only this user can exchange them; gives the first one's copy."""
+        """Copy files of the run directory to a place where only this user can replace them; give the first copy."""
         with tempfile.TemporaryDirectory(prefix="ml2o-send-") as folder:
             for file in files:
                 copied(file, self._run_dir or file.resolve().parent, Path(folder) / file.name)
@@ -189,16 +189,16 @@ class MlflowRun:
         return run if run.info.lifecycle_stage == "active" else None
 
     def _by_key(self, experiment_id: str) -> Any:
-        """Return the run of a creation whose answer never came, or was not noted before a kill; None: there is none."""
+        """Return a run whose creation was never answered, or not noted before a kill; None if there is none."""
         found = self._client.search_runs(
             [experiment_id], f"tags.`{RUN_KEY_TAG}` = '{self._identity.run_key}'", max_results=1
         )
         return found[0] if found else None
 
     def _steps_of(self, key: str) -> set[int]:
-        """Return the steps of `key` that the run holds; MLflow is asked once for each key of a run gone on with.
+        """Return the steps of `key` that the run has; for a resumed run MLflow is asked once per key.
 
-        One number for each point of the run: less than the history that every checkpoint holds.
+        This takes one number for each point of the run: less than the history in every checkpoint.
         """
         if key not in self._steps:
             history = [] if self._is_new else self._client.get_metric_history(self._run_id, key)
@@ -209,8 +209,8 @@ class MlflowRun:
 def send_records(run: Run, records: Sequence[Record], refused: Callable[[Record, Exception], None]) -> None:
     """Write one call's worth of records to `run`: at most METRICS_PER_CALL points, or one other record.
 
-    What MLflow refuses for good is halved until the culprit is alone, which is given to `refused` and left out.
-    Raises whatever is no refusal, as a store that does not answer; the call can then be made again.
+    A batch that MLflow refuses for good is halved until the culprit is alone; `refused` gets it, and it is skipped.
+    Errors that are not refusals, such as a store that does not answer, are raised; the call can then be repeated.
     """
     points = [record for record in records if isinstance(record, Point)]
     try:

@@ -17,18 +17,18 @@ from ml2o_dist.tracking.store import redacted
 from ml2o_dist.tracking.store_run import MlflowRun
 
 PARENT_TAG = "mlflow.parentRunId"
-"""What MLflow's pages nest runs by."""
+"""The tag by which MLflow's pages nest runs."""
 
 
 class SweepRuns:
-    """The nested runs. Whatever is told twice is written once: a sweep that is gone on with tells all again.
+    """The nested runs. Repeated records are written once, since a resumed sweep sends all of them again.
 
     Attributes:
-        run_ids: of the trials whose run MLflow has answered for, by the trial's id.
+        run_ids: run ids, as far as MLflow has returned them, by the trial's id.
     """
 
     def __init__(self, uri: str, experiment: str, parent: MlflowSink, key: str, folder: Path) -> None:
-        """`key` names the sweep among all others; in `folder` lies what MLflow has not got yet."""
+        """Create the runs; `key` identifies the sweep among all others, `folder` holds the unsent records."""
         self.run_ids: dict[str, str] = {}
         self.key = key
         self._uri, self._experiment, self._parent = uri, experiment, parent
@@ -40,16 +40,16 @@ class SweepRuns:
 
     @property
     def unsent(self) -> int:
-        """Of how many runs that have ended MLflow has not got everything."""
+        """How many ended runs have records that MLflow has not got."""
         return len(self._unsent)
 
     @property
     def unsent_values(self) -> int:
-        """How many metric values of those it has not got."""
+        """How many metric values of ended runs MLflow has not got."""
         return sum(values for _, values in self._unsent.values())
 
     def begin(self, trial: str, name: str, values: Mapping[str, Any]) -> None:
-        """Begin the run of a trial, or go on with it; `values` are its parameters."""
+        """Begin or resume the run of a trial; `values` are its parameters."""
         if trial in self._open:
             return
         identity = RunIdentity(
@@ -75,7 +75,7 @@ class SweepRuns:
         self._open[trial].set_tags(tags)
 
     def end(self, trial: str, status: Status, limit_s: float = 3.0) -> None:
-        """End the run of a trial that was begun; waits for MLflow for so long at most."""
+        """End the run of a trial that was begun; waits for MLflow at most `limit_s` seconds."""
         self._nest(trial)
         sink = self._open.pop(trial)
         values = sink.close(status, limit_s)
@@ -88,13 +88,13 @@ class SweepRuns:
         self._nested.discard(trial)
 
     def send_again(self) -> None:
-        """Send what MLflow has not got of runs that have ended, to be called when it answers (again)."""
+        """Send the unsent records of ended runs; to be called when MLflow answers (again)."""
         for trial, (status, _) in list(self._unsent.items()):
             self.begin(trial, *self._begun[trial])
             self.end(trial, status)
 
     def close(self, limit_s: float) -> None:
-        """End the runs of the trials that are still open: they did not come to their end."""
+        """End the runs of the trials that are still open, as KILLED."""
         for trial in list(self._open):
             self.end(trial, "KILLED", limit_s)
         with suppress(OSError):  # not empty: MLflow has not got everything
@@ -107,12 +107,12 @@ class SweepRuns:
         return self._folder / trial
 
     def _nest(self, trial: str) -> None:
-        """Put the trial below the sweep as soon as that has a run."""
+        """Nest the trial below the sweep as soon as the sweep has a run."""
         if trial not in self._nested and self._parent.run_id:
             self._open[trial].set_tags({PARENT_TAG: self._parent.run_id})
             self._nested.add(trial)
 
 
 def run_key(sweep: str, trial: str) -> str:
-    """Return the tag by which a trial's run is found again."""
+    """Return the run key by which a trial's run is found again."""
     return re.sub(r"[^\w.-]", "-", f"{sweep}-{trial}")

@@ -1,4 +1,4 @@
-"""Sending a spool by hand: what a run could not tell MLflow, once the server is there."""
+"""Send a spool by hand: the records that a run could not send to MLflow, once the server is back."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _log = logging.getLogger("ml2o_dist.tracking")
 
 
 class Synced(TypedDict):
-    """What `ml2o sync --json` prints; `status`, the run's end, is None where there was nothing to send."""
+    """The output of `ml2o sync --json`; `status`, the run's end, is None if there was nothing to send."""
 
     run_dir: str
     tracking_uri: str
@@ -35,14 +35,14 @@ class Synced(TypedDict):
 
 
 def sync(run_dir: Path, tracking_uri: str = "") -> Synced:
-    """Send what MLflow has not got of the run in `run_dir`, end the run there as it ended, and remove the spool.
+    """Send the unsent records of the run in `run_dir` to MLflow, record there how the run ended, and remove the spool.
 
-    A run that was killed, and therefore says nothing of its end, is ended as KILLED. What was sent stays sent when
-    this is cut short: the next call goes on from there.
+    A killed run has no record of its end and is ended as KILLED. If this call is cut short, the next one continues
+    after the records that were sent.
 
     Args:
-        tracking_uri: where, as `resolve_tracking_uri` takes it; "": where the run was tracked, which must be a server
-            that the environment or a run on this machine has named.
+        tracking_uri: the store, as `resolve_tracking_uri` takes it; "": the store that the run was tracked at, which
+            must be a server that the environment or a run on this machine has named.
 
     Raises:
         UserError: there is no run, it is still going on, or MLflow does not answer or refuses.
@@ -76,8 +76,8 @@ def sync(run_dir: Path, tracking_uri: str = "") -> Synced:
 
 
 def sync_command(run_dir: Path, uri: str) -> str:
-    """Return what to type to send the spool in `run_dir`, whose run is tracked at `uri`."""
-    password = "" if redacted(uri) == uri else "MLFLOW_TRACKING_URI=... "  # which is on no disk
+    """Return the command that sends the spool in `run_dir`, whose run is tracked at `uri`."""
+    password = "" if redacted(uri) == uri else "MLFLOW_TRACKING_URI=... "  # no disk has the password
     return f"{password}ml2o sync {shlex.quote(str(run_dir))}"
 
 
@@ -123,7 +123,7 @@ def _send(run_dir: Path, spool: Spool, identity: RunIdentity, uri: str) -> Synce
 
 
 def _tracking_uri(identity: RunIdentity, given: str, run_dir: Path) -> str:
-    """Return where to send: `given`, else where the run was tracked, whose password only the environment may know."""
+    """Return the URI to send to: `given`, else the run's own, whose password only the environment may have."""
     if given:
         return resolve_tracking_uri(given)
     if "***" not in identity.uri:

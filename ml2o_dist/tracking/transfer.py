@@ -1,4 +1,4 @@
-"""Learned optimizers out of the registry into files, and from files into it."""
+"""Export learned optimizers from the registry into files, and import them from files."""
 
 from __future__ import annotations
 
@@ -13,16 +13,15 @@ from ml2o_dist.tracking.store import redacted
 
 
 def export_version(uri: str, reference: str, output: Path) -> Artifact:
-    """Write the weights and the card of a registered version, byte for byte; return what was written, read again.
+    """Write the weights and the card of a registered version, byte for byte; return the artifact, read back.
 
     Args:
         uri: the registry, as `resolve_tracking_uri` returns it.
         reference: `models:/NAME@ALIAS` or `models:/NAME/VERSION`.
-        output: a folder (made if there is none), or a file that ends in .safetensors. Equal files are left as they
-            are.
+        output: a folder (created if missing), or a file that ends in .safetensors. Equal files are not rewritten.
 
     Raises:
-        UserError: what `resolve_model` raises; another file is there already, or the files cannot be written.
+        UserError: as `resolve_model`; another file is there already, or the files cannot be written.
     """
     weights = resolve_model(uri, reference)
     target = output if output.suffix == ".safetensors" else output / WEIGHTS_FILE
@@ -45,14 +44,14 @@ def import_version(uri: str, model: str, artifact: Artifact, place: str) -> tupl
 
     Args:
         uri: the registry, as `resolve_tracking_uri` returns it.
-        artifact: as it was read.
-        place: where it was read from: the version's tag `imported_from`.
+        artifact: the artifact, as read.
+        place: where it was read from; it becomes the version's tag `imported_from`.
 
     Returns:
         The version, and whether it is new: the same weights and rule settings are registered once.
 
     Raises:
-        UserError: what `register_version` raises.
+        UserError: as `register_version`.
     """
     before = {entry["version"] for entry in list_versions(uri, model)}
     origin = redacted(place)

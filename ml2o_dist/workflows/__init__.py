@@ -1,1 +1,1 @@
-"""What a command does, from settings to results: the rooms joined."""
+"""The work of each command, from settings to results; joins the other subpackages."""

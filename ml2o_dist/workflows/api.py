@@ -7,8 +7,8 @@
     result.plot()
 
 No Ray needs to run: one is started and ended, unless this process is connected to one already. Nothing is printed
-unless `progress` is asked for. What is wrong with words, settings, data or weights is a `UserError`; the other
-exceptions are those of `ml2o_dist.runtime.errors`.
+unless `progress` is set. Errors in names, settings, data or weights are raised as `UserError`; the other exceptions
+are those of `ml2o_dist.runtime.errors`.
 """
 
 from __future__ import annotations
@@ -69,16 +69,16 @@ def meta_train(
         settings: an object, a mapping (without a `family`, over the embedded default), a YAML file or a run directory;
             None: the embedded default, or with `resume` those of the run.
         run_dir: a folder, or the URI of one; None: runs/<time>.
-        overrides: laid over the settings.
-        plugins: files or modules that bring problems, rules and the like.
-        resume: go on from the newest checkpoint in `run_dir`.
+        overrides: values that override the settings.
+        plugins: files or modules that register problems, rules and the like.
+        resume: resume from the newest checkpoint in `run_dir`.
         address: of Ray: auto, local, or HOST:PORT.
-        progress: print what the command prints.
-        console: where to print, in the place of `progress`.
+        progress: print the command's output.
+        console: the console to print to, instead of `progress`.
 
     Raises:
-        UserError: something is not as it must be; Aborted, Interrupted: it was cut short, and can be resumed;
-        Incomplete: it is done, but for the comparison.
+        UserError: an input is invalid; Aborted, Interrupted: the run was cut short, and can be resumed;
+        Incomplete: the run is done, except for the comparison.
     """
     load_named(map(str, plugins))
     if resume and run_dir is None:
@@ -122,8 +122,8 @@ def evaluate(
     """Run optimizers on problems, all from the same starting points and batches, and compare them.
 
     Args:
-        settings: an object, a mapping, a YAML file or the run directory of an evaluation; None: what the words say.
-        run_dir: where to write results; None: to MLflow alone.
+        settings: an object, a mapping, a YAML file or the run directory of an evaluation; None: the other arguments.
+        run_dir: the folder for the results; None: they go to MLflow only.
         optimizers, problems, suite, seeds, steps: as `ml2o evaluate` takes them; they win over `settings`.
         overrides, plugins, address, progress, console: as for `meta_train`.
 
@@ -260,13 +260,13 @@ def _words(overrides: Overrides) -> tuple[str, ...]:
 
 
 def _from_mapping(kind: type[Model], tree: dict[str, Any], overrides: Overrides) -> Model:
-    """Check settings of a mapping, after the plug-ins that it names are loaded."""
+    """Check the settings in a mapping, after loading the plug-ins that it names."""
     load_named(tree.pop("plugins", ()))
     return checked(kind, _overridden(tree, overrides))
 
 
 def _changed(settings: Model, overrides: Overrides) -> Model:
-    """Return settings with overrides laid over them."""
+    """Return settings with overrides applied."""
     if not overrides:
         return settings
     tree = settings.model_dump(mode="json", by_alias=True)

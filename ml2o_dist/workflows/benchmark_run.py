@@ -1,4 +1,4 @@
-"""A benchmark carried out, for `ml2o evaluate` and for the end of a meta-training: each cell is found or run on Ray."""
+"""Run a benchmark for `ml2o evaluate` or the end of a meta-training: each cell comes from the cache or runs on Ray."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ KEPT = "are finished and kept: the same command goes on from there"
 
 
 class BenchmarkStopped(Stopped):
-    """A stop was requested; the finished cells are kept: the same benchmark goes on from there."""
+    """A stop was requested; the finished cells are kept, and the same benchmark can resume with them."""
 
     def __init__(self, done: int, cells: int) -> None:
         super().__init__(f"{done} of {cells} cells {KEPT}")
@@ -40,11 +40,11 @@ def run_benchmark(
 
     Args:
         settings: resolved.
-        connect: called once before Ray is asked for anything; not called where every cell is found.
+        connect: called once before Ray is used; not called if every cell is in the cache.
 
     Raises:
         UserError: an optimizer and a problem do not fit together, or no node is large enough for a cell.
-        BenchmarkStopped: see there.
+        BenchmarkStopped: a stop was requested.
         Aborted: the Ray that this process has started died.
     """
     began = time.monotonic()

@@ -1,4 +1,4 @@
-"""Joins the rooms for `ml2o evaluate`: settings, Ray, MLflow and the folder of the results."""
+"""The workflow of `ml2o evaluate`: joins settings, Ray, MLflow and the results folder."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from ml2o_dist.workflows.report import write_report
 from ml2o_dist.workflows.tracked_run import git_commit
 
 RESULT, TABLE, CONFIG = "evaluation.json", "evaluation.md", "evaluate.yaml"
-"""What an evaluation leaves in its folder, besides plots/ and report.html."""
+"""Files that an evaluation writes to its folder, besides plots/ and report.html."""
 
 log = logging.getLogger(__name__)
 
@@ -47,15 +47,15 @@ def run_evaluation(
 ) -> tuple[Evaluation, dict[str, Any], list[str]]:
     """Run every optimizer on every problem as Ray tasks.
 
-    Finished cells are kept in the cache folder: what is asked for again is found there. `run_dir` is a folder or the
-    URI of one for the results; they go to MLflow in any case, and where that is away the same call sends them later.
+    Finished cells are kept in the cache folder and reused. `run_dir` is a folder, or the URI of one, for the results.
+    They go to MLflow in any case; if MLflow is away, repeating the call sends them later.
 
     Returns:
-        the evaluation, what `ml2o evaluate --json` prints, and what the run directory lacks of it.
+        the evaluation, the output of `ml2o evaluate --json`, and the parts that the run directory lacks.
 
     Raises:
-        UserError: settings, weights, data, cluster or folder are not as they must be (exit code 2).
-        Interrupted: stopped by a signal; what was done is kept.
+        UserError: settings, weights, data, cluster or folder are invalid (exit code 2).
+        Interrupted: stopped by a signal; finished cells are kept.
     """
     settings = resolve_settings(settings)
     uri = tracking_uri_to_keep(settings.tracking.uri)
@@ -96,7 +96,7 @@ def run_evaluation(
 
 
 def failures(evaluation: Evaluation) -> list[str]:
-    """Return in words which cells failed, and the first one's reason; [] where none did."""
+    """Return lines that name the failed cells and the first one's reason; [] if none failed."""
     failed = evaluation.failed
     if not failed:
         return []
@@ -109,7 +109,7 @@ def failures(evaluation: Evaluation) -> list[str]:
 
 
 def _registered(uri: str, reference: str, versions: dict[str, Version]) -> Path:
-    """Return the weights file of a version, and note which one it is."""
+    """Return the weights file of a version, and note which version it is."""
     from ml2o_dist.tracking.registry import find_version, resolve_model  # late: MLflow takes 2 s
 
     found = find_version(uri, reference)
@@ -119,7 +119,7 @@ def _registered(uri: str, reference: str, versions: dict[str, Version]) -> Path:
 
 @contextmanager
 def _folder(run_dir: str | None, settings: EvaluateSettings) -> Iterator[RunStorage]:
-    """Give the folder of the results; without a `run_dir` a temporary one."""
+    """Yield the folder for the results; without a `run_dir` a temporary one."""
     if run_dir is not None:
         storage = open_storage(run_dir)
         check_folder(storage.folder)
@@ -132,7 +132,7 @@ def _folder(run_dir: str | None, settings: EvaluateSettings) -> Iterator[RunStor
 
 
 def _check_free(storage: RunStorage, settings: EvaluateSettings) -> None:
-    """Raise UserError where the folder holds a meta-training, a sweep, or another evaluation than this one."""
+    """Raise UserError if the folder holds a meta-training, a sweep, or another evaluation than this one."""
     check_kind(storage.folder, "an evaluation", storage.name)
     if not (storage.folder / RESULT).exists():
         return
@@ -145,12 +145,12 @@ def _check_free(storage: RunStorage, settings: EvaluateSettings) -> None:
 
 
 def _write(evaluation: Evaluation, storage: RunStorage) -> tuple[list[Path], list[str]]:
-    """Write the results into the folder; return what there is, and why the rest is not: a full disk, or the like."""
+    """Write the results to the folder; return the written files, and why others are missing, as on a full disk."""
     folder = storage.folder
     contents = {
         CONFIG: dump_settings(evaluation.settings),
         TABLE: evaluation_markdown(evaluation),
-        RESULT: json.dumps(evaluation.to_json(curves=True), allow_nan=False) + "\n",  # last: it says whose folder it is
+        RESULT: json.dumps(evaluation.to_json(curves=True), allow_nan=False) + "\n",  # last: it marks the folder
     }
     written = []
     try:
@@ -175,7 +175,7 @@ def _track(
     files: Sequence[Path],
     console: Console,
 ) -> dict[str, str]:
-    """Log a run for each optimizer, and the figures of registered versions beside them; {} where MLflow is away."""
+    """Log a run for each optimizer, and the figures of registered versions with them; {} if MLflow is away."""
     entered = {entrant.name: entrant.contestant(entrant.learning_rate or 1.0) for entrant in entrants}
     identities = {
         name: hashlib.sha256(json.dumps(each.identity, sort_keys=True).encode()).hexdigest()
@@ -209,7 +209,7 @@ def _track(
 
 
 def _describe(uri: str, evaluation: Evaluation, registered: Mapping[str, Version], runs: Mapping[str, str]) -> None:
-    """Write the figures of registered versions, on a suite, into their descriptions."""
+    """Write the figures of registered versions on a suite into their descriptions."""
     from ml2o_dist.tracking.champion import describe_version  # late: MLflow takes 2 s
 
     for name, version in registered.items():
@@ -224,7 +224,7 @@ def _describe(uri: str, evaluation: Evaluation, registered: Mapping[str, Version
 
 
 def guard_words(guard: GuardSettings) -> str:
-    """Return a guard's fallback, and what of its settings is not the default."""
+    """Return a guard's fallback, and its settings that differ from the defaults."""
     default = GuardSettings()
     changed = {key: value for key, value in guard.model_dump().items() if value != getattr(default, key)}
     changed.pop("fallback", None)
@@ -232,7 +232,7 @@ def guard_words(guard: GuardSettings) -> str:
 
 
 def _lacking(storage: RunStorage) -> list[str]:
-    """Bring the results to a remote place; return what it lacks, [] where it has everything."""
+    """Copy the results to a remote place; return what is missing there, [] if nothing is."""
     try:
         storage.settle()
     except StorageError as error:

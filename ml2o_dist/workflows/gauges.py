@@ -1,4 +1,4 @@
-"""A run's figures as Ray metrics: what Prometheus scrapes from the driver's node, tagged with the run's name."""
+"""A run's figures as Ray metrics, tagged with the run's name; Prometheus scrapes them from the driver's node."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ POOL_FIGURES = {
     "worker_restarts": "rollout workers that were replaced since the run began",
     "repeated_episodes": "episodes that were begun again since the run began",
 }
-"""What the pool adds to the figures of a meta-step."""
+"""The worker pool's additions to the figures of a meta-step."""
 
 
 class RunGauges:
@@ -28,6 +28,6 @@ class RunGauges:
             gauge.set_default_tags({"run": run})
 
     def set(self, meta_step: int, figures: Mapping[str, float]) -> None:
-        """Set what is known after a meta-step; a figure that is missing keeps its value."""
+        """Set the figures of a meta-step; a gauge without a new figure keeps its value."""
         for name, figure in {"meta_step": float(meta_step), **figures}.items():
             self._gauges[name].set(figure)

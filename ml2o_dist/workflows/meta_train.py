@@ -1,4 +1,4 @@
-"""Joins the rooms: the whole of a meta-training, from its settings to its end in `finishing`."""
+"""The workflow of a whole meta-training, from its settings to its end in `meta_train_end`."""
 
 from __future__ import annotations
 
@@ -63,8 +63,8 @@ def meta_train(
     `run_dir` is a folder or the URI of one (`ml2o_dist.rundir.storage`), or either as `open_storage` returned it.
 
     Raises:
-        UserError: settings, data, cluster or run directory are not as they must be (exit code 2).
-        Aborted, Interrupted: see there; `--resume` goes on from the checkpoint.
+        UserError: settings, data, cluster or run directory are invalid (exit code 2).
+        Aborted, Interrupted: the run was cut short; `--resume` resumes from the checkpoint.
     """
     console = console or ForeignTextConsole(stderr=True)
     settings = resolve_settings(settings)
@@ -147,7 +147,7 @@ def meta_train(
 
 @contextmanager
 def _ended_in_a_line(last_words: Callable[[], str]) -> Iterator[None]:
-    """Say how to go on where ending the workers fails: Ray itself is gone, as when its own process was killed."""
+    """Say how to resume if ending the workers fails because Ray itself is gone, as after a kill of its process."""
     try:
         yield
     except (Aborted, Incomplete, Interrupted, UserError):
@@ -193,7 +193,7 @@ def _how_to_go_on(trainer: Trainer, storage: RunStorage) -> str:
 
 @contextmanager
 def _saved(trainer: Trainer, storage: RunStorage, stop: StopRequest) -> Iterator[None]:
-    """Write a checkpoint first of all when the `with` block is cut short, and say how to go on."""
+    """If the `with` block is cut short, write a checkpoint first of all, then say how to resume."""
     try:
         yield
     except Incomplete:
@@ -209,21 +209,21 @@ def _saved(trainer: Trainer, storage: RunStorage, stop: StopRequest) -> Iterator
             if isinstance(error, OSError | Stopped):
                 raise Aborted(f"{what}; go on from the one before with: {_resume(storage)}") from error
         if isinstance(error, Stopped):
-            log.info("stopped by %s; %s", stop.name, what)  # before anything else is waited for
+            log.info("stopped by %s; %s", stop.name, what)  # before waiting for anything else
             raise Interrupted(stop.signal_number, f"stopped by {stop.name}; {what}") from None
         if isinstance(error, UserError):
             raise
-        log.info("aborted", exc_info=True)  # the traceback belongs into run.log, the line on the screen
+        log.info("aborted", exc_info=True)  # the traceback goes to run.log, the line to the screen
         spoken = isinstance(error, PoolError | TrainingError | Aborted)
         reason = str(error) if spoken else f"{type(error).__name__}: {error}"
         raise Aborted(f"{reason}; {what}") from error
 
 
 def check_problems(settings: MetaTrainSettings) -> dict[str, str]:
-    """Build every problem of the family once, so that what is wrong shows now and not after an hour.
+    """Build every problem of the family once, so that errors show now and not after an hour.
 
-    It also builds the image caches before several workers ask for them. Returns the sha256 of the data behind each
-    problem that has any; raises UserError.
+    This also builds the image caches before several workers need them. Returns the sha256 of the data of each problem
+    that has any; raises UserError.
     """
     compared(settings)
     if settings.rule.guard is not None:
@@ -244,7 +244,7 @@ def check_problems(settings: MetaTrainSettings) -> dict[str, str]:
 
 
 def _check_data(trainer: Trainer, data: dict[str, str]) -> None:
-    """Note the data's hashes with the run, or refuse to go on with other data."""
+    """Store the data's hashes with the run, or refuse to resume with other data."""
     before = trainer.progress.data_sha256
     for name, digest in data.items():
         if before.get(name, digest) != digest:
@@ -256,7 +256,7 @@ def _check_data(trainer: Trainer, data: dict[str, str]) -> None:
 
 def _train(trainer: Trainer, pool: WorkerPool, sink: MlflowSink, console: Console) -> None:
     settings, progress = trainer.settings, trainer.progress
-    restarts, repeated = progress.worker_restarts, progress.repeated_episodes  # before this process
+    restarts, repeated = progress.worker_restarts, progress.repeated_episodes  # in earlier processes
     gauges = RunGauges(trainer.run_dir.name)
     with StepDisplay(console, "meta-train", settings.meta_steps, trainer.learner.version) as display:
 
@@ -278,13 +278,13 @@ def _train(trainer: Trainer, pool: WorkerPool, sink: MlflowSink, console: Consol
                 f"{progress.inner_steps_per_s:,.0f} steps/s  {_occupied(progress.history, pool.alive)}",
             )
 
-        for row in progress.history:  # of a resumed run: MLflow may have been away when they were made
+        for row in progress.history:  # a resumed run's: MLflow may have been away when they were made
             sink.log({name: v for name, v in row.items() if name != "meta_step"}, int(row["meta_step"]))
         trainer.run(pool.begin, on_row)
 
 
 def _occupied(history: History, workers: int) -> str:
-    """Say how many workers are up and how busy, and what keeps them waiting if the learner does."""
+    """Return in words how many workers run, how busy they are, the learner's share if high, and the lag."""
     row = next((row for row in reversed(history) if "seconds" in row), None)
     if row is None:
         return f"{workers} workers"

@@ -38,7 +38,7 @@ from ml2o_dist.workflows.report import write_report
 from ml2o_dist.workflows.tracked_run import git_commit, say_unsent
 
 RESULT_FILE = "result.json"
-"""What `ml2o meta-train --json` printed, and what it was asked for: where this is, the run is finished."""
+"""The output of `ml2o meta-train --json` and the settings behind it; if this file exists, the run is finished."""
 
 
 class _Answer(BaseModel):
@@ -56,7 +56,7 @@ class _Result(BaseModel):
 
 
 _RESULT = TypeAdapter(_Result)
-"""What `RESULT_FILE` holds."""
+"""The content of `RESULT_FILE`."""
 
 log = logging.getLogger(__name__)
 
@@ -64,7 +64,7 @@ log = logging.getLogger(__name__)
 def finish(
     trainer: Trainer, storage: RunStorage, sink: MlflowSink, uri: str, console: Console, stop: StopRequest
 ) -> dict[str, Any]:
-    """Save what `trainer` has come to, compare and register it; return what `ml2o meta-train --json` prints.
+    """Save the weights of `trainer`, compare and register them; return what `ml2o meta-train --json` prints.
 
     Raises:
         Aborted: the weights could not be written.
@@ -88,7 +88,7 @@ def finish(
     }
     try:
         saved = artifact.save_artifact(run_dir, trainer.best_weights, settings.rule, provenance)
-    except UserError as error:  # a full disk: nothing that another setting would mend
+    except UserError as error:  # a full disk: no other setting would help
         raise Aborted(str(error)) from error
     plots = run_dir / "plots"
     if progress.best_step <= 0:
@@ -139,10 +139,10 @@ def finish(
 
 
 def finished_answer(trainer: Trainer) -> dict[str, Any] | None:
-    """Return what `finish` returned of the resumed `trainer`, where that left nothing to do; None: `finish` it (again).
+    """Return the earlier answer of `finish` for the resumed `trainer`; None if `finish` must run (again).
 
-    There is something to do where the settings now ask for another comparison or another place in MLflow, or where
-    the version could not be registered and does not wait in the spool.
+    It must run if the settings now ask for another comparison or another place in MLflow, or if the version could not
+    be registered and does not wait in the spool.
     """
     settings, run_dir = trainer.settings, trainer.run_dir
     try:
@@ -156,7 +156,7 @@ def finished_answer(trainer: Trainer) -> dict[str, Any] | None:
             trainer.learner.version,
             artifact.load_artifact(run_dir).weights_sha256,
         )
-    except (FileNotFoundError, UserError):  # not there, or not whole: it can be had again
+    except (FileNotFoundError, UserError):  # missing or damaged: it can be made again
         return None
     lacks_version = settings.tracking.register_version and answer["registered_version"] is None
     if not same or settings.meta_steps != trainer.learner.version:
@@ -179,7 +179,7 @@ def show_finished(answer: Mapping[str, Any], trainer: Trainer, storage: RunStora
 
 
 def _keep(answer: Mapping[str, Any], trainer: Trainer) -> str:
-    """Write down, last of all, that the run is finished; return why that cannot be: resumed, it is finished again."""
+    """Record last of all that the run is finished; on failure return the reason: a resume then finishes it again."""
     file = trainer.run_dir / RESULT_FILE
     try:
         with replacing(file) as stream:
@@ -190,12 +190,12 @@ def _keep(answer: Mapping[str, Any], trainer: Trainer) -> str:
 
 
 def _asked(settings: MetaTrainSettings) -> dict[str, Any]:
-    """Return the settings, as JSON has them, that the end of a run depends on and that a resumed run may change."""
+    """Return, as JSON values, the settings that affect the end of a run and that a resumed run may change."""
     return settings.model_dump(mode="json", by_alias=True, include={"compare", "comparison", "tracking"})
 
 
 def _report(storage: RunStorage, sink: MlflowSink) -> str:
-    """Write the run's page; return why the disk does not take it. One that cannot be made costs a line, not the run."""
+    """Write the run's page; return why it cannot be written. A page that cannot be made is only logged."""
     try:
         write_report(storage.folder, place=storage.name)
     except UserError as error:
@@ -239,7 +239,7 @@ def _compare(trainer: Trainer, console: Console, stop: StopRequest) -> Evaluatio
 
 
 def _description(comparison: Evaluation | None) -> str:
-    """Return the standings, or where there are none how the figures were made: what MLflow shows in a small box."""
+    """Return the text for MLflow's small box: the standings, or if there are none, how the figures were made."""
     if comparison is None:
         return "Not compared with baselines."
     beginning, _, _ = evaluation_markdown(comparison).partition("\n\n")

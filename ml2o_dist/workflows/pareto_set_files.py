@@ -1,4 +1,4 @@
-"""What a finished Pareto set leaves in its folder: the set, the fronts as JSON, table and picture."""
+"""Files of a finished Pareto set in its folder: the set, and the fronts as JSON, table and picture."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def save_results(
         begin=settings.routers.begin,
         seed=settings.seed,
     )
-    if newest is not None:  # none where routers.steps is 0
+    if newest is not None:  # none if routers.steps is 0
         nn.utils.vector_to_parameters(newest.tensors["parameters"][0], fusion.routers.parameters())
     ours = next(result for result in results if result.approach == OURS)
     card = SetCard(

@@ -1,4 +1,4 @@
-"""Joins the rooms for `ml2o models promote`: the gate suite is run, or found, and the registry told."""
+"""The workflow of `ml2o models promote`: run the gate suite, or find its results, and update the registry."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ml2o_dist.tracking.store import tracking_uri_to_keep
 from ml2o_dist.workflows.evaluate import failures, run_evaluation
 
 TRIES = 5
-"""How often a candidate is compared again because another promotion was quicker."""
+"""How often a candidate is compared again after another promotion was quicker."""
 
 
 def promote(
@@ -24,12 +24,12 @@ def promote(
     """Make a version the champion of `model` if it is better than the champion on a suite.
 
     Better: the whole 95 % interval of its loss over the champion's, paired by seeds, lies below 1. The first champion
-    must be better than the tuned reference of the suite. Finished cells are found, not run again.
+    must be better than the tuned reference of the suite. Finished cells are reused, not run again.
 
     Args:
         settings: of the gate suite.
         reference: `models:/NAME@ALIAS` or `models:/NAME/VERSION`; "": the candidate of `model`.
-        force: promote it all the same; the version's tag `forced` keeps what the gate said.
+        force: promote it even if the gate refuses; the version's tag `forced` keeps the gate's reason.
 
     Returns what `ml2o models promote --json` prints.
 

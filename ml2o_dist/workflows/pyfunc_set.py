@@ -1,4 +1,4 @@
-"""What MLflow loads of a registered Pareto set: images and a preference in, the logits of all tasks out."""
+"""A registered Pareto set as MLflow loads it: images and a preference in, the logits of all tasks out."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ml2o_dist.paretoset.saved_set import load_set
 class ParetoSetModel(mlflow.pyfunc.PythonModel):  # type: ignore[misc]  # MLflow is untyped
     """Standardised images [B, 1, H, W] -> the logits of all tasks, side by side [B, sum of classes].
 
-    The parameter `preference` [T] turns the dial; it is even where it is not given.
+    The parameter `preference` [T] sets the trade-off; by default it is even.
     """
 
     def load_context(self, context: Any) -> None:

@@ -50,9 +50,9 @@ def resolve_set(uri: str, reference: str) -> SavedSet:
     import mlflow.artifacts
 
     version = find_version(uri, reference)
-    if "tasks" not in version["tags"]:  # with which `register_set` marks what it registers
+    if "tasks" not in version["tags"]:  # by which `register_set` marks its versions
         raise UserError(f"{reference} is no Pareto set")
-    place = f"{version_source(uri, version)}/artifacts/{FILE}"  # and nothing else that lies there
+    place = f"{version_source(uri, version)}/artifacts/{FILE}"  # no other files of the folder
     with tempfile.TemporaryDirectory(prefix="ml2o-set-") as folder:
         with answering(uri):
             file = mlflow.artifacts.download_artifacts(place, dst_path=folder, tracking_uri=uri)
@@ -63,7 +63,7 @@ def resolve_set(uri: str, reference: str) -> SavedSet:
 
 
 def _save_model(folder: Path, file: Path, tasks: int) -> None:
-    """Write the MLflow model round a set's file."""
+    """Write the MLflow model that contains a set's file."""
     import mlflow.pyfunc
     import numpy as np
     from mlflow.models import ModelSignature

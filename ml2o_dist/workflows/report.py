@@ -1,4 +1,4 @@
-"""`ml2o report`: what lies in the folder of a run, evaluation or sweep, read back and written as one page beside it."""
+"""`ml2o report`: read the folder of a run, evaluation or sweep, and write its contents as one page beside them."""
 
 from __future__ import annotations
 
@@ -34,23 +34,23 @@ from ml2o_dist.sweeping.space import load_sweep
 
 PAGE = "report.html"
 EVALUATION = ("evaluation.json", "evaluate.yaml")
-"""What `ml2o evaluate` leaves in its folder: results, settings."""
+"""Files that `ml2o evaluate` writes to its folder: results, settings."""
 SWEEP = "sweep.yaml"
-"""What `ml2o sweep` leaves in its folder first of all: its settings."""
+"""The first file that `ml2o sweep` writes to its folder: its settings."""
 PARETO_SET = "pareto_set.yaml"
-"""What `ml2o pareto-set train` leaves in its folder first of all: its settings."""
+"""The first file that `ml2o pareto-set train` writes to its folder: its settings."""
 PICTURE_LIMIT = 16 * MIB
-"""Bytes of a picture that is put into a page."""
+"""Maximum bytes of a picture in a page."""
 Found = TypeVar("Found")
 
 
 def write_report(run_dir: Path, path: Path | None = None, place: str = "") -> dict[str, Any]:
-    """Write `path` (None: `RUN_DIR/report.html`) from whatever of a run, evaluation or sweep is there, finished or not.
+    """Write `path` (None: `RUN_DIR/report.html`) from the files of a run, evaluation or sweep, finished or not.
 
-    `place` is what the user knows the folder by, where that is not its path: a URI.
+    `place` is the user's name for the folder if that is not its path: a URI.
 
-    Returns what `ml2o report --json` prints: `path`, the `sections` that have something to show, in `missing`, by
-    section, why something is not there, and in `unread` a line for each file that cannot be read.
+    Returns what `ml2o report --json` prints: `path`, the `sections` that have content, `missing` with the reason for
+    each section without content, and `unread` with a line for each file that cannot be read.
 
     Raises:
         UserError: the folder holds none of them, or cannot be written.
@@ -83,7 +83,7 @@ def write_report(run_dir: Path, path: Path | None = None, place: str = "") -> di
 
 
 def load_record(run_dir: Path, place: str = "") -> RunRecord:
-    """Read back a run: what is not there is left out, and what cannot be read is noted in `unread`.
+    """Read back a run; missing files are left out, and unreadable ones are noted in `unread`.
 
     Raises:
         UserError: the folder holds no config.yaml, so no run.
@@ -117,7 +117,7 @@ def load_record(run_dir: Path, place: str = "") -> RunRecord:
 
 
 def load_evaluation_record(folder: Path, place: str = "") -> EvaluationRecord:
-    """Read back an evaluation: what is not there is None, and what cannot be read is noted in `unread`."""
+    """Read back an evaluation; missing files become None, and unreadable ones are noted in `unread`."""
     files = _Files(folder, place)
     evaluation = files.read(EVALUATION[0], _evaluation)
     settings = files.read(EVALUATION[1], lambda file: load_evaluation(file, within=folder))
@@ -132,7 +132,7 @@ def load_evaluation_record(folder: Path, place: str = "") -> EvaluationRecord:
 
 
 def load_sweep_record(folder: Path, place: str = "") -> SweepPageRecord:
-    """Read back a sweep: what is not there is left out, and what cannot be read is noted in `unread`."""
+    """Read back a sweep; missing files are left out, and unreadable ones are noted in `unread`."""
     files = _Files(folder, place)
     return SweepPageRecord(
         name=files.name,
@@ -146,7 +146,7 @@ def load_sweep_record(folder: Path, place: str = "") -> SweepPageRecord:
 
 
 def load_set_record(folder: Path, place: str = "") -> SetPageRecord:
-    """Read back a Pareto set: what is not there is left out, and what cannot be read is noted in `unread`."""
+    """Read back a Pareto set; missing files are left out, and unreadable ones are noted in `unread`."""
     files = _Files(folder, place)
     fronts = files.read("fronts.json", read_fronts)
     picture = folder / "plots" / "fronts.png"
@@ -164,7 +164,7 @@ def load_set_record(folder: Path, place: str = "") -> SetPageRecord:
 
 
 class _Files:
-    """Reads a folder's files; what cannot be read is noted in `unread` by its name."""
+    """Reads a folder's files; unreadable ones are noted in `unread` by name."""
 
     def __init__(self, folder: Path, place: str) -> None:
         self.folder, self.place = folder, place or str(folder)
@@ -178,19 +178,19 @@ class _Files:
         self.unread.setdefault(name, []).extend(line.replace(str(self.folder), self.place) for line in lines)
 
     def read(self, name: str, reader: Callable[[Path], Found]) -> Found | None:
-        """Return what `reader` makes of a file or folder; None where it is not there or cannot be read."""
+        """Return the result of `reader` for a file or folder; None if it is missing or cannot be read."""
         path = self.folder / name
         if not os.path.lexists(path):
             return None
         return self.checked(name, lambda: reader(path))
 
     def checked(self, name: str, reader: Callable[[], Found]) -> Found | None:
-        """Return what `reader` returns, or note under `name` why it cannot."""
+        """Return the result of `reader`, or note under `name` why it failed."""
         try:
             return reader()
         except UserError as error:
             self.note(name, [str(error)])
-        except OSError as error:  # a file that is not there, in a folder that is
+        except OSError as error:  # the folder exists, the file does not
             self.note(name, [f"{self.folder / name} cannot be read: {error.strerror or error}"])
         return None
 
@@ -205,7 +205,7 @@ def _evaluation(path: Path) -> Evaluation:
 
 
 def _card(path: Path) -> dict[str, Any]:
-    """Read a card as far as the page shows it; raises UserError."""
+    """Read the parts of a card that the page shows; raises UserError."""
     return parse_card(path, read_bytes(path, "card file", CARD_LIMIT, path.parent))
 
 

@@ -1,4 +1,4 @@
-"""What the functions of the Python interface return."""
+"""Results that the functions of the Python interface return."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Result(ABC):
-    """What something came to.
+    """The result of a finished call.
 
     Attributes:
-        answer: what the command prints with `--json`.
+        answer: the command's output with `--json`.
     """
 
     answer: dict[str, Any]
@@ -48,11 +48,11 @@ class MetaTrainResult(Result):
 
     @property
     def weights(self) -> str:
-        """What `load_artifact` and the optimizers take."""
+        """The weights, as `load_artifact` and the optimizers take them."""
         return self.run_dir
 
     def rows(self) -> list[dict[str, Any]]:
-        """Return what metrics.parquet has."""
+        """Return the rows of metrics.parquet."""
         from ml2o_dist.metatrain.history import FILE, read_history
         from ml2o_dist.rundir.storage import read_run
 

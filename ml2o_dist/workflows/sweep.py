@@ -1,4 +1,4 @@
-"""Joins the rooms for `ml2o sweep`: settings, Ray Tune, MLflow and the run directory."""
+"""The workflow of `ml2o sweep`: joins settings, Ray Tune, MLflow and the run directory."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ from ml2o_dist.workflows.sweep_end import (
 from ml2o_dist.workflows.tracked_run import CLOSE_LIMIT_S, STOP_LIMIT_S, git_commit
 
 SPOOLS = "spools"
-"""The folder of what MLflow has not got yet of the trials."""
+"""The folder of the trials' records that MLflow has not got yet."""
 
 log = logging.getLogger(__name__)
 
@@ -62,8 +62,8 @@ def sweep(
     """Run all trials, register the best one's weights; return what `ml2o sweep --json` prints.
 
     Raises:
-        UserError: settings, data, cluster or run directory are not as they must be (exit code 2).
-        Incomplete: trials failed; Interrupted: stopped by a signal; Aborted: a disk that is full, or the like.
+        UserError: settings, data, cluster or run directory are invalid (exit code 2).
+        Incomplete: trials failed; Interrupted: stopped by a signal; Aborted: a full disk, or the like.
     """
     console = console or ForeignTextConsole(stderr=True)
     settings = settings.model_copy(update={"meta_train": resolve_settings(settings.meta_train)})
@@ -80,7 +80,7 @@ def sweep(
     if resume and (answer := finished_answer(folder, settings)) is not None:
         console.print(f"finished       {len(answer['trials'])} trials, nothing is left to do", highlight=False)
         show_trials(SweepRecord(folder), settings, console)
-        return answer | {"run_dir": str(folder)}  # which may have been moved
+        return answer | {"run_dir": str(folder)}  # the folder may have been moved
     data = _check_problems(settings)
     _check_room(settings, lambda custom: own_capacity(address), "this machine")
     record = _record(folder)
@@ -120,13 +120,13 @@ def sweep(
 
 @contextmanager
 def _resumable(folder: Path) -> Iterator[None]:
-    """Say how to go on when the `with` block is cut short by something that no setting would mend."""
+    """Say how to resume if the `with` block is cut short by an error that no setting would fix."""
     try:
         yield
     except (UserError, Interrupted):
         raise
     except Exception as error:
-        log.info("aborted", exc_info=True)  # the traceback belongs into run.log, the line on the screen
+        log.info("aborted", exc_info=True)  # the traceback goes to run.log, the line to the screen
         spoken = str(error) if isinstance(error, Aborted) else f"{type(error).__name__}: {' '.join(str(error).split())}"
         raise Aborted(f"{spoken}; go on with: {resume_command(folder)}") from error
 
@@ -146,7 +146,7 @@ def sweep_folder(run_dir: str) -> Path:
 
 
 def resumed_sweep(run_dir: str, overrides: Sequence[str]) -> SweepSettings:
-    """Read the settings of a sweep, to go on with it; raises UserError where there is none."""
+    """Read the settings of a sweep to resume; raises UserError if there is none."""
     file = sweep_folder(run_dir) / SETTINGS
     if not file.exists():
         raise UserError(f"nothing to resume: {file.parent} holds no {SETTINGS}")
@@ -194,9 +194,9 @@ def _check_problems(settings: SweepSettings) -> dict[str, str]:
 
 
 def _check_room(settings: SweepSettings, total: Callable[[Iterable[str]], Mapping[str, float]], place: str) -> None:
-    """Raise UserError where `place` has no room for the largest trial: Tune would wait for it without end.
+    """Raise UserError if `place` has no room for the largest trial: Tune would wait for it without end.
 
-    `total` is given the names of custom resources.
+    `total` is called with the names of custom resources.
     """
     for trial in _trials_by_room(settings):
         have = total(trial.resources.custom)
@@ -205,7 +205,7 @@ def _check_room(settings: SweepSettings, total: Callable[[Iterable[str]], Mappin
 
 
 def _check_labels(settings: SweepSettings) -> None:
-    """Raise UserError where no node of the cluster has the labels that a trial's processes ask for."""
+    """Raise UserError if no node of the cluster has the labels that a trial's processes ask for."""
     for trial in _trials_by_room(settings):
         check_labels(trial.resources.labels, "resources.labels")
         if trial.backward == "learner":
@@ -213,7 +213,7 @@ def _check_labels(settings: SweepSettings) -> None:
 
 
 def _trials_by_room(settings: SweepSettings) -> Iterator[MetaTrainSettings]:
-    """Yield the base of all trials, and it with each value of the keys that say what room a trial needs."""
+    """Yield the trials' base settings, and these with each value of the keys that determine a trial's resources."""
     yield settings.meta_train
     for key, distribution in settings.space.items():
         if key in ("workers", "backward") or key.split(".")[0] in ("resources", "learner"):
@@ -232,7 +232,7 @@ def _record(folder: Path) -> SweepRecord:
 def _tracked(
     settings: SweepSettings, folder: Path, uri: str, console: Console, stop: StopRequest
 ) -> Iterator[tuple[MlflowSink, SweepRuns]]:
-    """Open the MLflow run of the whole sweep, or go on with it, and end it as the `with` block ended."""
+    """Open or resume the MLflow run of the whole sweep, and end it as the `with` block ended."""
     sink = MlflowSink.open(
         uri,
         settings.experiment,
@@ -266,7 +266,7 @@ def _tracked(
 
 
 def _is_unsent(sink: MlflowSink) -> bool:
-    """Tell whether MLflow lacks anything of a run that has ended: values, files, or its end."""
+    """Tell whether MLflow lacks records of an ended run: values, files, or its end."""
     return sink.spool is not None or sink.unsent > 0
 
 
@@ -278,7 +278,7 @@ def _run(
     console: Console,
     stop: StopRequest,
 ) -> dict[str, Path]:
-    """Run the trials; return the checkpoint of the best one's last report, by its id."""
+    """Run the trials; return the checkpoint of the best trial's last report, by the trial's id."""
     earlier = take_up(settings, folder, record)
     done = sum(trial.state != "running" for trial in record.trials.values())
     with StepDisplay(console, "sweep", settings.count, done) as display, own_handlers_kept():

@@ -50,7 +50,7 @@ class _Result(BaseModel):
 
 
 _RESULT = TypeAdapter(_Result)
-"""What `RESULT` holds."""
+"""The content of `RESULT`."""
 
 
 @dataclass(frozen=True)
@@ -68,10 +68,10 @@ def best_optimizer(
     checkpoints: Mapping[str, Path],
     provenance: Mapping[str, Any],
 ) -> Best | None:
-    """Save the weights and the configuration of the best trial; None where no trial has come to a validation.
+    """Save the weights and the configuration of the best trial; None if no trial has reached a validation.
 
     Raises:
-        UserError: the weights cannot be written; CheckpointError: those of the trial were cut or altered.
+        UserError: the weights cannot be written; CheckpointError: the trial's weights were cut or altered.
     """
     trial = record.best()
     if trial is None:
@@ -116,7 +116,7 @@ def write_results(
     uri: str,
     console: Console,
 ) -> tuple[dict[str, Any], list[str]]:
-    """Write and track what a finished sweep has come to; return its answer, and what is wrong with it in words."""
+    """Write and track the results of a finished sweep; return its answer, and its problems in words."""
     show_trials(record, settings, console)
     with replacing(folder / LIST) as stream:
         stream.write(markdown(record, settings.name, settings.scheduler).encode())
@@ -159,16 +159,16 @@ def show_trials(record: SweepRecord, settings: SweepSettings, console: Console) 
 
 
 def resume_command(folder: Path) -> str:
-    """Return what goes on with the sweep in `folder`."""
+    """Return the command that resumes the sweep in `folder`."""
     return f"ml2o sweep --run-dir {shlex.quote(str(folder))} --resume"
 
 
 def finished_answer(folder: Path, settings: SweepSettings) -> dict[str, Any] | None:
-    """Return what a sweep that left nothing to do has answered; None: there is something to do, or to send."""
+    """Return the answer of a fully finished sweep; None if there is still something to do or to send."""
     try:
         kept = read_json(folder / RESULT, "result", within=folder)
         validated(_RESULT, kept, RESULT)
-    except (FileNotFoundError, UserError):  # not there, or not whole: it can be had again
+    except (FileNotFoundError, UserError):  # missing or damaged: it can be made again
         return None
     answer: dict[str, Any] = kept["answer"]
     whole = not kept["unsent"] and all(trial.get("state") != "failed" for trial in answer["trials"])
@@ -178,9 +178,9 @@ def finished_answer(folder: Path, settings: SweepSettings) -> dict[str, Any] | N
 
 
 def keep_answer(folder: Path, settings: SweepSettings, answer: Mapping[str, Any], unsent: int) -> None:
-    """Write down, last of all, that the sweep is finished; raises OSError: a full disk has it finished again.
+    """Record last of all that the sweep is finished; raises OSError, as on a full disk: a resume finishes it again.
 
-    `unsent`: of how many runs MLflow has not got everything.
+    `unsent`: the number of runs with records that MLflow has not got.
     """
     kept = {"answer": answer, "tracking": settings.tracking.model_dump(mode="json", by_alias=True), "unsent": unsent}
     with replacing(folder / RESULT) as stream:

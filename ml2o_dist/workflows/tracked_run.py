@@ -1,4 +1,4 @@
-"""The MLflow run of a meta-training: begun with what was asked for, ended as it ended."""
+"""The MLflow run of a meta-training: begin it with the settings, end it as the meta-training ended."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def tracked_run(
     run_id: str | None = None,
     go_on: bool = False,
 ) -> Iterator[MlflowSink]:
-    """Open an MLflow run, or go on with it, and end it as the `with` block ended.
+    """Open or resume an MLflow run, and end it as the `with` block ended.
 
-    Says where the figures are that MLflow has not got, and how to send them.
+    If MLflow has not got all figures, it says where they are and how to send them.
 
     Args:
-        uri, run_id, go_on: as in `MlflowSink.open`.  tags: beside those that every run has.
+        uri, run_id, go_on: as in `MlflowSink.open`.  tags: in addition to those that every run has.
         close_limit_s: how long the end may wait for MLflow, unless a stop was requested.
     """
     sink = MlflowSink.open(
@@ -69,7 +69,7 @@ def tracked_run(
 
 
 def say_unsent(console: Console, values: int, run_dir: Path, uri: str) -> None:
-    """Say what waits in the spool of `run_dir`, and how to send it."""
+    """Say what is unsent in the spool of `run_dir`, and how to send it."""
     console.print(
         headed(
             "not sent to MLflow:",
@@ -81,7 +81,7 @@ def say_unsent(console: Console, values: int, run_dir: Path, uri: str) -> None:
 
 
 def git_commit() -> str:
-    """Return the commit of the checkout that this package is run from, "" where it is installed or copied."""
+    """Return the commit of the checkout that this package runs from; "" if it is installed or copied."""
     checkout = Path(__file__).parents[2]
     command = ["git", "-C", str(checkout), "rev-parse", "--show-toplevel", "--short=12", "HEAD"]
     try:

@@ -1,4 +1,4 @@
-"""Joins the rooms for `ml2o pareto-set`: settings, Ray, MLflow and the run directory."""
+"""The workflow of `ml2o pareto-set`: joins settings, Ray, MLflow and the run directory."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ log = logging.getLogger(__name__)
 
 
 def resumed_set(run_dir: str, overrides: Sequence[str]) -> ParetoSetSettings:
-    """Read the settings of what lies in `run_dir`, to go on with it; raises UserError where there is nothing."""
+    """Read the settings of the run in `run_dir`, to resume it; raises UserError if there is none."""
     within = set_folder(run_dir)
     config = within / SETTINGS
     if not config.exists():
@@ -76,8 +76,8 @@ def train_set(
     """Train a Pareto set and its comparators; return what `ml2o pareto-set train --json` prints.
 
     Raises:
-        UserError: settings, data, cluster or run directory are not as they must be (exit code 2).
-        Incomplete: comparators failed; Interrupted: stopped by a signal; Aborted: ours failed, a disk that is full.
+        UserError: settings, data, cluster or run directory are invalid (exit code 2).
+        Incomplete: comparators failed; Interrupted: stopped by a signal; Aborted: ours failed, or the disk is full.
     """
     console = console or ForeignTextConsole(stderr=True)
     settings = resolved(settings)
@@ -118,13 +118,13 @@ def _weights_of(uri: str, reference: str) -> Path:
 
 
 def resume_command(folder: Path) -> str:
-    """Return what goes on with the run in `folder`."""
+    """Return the command that resumes the run in `folder`."""
     return f"ml2o pareto-set train --run-dir {shlex.quote(str(folder))} --resume"
 
 
 @dataclass(frozen=True)
 class _Plan:
-    """What a run consists of; `stages` and `works` are what is left of it, `outcomes` what is done, by name."""
+    """The parts of a run; `stages` and `works` are still to do, `outcomes` are the finished ones, by name."""
 
     every_stage: list[Stage]
     every_work: list[Work]
@@ -146,7 +146,7 @@ def _plan(settings: ParetoSetSettings, tasks: TaskSet, contestant: Contestant, f
 
 
 def _phase(left: Sequence[Stage]) -> str:
-    """Return in a word what is trained now, by the stages that are left."""
+    """Return in a word what is being trained, judging by the remaining stages."""
     if not left:
         return "fronts"
     return "experts" if left[0].start else "start"
@@ -225,7 +225,7 @@ def _publish(
     uri: str,
     console: Console,
 ) -> int | None:
-    """Send figures and files to MLflow and register the set; return its version, None where there is none."""
+    """Send figures and files to MLflow and register the set; return its version, None if there is none."""
     from ml2o_dist.workflows.register_pareto_set import register_set  # late: MLflow takes 2 s
 
     figures: dict[str, float] = {}
@@ -256,13 +256,13 @@ def _publish(
 
 @contextmanager
 def _resumable(last_words: str) -> Iterator[None]:
-    """Say how to go on when the `with` block is cut short by something that no setting would mend."""
+    """Say how to resume if the `with` block is cut short by an error that no setting would fix."""
     try:
         yield
     except (UserError, Interrupted, Aborted, Incomplete):
         raise
     except Exception as error:
-        log.info("aborted", exc_info=True)  # the traceback belongs into run.log, the line on the screen
+        log.info("aborted", exc_info=True)  # the traceback goes to run.log, the line to the screen
         raise Aborted(f"{type(error).__name__}: {' '.join(str(error).split())}; {last_words}") from error
 
 
@@ -270,7 +270,7 @@ def _resumable(last_words: str) -> Iterator[None]:
 def _tracked(
     settings: ParetoSetSettings, folder: Path, uri: str, console: Console, stop: StopRequest, resume: bool
 ) -> Iterator[MlflowSink]:
-    """Open the MLflow run, or go on with it, and end it as the `with` block ended."""
+    """Open or resume the MLflow run, and end it as the `with` block ended."""
     sink = MlflowSink.open(
         uri,
         settings.tracking.experiment,

@@ -1,1 +1,1 @@
-"""What a fused Pareto set is compared with; each module here registers some."""
+"""The comparators of a fused Pareto set; each module here registers some."""

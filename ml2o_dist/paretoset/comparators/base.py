@@ -1,4 +1,4 @@
-"""What a comparator is made from, what it makes, and how it is registered."""
+"""The inputs and outputs of comparators, and their registration."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ Training = Literal["none", "ray", "once", "all"]
 
 @dataclass(frozen=True)
 class Ingredients:
-    """What a comparator is made from: the same tasks, network and experts as our fusion.
+    """The inputs of a comparator: the same tasks, network and experts as for our fusion.
 
     Attributes:
-        settings: of the run.
+        settings: the settings of the run.
         tasks: the T tasks.
-        network: with first values from the run's seed.
+        network: the network, with initial values from the run's seed.
         start, experts: the common start and the T experts, on the run's device.
         rays: the preferences that are evaluated, [k, T] float64.
         measure: (state dict, "validation" or "test") -> losses [T] and accuracies [T].
@@ -54,9 +54,9 @@ class Merged:
     """Networks that were made without training.
 
     Attributes:
-        rays: the preference that each is for, [k, T].
+        rays: the preference of each network, [k, T].
         states: k state dicts.
-        chosen: what was chosen on the way, as JSON values; it is kept with the result.
+        chosen: selected hyperparameters, as JSON values; they are stored with the result.
     """
 
     rays: Tensor
@@ -89,8 +89,8 @@ def register_comparator(
         training: "none": the function returns `Merged` networks. Otherwise it returns a `Conditioned` model that is
             trained by Adam: "ray", one for each preference of the grid; "once", one that knows no preference; "all",
             one that takes the preference.
-        loss: what is made of the tasks' losses and a preference: ls, epo, tchebycheff, hypervolume, cosmos.
-        aggregator: what is made of the losses' gradients in training.
+        loss: the scalarization of the tasks' losses for a preference: ls, epo, tchebycheff, hypervolume, cosmos.
+        aggregator: the aggregator of the losses' gradients in training.
     """
 
     def register(make: Make) -> Make:

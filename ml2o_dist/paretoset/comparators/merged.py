@@ -12,7 +12,7 @@ from ml2o_dist.paretoset.merging import rewarded_soup, simple_average, task_arit
 from ml2o_dist.paretoset.task_vectors import TaskVectors
 
 LAMBDAS = tuple(round(0.1 * i, 1) for i in range(1, 16))
-"""What the factor of task arithmetic and TIES is chosen from, on the validation split."""
+"""Candidates for the factor of task arithmetic and TIES, which is chosen on the validation split."""
 
 
 @register_comparator("average")

@@ -1,8 +1,8 @@
-"""Gradient preprocessing: what the network sees of each coordinate's gradients.
+"""Gradient preprocessing: the features of each coordinate's gradients that the network sees.
 
 `advance` is elementwise in the coordinates, so that the same code serves a rollout over all coordinates and the replay
-of a chosen few. R counts coordinates (P * n of them); gradients are [m, R], features [c, m, R]. What needs all
-coordinates of an instance, the agreement, is computed once in the rollout and handed to both.
+of a chosen few. R counts coordinates (P * n of them); gradients are [m, R], features [c, m, R]. The agreement needs all
+coordinates of an instance; the rollout computes it once, and both use it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ SLOW, FAST, SECOND = 0.9, 0.5, 0.999
 """Decay rates of the two momenta (Adam's beta_1, ours) and of the squared gradient (Adam's beta_2)."""
 
 MOST = 4.0
-"""Most that one step adds to the averages, in units of what it promised; met on none of five networks."""
+"""Most that one step adds to the averages, in units of its promise; never reached on five networks."""
 
 NEGLIGIBLE = 1e-20
 """A gradient's norm, in the unit that the rule gives it, below which its step is not judged: 1 / g overflows."""
@@ -45,16 +45,17 @@ def initial_memory(settings: RuleSettings, like: Tensor) -> Memory:
 
 
 class Agreement(NamedTuple):
-    """How much of the decrease that the last steps promised is still there after them, for each instance.
+    """How much of the decrease that the last steps promised remains at their end points, for each instance.
 
     Attributes:
-        value: r in [-1, 1], [P]: near 1 the steps are short beside the distance over which the gradient changes, about
-            0 they end where the gradient along them vanishes, below 0 they overshoot (0 before the second step).
+        value: r in [-1, 1], [P]. Near 1: the steps are short compared with the distance over which the gradient
+            changes. About 0: they end where the gradient along them vanishes. Below 0: they overshoot. It is 0 before
+            the second step.
         total: sum of all values so far, [P].
         kept, promised: running averages of <g_t, u_{t-1}> and <g_{t-1}, u_{t-1}>, [P], each over |g_{t-1}| |u_{t-1}|;
             value = kept / promised.
-        update, promise: u / (|g| |u|) [P, n] of the last update and the gradient that made it, and the cosine of both
-            [P]; 0 where nothing moved.
+        update, promise: u / (|g| |u|) [P, n] of the last update u and the gradient g that it was made from, and the
+            cosine of both [P]; 0 where nothing moved.
     """
 
     value: Tensor
@@ -72,24 +73,24 @@ def initial_agreement(like: Tensor) -> Agreement:
 
 
 def judge(agreement: Agreement, gradient: Tensor, pace: Tensor | float = 0.0) -> Agreement:
-    """Take in the gradient of the summed objectives [P, n] at the point that the last update led to (ours).
+    """Update the agreement with the gradient of the summed objectives [P, n] after the last update (ours).
 
-    Hypergradient descent (Baydin et al. 2018) adapts a learning rate by the sign of <g_t, u_{t-1}>; divided by what
-    the step promised, it becomes a number that means the same for every network, scale and loss (measured on an MLP, a
-    CNN and a LeNet: about 0.4 at a third of the best Adam step, 0.2 at the best, below 0 at three times the best).
+    Hypergradient descent (Baydin et al. 2018) adapts a learning rate by the sign of <g_t, u_{t-1}>. Divided by the
+    step's promise, this product means the same for every network, scale and loss (measured on an MLP, a CNN and a
+    LeNet: about 0.4 at a third of the best Adam step, 0.2 at the best, below 0 at three times the best).
 
-    The averages must fade faster than the controller that reads them changes the steps: else old steps, which were
-    longer, outweigh the new ones for good. So they are of directions, at the scale of the gradient that each step was
-    made from; one step adds at most `MOST` times what it promised; and what is older fades by exp(-`pace`) besides.
-    Where nothing moved the value is 0, for nothing was learned.
+    The averages must fade faster than the controller that reads them changes the steps: otherwise old steps, which were
+    longer, outweigh the new ones for good. Therefore the averages are over directions, scaled by the gradient that each
+    step was made from; one step adds at most `MOST` times its promise; and older terms also fade by exp(-`pace`). The
+    value is 0 where nothing moved, since such a step gives no information.
 
     Args:
-        pace: [P] or a number, by how much the log of the step's size changed last.
+        pace: [P] or a number, the last change of the log step size.
     """
     keep = SLOW * torch.exp(-torch.as_tensor(pace).to(gradient))
     most = MOST * agreement.promise.abs()
     kept = (gradient * agreement.update).sum(dim=1).clamp(-most, most)
-    # What lies outside the bounds of such averages comes from a state of an older version, or a damaged one.
+    # Averages outside their bounds come from a state of an older version, or from a damaged one.
     kept = keep * agreement.kept.clamp(-MOST, MOST) + (1 - keep) * kept
     promised = keep * agreement.promised.clamp(-1, 1) + (1 - keep) * agreement.promise
     descends = (promised < 0) & (agreement.promise != 0)
@@ -99,7 +100,7 @@ def judge(agreement: Agreement, gradient: Tensor, pace: Tensor | float = 0.0) ->
 
 
 def remember(agreement: Agreement, gradient: Tensor, update: Tensor) -> Agreement:
-    """Note the update [P, n] made from the summed gradient [P, n], to be judged at the next step."""
+    """Store the update [P, n] made from the summed gradient [P, n], to be judged at the next step."""
     direction, _ = _direction_and_norm(update)
     slope, size = _direction_and_norm(gradient)
     judged = size > NEGLIGIBLE
@@ -121,11 +122,11 @@ def _direction_and_norm(values: Tensor) -> tuple[Tensor, Tensor]:
 def advance(
     settings: RuleSettings, gradients: Tensor, memory: Memory, step: int, agreement: Tensor
 ) -> tuple[Tensor, Tensor, Memory]:
-    """Take in the gradients [m, R] of step number `step` (from 0), and the agreement [R] of each one's instance.
+    """Process the gradients [m, R] of step number `step` (from 0), with each coordinate's instance's agreement [R].
 
     Returns:
-        features [c, m, R]; Adam's direction for the summed gradient [R] (zeros for the `scaled` output, which has no
-        use for it); the memory after this step. Differentiable in the gradients.
+        features [c, m, R]; Adam's direction for the summed gradient [R] (zeros for the `scaled` output, which does
+        not use it); the memory after this step. Differentiable in the gradients.
 
     `adam`: g / sqrt(v), and m / sqrt(v) for momenta with decay 0.9 and 0.5, all bias-corrected (after RNNprop,
     Lv et al. 2017; the second time scale is ours). `log_sign`: (log|g| / p, sign g) where |g| >= e^-p, else
@@ -156,9 +157,9 @@ def sequence(settings: RuleSettings, gradients: Tensor, agreement: Tensor) -> tu
 def presence(seen: Tensor) -> Tensor:
     """Return which coordinates have a gradient, boolean [..., R], from the features [..., c, m, R] (ours).
 
-    An LSTM's output at features of 0 is not 0: without this, masked weights and rows of an embedding that no sample
-    names would move for ever. To have a gradient is to have a momentum that is not 0, for some objective; `log_sign`
-    has none, the gradient itself counts.
+    An LSTM's output at features of 0 is not 0: without this mask, masked weights and embedding rows that no sample
+    uses would keep moving. A coordinate has a gradient if its momentum is not 0 for some objective. `log_sign` has no
+    momentum; there the gradient itself counts.
     """
     return seen[..., 1, :, :].ne(0).any(dim=-2)  # channel 1: m / sqrt(v), or the sign
 
@@ -166,7 +167,7 @@ def presence(seen: Tensor) -> Tensor:
 def _tracked(settings: RuleSettings, gradients: Tensor) -> Tensor:
     """Return the rows [..., q, R] whose averages the features of gradients [..., m, R] or the direction need.
 
-    The objectives' for `adam` and `agreement`, and last their sum for every output but `scaled`.
+    These are the objectives' rows for `adam` and `agreement`, then their sum for every output except `scaled`.
     """
     own = gradients if settings.features != "log_sign" else gradients[..., :0, :]
     if settings.output == "scaled":
@@ -201,7 +202,7 @@ def _seen(settings: RuleSettings, gradients: Tensor, averages: Memory, agreement
 def _inverse_root(value: Tensor) -> Tensor:
     """Return 1 / sqrt(value), and 0 with derivative 0 where it is 0: a coordinate that never had a gradient.
 
-    No epsilon is added: a factor on the gradients changes no feature. Adam has one, 1e-8.
+    No epsilon is added (Adam adds 1e-8), so that a factor on the gradients changes no feature.
     """
     smallest = torch.finfo(value.dtype).tiny
     return torch.where(value >= smallest, value.clamp_min(smallest).rsqrt(), 0.0)

@@ -1,13 +1,13 @@
 """One LSTM step for many coordinates at once, coordinates along the last axis, and its backward pass by hand.
 
-Everything is laid out [size, columns], so that every gate is one contiguous slab, and input, hidden state and a row of
-ones lie stacked in one matrix, so that one product serves all gates, recurrence and bias. tanh(x) = 2 sigmoid(2x) - 1
-throughout: on a CPU torch's sigmoid is nearly ten times as fast as its tanh (0.20 against 1.9 ns a number, float32,
-one core). The factors of two that this leaves lie in the weights and in the state, where they cost nothing and round
+All tensors are [size, columns], so that every gate is one contiguous slab. Input, hidden state and a row of ones are
+stacked in one matrix, so that one product computes all gates, recurrence and bias. tanh(x) is computed as
+2 sigmoid(2x) - 1: on a CPU torch's sigmoid is nearly ten times as fast as its tanh (0.20 against 1.9 ns a number,
+float32, one core). The factors of two are moved into the weights and the state, where they cost nothing and round
 nothing: a `Cell` keeps half the hidden state and twice the memory.
 
-The backward pass computes the gates again instead of keeping them: the memory of a sequence is a third, and what it
-costs is hidden by what it saves on reading (20 steps: a tenth of the replay; 200 steps: nothing measurable).
+The backward pass recomputes the gates instead of keeping them, which needs a third of the memory for a sequence. The
+cost is largely offset by fewer reads (20 steps: a tenth of the replay; 200 steps: nothing measurable).
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def lstm_cell(inputs: Tensor, cell: Cell, weights: Tensor) -> Cell:
 
 
 class Scratch:
-    """Where a step for states shaped `like` [H, columns] computes; worth keeping for many steps of one shape."""
+    """Buffers of a step for states shaped `like` [H, columns]; reuse them for many steps of one shape."""
 
     def __init__(self, like: Tensor) -> None:
         size, columns = like.shape
@@ -62,7 +62,7 @@ class Scratch:
 
 
 class BackwardScratch(Scratch):
-    """The same with room for the backward pass, which leaves its gradient by the gates in `by_gates`."""
+    """`Scratch` with buffers for the backward pass, which writes its gradient by the gates into `by_gates`."""
 
     def __init__(self, like: Tensor) -> None:
         super().__init__(like)
@@ -95,9 +95,9 @@ def backward(
 ) -> None:
     """Back-propagate through a step from its inputs and its result's memory.
 
-    `by_hidden` and `by_memory` are the gradients by the state after the step; `by_memory` becomes that by the memory
-    before it. `scratch.by_gates` becomes the gradient by `weights @ stacked`, but for the rows of i and g, which are
-    to be multiplied by 4: `amplified` does it, where it is cheaper than here.
+    `by_hidden` and `by_memory` are the gradients by the state after the step; `by_memory` is overwritten with the
+    gradient by the memory before it. `scratch.by_gates` becomes the gradient by `weights @ stacked`, except that the
+    rows of i and g must still be multiplied by 4: `amplified` does this later, where it is cheaper.
     """
     torch.mm(weights, stacked, out=scratch.gates).sigmoid_()
     squashed, product = torch.sigmoid(memory_after, out=scratch.squashed), scratch.product
@@ -112,14 +112,14 @@ def backward(
 
 
 def amplified(rows: Tensor) -> Tensor:
-    """Return `rows` [4H, ...], those of the gates i and g multiplied by 4 (see `backward`)."""
+    """Return `rows` [4H, ...] with the rows of the gates i and g multiplied by 4 (see `backward`)."""
     gates = rows.reshape(4, -1, *rows.shape[1:])
     factors = rows.new_tensor((4, 1, 4, 1)).view(4, *(1 for _ in rows.shape))
     return (gates * factors).view(rows.shape)
 
 
 class _Step(torch.autograd.Function):
-    """`forward` and `backward` above for autograd, of one step: what the second-order estimator is built of."""
+    """One step's `forward` and `backward` above as an autograd function; the second-order estimator uses it."""
 
     @staticmethod
     def forward(ctx: Any, stacked: Tensor, memory: Tensor, weights: Tensor) -> Cell:

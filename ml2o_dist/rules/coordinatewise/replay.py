@@ -13,24 +13,24 @@ from ml2o_dist.rules.learned import Rollout
 
 REPLAY_BLOCK = 32256
 """Columns (coordinates times objectives) times H replayed at a time: bounds the memory, which is K times a block's
-states, and keeps a step in the cache (measured: a half takes a tenth to a third longer, the double is alike; no power
-of two, see `rule.BLOCK`)."""
+states, and keeps a step in the cache (measured: half of it takes a tenth to a third longer, twice as much is alike; no
+power of two, see `rule.BLOCK`)."""
 
 GPU_REPLAY = 2**22
-"""On a GPU, columns times steps: every block costs thirty kernel launches a step, every column 0.5 kB a step."""
+"""Columns times steps of a block on a GPU: a block costs thirty kernel launches a step, a column 0.5 kB a step."""
 
 
 def replay(network: ML2ONetwork, rollout: Rollout, adjoints: Tensor, chunk: int) -> dict[str, Tensor]:
     """Return sum_s <a_s, du_s / dtheta> by meta-parameter, for a_s [K, P, S] (`LearnedRule.replay`).
 
     Every feature of a coordinate is a function of its own gradients and of the instance's agreement, which the rollout
-    has recorded: all of them are computed at once, and the LSTMs run over the sequence of the chosen coordinates by
-    hand (`Unrolled`).
+    has recorded. All features are therefore computed at once. `Unrolled` then runs the LSTMs over the sequence of the
+    chosen coordinates.
     """
     horizon, chosen = len(adjoints), adjoints.shape[2]
     adjoints = adjoints.flatten(start_dim=1)
     unit = rollout.record["unit"][-1]
-    unit = torch.where(unit > 0, unit, 1.0)  # 0 where all gradients are
+    unit = torch.where(unit > 0, unit, 1.0)  # 0 where all gradients are 0
     gradients = (rollout.gradients[:-1] * unit[:, None, None]).transpose(1, 2).flatten(start_dim=2)
     agreement, totals = (rollout.record[name].repeat_interleave(chosen, dim=1) for name in ("agreement", "total"))
     counts = torch.arange(1, horizon + 1, device=agreement.device, dtype=agreement.dtype)[:, None]

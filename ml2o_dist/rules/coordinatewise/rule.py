@@ -25,38 +25,38 @@ from ml2o_dist.runtime.errors import UserError
 from ml2o_dist.runtime.seeding import derive_seed
 
 CONTROL = (0.12, 0.1)
-"""Where the controller's a and b start: set by hand (ours) on small MLPs and CNNs, the network untrained."""
+"""Initial a and b of the controller: set by hand (ours) on small MLPs and CNNs with an untrained network."""
 
 WARMUP_DECAY = 0.9
-"""How fast a warm-up is forgotten, a step (ours; among 0.8, 0.9, 0.95 the best on four of five held-out problems)."""
+"""Decay of the warm-up per step (ours; among 0.8, 0.9, 0.95 the best on four of five held-out problems)."""
 
 SMALLEST, LARGEST = -30.0, 10.0
 """Bounds of the controller's log step size (ours): lr times 1e-13 and 2e4. The shipped weights went from -2 to 3 on
-small networks and up to 7 on quadratics. From the lower bound, where a step moves hardly any parameter, they need 150
-steps back to 0."""
+small networks and up to 7 on quadratics. At the lower bound a step moves hardly any parameter; from there the weights
+need 150 steps to return to 0."""
 
 USUAL = 20
-"""Gradients whose largest entry lies within 2^-20 and 2^20 at first are taken as they are. Others are multiplied by a
-power of two (ours), which rounds nothing, so that their squares neither under- nor overflow."""
+"""Gradients whose largest entry is at first between 2^-20 and 2^20 are used unchanged. Others are multiplied by a power
+of two (ours), so that their squares neither under- nor overflow; this rounds nothing."""
 
 BLOCK = 64512
-"""Columns (coordinates times objectives) times H walked at a time, so that an LSTM's gates, 1 MB, stay in the cache
-(measured: a half takes a quarter longer, the double a tenth less; no powers of two, whose rows fall into the same
-cache lines)."""
+"""Columns (coordinates times objectives) times H computed at a time, so that an LSTM's gates, 1 MB, stay in the cache
+(measured: half of it takes a quarter longer, twice as much a tenth less). It is no power of two, because rows of such
+lengths fall into the same cache lines."""
 
 COLUMNS = 2016
-"""Of a block on a CPU under autograd: as the weights in the wheel were trained with, whose bits depend on it (the
-rule's own blocks are 1.3 to 1.6 times as fast there, for weights to come)."""
+"""Columns of a block on a CPU under autograd. The weights in the wheel were trained with this value, and their bits
+depend on it. (Blocks of the rule's usual size are 1.3 to 1.6 times as fast there: an option for future weights.)"""
 
 GPU_BLOCK = 2**20
-"""The same on a GPU, where every block costs some thirty kernel launches: as many as memory bears, 1 kB a column."""
+"""Columns of a block on a GPU: as many as fit in memory, 1 kB a column; every block costs some 30 kernel launches."""
 
 
 @dataclass(frozen=True)
 class BlockState:
-    """What is remembered of a block of coordinates: the features' memory, the LSTMs' states, the shared one's last.
+    """The state of a block of coordinates: the features' memory and the LSTMs' states, the shared LSTM's last.
 
-    `born` is the step before which its averages began: 0, but for parameters that came later.
+    `born` is the step before which the block's averages began: 0, except for parameters that were added later.
     """
 
     memory: features.Memory
@@ -65,16 +65,16 @@ class BlockState:
 
     @property
     def rows(self) -> int:
-        """How many coordinates it has."""
+        """How many coordinates the block has."""
         return self.memory.slow.shape[1]
 
 
 @dataclass(frozen=True)
 class ML2OState:
-    """After `step` steps: how the instances fare, and each block of coordinates.
+    """The state after `step` steps: each instance's agreement, and the state of each block of coordinates.
 
-    `unit` [P] is the power of two that the gradients are multiplied by, 0 until there was one that is not 0; None in
-    states that older versions wrote, whose gradients were taken as they are.
+    `unit` [P] is the power of two that the gradients are multiplied by; it is 0 until the first nonzero gradient. In
+    states that older versions wrote it is None, and gradients are used unchanged.
     """
 
     step: int
@@ -95,11 +95,11 @@ class StackedWeights(NamedTuple):
     head: Tensor
 
     def tensors(self) -> list[Tensor]:
-        """Return them in order."""
+        """Return the weight tensors in order."""
         return [*self.specific, self.shared, self.head]
 
     def detach(self) -> StackedWeights:
-        """Return them without their history."""
+        """Return the weights detached from their graph."""
         *specific, shared, head = (tensor.detach() for tensor in self.tensors())
         return StackedWeights(tuple(specific), shared, head)
 
@@ -107,10 +107,11 @@ class StackedWeights(NamedTuple):
 class ML2ONetwork(nn.Module):
     """Specific LSTM per objective -> shared LSTM -> linear layer, the same for every coordinate.
 
-    `objectives: tied` (ours): one specific module serves every objective and its outputs are averaged, so that any
-    m works and their order does not matter. `per_objective` (as the paper draws it): a module each, outputs
-    concatenated, m fixed by `rule.num_objectives`. `output: residual` and `controlled` (ours) start with a zero linear
-    layer: before training the rule is Adam on the sum of the objectives. The weights are a pure function of the shape.
+    `objectives: tied` (ours): all objectives share one specific module and its outputs are averaged, so that any m
+    works and the order of the objectives does not matter. `per_objective` (as the paper draws it): each objective has
+    its own module, outputs are concatenated, and `rule.num_objectives` fixes m. `output: residual` and `controlled`
+    (ours) start with a zero linear layer: before training the rule is Adam on the sum of the objectives. The initial
+    weights are a pure function of the shape.
     """
 
     def __init__(self, settings: RuleSettings) -> None:
@@ -132,9 +133,9 @@ class ML2ONetwork(nn.Module):
             nn.init.zeros_(self.head.bias)
 
     def advance(self, jacobian: Tensor, state: ML2OState, weights: StackedWeights) -> tuple[Tensor, ML2OState]:
-        """Map the Jacobian [P, m, n] to the update [P, n] and the next state, differentiably in everything.
+        """Map the Jacobian [P, m, n] to the update [P, n] and the next state, differentiably in all arguments.
 
-        `weights` are those of `stacked_weights()`.
+        `weights` come from `stacked_weights()`.
         """
         state = _with_unit(state, jacobian.detach())
         jacobian = _in_unit(jacobian, state.unit)
@@ -170,7 +171,7 @@ class ML2ONetwork(nn.Module):
     def initial_blocks(self, objectives: int, rows: int, born: int = 0, columns: int = 0) -> tuple[BlockState, ...]:
         """Return the states of `rows` coordinates before their first step: zeros, in even blocks of `columns`.
 
-        0 columns: as many as are fast.
+        With `columns` = 0 the block size is the fast one for the device.
         """
         on_cpu = self.head.weight.device.type == "cpu"
         fast = BLOCK // self.settings.hidden if on_cpu else GPU_BLOCK
@@ -202,9 +203,10 @@ class ML2ONetwork(nn.Module):
         """Turn outputs [..., o, R], Adam's direction and the controller's shift, both [..., R], into u [..., R].
 
         `inputs` [..., c, m, R] are the features; d and out count as 0 where there is no gradient (`features.presence`).
-        residual: u = -lr * exp(s) * (direction + d) with outputs (s, d); controlled: u = -lr * exp(shift) *
-        (direction + d) with output d, for the step's size is the controller's alone (a second hand on it learned from
-        rough episodes to step too far); scaled: u = scale * out (the paper's kind).
+        residual: u = -lr * exp(s) * (direction + d) with outputs (s, d).
+        controlled: u = -lr * exp(shift) * (direction + d) with output d. Only the controller sets the step size: a
+        network output that also set it learned from rough episodes to step too far.
+        scaled: u = scale * out (the paper's kind).
         """
         own = features.presence(inputs) * outputs[..., -1, :]
         if self.settings.output == "scaled":
@@ -216,11 +218,11 @@ class ML2ONetwork(nn.Module):
         """Return the controller's share of the log step size, shaped like `total`; zero unless `output: controlled`.
 
         shift = 0.5 a sum_{k <= t} r_k - 0.02 b (t + 1) - w 0.9^t: an integral controller (ours) on the agreement r,
-        whose sum is `total` after `count` = t + 1 steps. Steps grow while they keep what they promise and shrink when
-        they overshoot; a and b are learned, from `CONTROL` on. The factors set their pace: a few tens of meta-steps
-        move a by as much as it is worth, and b moves the last of 200 steps no faster than the other weights do. The
-        warm-up w, a setting, keeps the first steps short, whose averages are of a few gradients: on large networks
-        they overshoot before the controller has seen it.
+        whose sum is `total` after `count` = t + 1 steps. Steps grow while the promised decrease is achieved and shrink
+        when they overshoot. a and b are learned, starting from `CONTROL`. The factors 0.5 and 0.02 set how fast: a few
+        tens of meta-steps change a by about its own value, and b changes the last of 200 steps no faster than the
+        other weights do. The warm-up w, a setting, keeps the first steps short: their averages are over few gradients,
+        and on large networks they would overshoot before the controller reacts.
         """
         if self.settings.output != "controlled":
             return torch.zeros_like(total)
@@ -228,13 +230,13 @@ class ML2ONetwork(nn.Module):
         return 0.5 * self.control[0] * total - 0.02 * self.control[1] * count - warmup
 
     def pace(self, value: Tensor) -> Tensor | float:
-        """Return by how much the agreement's last `value` [P] changed the log step size: 0 without a controller."""
+        """Return how much the agreement's last `value` [P] changed the log step size; 0 without a controller."""
         return (0.5 * self.control[0] * value).abs() if self.settings.output == "controlled" else 0.0
 
     def bounded(self, agreement: features.Agreement, count: int) -> features.Agreement:
-        """Return the agreement after `count` steps with its total where the log step size keeps within its bounds.
+        """Return the agreement after `count` steps with its total clamped, so that the log step size keeps its bounds.
 
-        What lies beyond is forgotten, not only cut off: the next steps count from the bound.
+        The excess is dropped from the total for good: the next steps count from the bound.
         """
         if self.settings.output != "controlled":
             return agreement
@@ -244,7 +246,7 @@ class ML2ONetwork(nn.Module):
         return agreement._replace(total=torch.where(gain == 0, agreement.total, total))
 
     def check_objectives(self, objectives: int) -> None:
-        """Raise UserError where a per_objective network meets another number of objectives than it was built for."""
+        """Raise UserError if a per_objective network gets another number of objectives than it was built for."""
         if self.settings.objectives == "per_objective" and objectives != self.settings.num_objectives:
             raise UserError(
                 f"rule.objectives=per_objective was built for rule.num_objectives={self.settings.num_objectives}, "
@@ -279,12 +281,12 @@ class ML2ORule(LearnedRule):
         return rule
 
     def check_objectives(self, objectives: int) -> None:
-        """Raise UserError where a per_objective network meets another number of objectives than it was built for."""
+        """Raise UserError if a per_objective network gets another number of objectives than it was built for."""
         self.network.check_objectives(objectives)
 
     def initial_state(self, instances: int, objectives: int, layout: ParameterLayout | int) -> ML2OState:
         """Return zero memory and LSTM states for R = P * n coordinates."""
-        # Models that were registered by older versions bring the code that calls this, with n.
+        # Code packed with models that older versions registered calls this with n instead of a layout.
         dimension = layout if isinstance(layout, int) else layout.dimension
         self.network.check_objectives(objectives)
         weight = self.network.head.weight
@@ -293,7 +295,7 @@ class ML2ORule(LearnedRule):
         return ML2OState(0, agreement, blocks, weight.new_zeros(instances))
 
     def advance(self, gradients: Tensor, losses: Tensor, state: ML2OState) -> tuple[Tensor, ML2OState]:
-        """Map gradients [P, m, n] to the update [P, n] and the next state; the losses are not looked at."""
+        """Map gradients [P, m, n] to the update [P, n] and the next state; the losses are ignored."""
         return self.network.advance(gradients, state, self._weights)
 
     def record(self, state: ML2OState, update: Tensor) -> dict[str, Tensor]:
@@ -302,15 +304,15 @@ class ML2ORule(LearnedRule):
         return {"agreement": state.agreement.value, "total": state.agreement.total, "unit": state.unit}
 
     def replay(self, rollout: Rollout, adjoints: Tensor, chunk: int) -> dict[str, Tensor]:
-        """Replay the chosen coordinates in one fused pass over the sequence, and one back."""
-        from ml2o_dist.rules.coordinatewise.replay import replay  # late: it is made of this module
+        """Replay the chosen coordinates in one fused forward pass over the sequence and one backward pass."""
+        from ml2o_dist.rules.coordinatewise.replay import replay  # imported late: it imports this module
 
         return replay(self.network, rollout, adjoints, chunk)
 
     def overruled(self, state: ML2OState, seen: StepInfo, update: Tensor, where: Tensor) -> ML2OState:
-        """Let the agreement judge the step that was really taken; averages and LSTMs keep what they saw (ours).
+        """Make the agreement judge the step that was really taken; averages and LSTM states are kept (ours).
 
-        The gradient at the point was real whoever chose the step from it; the promise of a step that was not taken
+        The gradient at the point is valid whichever rule chose the step. The promise of a step that was not taken
         could only be judged wrongly.
         """
         total = _in_unit(seen.jacobian.sum(dim=1), state.unit)
@@ -337,9 +339,9 @@ def _in_unit(gradients: Tensor, unit: Tensor | None) -> Tensor:
 
 
 def _with_unit(state: ML2OState, jacobian: Tensor) -> ML2OState:
-    """Return the state with a unit for the Jacobian [P, m, n], and all that it remembers of gradients in this unit.
+    """Return the state with a unit for the Jacobian [P, m, n] and with all remembered gradients in this unit.
 
-    The first gradient that is not 0 decides; one that is 2^40 times as large as it was to be, later, again.
+    The first nonzero gradient sets the unit. A later gradient whose largest entry exceeds 2^40 in that unit resets it.
     """
     if state.unit is None:
         return state
@@ -353,7 +355,7 @@ def _with_unit(state: ML2OState, jacobian: Tensor) -> ML2OState:
     found = largest.new_tensor([math.ldexp(1.0, power) for power in powers.tolist()])
     unit = torch.where(begins | outgrown, found, state.unit)
     ratio = torch.where(state.unit > 0, unit / state.unit, 1.0)
-    same, agreement = ratio == 1, state.agreement  # whose averages have no unit; only the last step is not judged
+    same, agreement = ratio == 1, state.agreement  # its averages have no unit; the last step is not judged
     agreement = agreement._replace(
         update=torch.where(same[:, None], agreement.update, 0.0), promise=torch.where(same, agreement.promise, 0.0)
     )

@@ -1,7 +1,7 @@
 """The ML2O network over many steps of a block of coordinates, and back-propagation through them by hand.
 
-The steps are those of `lstm_cell`; here they share buffers, which live as long as an `Unrolled`, and the states of all
-steps lie where the next step reads them. Nothing is recorded for autograd.
+The steps are those of `lstm_cell`. Here they share buffers, which live as long as an `Unrolled`, and every step writes
+its state where the next step reads it. Nothing is recorded for autograd.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ml2o_dist.rules.coordinatewise.rule import StackedWeights
 class Unrolled:
     """The network over up to T steps of up to `rows` coordinates.
 
-    Fewer coordinates leave the last columns as they are; these have no gradient and so give nothing.
+    With fewer coordinates the last columns keep their values; they have no gradient, so they contribute nothing.
     """
 
     def __init__(self, weights: StackedWeights, settings: RuleSettings, objectives: int, steps: int, rows: int) -> None:
@@ -135,7 +135,7 @@ class _Layer:
         forward(self._weights, self._stacked[step], self._memory[step], self._scratch, self._states[step + 1])
 
     def begin_backward(self) -> None:
-        """Nothing comes from behind the last step."""
+        """Set the gradients that come from beyond the last step to zero."""
         self.by_recurrence.zero_()
         self._by_memory.zero_()
 
