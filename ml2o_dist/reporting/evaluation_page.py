@@ -6,12 +6,13 @@ import math
 from collections.abc import Callable, Sequence
 from functools import partial
 
+from markupsafe import Markup
+
 from ml2o_dist.config import EvaluateSettings
 from ml2o_dist.config_file import flat_settings
 from ml2o_dist.evaluation.evaluated import Evaluation, Row
-from ml2o_dist.reporting.document import PageHead, Section, document, duration, warnings_section
-from ml2o_dist.reporting.elements import SortableRow, bar, figure, pairs, sortable_table, table, text
-from ml2o_dist.reporting.evaluation_captions import Terms, row_terms, rows_lead, standing_terms, standings_lead
+from ml2o_dist.reporting.document import EMPTY, PageHead, Section, document, duration, warnings_section
+from ml2o_dist.reporting.evaluation_captions import row_terms, rows_lead, standing_terms, standings_lead
 from ml2o_dist.reporting.evaluation_figures import (
     NOTHING,
     OPTIMIZER,
@@ -37,6 +38,7 @@ from ml2o_dist.reporting.evaluation_panels import (
     evaluations_per_step,
     profile_losses,
 )
+from ml2o_dist.reporting.html_templates import SortableRow, macros
 from ml2o_dist.reporting.optimizer_looks import optimizer_looks, swatch
 from ml2o_dist.reporting.plots import PAGE_COLOURS, inline_svg
 from ml2o_dist.reporting.run_record import EvaluationRecord
@@ -124,26 +126,25 @@ def _tiles(evaluation: Evaluation) -> list[tuple[str, str]]:
 def _comparison(evaluation: Evaluation, looks: Looks) -> Section:
     if not evaluation.rows:
         return Section("comparison", "Comparison", missing="No results: no run was finished.")
-    body = ""
-    if evaluation.standings:
-        standings = ranked_standings(evaluation.standings)
-        rows = [
-            _sortable(standing_figures(each), i, each.role, looks, each.optimizer) for i, each in enumerate(standings)
-        ]
-        body += f"<h3>Standings</h3>{sortable_table('Standings', standing_columns(standings), rows)}"
-    body += _caption(standings_lead(evaluation), standing_terms(evaluation))
+    found = []
     for problem in evaluation.problems:
-        found = ranked(evaluation.rows_of(problem))
-        rows = [_sortable(row_figures(row), i, row.role, looks, row.optimizer) for i, row in enumerate(found)]
-        said = [*verdicts(evaluation, problem), *(f"* {row.label}: {note(row)}" for row in found if note(row))]
-        body += f"<h3>{text(problem)}</h3>{sortable_table(problem, row_columns(evaluation, found), rows)}"
-        body += f"<ul>{''.join(f'<li>{text(line)}</li>' for line in said)}</ul>" if said else ""
-    return Section("comparison", "Comparison", body + _caption(rows_lead(evaluation), row_terms(evaluation)))
+        rows = ranked(evaluation.rows_of(problem))
+        shown = [_sortable(row_figures(row), i, row.role, looks, row.optimizer) for i, row in enumerate(rows)]
+        notes = [*verdicts(evaluation, problem), *(f"* {row.label}: {note(row)}" for row in rows if note(row))]
+        found.append((problem, row_columns(evaluation, rows), shown, notes))
+    body = macros("evaluation").comparison(
+        _standings(evaluation, looks),
+        (standings_lead(evaluation), standing_terms(evaluation)),
+        found,
+        (rows_lead(evaluation), row_terms(evaluation)),
+    )
+    return Section("comparison", "Comparison", body)
 
 
-def _caption(lead: str, terms: Terms) -> str:
-    listed = "".join(f"<div><dt>{text(what)}</dt><dd>{text(how)}</dd></div>" for what, how in terms)
-    return f'<p class="fine">{text(lead)}</p>' + (f'<dl class="terms">{listed}</dl>' if listed else "")
+def _standings(evaluation: Evaluation, looks: Looks) -> tuple[Sequence[str], Sequence[SortableRow]] | None:
+    standings = ranked_standings(evaluation.standings)
+    rows = [_sortable(standing_figures(each), i, each.role, looks, each.optimizer) for i, each in enumerate(standings)]
+    return (standing_columns(standings), rows) if rows else None
 
 
 def _sortable(figures: dict[str, Shown], place: int, role: str, looks: Looks, optimizer: str) -> SortableRow:
@@ -154,7 +155,7 @@ def _sortable(figures: dict[str, Shown], place: int, role: str, looks: Looks, op
 def _curves(evaluation: Evaluation, looks: Looks) -> Section:
     problems = [p for p in evaluation.problems if any(row.curve.steps for row in evaluation.rows_of(p))]
 
-    def draw(problem: str) -> str:
+    def draw(problem: str) -> Markup:
         drawn = partial(draw_curves, rows=evaluation.rows_of(problem), looks=looks)
         return inline_svg(drawn, f"Learning curves on {problem}", f"learning-{problems.index(problem)}")
 
@@ -163,13 +164,12 @@ def _curves(evaluation: Evaluation, looks: Looks) -> Section:
 
 def _profile(evaluation: Evaluation, looks: Looks) -> Section:
     losses = profile_losses(evaluation)
-    body = ""
+    body = EMPTY
     if losses:
         svg = inline_svg(partial(draw_profile, losses=losses, looks=looks), "Performance profile", "profile")
         runs = len(next(iter(losses.values())))
-        said = f"{runs} runs of each optimizer"
-        keys = _keys({name: looks[name] for name in looks if name in losses})
-        body = f"<p>{text(PROFILE)}</p>{keys}{figure(text(said), svg, 'wide')}"
+        shown = {name: looks[name] for name in looks if name in losses}
+        body = macros("evaluation").profile(PROFILE, _swatches(shown), runs, svg)
     return Section("profile", "Performance profile", body)
 
 
@@ -177,7 +177,7 @@ def _ends(evaluation: Evaluation, looks: Looks) -> Section:
     ends = {problem: end_points(evaluation, problem) for problem in evaluation.problems}
     problems = [problem for problem, each in ends.items() if each]
 
-    def draw(problem: str) -> str:
+    def draw(problem: str) -> Markup:
         drawn = partial(draw_ends, ends=ends[problem], front=evaluation.fronts.get(problem, ()), looks=looks)
         return inline_svg(drawn, f"End points on {problem}", f"ends-{problems.index(problem)}")
 
@@ -185,14 +185,13 @@ def _ends(evaluation: Evaluation, looks: Looks) -> Section:
 
 
 def _times(evaluation: Evaluation, looks: Looks) -> Section:
-    articles = ""
+    found = []
     for problem in evaluation.problems:
         rows = [row for row in evaluation.rows_of(problem) if math.isfinite(row.ms_per_step)]
         longest = max((row.ms_per_step for row in rows), default=0) or 1
         shown = [_time(row, longest, looks) for row in sorted(rows, key=lambda row: row.ms_per_step)]
-        listed = sortable_table(f"Time on {problem}", [OPTIMIZER, MS, EVALUATIONS], shown)
-        articles += f"<article><h3>{text(problem)}</h3>{listed}</article>" if shown else ""
-    body = f'<p>{text(TIME)}</p><div class="grid two">{articles}</div>' if articles else ""
+        found += [(problem, shown)] if shown else []
+    body = macros("evaluation").times(TIME, [OPTIMIZER, MS, EVALUATIONS], found)
     return Section("time", "Time per step", body)
 
 
@@ -205,14 +204,14 @@ def _time(row: Row, longest: float, looks: Looks) -> SortableRow:
     }
     colour = PAGE_COLOURS[looks[row.optimizer].colour]
     kind = "learned" if row.role == "learned" else ""
-    return SortableRow(kind, figures, {MS: bar(row.ms_per_step / longest, colour)})
+    return SortableRow(kind, figures, {MS: macros("parts").bar(row.ms_per_step / longest, colour)})
 
 
 def _acceptance(evaluation: Evaluation, looks: Looks) -> Section:
     guarded = [row for row in evaluation.rows if row.curve.acceptance is not None]
     problems = list(dict.fromkeys(row.problem for row in guarded))
 
-    def draw(problem: str) -> str:
+    def draw(problem: str) -> Markup:
         drawn = partial(draw_acceptance, rows=evaluation.rows_of(problem), looks=looks)
         return inline_svg(drawn, f"What the guard accepted on {problem}", f"guard-{problems.index(problem)}")
 
@@ -225,19 +224,19 @@ def _failed(evaluation: Evaluation) -> Section:
         ("", [each.optimizer, each.problem, "tuning" if each.seed is None else str(each.seed), each.error])
         for each in evaluation.failed
     ]
-    body = table("Failed runs", ["optimizer", "problem", "seed", "error"], rows, "words tall") if rows else ""
-    return Section("failed", "Failed runs", body)
+    title, columns = "Failed runs", ["optimizer", "problem", "seed", "error"]
+    body = macros("parts").table(title, columns, rows, "words tall")
+    return Section("failed", title, body)
 
 
-def _grid(said: str, problems: Sequence[str], draw: Callable[[str], str], looks: Looks) -> str:
-    """Return a picture for each problem below one legend, "" without pictures."""
-    pictures = "".join(figure(text(problem), draw(problem)) for problem in problems)
-    return f'<p>{text(said)}</p>{_keys(looks)}<div class="grid">{pictures}</div>' if pictures else ""
+def _grid(text: str, problems: Sequence[str], draw: Callable[[str], Markup], looks: Looks) -> Markup:
+    """Return a picture for each problem below one legend, "" without problems."""
+    pictures = [(problem, draw(problem)) for problem in problems]
+    return macros("evaluation").grid(text, _swatches(looks), pictures)  # type: ignore[no-any-return]
 
 
-def _keys(looks: Looks) -> str:
-    entries = "".join(f"<span>{swatch(look)}{text(name)}</span>" for name, look in looks.items())
-    return f'<p class="keys">{entries}</p>'
+def _swatches(looks: Looks) -> list[tuple[str, Markup]]:
+    return [(name, swatch(look)) for name, look in looks.items()]
 
 
 def _configuration(record: EvaluationRecord) -> Section:
@@ -246,13 +245,7 @@ def _configuration(record: EvaluationRecord) -> Section:
         return Section("configuration", title, missing=record.why_not("evaluate.yaml", "No configuration."))
     every, defaults = flat_settings(record.settings), flat_settings(EvaluateSettings())
     changed = {name: value for name, value in every.items() if defaults.get(name) != value}
-    said = "What differs from the defaults of config.py."
-    return Section(
-        "configuration",
-        title,
-        f"<p>{said}</p>{pairs('Changed settings', changed.items())}"
-        f"<details><summary>All {len(every)} settings</summary>{pairs('All settings', every.items())}</details>",
-    )
+    return Section("configuration", title, macros("evaluation").configuration(changed, every))
 
 
 def _origin(record: EvaluationRecord) -> Section:
@@ -265,4 +258,5 @@ def _origin(record: EvaluationRecord) -> Section:
         "git commit": evaluation.git,
         **{f"sha256 of {name}": digest for name, digest in evaluation.data_sha256.items()},
     }
-    return Section("origin", title, pairs(title, [(name, value) for name, value in facts.items() if value]))
+    known = [(name, value) for name, value in facts.items() if value]
+    return Section("origin", title, macros("parts").pairs(title, known))

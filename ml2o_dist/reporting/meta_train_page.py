@@ -8,16 +8,17 @@ from functools import partial
 
 import pyarrow as pa
 import pyarrow.compute as pc
+from markupsafe import Markup
 
 from ml2o_dist.config_file import changed_settings, flat_settings
 from ml2o_dist.metatrain.trajectories import RecordedProblem, recorded_problems
 from ml2o_dist.reporting.document import PageHead, Section, document, duration, warnings_section
-from ml2o_dist.reporting.elements import figure, key, pairs, table, text
 from ml2o_dist.reporting.evaluation_figures import verdict_on
 from ml2o_dist.reporting.evaluation_page import evaluation_sections
+from ml2o_dist.reporting.html_templates import macros
 from ml2o_dist.reporting.plots import HISTORY_CAPTION, PAGE_COLOURS, draw_history, inline_svg, is_finite
 from ml2o_dist.reporting.run_record import RunRecord
-from ml2o_dist.reporting.trajectory_plots import CAPTION, stages, trajectory_panels
+from ml2o_dist.reporting.trajectory_plots import CAPTION, TrajectoryPanel, stages, trajectory_panels
 from ml2o_dist.rundir.log import COMPARISON_FAILED
 
 CURVES = {
@@ -122,10 +123,8 @@ def _curves(record: RunRecord) -> Section:
         lost = sum(not is_finite(value) for value in given)
         left_out = f" ({lost} of {len(given)} not finite, left out)" if lost else ""
         svg = inline_svg(partial(draw_history, history=record.history, key=name), what, f"curve-{name}")
-        pictures.append(figure(text(what + left_out), svg, "main" if name == "validation" else ""))
-    keys = key("strong-0", "average, or the figure itself") + key("muted-0", "each meta-step")
-    body = f'<p>{text(HISTORY_CAPTION)}</p><p class="keys">{keys}</p><div class="grid">{"".join(pictures)}</div>'
-    return Section("curves", title, body)
+        pictures.append((what + left_out, svg, "main" if name == "validation" else ""))
+    return Section("curves", title, macros("meta_train").curves(HISTORY_CAPTION, pictures))
 
 
 def _comparison(record: RunRecord) -> list[Section]:
@@ -157,35 +156,29 @@ def _trajectories(record: RunRecord) -> Section:
         return Section("trajectories", title, missing=record.why_not("trajectories", f"No trajectories: {why}."))
     problems = recorded_problems(recorded)
     most = sorted(problems, key=lambda each: (-len(each.meta_steps), -each.episodes, each.problem))[:MOST_PROBLEMS]
-    body = (
-        "<p>Recorded training episodes of the problems met most often, one trajectory for each instance. "
-        f"{text(CAPTION)}</p>"
-    )
     names = recorded["problem"].cast(pa.string())
-    for i, each in enumerate(most):
-        body += _problem_trajectories(each, recorded.filter(pc.equal(names, each.problem)), f"trajectory-{i}")
+    articles = [
+        _problem_trajectories(each, recorded.filter(pc.equal(names, each.problem)), f"trajectory-{i}")
+        for i, each in enumerate(most)
+    ]
     rows = [
         ("", [each.problem, str(each.objectives), str(each.episodes), str(len(each.meta_steps)), str(each.inner_steps)])
         for each in problems
     ]
     columns = ["problem", "objectives", "episodes", "meta-steps", "inner steps"]
-    listed = table("Recorded problems", columns, rows)
-    body += f"<details><summary>All {len(problems)} recorded problems</summary>{listed}</details>"
-    return Section("trajectories", title, body)
+    return Section("trajectories", title, macros("meta_train").trajectories(CAPTION, articles, columns, rows))
 
 
-def _problem_trajectories(recorded: RecordedProblem, rows: pa.Table, identity: str) -> str:
+def _problem_trajectories(
+    recorded: RecordedProblem, rows: pa.Table, identity: str
+) -> tuple[str, list[tuple[str, str]], list[tuple[TrajectoryPanel, Markup]]]:
+    """Return the problem's name, the colour and label of each part, and its pictures."""
     parts = stages(rows)
-    keys = "".join(key(PAGE_COLOURS[part.colour], part.label) for part in parts)
-    pictures = []
-    for j, panel in enumerate(trajectory_panels(parts)):
-        said = text(panel.title)
-        if len(panel.lines) > 1:
-            said += "".join(f' <span class="key line-{k}">{text(name)}</span>' for k, name in enumerate(panel.lines))
-        label = f"{panel.title}, {recorded.problem}"
-        pictures.append(figure(said, inline_svg(panel.draw, label, f"{identity}-{j}")))
-    grid = f'<div class="grid">{"".join(pictures)}</div>'
-    return f'<article><h3>{text(recorded.problem)}</h3><p class="keys">{keys}</p>{grid}</article>'
+    pictures = [
+        (panel, inline_svg(panel.draw, f"{panel.title}, {recorded.problem}", f"{identity}-{j}"))
+        for j, panel in enumerate(trajectory_panels(parts))
+    ]
+    return recorded.problem, [(PAGE_COLOURS[part.colour], part.label) for part in parts], pictures
 
 
 def _configuration(record: RunRecord) -> Section:
@@ -193,13 +186,7 @@ def _configuration(record: RunRecord) -> Section:
     if record.settings is None:
         return Section("configuration", title, missing=record.why_not("config.yaml", "No configuration."))
     (base, changed), every = changed_settings(record.settings), flat_settings(record.settings)
-    said = f"What differs from {base}." if changed else f"Nothing differs from {base}."
-    return Section(
-        "configuration",
-        title,
-        f"<p>{said}</p>{pairs('Changed settings', changed.items()) if changed else ''}"
-        f"<details><summary>All {len(every)} settings</summary>{pairs('All settings', every.items())}</details>",
-    )
+    return Section("configuration", title, macros("meta_train").configuration(base, changed, every))
 
 
 def _origin(record: RunRecord) -> Section:
@@ -222,4 +209,9 @@ def _origin(record: RunRecord) -> Section:
     }
     known = [(name, value) for name, value in facts.items() if value not in (None, "")]
     none = record.why_not("weights.json", "No weights yet: they are written when meta-training is done.")
-    return Section("origin", title, pairs(title, known) if known else "", "" if record.card is not None else none)
+    return Section(
+        "origin",
+        title,
+        macros("parts").pairs(title, known) if known else Markup(""),
+        "" if record.card is not None else none,
+    )

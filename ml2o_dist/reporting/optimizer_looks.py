@@ -5,9 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+from markupsafe import Markup
 
 from ml2o_dist.evaluation.evaluated import Evaluation
 from ml2o_dist.reporting.evaluation_figures import INITIAL
+from ml2o_dist.reporting.html_templates import macros
 from ml2o_dist.reporting.plots import MUTED, PAGE_COLOURS, PLAIN, STRONGS
 
 LINES = {"-": "", "--": "5 2.5", ":": "1.5 2"}
@@ -60,17 +62,12 @@ def short_name(name: str) -> str:
     return name if len(name) <= LONGEST_NAME else f"{name[:half]}…{name[-half:]}"
 
 
-def swatch(look: Look) -> str:
+def swatch(look: Look) -> Markup:
     """Return a piece of the optimizer's line with its mark, as an <svg> element for the legend of a page."""
     from matplotlib.markers import MarkerStyle
 
     style = MarkerStyle(look.mark)
     outline = np.asarray(style.get_path().transformed(style.get_transform()).to_polygons()[0], dtype=float)
     points = "L".join(f"{17 + 8 * x:.1f} {7 - 8 * y:.1f}" for x, y in outline.tolist())
-    colour = f"var(--{PAGE_COLOURS[look.colour]})"
-    dashes = f' stroke-dasharray="{LINES[look.line]}"' if LINES[look.line] else ""
-    return (
-        '<svg class="swatch" viewBox="0 0 34 14" aria-hidden="true">'
-        f'<path d="M0 7H34" fill="none" stroke="{colour}" stroke-width="{look.width:g}"{dashes}/>'
-        f'<path d="M{points}Z" fill="{colour}"/></svg>'
-    )
+    shown = {"name": PAGE_COLOURS[look.colour], "width": look.width, "dashes": LINES[look.line]}
+    return macros("parts").swatch(shown, points)  # type: ignore[no-any-return]

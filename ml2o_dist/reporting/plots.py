@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from markupsafe import Markup
+
 from ml2o_dist.evaluation.statistics import exponential_average
 from ml2o_dist.runtime import shown_text
 from ml2o_dist.runtime.files import replacing
@@ -138,7 +140,7 @@ def save_figure(figure: Figure, path: Path) -> None:
         figure.savefig(stream, format=path.suffix.removeprefix(".") or "png", facecolor="white")
 
 
-def inline_svg(draw: Callable[[Axes], object], label: str, identity: str) -> str:
+def inline_svg(draw: Callable[[Axes], object], label: str, identity: str) -> Markup:
     """Return one panel as an <svg> element that takes the page's colours and fonts.
 
     Args:
@@ -163,7 +165,7 @@ def is_finite(value: Any) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def _embedded(svg: str, label: str, identity: str) -> str:
+def _embedded(svg: str, label: str, identity: str) -> Markup:
     """Turn matplotlib's SVG document into an element: no prolog, unique ids, colours and fonts of the page."""
     box = re.search(r'viewBox="[^"]*"', svg)
     assert box is not None
@@ -176,4 +178,5 @@ def _embedded(svg: str, label: str, identity: str) -> str:
     body = re.sub(r' d="[^"]*"', lambda data: re.sub(r"(\.\d)\d+", r"\1", data.group()), body)  # tenths of a point
     for colour, name in PAGE_COLOURS.items():
         body = body.replace(colour, f"var(--{name})")
-    return f'<svg role="img" aria-label="{shown_text.html(label)}" {box.group()}>' + re.sub(r"\s+", " ", body)
+    start = f'<svg role="img" aria-label="{shown_text.html(label)}" {box.group()}>'
+    return Markup(start + re.sub(r"\s+", " ", body))

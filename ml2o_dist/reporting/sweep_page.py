@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,8 +9,8 @@ from pathlib import Path
 
 from ml2o_dist.config_file import flat_settings
 from ml2o_dist.reporting.document import PageHead, Section, document, duration, warnings_section
-from ml2o_dist.reporting.elements import SortableRow, pairs, sortable_table, table, text
 from ml2o_dist.reporting.evaluation_figures import Shown
+from ml2o_dist.reporting.html_templates import SortableRow, macros
 from ml2o_dist.reporting.run_record import Record
 from ml2o_dist.reporting.sweep_plots import PICTURES
 from ml2o_dist.runtime.reading import MIB, read_bytes
@@ -109,8 +108,7 @@ def _trials(record: SweepPageRecord) -> Section:
     said = "Validation of the weights that are kept, on problems that training did not see: lower is better."
     said += ' "Best at" is the meta-step that they are from.'
     notes = record.trials.notes(record.settings.scheduler if record.settings else "")
-    paragraphs = "".join(f"<p>{text(each)}</p>" for each in (said, *notes))
-    return Section("trials", "Trials", f"{paragraphs}{sortable_table('Trials', columns, rows)}")
+    return Section("trials", "Trials", macros("sweep").trials([said, *notes], columns, rows))
 
 
 def _picture(record: SweepPageRecord, name: str) -> Section:
@@ -121,14 +119,12 @@ def _picture(record: SweepPageRecord, name: str) -> Section:
     if name not in record.pictures:
         why = said if name == "importance" else "Drawn when the sweep is done."
         return Section(name, title, missing=record.why_not("plots", why))
-    data = base64.b64encode(record.pictures[name]).decode()
-    image = f'<img style="max-width: 100%" alt="{text(title)}" src="data:image/png;base64,{data}">'
-    return Section(name, title, f"<p>{text(said)}</p><figure>{image}</figure>")
+    return Section(name, title, macros("sweep").picture(said, record.pictures[name], title))
 
 
 def _failed(record: SweepPageRecord) -> Section:
     rows = [("", [str(trial.number), trial.error]) for trial in _all(record) if trial.error]
-    body = table("Failed trials", ["trial", "error"], rows, "words tall") if rows else ""
+    body = macros("parts").table("Failed trials", ["trial", "error"], rows, "words tall")
     return Section("failed", "Failed trials", body, "" if rows else "None.")
 
 
@@ -138,9 +134,4 @@ def _configuration(record: SweepPageRecord) -> Section:
         return Section("configuration", title, missing=record.why_not("sweep.yaml", "No configuration."))
     every = flat_settings(record.settings)
     ours = {key: value for key, value in every.items() if not key.startswith("meta_train.") and value is not None}
-    return Section(
-        "configuration",
-        title,
-        f"{pairs('Settings of the sweep', ours.items())}"
-        f"<details><summary>All {len(every)} settings</summary>{pairs('All settings', every.items())}</details>",
-    )
+    return Section("configuration", title, macros("sweep").configuration(ours, every))

@@ -5,21 +5,20 @@ from __future__ import annotations
 import fcntl
 import logging
 import os
-import signal
 import socket
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
 
+import psutil
 import ray
 
 from ml2o_dist.runtime.errors import Aborted, UserError
 from ml2o_dist.runtime.files import private_folder
-from ml2o_dist.runtime.process_tree import descendants
 from ml2o_dist.runtime.ray_internals import ray_internal
 from ml2o_dist.runtime.stopping import own_handlers_kept, sigterm_kept_from_children
 
@@ -144,32 +143,26 @@ def _init(target: str | None, mark: str) -> Any:
 def _end(mark: str) -> None:
     """End a Ray that we started, and its agents, which notice only after a minute that their raylet has ended.
 
-    Its processes are looked up before it ends. This needs /proc; on other systems it is left to Ray.
+    Its processes are looked up before it ends: their children are then still known as theirs.
     """
-    with ExitStack() as handles:
-        begun = _begun(mark, handles)
-        with _ended_at_once():
-            ray.shutdown()
-        for process in begun + _begun(mark, handles):  # an agent may have started meanwhile
-            with suppress(ProcessLookupError):
-                signal.pidfd_send_signal(process, signal.SIGKILL)
+    begun = _begun(mark)
+    with _ended_at_once():
+        ray.shutdown()
+    for process in begun | _begun(mark):  # an agent may have started meanwhile
+        with suppress(psutil.Error):  # it has ended; psutil checks that its pid is not another process by now
+            process.kill()
 
 
-def _begun(mark: str, handles: ExitStack) -> list[int]:
-    """Return pidfds of the processes that carry `mark` and of their descendants; a pidfd outlives its process.
+def _begun(mark: str) -> set[psutil.Process]:
+    """Return the processes that carry `mark` and their descendants.
 
     The descendants are needed since Ray's agents overwrite their environment with their names.
     """
-    marked = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # the process has ended, or is another user's
-            if f"{MARK}={mark}".encode() in (folder / "environ").read_bytes().split(b"\0"):
-                marked.append(int(folder.name))
-    begun = []
-    for pid in {*marked, *descendants(marked)}:
-        with suppress(OSError):  # the process has ended
-            begun.append(os.pidfd_open(pid))
-            handles.callback(os.close, begun[-1])
+    begun: set[psutil.Process] = set()
+    for process in psutil.process_iter():
+        with suppress(psutil.Error):  # it has ended, or is another user's
+            if process not in begun and process.environ().get(MARK) == mark:
+                begun |= {process, *process.children(recursive=True)}
     return begun
 
 

@@ -11,8 +11,9 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import NoReturn
 
+import psutil
+
 from ml2o_dist.runtime.errors import Interrupted
-from ml2o_dist.runtime.process_tree import descendants
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -160,13 +161,10 @@ os.register_at_fork(after_in_child=_block_sigterm)
 
 
 def _kill_descendants() -> None:
-    """Kill all descendants of this process: some of Ray's agents outlive their parents (Ray 2.60).
-
-    This needs /proc; on other systems it is left to Ray.
-    """
-    for pid in descendants([os.getpid()]):
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
+    """Kill all descendants of this process: some of Ray's agents outlive their parents (Ray 2.60)."""
+    for process in psutil.Process().children(recursive=True):
+        with suppress(psutil.Error):  # it has ended
+            process.kill()
 
 
 def exit_on_signals(code: int) -> None:

@@ -10,13 +10,14 @@ import re
 from dataclasses import replace
 
 import pytest
+from markupsafe import Markup
 
 from ml2o_dist.config import EvaluateSettings
 from ml2o_dist.evaluation.evaluated import Evaluation, FailedCell
-from ml2o_dist.reporting.document import SCRIPT, policy
-from ml2o_dist.reporting.elements import SortableRow, sortable_table
+from ml2o_dist.reporting.document import policy
 from ml2o_dist.reporting.evaluation_figures import ranked, row_columns, row_figures
 from ml2o_dist.reporting.evaluation_page import evaluation_page_sections, evaluation_sections, render_evaluation
+from ml2o_dist.reporting.html_templates import SortableRow, macros, script
 from ml2o_dist.reporting.run_record import EvaluationRecord
 from ml2o_dist.rundir.log import RunLog, Warned
 from tests.evaluation.synthetic import CURVED, DIGITS, EVALUATION, HOSTILE, MANY, evaluation, failed, row
@@ -39,7 +40,7 @@ def tables(text: str) -> dict[str, tuple[list[str], list[list[tuple[str, str]]]]
     """Of each sortable table by its label: the heads, and (data-value, text) of each cell of each row."""
     found = {}
     for label, body in re.findall(r'aria-label="([^"]*)"><table class="sortable">(.*?)</table>', text):
-        heads = [re.sub(r"<.*?>", "", head).replace("&nbsp;", " ") for head in re.findall(r"<th.*?>(.*?)</th>", body)]
+        heads = [re.sub(r"<.*?>", "", head).replace("\u00a0", " ") for head in re.findall(r"<th.*?>(.*?)</th>", body)]
         rows = re.findall(r"<tr class=.*?>(.*?)</tr>", body)
         cells = [re.findall(r'<td data-value="(.*?)".*?>(.*?)</td>', each) for each in rows]
         found[label] = heads, [[(value, re.sub(r"<.*?>", "", cell)) for value, cell in each] for each in cells]
@@ -95,11 +96,11 @@ def test_the_best_and_the_learned_rows_are_marked(whole: tuple[str, Page]) -> No
 
 def test_the_policy_allows_this_script_and_no_other(whole: tuple[str, Page]) -> None:
     text, page = whole
-    (script,) = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    (found,) = re.findall(r"<script>(.*?)</script>", text, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(found.encode()).digest()).decode()
     (told,) = [a["content"] for _, a in page.tags if a.get("http-equiv") == "Content-Security-Policy"]
-    assert script == SCRIPT
-    assert told == policy([SCRIPT])
+    assert found == script("sort_tables")
+    assert told == policy([found])
     assert dict(part.strip().split(" ", 1) for part in told.split(";"))["script-src"] == f"'sha256-{digest}'"
     assert not any(name.startswith("on") for _, attributes in page.tags for name in attributes)
     assert page.count("button") == 0, "heads become buttons where the script runs"
@@ -177,5 +178,6 @@ def test_a_table_sorts_what_is_not_known_by_nothing() -> None:
     figures = {
         name: row_figures(replace(EVALUATION.rows[0], ms_per_step=math.nan))[name] for name in ("optimizer", "ms/step")
     }
-    table = sortable_table("t", ["optimizer", "ms/step"], [SortableRow("", figures, {"optimizer": "<b></b>"})])
+    row = SortableRow("", figures, {"optimizer": Markup("<b></b>")})
+    table = macros("parts").sortable_table("t", ["optimizer", "ms/step"], [row])
     assert '<td data-value="mean+adam@0.01"><b></b>mean+adam@0.01</td><td data-value="">-</td>' in table

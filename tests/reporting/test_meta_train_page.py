@@ -207,7 +207,7 @@ def configuration(record):
 def test_of_a_run_without_options_no_setting_is_said_to_differ():
     body = configuration(RunRecord("u", "/runs/u", settings=load_settings(None, ["data.root=/data", "device=cpu"])))
     first, every = body.split("<details>")
-    assert first == "<p>Nothing differs from the embedded default.</p>"
+    assert first.strip() == "<p>Nothing differs from the embedded default.</p>"
     assert "rule.features" in every
     first, _ = configuration(RunRecord("u", "/runs/u", settings=load_settings(None, ["seed=7"]))).split("<details>")
     assert "What differs from the embedded default." in first
