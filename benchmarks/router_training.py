@@ -18,8 +18,8 @@ from torch import Tensor
 
 from ml2o_dist.config import EvaluateSettings
 from ml2o_dist.config_file import read_settings
-from ml2o_dist.evaluation.contestants import HandDesigned
 from ml2o_dist.evaluation.optimizer_names import parse_optimizers
+from ml2o_dist.evaluation.optimizer_specs import HandDesigned
 from ml2o_dist.paretoset.conditioned import Fused
 from ml2o_dist.paretoset.experts import network_of
 from ml2o_dist.paretoset.fronts import Front
@@ -65,7 +65,7 @@ def main(
     entrants = parse_optimizers(EvaluateSettings(optimizers=optimizers), lambda name: resolve_model(tracking_uri, name))
     curves: dict[str, list[list[tuple[int, float, float]]]] = {}
     for entrant in entrants:
-        contestant = entrant.contestant(None)
+        optimizer = entrant.optimizer(None)
         for seed in range(seeds):
             fusion = Fusion(
                 network,
@@ -90,8 +90,8 @@ def main(
                 return True
 
             with tempfile.TemporaryDirectory() as folder:
-                final = settings.routers.final_lr if isinstance(contestant, HandDesigned) else 1.0
-                rule = contestant.rule(problem.device, problem.dtype)
+                final = settings.routers.final_lr if isinstance(optimizer, HandDesigned) else 1.0
+                rule = optimizer.rule(problem.device, problem.dtype)
                 train(
                     problem, rule, steps=steps, seed=seed, folder=Path(folder), fingerprint={}, final_lr=final,
                     checkpoint_every=steps + 1, on_step=note,

@@ -21,7 +21,7 @@ from ml2o_dist.artifact_sources import load_artifact
 from ml2o_dist.config_file import dump_settings, load_evaluation, load_settings, read_settings
 from ml2o_dist.evaluation.cell_cache import CellCache
 from ml2o_dist.evaluation.cells import Cell, run_cell
-from ml2o_dist.evaluation.contestants import HandDesigned
+from ml2o_dist.evaluation.optimizer_specs import HandDesigned
 from ml2o_dist.evaluation.suites import load_suite
 from ml2o_dist.metatrain.episode import run_episode
 from ml2o_dist.metatrain.history import read_history

@@ -13,8 +13,8 @@ from ml2o_dist import GML2O, ML2O
 from ml2o_dist.artifact_sources import load_artifact
 from ml2o_dist.config import EvaluateSettings, split_steps
 from ml2o_dist.config_file import load_settings
-from ml2o_dist.evaluation.contestants import Guarded, Learned
 from ml2o_dist.evaluation.optimizer_names import parse_optimizers
+from ml2o_dist.evaluation.optimizer_specs import Guarded, Learned
 from ml2o_dist.evaluation.suites import load_suite, suite_sha256
 from ml2o_dist.pretrained import SHIPPED, shipped_names
 from ml2o_dist.problems import ProblemSpec
@@ -84,7 +84,7 @@ def test_guarded_they_train_a_network_that_they_never_saw() -> None:
 @pytest.mark.parametrize("name", ["pretrained", *NAMES])
 def test_an_evaluation_takes_them_by_name_guarded_and_not(name: str) -> None:
     entrants = parse_optimizers(EvaluateSettings(optimizers=(name, f"gml2o:{name}")), pytest.fail)
-    plain, guarded = (entrant.contestant(None) for entrant in entrants)
+    plain, guarded = (entrant.optimizer(None) for entrant in entrants)
     assert isinstance(plain, Learned)
     assert isinstance(guarded, Guarded)
     assert plain.identity["weights_sha256"] == load_artifact(name).weights_sha256

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from ml2o_dist.config import EvaluateSettings, split_steps
 from ml2o_dist.evaluation.cells import Cell, CellFailure, CellResult, Outcome, finite_sum
-from ml2o_dist.evaluation.contestants import Contestant
 from ml2o_dist.evaluation.evaluated import (
     CURVE_POINTS,
     Curve,
@@ -26,6 +25,7 @@ from ml2o_dist.evaluation.evaluated import (
 )
 from ml2o_dist.evaluation.metrics import additive_epsilon, hypervolume, igd_plus
 from ml2o_dist.evaluation.optimizer_names import Entrant
+from ml2o_dist.evaluation.optimizer_specs import OptimizerSpec
 from ml2o_dist.evaluation.standings import standings
 from ml2o_dist.evaluation.statistics import mean_and_standard_error
 from ml2o_dist.evaluation.suites import suite_sha256
@@ -92,9 +92,9 @@ def check_fit(settings: EvaluateSettings, entrants: Sequence[Entrant]) -> dict[P
         data[task.problem] = problem.data_hashes(test=True)
         start = problem.initial_parameters([settings.seed])
         for entrant in entrants:
-            contestant = entrant.contestant(settings.learning_rates[0] if entrant.tuned else None)
+            optimizer = entrant.optimizer(settings.learning_rates[0] if entrant.tuned else None)
             try:
-                rule = contestant.rule(problem.device, problem.dtype)
+                rule = optimizer.rule(problem.device, problem.dtype)
                 state = rule.initial_state(1, problem.objectives, problem.layout)
                 rule.step(Oracle(problem, generator("check", task.text)), start, state)
             except UserError as error:
@@ -104,13 +104,13 @@ def check_fit(settings: EvaluateSettings, entrants: Sequence[Entrant]) -> dict[P
 
 def tune_entrants(settings: EvaluateSettings, entrants: Sequence[Entrant], run_cells: RunOutcomes) -> Learning:
     """Find the learning rate of each entrant that is `tuned` on each problem, from seeds used for nothing else."""
-    tunables = [Tunable(entrant.name, entrant.contestant) for entrant in entrants if entrant.tuned]
+    tunables = [Tunable(entrant.name, entrant.optimizer) for entrant in entrants if entrant.tuned]
     by_text = {task.text: task for task in tasks(settings)}
 
-    def trial(contestant: Contestant, text: str) -> list[Cell]:
+    def trial(optimizer: OptimizerSpec, text: str) -> list[Cell]:
         task = by_text[text]
         seeds = [derive_seed(settings.seed, "tuning", str(task.problem), i) for i in range(settings.tuning_seeds)]
-        return [_cell(settings, contestant, task, seed, "tuning") for seed in seeds]
+        return [_cell(settings, optimizer, task, seed, "tuning") for seed in seeds]
 
     return tune(tunables, list(by_text), settings.learning_rates, trial, run_cells)
 
@@ -121,9 +121,9 @@ def plan(settings: EvaluateSettings, entrants: Sequence[Entrant], tuned: Learnin
     for task in tasks(settings):
         for entrant in entrants:
             lr = tuned[entrant.name, task.text].lr if entrant.tuned else entrant.learning_rate
-            contestant = entrant.contestant(lr)
+            optimizer = entrant.optimizer(lr)
             for seed in range(settings.seed, settings.seed + settings.seeds):
-                cell = _cell(settings, contestant, task, seed, "report")
+                cell = _cell(settings, optimizer, task, seed, "report")
                 cell = replace(cell, criticality_batches=settings.criticality_batches)
                 planned.append(Planned(entrant, task, seed, lr, cell))
     return planned
@@ -255,9 +255,9 @@ class _Budget:
         return cls(_mean(evaluations)[0], _mean(seconds)[0] * (1 + 1e-6))  # room for rounding
 
 
-def _cell(settings: EvaluateSettings, contestant: Contestant, task: Task, seed: int, stream: str) -> Cell:
+def _cell(settings: EvaluateSettings, optimizer: OptimizerSpec, task: Task, seed: int, stream: str) -> Cell:
     return Cell(
-        contestant=contestant,
+        optimizer=optimizer,
         problem=task.problem,
         seeds=(seed,),
         stream=stream,

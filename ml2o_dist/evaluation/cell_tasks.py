@@ -41,7 +41,7 @@ def run_outcomes_on_ray(
 
     def submit(index: int) -> object:
         cell = cells[index]
-        return task.options(name=f"cell {cell.contestant.label} {cell.problem}").remote(cell)
+        return task.options(name=f"cell {cell.optimizer.label} {cell.problem}").remote(cell)
 
     done = [0]
 
@@ -68,7 +68,7 @@ def run_outcomes_on_ray(
 
 def _name(cell: Cell) -> str:
     seeds = ", ".join(map(str, cell.seeds))
-    return f"{cell.contestant.label} on {cell.problem}, {cell.stream} seed {seeds},"
+    return f"{cell.optimizer.label} on {cell.problem}, {cell.stream} seed {seeds},"
 
 
 def _run_on_one_thread(cell: Cell) -> CellResult:

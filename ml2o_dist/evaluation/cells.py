@@ -9,9 +9,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from ml2o_dist.evaluation.contestants import Contestant
 from ml2o_dist.evaluation.criticality import Criticality, criticality
 from ml2o_dist.evaluation.metrics import gradient_conflict
+from ml2o_dist.evaluation.optimizer_specs import OptimizerSpec
 from ml2o_dist.plugins import Carrying
 from ml2o_dist.problems import Batch, Problem, ProblemContext, ProblemSpec
 from ml2o_dist.rules.base import Oracle
@@ -40,7 +40,7 @@ class Cell(Carrying):
         criticality_batches: batches averaged to measure the end point; 0: the end point is not measured.
     """
 
-    contestant: Contestant
+    optimizer: OptimizerSpec
     problem: ProblemSpec
     seeds: tuple[int, ...]
     stream: str
@@ -185,7 +185,7 @@ def run_cell(cell: Cell) -> CellResult:
     context = ProblemContext(len(cell.seeds), problem_seed, device, cell.dtype, cell.data_root)
     problem = cell.problem.build(context)
     oracle = PairedOracle(problem, *names)
-    rule = cell.contestant.rule(device, cell.dtype)
+    rule = cell.optimizer.rule(device, cell.dtype)
     parameters = problem.initial_parameters(cell.seeds)
     state = rule.initial_state(problem.instances, problem.objectives, problem.layout)
 

@@ -11,8 +11,8 @@ from pathlib import Path
 from ml2o_dist.artifact_sources import load_artifact
 from ml2o_dist.config import EvaluateSettings, GuardSettings
 from ml2o_dist.config_file import located
-from ml2o_dist.evaluation.contestants import Adversary, Contestant, Guarded, HandDesigned, Learned, Stochastic
 from ml2o_dist.evaluation.evaluated import Role
+from ml2o_dist.evaluation.optimizer_specs import Adversary, Guarded, HandDesigned, Learned, OptimizerSpec, Stochastic
 from ml2o_dist.evaluation.optimizer_words import GUARD, REGISTRY, is_hand_designed, unknown_optimizer
 from ml2o_dist.pretrained import shipped_names
 from ml2o_dist.rules.adversaries import ADVERSARIES
@@ -33,13 +33,13 @@ class Entrant:
 
     Attributes:
         name: as written.
-        contestant: returns the contestant for a learning rate: the tuned one if `tuned`, else None.
+        optimizer: returns the spec for a learning rate: the tuned one if `tuned`, else None.
         tuned: whether its learning rate is to be tuned.
         learning_rate: the one in the name; None if it is tuned or takes none.
     """
 
     name: str
-    contestant: Callable[[float | None], Contestant]
+    optimizer: Callable[[float | None], OptimizerSpec]
     role: Role = "other"
     tuned: bool = False
     learning_rate: float | None = None
@@ -85,8 +85,8 @@ def _entrant(text: str, settings: EvaluateSettings, resolve: Resolve) -> Entrant
     raise unknown_optimizer(text)
 
 
-def _always(text: str, contestant: Contestant, guard: GuardSettings | None) -> Entrant:
-    entered = contestant if guard is None else Guarded(contestant, guard)
+def _always(text: str, optimizer: OptimizerSpec, guard: GuardSettings | None) -> Entrant:
+    entered = optimizer if guard is None else Guarded(optimizer, guard)
     return Entrant(text, lambda lr: entered)
 
 
@@ -99,6 +99,6 @@ def _learned(text: str, label: str, path: Path | str, guard: GuardSettings | Non
     return replace(_always(text, Learned(label, rule, found.weights), guard), role="learned")
 
 
-def _hand_designed(name: str, guard: GuardSettings | None, lr: float | None) -> Contestant:
-    contestant = HandDesigned.parse(name, lr)
-    return contestant if guard is None else Guarded(contestant, guard)
+def _hand_designed(name: str, guard: GuardSettings | None, lr: float | None) -> OptimizerSpec:
+    optimizer = HandDesigned.parse(name, lr)
+    return optimizer if guard is None else Guarded(optimizer, guard)

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ml2o_dist.evaluation.cells import Cell, CellFailure, Outcome
-from ml2o_dist.evaluation.contestants import Contestant
+from ml2o_dist.evaluation.optimizer_specs import OptimizerSpec
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class Tunable:
     """An optimizer that a user named without a learning rate: tuning finds one."""
 
     name: str
-    contestant: Callable[[float], Contestant]
+    optimizer: Callable[[float], OptimizerSpec]
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ def tune(
     tunables: Sequence[Tunable],
     problems: Sequence[str],
     learning_rates: Sequence[float],
-    trial: Callable[[Contestant, str], Sequence[Cell]],
+    trial: Callable[[OptimizerSpec, str], Sequence[Cell]],
     run_cells: Callable[[Sequence[Cell]], Sequence[Outcome]],
 ) -> dict[tuple[str, str], Tuned]:
     """Return the tuned learning rate of every optimizer on every problem, by (name, problem).
@@ -48,7 +48,7 @@ def tune(
     rate wins a tie. `run_cells` gets the cells of all trials in one call and returns outcomes in the same order.
     """
     keys = [(each, problem, lr) for problem in problems for each in tunables for lr in learning_rates]
-    trials = [trial(each.contestant(lr), problem) for each, problem, lr in keys]
+    trials = [trial(each.optimizer(lr), problem) for each, problem, lr in keys]
     cells = [cell for part in trials for cell in part]
     outcomes = iter(run_cells(cells) if cells else ())
     scores: dict[tuple[str, str], dict[float, float]] = {}

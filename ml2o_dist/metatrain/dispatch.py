@@ -16,7 +16,7 @@ from ml2o_dist.metatrain.schedule import WorkItem
 RUNS_PER_ERROR = 2
 """A key whose episode raised is retried once, on another worker, since the machine may have caused the error."""
 
-TWIN_AFTER = 0.25
+BACKUP_AFTER = 0.25
 """An idle worker starts a backup task for an episode that has used this share of the time it may take."""
 
 
@@ -65,12 +65,12 @@ class Task:
     def fate(self) -> str:
         """What happens after an attempt without a result, in words: nothing, its backup task goes on, or a retry."""
         if self.done:
-            return "its twin has the result"
-        return "its twin goes on" if self.flying else "it runs again elsewhere"
+            return "its backup task has the result"
+        return "its backup task goes on" if self.flying else "it runs again elsewhere"
 
 
 @dataclass(frozen=True, eq=False)
-class Flight:
+class InFlight:
     """An attempt at a task: the `worker`, when it `began` and its deadline (seconds of the clock)."""
 
     task: Task
@@ -89,7 +89,7 @@ class Dispatch:
 
     Attributes:
         repeated: retries so far, because the worker was lost, or the episode raised or was overdue.
-        twins: backup tasks started so far.
+        backup_tasks: backup tasks started so far.
     """
 
     def __init__(self, faults: FaultSettings, clock: Callable[[], float] = time.monotonic) -> None:
@@ -97,14 +97,14 @@ class Dispatch:
         self._clock = clock
         self._costs = Costs(faults)
         self._waiting: list[Task] = []  # the most urgent task comes last
-        self._flights: set[Flight] = set()
+        self._in_flight: set[InFlight] = set()
         self.repeated = 0
-        self.twins = 0
+        self.backup_tasks = 0
 
     @property
-    def flights(self) -> Collection[Flight]:
+    def in_flight(self) -> Collection[InFlight]:
         """The attempts in flight."""
-        return self._flights
+        return self._in_flight
 
     def add(self, items: Sequence[WorkItem], weights: Any) -> Batch:
         """Queue the items as a batch and return it."""
@@ -116,9 +116,9 @@ class Dispatch:
     def drop(self) -> None:
         """Drop all tasks that wait or are in flight."""
         self._waiting.clear()
-        self._flights.clear()
+        self._in_flight.clear()
 
-    def assign(self, idle: Iterable[Any], alive: int) -> list[Flight]:
+    def assign(self, idle: Iterable[Any], alive: int) -> list[InFlight]:
         """Return what the `idle` ones of `alive` workers are to begin now."""
         begun, spare = [], []
         for worker in idle:
@@ -131,12 +131,12 @@ class Dispatch:
             begun += [self._begin(task, worker) for worker, task in zip(spare, self._stragglers(), strict=False)]
         return begun
 
-    def finished(self, flight: Flight, result: EpisodeResult) -> None:
+    def finished(self, flight: InFlight, result: EpisodeResult) -> None:
         """Record the result of an attempt; if its backup task was faster, the result is already known and stays."""
         self.rolled_out(flight, result)
         self.settle(flight.task, result)
 
-    def rolled_out(self, flight: Flight, result: EpisodeResult) -> None:
+    def rolled_out(self, flight: InFlight, result: EpisodeResult) -> None:
         """Record that an attempt ended whose result is not complete yet; `settle` or `again` follows."""
         self._land(flight)
         self._costs.learn(flight.task.item, result)
@@ -151,12 +151,12 @@ class Dispatch:
             task.expected = self._costs.expected(task.item)
             self._wait(task)
 
-    def lost(self, flight: Flight) -> None:
+    def lost(self, flight: InFlight) -> None:
         """Retry the task of an attempt whose worker was lost."""
         self._land(flight)
         self.again(flight.task)
 
-    def raised(self, flight: Flight) -> bool:
+    def raised(self, flight: InFlight) -> bool:
         """Retry the task of an attempt that raised, on another worker if there is one; False if it raised too often."""
         self._land(flight)
         task = flight.task
@@ -167,9 +167,9 @@ class Dispatch:
         self.again(task)
         return True
 
-    def end_overdue(self) -> list[tuple[Flight, float]]:
+    def end_overdue(self) -> list[tuple[InFlight, float]]:
         """Return attempts past their deadline with the seconds they had; retry their tasks with twice that time."""
-        late = [flight for flight in self._flights if self._clock() > flight.deadline]
+        late = [flight for flight in self._in_flight if self._clock() > flight.deadline]
         for flight in late:
             self._land(flight)
             flight.task.overdue += 1
@@ -187,26 +187,26 @@ class Dispatch:
         now = self._clock()
         late = [
             ((now - flight.began) / (flight.deadline - flight.began), flight.task)
-            for flight in self._flights
+            for flight in self._in_flight
             if flight.task.flying == 1 and not flight.task.done
         ]
         late.sort(key=lambda each: each[0], reverse=True)
-        return [task for used, task in late if used > TWIN_AFTER]
+        return [task for used, task in late if used > BACKUP_AFTER]
 
-    def _begin(self, task: Task, worker: Any) -> Flight:
+    def _begin(self, task: Task, worker: Any) -> InFlight:
         if task.flying:
-            self.twins += 1
+            self.backup_tasks += 1
         elif task.runs:
             self.repeated += 1
         task.runs += 1
         task.flying += 1
         now = self._clock()
-        flight = Flight(task, worker, now, now + self._costs.allowed(task.item, task.overdue))
-        self._flights.add(flight)
+        flight = InFlight(task, worker, now, now + self._costs.allowed(task.item, task.overdue))
+        self._in_flight.add(flight)
         return flight
 
-    def _land(self, flight: Flight) -> None:
-        self._flights.discard(flight)
+    def _land(self, flight: InFlight) -> None:
+        self._in_flight.discard(flight)
         flight.task.flying -= 1
 
     def _wait(self, task: Task) -> None:

@@ -10,7 +10,7 @@ import ray
 from ray.exceptions import ObjectLostError, RayTaskError
 
 from ml2o_dist.config import FaultSettings, LearnerSettings, MetaTrainSettings, ResourceSettings
-from ml2o_dist.metatrain.dispatch import Batch, Dispatch, Flight
+from ml2o_dist.metatrain.dispatch import Batch, Dispatch, InFlight
 from ml2o_dist.metatrain.episode import EpisodeResult, failed_episode, replayed
 from ml2o_dist.metatrain.replays import Replays
 from ml2o_dist.metatrain.schedule import WorkItem
@@ -53,8 +53,8 @@ class WorkerPool:
         self._faults = faults
         self._stop_requested = stop_requested
         self._dispatch = Dispatch(faults)
-        self._in_flight: dict[Any, Flight] = {}
-        self._rollouts: dict[Flight, Any] = {}
+        self._in_flight: dict[Any, InFlight] = {}
+        self._rollouts: dict[InFlight, Any] = {}
         self._replays = None if learner is None else Replays(learner, faults)
         try:
             if self._replays is not None:
@@ -179,7 +179,7 @@ class WorkerPool:
                 result, rollout = actor.roll_out.options(num_returns=2).remote(weights, spec)
                 self._in_flight[result], self._rollouts[flight] = flight, rollout
 
-    def _land(self, future: Any, flight: Flight) -> None:
+    def _land(self, future: Any, flight: InFlight) -> None:
         """Process the end of an attempt."""
         worker, key = flight.worker, flight.task.item.key
         rollout = self._rollouts.pop(flight, None)
@@ -235,7 +235,7 @@ class WorkerPool:
         for replay in replays.restart():
             self._dispatch.again(replay.task)
 
-    def _raised(self, flight: Flight, error: RayTaskError) -> None:
+    def _raised(self, flight: InFlight, error: RayTaskError) -> None:
         item = flight.task.item
         what = f"{item.key} ({item.spec.problem}) failed"
         if self._dispatch.raised(flight):

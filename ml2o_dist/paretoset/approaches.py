@@ -27,7 +27,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from ml2o_dist.artifact import weights_sha256
-from ml2o_dist.evaluation.contestants import Contestant, HandDesigned
+from ml2o_dist.evaluation.optimizer_specs import HandDesigned, OptimizerSpec
 from ml2o_dist.paretoset.comparators.base import COMPARATORS, Ingredients, Merged, State, Training
 from ml2o_dist.paretoset.conditioned import Conditioned, Fused, trainable
 from ml2o_dist.paretoset.experts import network_of
@@ -78,7 +78,7 @@ class Work(Carrying):
         approach: see the table above.
         ray: the row of `evaluation_rays`, for approaches that train a network for each; None: all rays.
         settings: the settings, with the device and the data folder resolved.
-        contestant: the update rule that trains it.
+        optimizer: the update rule that trains it.
         folder: the run directory; states of start and experts lie in `experts/`.
         files: the files of the start and each expert.
     """
@@ -86,7 +86,7 @@ class Work(Carrying):
     approach: str
     ray: int | None
     settings: ParetoSetSettings
-    contestant: Contestant
+    optimizer: OptimizerSpec
     anneals: bool
     folder: str
     files: tuple[str, ...]
@@ -131,11 +131,11 @@ class Work(Carrying):
 
 
 def all_work(
-    settings: ParetoSetSettings, tasks: int, contestant: Contestant, folder: str, files: tuple[str, ...]
+    settings: ParetoSetSettings, tasks: int, optimizer: OptimizerSpec, folder: str, files: tuple[str, ...]
 ) -> list[Work]:
-    """Return every piece of work of a run, ours first; `contestant` trains the routers."""
-    anneals = isinstance(contestant, HandDesigned)
-    found = [Work(OURS, None, settings, contestant, anneals, folder, files)]
+    """Return every piece of work of a run, ours first; `optimizer` trains the routers."""
+    anneals = isinstance(optimizer, HandDesigned)
+    found = [Work(OURS, None, settings, optimizer, anneals, folder, files)]
     for name in (EXPERTS, *settings.comparators):
         aggregator = "mean" if name == EXPERTS else COMPARATORS[name].aggregator
         work = Work(name, None, settings, HandDesigned(aggregator, "adam", settings.comparator_lr), True, folder, files)
@@ -230,7 +230,7 @@ def _fingerprint(work: Work, states: list[dict[str, Tensor]]) -> dict[str, Any]:
     return {
         "settings": kept,
         **({"plugins": sorted(each.sha256 for each in settings.plugins)} if settings.plugins else {}),
-        "trainer": json.loads(json.dumps(work.contestant.identity)),
+        "trainer": json.loads(json.dumps(work.optimizer.identity)),
         "states": [weights_sha256(state) for state in states],
     }
 
@@ -261,7 +261,7 @@ def _trained(work: Work, model: Conditioned, tasks: TaskSet, device: torch.devic
     try:
         trained = train(
             problem,
-            work.contestant.rule(device, problem.dtype),
+            work.optimizer.rule(device, problem.dtype),
             steps=steps,
             seed=settings.seed,
             folder=Path(work.folder) / "training" / work.name,

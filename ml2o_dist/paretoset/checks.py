@@ -6,8 +6,8 @@ from pathlib import Path
 
 from ml2o_dist.config import DataSettings, EvaluateSettings
 from ml2o_dist.config_file import flat_settings, read_settings
-from ml2o_dist.evaluation.contestants import Contestant, Guarded, HandDesigned, Learned, Stochastic
 from ml2o_dist.evaluation.optimizer_names import Resolve, parse_optimizers
+from ml2o_dist.evaluation.optimizer_specs import Guarded, HandDesigned, Learned, OptimizerSpec, Stochastic
 from ml2o_dist.paretoset.conditioned import ConditionedInput, WeightLine
 from ml2o_dist.paretoset.experts import network_of
 from ml2o_dist.paretoset.fusion import Fusion
@@ -59,23 +59,23 @@ def _difference(ours: ParetoSetSettings, theirs: ParetoSetSettings) -> str:
     return ""
 
 
-def router_trainer(settings: ParetoSetSettings, resolve: Resolve) -> Contestant:
+def router_trainer(settings: ParetoSetSettings, resolve: Resolve) -> OptimizerSpec:
     """Return the optimizer of the routers; raises UserError if its name is incomplete or does not suit the loss."""
     name = settings.routers.optimizer
     (entrant,) = parse_optimizers(EvaluateSettings(optimizers=(name,)), resolve)
     if entrant.tuned:
         raise UserError(f"routers.optimizer {name!r} needs a learning rate: write {name}@0.01")
-    contestant = entrant.contestant(None)
-    guarded = isinstance(contestant, Guarded | Stochastic) or (
-        isinstance(contestant, Learned) and contestant.settings.guard is not None
+    optimizer = entrant.optimizer(None)
+    guarded = isinstance(optimizer, Guarded | Stochastic) or (
+        isinstance(optimizer, Learned) and optimizer.settings.guard is not None
     )
-    looks_back = isinstance(contestant, HandDesigned) and contestant.aggregator == "famo"
+    looks_back = isinstance(optimizer, HandDesigned) and optimizer.aggregator == "famo"
     if (guarded or looks_back) and not Scalarization(settings.routers.loss).constant:
         raise UserError(
             f"routers.loss {settings.routers.loss!r} has other weights at every point, so that {name} cannot compare "
             "two points by it: use routers.loss=ls, or another optimizer"
         )
-    return contestant
+    return optimizer
 
 
 def check_network(settings: ParetoSetSettings, tasks: TaskSet) -> None:

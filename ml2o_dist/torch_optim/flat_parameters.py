@@ -30,7 +30,7 @@ class FlatParameters:
         self.parameters: list[Tensor] = []
         self.names: list[str] = []
         self.device, self.dtype = torch.device("cpu"), torch.float32
-        self._exact: Tensor | None = None  # [1, n], the last kept z, if master weights are needed
+        self._master: Tensor | None = None  # [1, n], the last kept z, if master weights are needed
 
     @property
     def dimension(self) -> int:
@@ -75,8 +75,8 @@ class FlatParameters:
             raise UserError("a float64 parameter was added to an optimizer of float32 ones: make a new optimizer")
         self.parameters += parameters
         self.names += names
-        if self._exact is not None:
-            self._exact = torch.cat([self._exact, self._joined(parameters)], dim=1)
+        if self._master is not None:
+            self._master = torch.cat([self._master, self._joined(parameters)], dim=1)
 
     def read(self) -> Tensor:
         """Return z [1, n]. Raises UserError if the parameters have changed their device or precision."""
@@ -87,14 +87,14 @@ class FlatParameters:
                 "move a model, or change its precision, before the first step"
             )
         found = self._joined(self.parameters)
-        if self._exact is None:
+        if self._master is None:
             return found
         same = [
             kept.to(parameter.device, parameter.dtype) == parameter.detach().flatten()
-            for parameter, kept in zip(self.parameters, torch.split(self._exact[0], self._sizes), strict=True)
+            for parameter, kept in zip(self.parameters, torch.split(self._master[0], self._sizes), strict=True)
         ]
         everywhere = torch.cat([each.to(self.device) for each in same])
-        return torch.where(everywhere, self._exact, found)
+        return torch.where(everywhere, self._master, found)
 
     @torch.no_grad()
     def write(self, point: Tensor) -> None:
@@ -106,16 +106,16 @@ class FlatParameters:
         """Write `point` [1, n] into the parameters, and keep it if a parameter cannot hold its full precision."""
         self.write(point)
         if any(parameter.dtype != self.dtype for parameter in self.parameters):
-            self._exact = point.detach().clone()
+            self._master = point.detach().clone()
 
     @property
-    def exact(self) -> Tensor | None:
+    def master_weights(self) -> Tensor | None:
         """The kept z [1, n] (master weights), or None if the parameters hold its full precision."""
-        return self._exact
+        return self._master
 
-    def remember(self, exact: Tensor | None) -> None:
-        """Restore a value of `exact`, as from a checkpoint."""
-        self._exact = exact
+    def remember(self, master: Tensor | None) -> None:
+        """Restore a value of `master_weights`, as from a checkpoint."""
+        self._master = master
 
     def flat(self, parts: Sequence[Tensor | None]) -> Tensor:
         """Return one tensor for each parameter as a vector [n]; zeros for None."""

@@ -132,7 +132,7 @@ class ML2O(Optimizer):
             "order": [place[id(parameter)] for parameter in self._flat.parameters],
             "shapes": [list(parameter.shape) for parameter in self._flat.parameters],
             "precision": str(self._flat.dtype),
-            "exact": self._flat.exact,
+            "exact": self._flat.master_weights,
             "tree": json.dumps(tree),
             "tensors": tensors,
         }

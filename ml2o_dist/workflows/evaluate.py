@@ -16,9 +16,9 @@ from rich.console import Console
 
 from ml2o_dist.config import EvaluateSettings, GuardSettings
 from ml2o_dist.config_file import dump_settings, load_evaluation, resolve_settings
-from ml2o_dist.evaluation.contestants import Guarded, Learned
 from ml2o_dist.evaluation.evaluated import Evaluation
 from ml2o_dist.evaluation.optimizer_names import Entrant, parse_optimizers
+from ml2o_dist.evaluation.optimizer_specs import Guarded, Learned
 from ml2o_dist.evaluation.optimizer_words import GUARD, REGISTRY
 from ml2o_dist.reporting.evaluation_plots import plot_evaluation
 from ml2o_dist.reporting.evaluation_tables import evaluation_markdown, evaluation_table
@@ -176,7 +176,7 @@ def _track(
     console: Console,
 ) -> dict[str, str]:
     """Log a run for each optimizer, and the figures of registered versions with them; {} if MLflow is away."""
-    entered = {entrant.name: entrant.contestant(entrant.learning_rate or 1.0) for entrant in entrants}
+    entered = {entrant.name: entrant.optimizer(entrant.learning_rate or 1.0) for entrant in entrants}
     identities = {
         name: hashlib.sha256(json.dumps(each.identity, sort_keys=True).encode()).hexdigest()
         for name, each in entered.items()

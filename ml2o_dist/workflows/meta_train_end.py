@@ -14,9 +14,9 @@ from rich.console import Console
 from ml2o_dist import artifact
 from ml2o_dist.config import EvaluateSettings, MetaTrainSettings
 from ml2o_dist.config_file import settings_hash
-from ml2o_dist.evaluation.contestants import Learned
 from ml2o_dist.evaluation.evaluated import Evaluation
 from ml2o_dist.evaluation.optimizer_names import Entrant, parse_optimizers
+from ml2o_dist.evaluation.optimizer_specs import Learned
 from ml2o_dist.evaluation.suites import comparison_settings
 from ml2o_dist.metatrain.trainer import Trainer
 from ml2o_dist.reporting.evaluation_plots import plot_evaluation

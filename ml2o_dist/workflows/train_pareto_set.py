@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.table import Table
 
 from ml2o_dist.config_file import dump_settings, flat_settings, read_settings, settings_hash
-from ml2o_dist.evaluation.contestants import Contestant
+from ml2o_dist.evaluation.optimizer_specs import OptimizerSpec
 from ml2o_dist.paretoset.approaches import OURS, Outcome, Work, all_work, finished
 from ml2o_dist.paretoset.checks import check_network, check_place, resolved, router_trainer
 from ml2o_dist.paretoset.experts import Stage, expert_stages, is_done, steps_done
@@ -87,10 +87,10 @@ def train_set(
     check_writable(folder)
     console.print(f"run directory  {folder}", markup=False, highlight=False, soft_wrap=True)
     console.print(f"tracking URI   {redacted(uri)}", highlight=False, soft_wrap=True)
-    contestant = router_trainer(settings, lambda reference: _weights_of(uri, reference))
+    optimizer = router_trainer(settings, lambda reference: _weights_of(uri, reference))
     tasks = load_tasks(settings.tasks, settings.data.root)
     check_network(settings, tasks)
-    plan = _plan(settings, tasks, contestant, folder)
+    plan = _plan(settings, tasks, optimizer, folder)
     ray = connected(address) if plan.stages or plan.works else nullcontext("not needed, nothing is left to train")
     last_words = f"go on with: {resume_command(folder)}"
     with (
@@ -134,12 +134,12 @@ class _Plan:
     outcomes: dict[str, Outcome]
 
 
-def _plan(settings: ParetoSetSettings, tasks: TaskSet, contestant: Contestant, folder: Path) -> _Plan:
+def _plan(settings: ParetoSetSettings, tasks: TaskSet, optimizer: OptimizerSpec, folder: Path) -> _Plan:
     place = folder / "experts"
     stages = expert_stages(settings, tasks.count, place)
     files = settings.experts.files or tuple(str(place / f"{stage.name}.safetensors") for stage in stages)
     files = tuple(str(home_folder() / file) for file in files)
-    works = all_work(settings, tasks.count, contestant, str(folder), files)
+    works = all_work(settings, tasks.count, optimizer, str(folder), files)
     left = [stage for stage in stages if not is_done(stage, place)]
     outcomes = {} if left else finished(works)
     return _Plan(stages, works, files, left, [work for work in works if work.name not in outcomes], outcomes)

@@ -137,7 +137,7 @@ def test_acceptance_is_the_share_of_steps_that_took_the_learned_candidate() -> N
     problem = ProblemSpec.parse(NOISY).build(ProblemContext())
     for index, cell in enumerate(evaluation.cells):
         planned = plan(chosen, parse_optimizers(chosen, lambda reference: pytest.fail(reference)), {})[index]
-        made = planned.cell.contestant.rule(torch.device("cpu"), torch.float32)
+        made = planned.cell.optimizer.rule(torch.device("cpu"), torch.float32)
         assert isinstance(made, GuardedRule)
         assert isinstance(made.fallback, DSSMG)
         names = ("batches", "report", str(planned.cell.problem), cell.seed)
@@ -182,7 +182,7 @@ def test_the_learning_rate_is_that_of_brute_force_on_seeds_of_its_own() -> None:
     assert {seed for cell in ran if cell.stream == "report" for seed in cell.seeds} == {0, 1}
     brute = {}
     for rate in rates:
-        trials = [cell for cell in tuning if cell.contestant.label == f"mean+sgd@{rate:g}"]
+        trials = [cell for cell in tuning if cell.optimizer.label == f"mean+sgd@{rate:g}"]
         results = [run_cell(cell) for cell in trials]
         diverged = any(bool(result.diverged) for result in results)
         brute[rate] = math.inf if diverged else sum(float(result.final_sum) for result in results) / 2
@@ -348,7 +348,7 @@ def test_losses_at_equal_evaluations_and_time_stand_beside_those_at_equal_steps(
     def watching(given: Sequence[Cell]) -> list[Outcome]:
         outcomes = in_process(given)
         for cell, outcome in zip(given, outcomes, strict=True):
-            if cell.contestant.label == "dssmg":
+            if cell.optimizer.label == "dssmg":
                 steps = int((outcome.evaluations <= 60).sum())
                 spent.append(steps)
                 tail = outcome.losses[steps - max(1, steps // 10) : steps].mean(dim=0).sum()

@@ -16,7 +16,7 @@ from ml2o_dist.config import GuardSettings, RuleSettings
 from ml2o_dist.evaluation import cell_cache
 from ml2o_dist.evaluation.cell_cache import CellCache, cell_key, run_cached
 from ml2o_dist.evaluation.cells import Cell, CellFailure, CellResult, run_cell
-from ml2o_dist.evaluation.contestants import Adversary, Guarded, HandDesigned, Learned, Stochastic
+from ml2o_dist.evaluation.optimizer_specs import Adversary, Guarded, HandDesigned, Learned, Stochastic
 from ml2o_dist.problems import ProblemSpec
 from ml2o_dist.rules.coordinatewise.rule import ML2ONetwork
 
@@ -26,7 +26,7 @@ LEARNED = Learned("learned", RULE, WEIGHTS)
 CELL = Cell(HandDesigned.parse("mean+sgd@0.1"), ProblemSpec.parse("quadratic[n=3]"), (1,), "report", 5)
 FULL = replace(
     CELL,
-    contestant=Guarded(LEARNED, GuardSettings()),
+    optimizer=Guarded(LEARNED, GuardSettings()),
     problem=ProblemSpec.parse("multidigits[net=mlp,hidden=4,batch=8]"),
     criticality_batches=2,
 )
@@ -42,7 +42,7 @@ def equal(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-@pytest.mark.parametrize("cell", [CELL, FULL, replace(FULL, contestant=Adversary("nan"))])
+@pytest.mark.parametrize("cell", [CELL, FULL, replace(FULL, optimizer=Adversary("nan"))])
 def test_a_finished_cell_is_found_as_it_was(cell: Cell, tmp_path: Path) -> None:
     cache, result = CellCache(tmp_path), run_cell(cell)
     key = cell_key(cell, {})
@@ -50,7 +50,7 @@ def test_a_finished_cell_is_found_as_it_was(cell: Cell, tmp_path: Path) -> None:
     cache.keep(key, result)
     found = CellCache(tmp_path).find(key)
     assert found is not None
-    if cell.contestant != Adversary("nan"):
+    if cell.optimizer != Adversary("nan"):
         assert equal(found, result)
     assert found.losses.shape == result.losses.shape
     assert cache.find(cell_key(replace(cell, steps=6), {})) is None
@@ -60,7 +60,7 @@ def test_the_key_is_of_what_decides_the_cell_and_of_nothing_else() -> None:
     other = dict(WEIGHTS)
     name = next(iter(other))
     other[name] = other[name] + 1e-6
-    contestants = [
+    optimizers = [
         HandDesigned.parse("mean+sgd@0.1"),
         HandDesigned.parse("mean+sgd@0.2"),
         HandDesigned.parse("mgda+sgd@0.1"),
@@ -78,7 +78,7 @@ def test_the_key_is_of_what_decides_the_cell_and_of_nothing_else() -> None:
         Guarded(Adversary("ascent"), GuardSettings(budget=1.0)),
         Guarded(LEARNED, GuardSettings()),
     ]
-    cells = [replace(CELL, contestant=each) for each in contestants]
+    cells = [replace(CELL, optimizer=each) for each in optimizers]
     cells += [
         replace(CELL, **change)
         for change in (
@@ -95,7 +95,7 @@ def test_the_key_is_of_what_decides_the_cell_and_of_nothing_else() -> None:
     ]
     keys = [cell_key(cell, {}) for cell in cells] + [cell_key(CELL, {"digits": "a"}), cell_key(CELL, {"digits": "b"})]
     assert len(set(keys)) == len(keys)
-    assert cell_key(replace(CELL, contestant=replace(LEARNED, label="x"), data_root="/elsewhere"), {}) == keys[4]
+    assert cell_key(replace(CELL, optimizer=replace(LEARNED, label="x"), data_root="/elsewhere"), {}) == keys[4]
     assert cell_key(replace(CELL, device="cuda:1"), {}) == cell_key(replace(CELL, device="cuda:0"), {})
 
 

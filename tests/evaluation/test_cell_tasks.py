@@ -12,7 +12,7 @@ import torch
 
 from ml2o_dist.evaluation.cell_tasks import run_outcomes_on_ray
 from ml2o_dist.evaluation.cells import Cell, CellFailure, CellResult, Outcome, run_cell
-from ml2o_dist.evaluation.contestants import HandDesigned
+from ml2o_dist.evaluation.optimizer_specs import HandDesigned
 from ml2o_dist.problems import ProblemSpec
 from ml2o_dist.rules.adversaries import AdversaryRule
 from ml2o_dist.runtime.errors import UserError
@@ -36,7 +36,7 @@ def failing(folder: Path, times: int, how: str) -> Cell:
                 raise UserError("no such thing") if how == "refuses" else RuntimeError("a solver\ngave up")
             return AdversaryRule("frozen")
 
-    return replace(CELL, contestant=Failing())
+    return replace(CELL, optimizer=Failing())
 
 
 def outcomes(cells, **options):
@@ -83,7 +83,7 @@ def test_a_task_has_one_torch_thread():
         def rule(self, device, dtype):
             return AdversaryRule("frozen" if torch.get_num_threads() == 1 else "nan")
 
-    cell = replace(CELL, contestant=Counting())
+    cell = replace(CELL, optimizer=Counting())
     (result,) = outcomes([cell], on_done=lambda done, total: seen.append(done))
     assert not result.diverged.any()
     assert seen[-1] == 1

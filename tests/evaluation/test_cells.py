@@ -14,7 +14,7 @@ from torch import Tensor
 from ml2o_dist.config import RuleSettings
 from ml2o_dist.evaluation.cell_tasks import run_outcomes_on_ray
 from ml2o_dist.evaluation.cells import Cell, CellFailure, Outcome, run_cell
-from ml2o_dist.evaluation.contestants import HandDesigned, Learned
+from ml2o_dist.evaluation.optimizer_specs import HandDesigned, Learned
 from ml2o_dist.problems import Problem, ProblemContext, ProblemSpec
 from ml2o_dist.problems.spec import FACTORIES
 from ml2o_dist.rules.coordinatewise.rule import ML2ONetwork
@@ -94,8 +94,8 @@ def test_a_cell_equals_the_closed_form(m: int, n: int, seeds: tuple[int, ...]) -
 
 
 def test_a_cell_is_a_function_of_its_description() -> None:
-    for contestant in (HandDesigned.parse("pcgrad@0.01"), LEARNED):
-        cell = replace(CELL, contestant=contestant, problem=ProblemSpec.parse("bowl[m=3,noise=1]"))
+    for optimizer in (HandDesigned.parse("pcgrad@0.01"), LEARNED):
+        cell = replace(CELL, optimizer=optimizer, problem=ProblemSpec.parse("bowl[m=3,noise=1]"))
         first, second = run_cell(cell), run_cell(pickle.loads(pickle.dumps(cell)))
         assert torch.equal(first.losses, second.losses)
         assert torch.equal(first.test_metrics["test_loss"], second.test_metrics["test_loss"])
@@ -104,9 +104,9 @@ def test_a_cell_is_a_function_of_its_description() -> None:
 
 
 def test_all_optimizers_see_the_same_batches_and_starting_points() -> None:
-    contestants = [HandDesigned.parse("mean+sgd@0.1"), HandDesigned.parse("mgda+adam@0.03"), LEARNED, INITIAL]
-    echo = [run_cell(replace(CELL, contestant=c, problem=ProblemSpec("echo"))).losses for c in contestants]
-    bowl = [run_cell(replace(CELL, contestant=c)).losses for c in contestants]
+    optimizers = [HandDesigned.parse("mean+sgd@0.1"), HandDesigned.parse("mgda+adam@0.03"), LEARNED, INITIAL]
+    echo = [run_cell(replace(CELL, optimizer=c, problem=ProblemSpec("echo"))).losses for c in optimizers]
+    bowl = [run_cell(replace(CELL, optimizer=c)).losses for c in optimizers]
     for other in echo[1:]:
         assert torch.equal(other, echo[0])
     for other in bowl[1:]:
@@ -115,16 +115,16 @@ def test_all_optimizers_see_the_same_batches_and_starting_points() -> None:
 
 
 def test_initial_is_adam_on_the_sum() -> None:
-    adam = run_cell(replace(CELL, contestant=HandDesigned.parse("mean+adam@0.01")))
-    initial = run_cell(replace(CELL, contestant=INITIAL))
+    adam = run_cell(replace(CELL, optimizer=HandDesigned.parse("mean+adam@0.01")))
+    initial = run_cell(replace(CELL, optimizer=INITIAL))
     torch.testing.assert_close(initial.losses, adam.losses, rtol=1e-5, atol=1e-5)
 
 
 def test_a_diverged_cell_is_a_result() -> None:
-    result = run_cell(replace(CELL, contestant=HandDesigned.parse("mean+sgd@1e6"), steps=20))
+    result = run_cell(replace(CELL, optimizer=HandDesigned.parse("mean+sgd@1e6"), steps=20))
     assert result.diverged.tolist() == [True, True]
     assert result.final_sum.tolist() == [math.inf, math.inf]
-    large = run_cell(replace(CELL, contestant=HandDesigned.parse("mean+sgd@100"), steps=5))
+    large = run_cell(replace(CELL, optimizer=HandDesigned.parse("mean+sgd@100"), steps=5))
     assert large.losses.isfinite().all()
     assert large.diverged.tolist() == [True, True]
 
@@ -140,7 +140,7 @@ def on_ray(cells: Sequence[Cell], **options: object) -> list[Outcome]:
 
 @pytest.mark.usefixtures("cluster")
 def test_ray_tasks_give_the_same_results_in_the_same_order() -> None:
-    cells = [replace(QUADRATIC, contestant=c, steps=s) for c, s in [(LEARNED, 40), (CELL.contestant, 5), (INITIAL, 10)]]
+    cells = [replace(QUADRATIC, optimizer=c, steps=s) for c, s in [(LEARNED, 40), (CELL.optimizer, 5), (INITIAL, 10)]]
     seen: list[tuple[int, int]] = []
     far = on_ray(cells, on_done=lambda done, total: seen.append((done, total)))
     assert [pair for pair in dict.fromkeys(seen) if pair[0]] == [(1, 3), (2, 3), (3, 3)]
@@ -153,7 +153,7 @@ def test_ray_says_what_is_wrong_instead_of_hanging() -> None:
     with pytest.raises(UserError, match=r"no node .* has 999 CPUs"):
         on_ray([QUADRATIC], num_cpus=999)
     fixed = RuleSettings(objectives="per_objective", count=3)
-    failure, result = on_ray([replace(QUADRATIC, contestant=Learned("learned", fixed, None)), QUADRATIC])
+    failure, result = on_ray([replace(QUADRATIC, optimizer=Learned("learned", fixed, None)), QUADRATIC])
     assert isinstance(failure, CellFailure)
     assert "num_objectives=3, the problem has 2" in failure.reason
     assert "\n" not in failure.reason

@@ -26,7 +26,7 @@ def parse(*names: str, overrides: tuple[str, ...] = (), files: dict[str, Path] |
 
 
 def rule(entrant: Entrant, lr: float | None = None) -> UpdateRule:
-    return entrant.contestant(lr).rule(torch.device("cpu"), torch.float32)
+    return entrant.optimizer(lr).rule(torch.device("cpu"), torch.float32)
 
 
 @pytest.mark.parametrize("name", sorted(ADVERSARIES))

@@ -17,7 +17,7 @@ from ml2o_dist.cli import main
 from ml2o_dist.config import split_steps
 from ml2o_dist.config_file import load_settings
 from ml2o_dist.evaluation.cells import Cell, run_cell
-from ml2o_dist.evaluation.contestants import HandDesigned, Learned
+from ml2o_dist.evaluation.optimizer_specs import HandDesigned, Learned
 from ml2o_dist.evaluation.suites import load_suite
 from ml2o_dist.metatrain.trainer import Trainer
 from tests.meta_train_command import CONFIG

@@ -52,7 +52,7 @@ class Crew:
 
     @property
     def alive(self) -> int:
-        return len(self.idle) + len(self.dispatch.flights)
+        return len(self.idle) + len(self.dispatch.in_flight)
 
     def train(self, chaos: int) -> None:
         """Go through all meta-steps; after `chaos` events everything ends as it should."""
@@ -85,7 +85,7 @@ class Crew:
 
     def event(self, *, calm: bool) -> None:
         self.clock.now += self.source.uniform(0, 2)
-        flights = sorted(self.dispatch.flights, key=lambda each: (each.task.item.key, each.began))
+        flights = sorted(self.dispatch.in_flight, key=lambda each: (each.task.item.key, each.began))
         what = "finished" if calm else self.source.choice(["finished", "finished", "lost", "raised", "late", "back"])
         if self.gone and (what == "back" or calm or not flights):
             self.idle.append(object())
@@ -126,7 +126,7 @@ def test_whatever_happens_every_key_has_one_result_and_the_lag_is_bounded(
     crew = Crew(workers, staleness, meta_steps, slots, random.Random(seed))
     crew.train(chaos)
     assert set(crew.ran) == {Key(step, slot) for step in range(meta_steps) for slot in range(slots)}
-    assert sum(crew.ran.values()) - len(crew.ran) == crew.dispatch.repeated + crew.dispatch.twins
+    assert sum(crew.ran.values()) - len(crew.ran) == crew.dispatch.repeated + crew.dispatch.backup_tasks
     if not chaos:
         assert crew.dispatch.repeated == 0
 
@@ -176,41 +176,41 @@ def straggling() -> tuple[Dispatch, Clock, Any, Any]:
     return dispatch, clock, batch, slow
 
 
-@pytest.mark.parametrize("first", ["the twin", "the straggler"])
-def test_an_idle_worker_runs_a_twin_of_a_straggler_and_the_first_result_counts(first: str) -> None:
+@pytest.mark.parametrize("first", ["the backup", "the straggler"])
+def test_an_idle_worker_runs_a_backup_task_of_a_straggler_and_the_first_result_counts(first: str) -> None:
     dispatch, _, batch, slow = straggling()
-    (twin,) = dispatch.assign([object()], 2)
-    assert twin.task is slow.task
-    assert twin.worker is not slow.worker
-    assert dispatch.assign([object()], 3) == [], "one twin is enough"
-    assert (dispatch.repeated, dispatch.twins) == (0, 1)
-    flights, results = (twin, slow) if first == "the twin" else (slow, twin), [result(), result()]
+    (backup,) = dispatch.assign([object()], 2)
+    assert backup.task is slow.task
+    assert backup.worker is not slow.worker
+    assert dispatch.assign([object()], 3) == [], "one backup is enough"
+    assert (dispatch.repeated, dispatch.backup_tasks) == (0, 1)
+    flights, results = (backup, slow) if first == "the backup" else (slow, backup), [result(), result()]
     dispatch.finished(flights[0], results[0])
     assert batch.in_order() == results[:1]
     dispatch.finished(flights[1], results[1])
     assert batch.results[0] is results[0]
-    assert not dispatch.flights
+    assert not dispatch.in_flight
 
 
-def test_while_a_twin_runs_a_lost_straggler_is_not_run_a_third_time() -> None:
+def test_while_a_backup_task_runs_a_lost_straggler_is_not_run_a_third_time() -> None:
     dispatch, _, batch, slow = straggling()
-    (twin,) = dispatch.assign([object()], 2)
+    (backup,) = dispatch.assign([object()], 2)
     dispatch.lost(slow)
-    assert slow.task.fate == "its twin goes on"
+    assert slow.task.fate == "its backup task goes on"
     assert dispatch.assign([object()], 2) == []
-    dispatch.lost(twin)
+    dispatch.lost(backup)
     assert slow.task.fate == "it runs again elsewhere"
     (third,) = dispatch.assign([object()], 2)
     dispatch.finished(third, result())
     assert batch.complete
 
 
-def test_a_straggler_that_is_lost_after_its_twin_has_ended_is_not_run_again() -> None:
+def test_a_straggler_that_is_lost_after_its_backup_task_has_ended_is_not_run_again() -> None:
     dispatch, _, batch, slow = straggling()
-    (twin,) = dispatch.assign([object()], 2)
-    dispatch.finished(twin, result())
+    (backup,) = dispatch.assign([object()], 2)
+    dispatch.finished(backup, result())
     dispatch.lost(slow)
-    assert slow.task.fate == "its twin has the result"
+    assert slow.task.fate == "its backup task has the result"
     assert batch.complete
     assert dispatch.assign([object()], 2) == []
 
@@ -246,5 +246,5 @@ def test_what_is_dropped_does_not_come_back() -> None:
     flights = dispatch.assign([object()], 1)
     dispatch.drop()
     assert dispatch.assign([object()], 1) == []
-    assert not dispatch.flights
+    assert not dispatch.in_flight
     assert (len(flights), batch.complete) == (1, False)

@@ -127,7 +127,7 @@ def test_a_hung_episode_runs_elsewhere_and_its_worker_is_ended(pool, faults, wor
         until(lambda: made.run(items, weights) and made.restarts, 60)
     assert made.restarts == 1
     assert hung != other
-    what = "its twin has the result" if workers == 2 else "it runs again elsewhere"
+    what = "its backup task has the result" if workers == 2 else "it runs again elsewhere"
     said = rf"meta-step 1 slot 3 did not end in 12 s: worker [12] \(pid {hung}\) is ended; {what}"
     assert re.search(said, caplog.text)
     until(lambda: not alive(int(hung)))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ml2o_dist.config import GuardSettings, RuleSettings
-from ml2o_dist.evaluation.contestants import HandDesigned, Learned, Stochastic
+from ml2o_dist.evaluation.optimizer_specs import HandDesigned, Learned, Stochastic
 from ml2o_dist.metatrain.checkpoint import load_checkpoint
 from ml2o_dist.paretoset.conditioned import Conditioned, Fused, Plain
 from ml2o_dist.paretoset.fusion import Fusion

@@ -25,7 +25,7 @@ from ml2o_dist.artifact import weights_sha256
 from ml2o_dist.config import RULE_SETTINGS, EstimatorSettings, GuardSettings
 from ml2o_dist.config_file import parse_settings
 from ml2o_dist.evaluation.cells import Cell, run_cell
-from ml2o_dist.evaluation.contestants import Learned
+from ml2o_dist.evaluation.optimizer_specs import Learned
 from ml2o_dist.metatrain.episode import EpisodeSpec, replay_episode, replayed, roll_out_episode, run_episode
 from ml2o_dist.metatrain.estimators.base import Episode
 from ml2o_dist.metatrain.estimators.exact import exact

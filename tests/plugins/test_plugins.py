@@ -18,7 +18,7 @@ from ml2o_dist.cli import main
 from ml2o_dist.config_file import dump_settings, parse_settings
 from ml2o_dist.evaluation.cell_cache import cell_key
 from ml2o_dist.evaluation.cells import Cell
-from ml2o_dist.evaluation.contestants import HandDesigned
+from ml2o_dist.evaluation.optimizer_specs import HandDesigned
 from ml2o_dist.plugins import Carried, loaded
 from ml2o_dist.problems import ProblemSpec, problem_names
 from tests.plugins.conftest import EXAMPLES

@@ -13,8 +13,8 @@ from torch import nn
 
 from ml2o_dist import GML2O
 from ml2o_dist.config import EvaluateSettings, GuardSettings
-from ml2o_dist.evaluation.contestants import Contestant, Guarded, Learned
 from ml2o_dist.evaluation.optimizer_names import parse_optimizers
+from ml2o_dist.evaluation.optimizer_specs import Guarded, Learned, OptimizerSpec
 from ml2o_dist.rules.card_guard import admitted
 from tests.torch_optim.small import weights_file
 
@@ -87,9 +87,9 @@ def test_weights_cannot_switch_their_guard_off(tmp_path: Path) -> None:
     assert ends["own"] > 100 * ends["card"]  # the user's guard counts
 
 
-def entered(name: str) -> Contestant:
+def entered(name: str) -> OptimizerSpec:
     (entrant,) = parse_optimizers(EvaluateSettings(optimizers=(name,)), lambda reference: Path(reference))
-    return entrant.contestant(None)
+    return entrant.optimizer(None)
 
 
 def test_an_evaluation_does_not_take_a_looser_guard_either(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

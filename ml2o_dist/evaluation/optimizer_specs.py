@@ -1,4 +1,4 @@
-"""Contestants: picklable descriptions of update rules. A cell's worker builds the rule from one."""
+"""OptimizerSpec: picklable descriptions of update rules. A cell's worker builds the rule from one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ml2o_dist.rules.stochastic import DSSMG, SMG
 from ml2o_dist.runtime.errors import UserError
 
 
-class Contestant(Protocol):
+class OptimizerSpec(Protocol):
     """An update rule that a cell can run: it can be pickled, and the worker builds the rule from it."""
 
     @property
@@ -129,21 +129,21 @@ class Adversary:
 
 @dataclass(frozen=True, eq=False)
 class Guarded:
-    """Another contestant under GML2O's guard."""
+    """Another optimizer under GML2O's guard."""
 
-    contestant: Contestant
+    optimizer: OptimizerSpec
     guard: GuardSettings
 
     @property
     def label(self) -> str:
-        """`gml2o:` and the label of the guarded contestant."""
-        return f"gml2o:{self.contestant.label}"
+        """`gml2o:` and the label of the guarded optimizer."""
+        return f"gml2o:{self.optimizer.label}"
 
     @property
     def identity(self) -> Mapping[str, Any]:
-        """The identity of the guarded contestant, and the guard's settings."""
-        return {"guarded": self.contestant.identity, "guard": self.guard.model_dump(mode="json")}
+        """The identity of the guarded optimizer, and the guard's settings."""
+        return {"guarded": self.optimizer.identity, "guard": self.guard.model_dump(mode="json")}
 
     def rule(self, device: torch.device, dtype: torch.dtype) -> UpdateRule:
-        """Build the contestant's rule under the guard; raises UserError for a wrong fallback."""
-        return guarded(self.contestant.rule(device, dtype), self.guard)
+        """Build the optimizer's rule under the guard; raises UserError for a wrong fallback."""
+        return guarded(self.optimizer.rule(device, dtype), self.guard)
