@@ -59,7 +59,7 @@ def replay_ms(network: ML2ONetwork, dimension: int, columns: int) -> float:
     losses = torch.rand(STEPS + 1, 1, OBJECTIVES, device="cuda")
     gradients = torch.randn(STEPS + 1, 1, OBJECTIVES, dimension, device="cuda")
     ones = torch.ones(STEPS, 1, device="cuda")
-    record = {"agreement": ones, "total": ones, "unit": ones}
+    record = {"alignment": ones, "total": ones, "unit": ones}
     rollout = Rollout(losses, gradients, record, ones, 1.0, ParameterLayout.vector(dimension))
     rule = ML2ORule(network)
     with mock.patch.object(replaying, "GPU_REPLAY", columns * STEPS):

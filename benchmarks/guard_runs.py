@@ -17,7 +17,7 @@ from ml2o_dist.rules.base import UpdateRule
 from ml2o_dist.rules.coordinatewise.rule import ML2ORule
 from ml2o_dist.rules.guarded import GuardedInfo, fallback_rule, guarded
 
-UNTRAINED = RuleSettings(features="agreement", output="controlled", hidden=8, lr=0.005)
+UNTRAINED = RuleSettings(features="alignment", output="controlled", hidden=8, lr=0.005)
 """The network of the embedded default (`make train`)."""
 
 Guard = tuple[tuple[str, Any], ...] | None

@@ -148,7 +148,7 @@ class RuleSettings(LearnedRuleSettings):
     """The coordinatewise network, and how its output becomes a step (formulas: rules/coordinatewise/rule.py)."""
 
     kind: Literal["coordinatewise"] = "coordinatewise"
-    features: Literal["adam", "agreement", "log_sign"] = Field(
+    features: Literal["adam", "alignment", "log_sign"] = Field(
         "adam",
         description="what the network sees: Adam's averages, also the alignment, or log and sign",
     )
@@ -177,6 +177,12 @@ class RuleSettings(LearnedRuleSettings):
                 f"num_objectives={self.num_objectives}, hidden={self.hidden}: num_objectives * hidden^2 is above 2^24"
             )
         return self
+
+    @field_validator("features", mode="before")
+    @classmethod
+    def _current_feature(cls, given: Any) -> Any:
+        """Accept the name of an older version, which stored settings and cards still have."""
+        return "alignment" if given == "agreement" else given
 
 
 RULES: Registry[Any] = Registry("rule.kind", lambda: modules_of("ml2o_dist.rules", packages=True))

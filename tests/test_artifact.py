@@ -198,7 +198,7 @@ def test_a_tensor_of_another_shape_is_refused(folder: Path) -> None:
     ("change", "differing"),
     [
         ({"hidden": 8}, "hidden 4, not 8"),
-        ({"features": "agreement"}, "feature channels 3, not 4"),
+        ({"features": "alignment"}, "feature channels 3, not 4"),
         ({"objectives": "tied"}, "objective modules 3, not 1"),
         ({"count": 2}, "objective modules 3, not 2"),
         ({"output": "scaled"}, "outputs 2, not 1"),

@@ -88,9 +88,7 @@ def test_a_stopped_worker_is_replaced_and_leaves_the_weights_equal(cluster, tmp_
     trainer = Trainer(settings, tmp_path / "stopped")
     try:
         trainer.run(pool.begin, on_row)
-        items = training_items(
-            settings, 0, "cpu"
-        )  # a backup task did its episode: it may take its time
+        items = training_items(settings, 0, "cpu")  # a backup task did its episode: it may take its time
         until(lambda: pool.run(items, trainer.learner.weights) and pool.restarts, 30)
         assert pool.restarts == 1
         assert stopped[0] not in pool.pids()

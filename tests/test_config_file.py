@@ -191,7 +191,7 @@ def test_changed_settings_of_a_configuration_of_one_s_own_are_against_the_defaul
     base, changed = changed_settings(settings)
     assert base == "the defaults of config.py"
     assert "workers" not in changed, "2 is the default of config.py"
-    assert changed["rule.features"] == "agreement"
+    assert changed["rule.features"] == "alignment"
     assert "learner.clip" not in changed
     assert changed["family.test"] == list(settings.family.test)
     every = flat_settings(settings)

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a C
 
 RULES = {
     "default": RuleSettings(hidden=4),
-    "controlled": RuleSettings(hidden=4, features="agreement", output="controlled"),
+    "controlled": RuleSettings(hidden=4, features="alignment", output="controlled"),
     "published": RuleSettings(hidden=4, features="log_sign", output="scaled", objectives="per_objective"),
     "guarded": RuleSettings(hidden=4, guard=GuardSettings(budget=1.0)),
     "guarded, torchjd": RuleSettings(hidden=4, guard=GuardSettings(fallback="mgda+adam@0.01", budget=1.0)),

@@ -196,7 +196,7 @@ def test_an_unknown_part_is_refused(script):
 def test_a_learned_optimizer_is_measured_guarded_and_not(script, tmp_path, monkeypatch):
     import guard_learned
 
-    rule = RuleSettings(hidden=2, output="controlled", features="agreement")
+    rule = RuleSettings(hidden=2, output="controlled", features="alignment")
     save_artifact(tmp_path, ML2ONetwork(rule).state_dict(), rule, {})
     problem = "quadratic[batch=32,m=2,n=4,noise=0.5]"
     plain, scaled = guard_learned.Setting("plain", problem), guard_learned.Setting("x 1000", problem, 1000.0)

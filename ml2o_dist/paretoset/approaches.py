@@ -27,6 +27,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 from ml2o_dist.artifact import weights_sha256
+from ml2o_dist.config import AnyRule, LearnedRuleSettings
 from ml2o_dist.evaluation.optimizer_specs import HandDesigned, OptimizerSpec
 from ml2o_dist.paretoset.comparators.base import COMPARATORS, Ingredients, Merged, State, Training
 from ml2o_dist.paretoset.conditioned import Conditioned, Fused, trainable
@@ -204,7 +205,7 @@ def kept_outcome(file: Path, mark: Mapping[str, Any] | None = None) -> Outcome |
     """Return the outcome in `file`; None if it is missing, torn, or does not match a given `mark`."""
     try:
         outcome: Outcome = read_json_object(file, "outcome", within=file.parent)
-        if mark is not None and outcome.get("fingerprint") != mark:
+        if mark is not None and _current(outcome.get("fingerprint")) != mark:
             return None
         validated(_OUTCOME, outcome, "the outcome")
         if not outcome["diverged"]:
@@ -234,6 +235,17 @@ def _fingerprint(work: Work, states: list[dict[str, Tensor]]) -> dict[str, Any]:
         "states": [weights_sha256(state) for state in states],
     }
 
+
+def _current(fingerprint: Any) -> Any:
+    """Return a saved fingerprint with the present names of a learned rule's settings."""
+    trainer = fingerprint.get("trainer") if isinstance(fingerprint, dict) else None
+    if not isinstance(trainer, dict) or not isinstance(trainer.get("learned"), dict):
+        return fingerprint
+    learned = validated(_RULE, trainer["learned"], "the outcome").model_dump(mode="json")
+    return {**fingerprint, "trainer": {**trainer, "learned": learned}}
+
+
+_RULE: TypeAdapter[LearnedRuleSettings] = TypeAdapter(AnyRule)
 
 _UNTRAINED = {"steps": 0, "seconds": 0.0, "trained_parameters": 0, "failures": 0, "diverged": ""}
 

@@ -28,6 +28,9 @@ _MOVED = {
 }
 """Present modules of classes, by the module of an older version that a saved state may name."""
 
+_RENAMED = {"Agreement": "Alignment"}
+"""Present names of classes, by those of an older version."""
+
 _OF_EVERY_MODULE = frozenset(vars(nn.Module()))
 _PLAIN = (type(None), bool, int, float, str)
 _SAVED = (*_PLAIN, tuple, list, dict, Tensor, np.ndarray, torch.dtype, torch.device, torch.optim.Adam)
@@ -250,7 +253,7 @@ def _parts(value: Any) -> list[tuple[str, Any]]:
 
 def _known_class(kind: str) -> Callable[..., Any]:
     module, _, name = kind.partition(":")
-    module = _MOVED.get(module, module)
+    module, name = _MOVED.get(module, module), _RENAMED.get(name, name)
     try:
         found = getattr(importlib.import_module(module), name) if module.startswith(_ROOM) else None
     except (ImportError, AttributeError, ValueError):

@@ -35,7 +35,7 @@ NETWORKS: dict[str, Any] = {
         "test": ["multidigits[hidden=6,batch=8]"],
         "rescale": 2.0,
     },
-    "rule": {"features": "agreement", "output": "controlled"},
+    "rule": {"features": "alignment", "output": "controlled"},
     "meta_steps": 3,
 }
 

@@ -47,7 +47,7 @@ class WrittenOut:
         self.count = 0
         self.last: tuple[Tensor, Tensor] | None = None
         self.kept = self.promised = 0.0
-        self.agreement = torch.zeros(1)
+        self.alignment = torch.zeros(1)
         self.total: Tensor | float = 0.0
 
     def detach(self) -> None:
@@ -85,7 +85,7 @@ class WrittenOut:
             first = self._average("m", total, 0.9)
             second = self._average("v", total * total, 0.999)
             size, added = out[:, 0], present * out[:, -1]
-            self.total = self.total + self.agreement
+            self.total = self.total + self.alignment
             if self.settings.output == "controlled":
                 grow, decay = self.network.control
                 early = self.settings.warmup * 0.9 ** (self.count - 1)
@@ -98,11 +98,11 @@ class WrittenOut:
     def _judge(self, total: Tensor) -> None:
         """The averages of <g_t, u_{t-1}> over those of <g_{t-1}, u_{t-1}>, each over |g_{t-1}| |u_{t-1}|.
 
-        They decay by 0.9, and by as much more as the last agreement changed the step's size; one step adds at most four
+        They decay by 0.9, and by as much more as the last alignment changed the step's size; one step adds at most four
         times what it promised. 0 where nothing was promised.
         """
         if self.last is None:
-            self.agreement = torch.zeros(len(total), dtype=total.dtype)
+            self.alignment = torch.zeros(len(total), dtype=total.dtype)
             return
         gradient, update = self.last
         size = gradient.square().sum(dim=1).sqrt() * update.square().sum(dim=1).sqrt()
@@ -110,11 +110,11 @@ class WrittenOut:
         kept = torch.minimum((total * update).sum(dim=1) / size, 4 * promise.abs())
         kept = torch.maximum(kept, -4 * promise.abs())
         gain = float(self.network.control[0].detach()) / 2 if self.settings.output == "controlled" else 0.0
-        decay = 0.9 * torch.exp(-(gain * self.agreement).abs())
+        decay = 0.9 * torch.exp(-(gain * self.alignment).abs())
         self.kept = decay * self.kept + (1 - decay) * kept
         self.promised = decay * self.promised + (1 - decay) * promise
         values = [float(k / p) if p < 0 else 0.0 for k, p in zip(self.kept, self.promised, strict=True)]
-        self.agreement = torch.tensor([max(-1.0, min(1.0, value)) for value in values], dtype=total.dtype)
+        self.alignment = torch.tensor([max(-1.0, min(1.0, value)) for value in values], dtype=total.dtype)
 
     def _features(self, i: int, row: Tensor) -> Tensor:
         if self.settings.features == "log_sign":
@@ -125,8 +125,8 @@ class WrittenOut:
         square = self._average(f"v{i}", row * row, 0.999)
         slow, fast = self._average(f"slow{i}", row, 0.9), self._average(f"fast{i}", row, 0.5)
         seen = [_over_root(each, square) for each in (row, slow, fast)]
-        if self.settings.features == "agreement":
-            seen.append(self.agreement.repeat_interleave(len(row) // len(self.agreement)))
+        if self.settings.features == "alignment":
+            seen.append(self.alignment.repeat_interleave(len(row) // len(self.alignment)))
         return torch.stack(seen, dim=1)
 
     def _average(self, name: str, value: Tensor, decay: float) -> Tensor:

@@ -63,7 +63,7 @@ def assert_close(ours, theirs, tolerance=1e-10):
     "form",
     list(
         itertools.product(
-            ["tied", "per_objective"], ["residual", "controlled", "scaled"], ["adam", "agreement", "log_sign"]
+            ["tied", "per_objective"], ["residual", "controlled", "scaled"], ["adam", "alignment", "log_sign"]
         )
     ),
 )
@@ -119,7 +119,7 @@ def test_so_it_is_where_coordinates_have_no_gradient(output, features):
     assert all(bool(each.isfinite().all()) for each in whole)
 
 
-@pytest.mark.parametrize("features", ["adam", "agreement", "log_sign"])
+@pytest.mark.parametrize("features", ["adam", "alignment", "log_sign"])
 def test_gradients_of_any_unit_have_the_same_meta_gradient(features):
     """Powers of two beyond what is taken as it is: what the network saw is what it is differentiated by."""
     settings = RuleSettings(features=features, output="controlled", hidden=4, lr=0.1)
@@ -136,7 +136,7 @@ def test_gradients_of_any_unit_have_the_same_meta_gradient(features):
     assert_close(*found, tolerance=1e-8)
 
 
-@pytest.mark.parametrize("form", ["adam", "agreement"])
+@pytest.mark.parametrize("form", ["adam", "alignment"])
 @pytest.mark.parametrize("objectives", [2, 3])
 def test_replay_of_a_guarded_rollout_is_first_order_backpropagation_through_its_accepted_steps(form, objectives):
     settings = RuleSettings(features=form, output="controlled", hidden=4, lr=0.5)
@@ -218,7 +218,7 @@ def test_replay_does_not_depend_on_its_block_size(monkeypatch):
 
 def test_subsampled_replay_is_unbiased():
     """|mean over N draws - full|^2 has expectation tr(Cov) / N; at most twice that, before any clipping."""
-    rule = random_rule(RuleSettings(features="agreement", hidden=4, lr=0.1))
+    rule = random_rule(RuleSettings(features="alignment", hidden=4, lr=0.1))
     problem = problem_for(2, 2, dimension=10)
     rollout, _, _ = rolled(rule, problem)
     estimator = EstimatorSettings(gamma=0.95, meta_loss="normalised")
@@ -249,7 +249,7 @@ def test_roll_out_keeps_the_chosen_coordinates_in_their_order():
     assert some.scale == 2.5
 
 
-RULES = [(output, features) for output in ("residual", "scaled", "controlled") for features in ("adam", "agreement")]
+RULES = [(output, features) for output in ("residual", "scaled", "controlled") for features in ("adam", "alignment")]
 
 
 @pytest.mark.parametrize(
@@ -289,7 +289,7 @@ def test_exact_agrees_with_finite_differences(output, features, problem):
 
 @pytest.mark.parametrize("meta_loss", ["log_sum", "normalised"])
 @pytest.mark.parametrize(
-    ("output", "features"), [("controlled", "agreement"), ("residual", "adam"), ("scaled", "log_sign")]
+    ("output", "features"), [("controlled", "alignment"), ("residual", "adam"), ("scaled", "log_sign")]
 )
 @pytest.mark.parametrize("steps", [1, 2, 3, 5])
 def test_exact_does_not_depend_on_its_stretches(monkeypatch, output, features, meta_loss, steps):

@@ -55,7 +55,7 @@ NETWORKS = {
         "test": ["multidigits[hidden=6,batch=8]"],
         "rescale": 2.0,
     },
-    "rule": {"features": "agreement", "output": "controlled"},
+    "rule": {"features": "alignment", "output": "controlled"},
     "estimator": {"kind": "exact"},
     "meta_steps": 3,
 }

@@ -17,7 +17,7 @@ from ml2o_dist.problems import ProblemSpec
 from ml2o_dist.rules.coordinatewise.rule import ML2ONetwork
 
 RULE = RuleSettings(hidden=4)
-CONTROLLED = RuleSettings(hidden=4, features="agreement", output="controlled")
+CONTROLLED = RuleSettings(hidden=4, features="alignment", output="controlled")
 CASES = {
     "one instance": ("quadratic[m=2,n=6]", RULE, EstimatorSettings(), 1),
     "m = 1, n = 1": ("quadratic[m=1,n=1,condition=1]", RULE, EstimatorSettings(), 1),
@@ -27,7 +27,7 @@ CASES = {
     "guarded": ("fonseca", RuleSettings(hidden=4, guard=GuardSettings(budget=1.0)), EstimatorSettings(), 2),
     "controlled": (
         "fonseca",
-        RuleSettings(hidden=4, features="agreement", output="controlled"),
+        RuleSettings(hidden=4, features="alignment", output="controlled"),
         EstimatorSettings(),
         2,
     ),

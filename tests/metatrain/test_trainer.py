@@ -40,7 +40,7 @@ def test_training_changes_every_tensor_of_the_network(calm):
 @pytest.mark.parametrize(
     "rule",
     [
-        {"output": "controlled", "features": "agreement"},
+        {"output": "controlled", "features": "alignment"},
         {"output": "scaled", "features": "log_sign", "objectives": "per_objective", "count": 2},
     ],
 )
@@ -86,7 +86,7 @@ def test_it_goes_on_from_the_weights_that_begin_names(calm, tmp_path):
 
 def test_weights_of_another_rule_are_refused_with_the_settings_that_they_need(tmp_path):
     trainer = Trainer(small(begin="pretrained"), tmp_path)
-    with pytest.raises(UserError, match=r"init_from=pretrained: .*rule\.features=agreement .*rule\.hidden=8"):
+    with pytest.raises(UserError, match=r"init_from=pretrained: .*rule\.features=alignment .*rule\.hidden=8"):
         trainer.begin()
     with pytest.raises(UserError, match="is missing"):
         Trainer(small(begin=str(tmp_path / "none")), tmp_path).begin()

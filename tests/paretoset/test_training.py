@@ -22,7 +22,7 @@ from ml2o_dist.paretoset.preference_problem import PreferenceProblem
 from ml2o_dist.paretoset.scalarization import Scalarization
 from ml2o_dist.paretoset.training import Diverged, Trained, annealed, train
 from ml2o_dist.rules.base import Oracle, UpdateRule
-from ml2o_dist.rules.coordinatewise.features import Agreement
+from ml2o_dist.rules.coordinatewise.features import Alignment
 from ml2o_dist.runtime.seeding import generator
 from tests.paretoset.small import separate_noise, small_multi_head, start_and_experts
 
@@ -40,7 +40,7 @@ RULES: dict[str, Callable[[], UpdateRule]] = {
     "famo+adam": lambda: HandDesigned("famo", "adam", 0.01).rule(CPU, torch.float32),
     "dssmg": lambda: Stochastic("dssmg", 0.55).rule(CPU, torch.float32),
     "gml2o": learned(guard=GuardSettings()),
-    "controlled": learned(features="agreement", output="controlled"),
+    "controlled": learned(features="alignment", output="controlled"),
 }
 
 
@@ -173,7 +173,7 @@ def test_a_controller_judges_the_steps_that_were_taken(tmp_path: Path) -> None:
 
     trained(problem_of("fused"), RULES["controlled"](), tmp_path, on_step=note)
     saved = load_checkpoint(tmp_path / f"step_{STEPS:06d}").tensors
-    update = saved[f"rule.agreement.{Agreement._fields.index('update')}"]
+    update = saved[f"rule.alignment.{Alignment._fields.index('update')}"]
     directions = (each.flatten() / each.norm() for each in (update, moves[-1]))
     torch.testing.assert_close(*directions)
 

@@ -154,7 +154,7 @@ def test_instances_decide_for_themselves(name):
         torch.testing.assert_close(points[-1][p : p + 1], alone[-1], rtol=1e-12, atol=1e-12)
 
 
-LEARNED = RuleSettings(features="agreement", output="controlled", hidden=4)
+LEARNED = RuleSettings(features="alignment", output="controlled", hidden=4)
 
 
 def test_a_learned_rule_that_always_passes_moves_as_if_unguarded():
@@ -165,16 +165,16 @@ def test_a_learned_rule_that_always_passes_moves_as_if_unguarded():
     assert torch.equal(guarded[-1], alone[-1])
 
 
-def test_after_a_rejected_step_the_agreement_judges_the_step_that_was_taken():
+def test_after_a_rejected_step_the_alignment_judges_the_step_that_was_taken():
     learned = ML2ORule.from_weights(LEARNED.model_copy(update={"lr": 5.0}), None, dtype=torch.float64)
     oracle, first = start("quadratic[n=6]", 2)
     points, infos, state = run(GuardedRule(learned, FALLBACK, GuardSettings(budget=0.0)), oracle, first, 3)
     assert not infos[-1].accepted.any()
-    agreement, moved = state.learned.agreement, points[-1] - points[-2]
+    alignment, moved = state.learned.alignment, points[-1] - points[-2]
     gradient = infos[-1].jacobian.sum(dim=1)
     lengths = gradient.norm(dim=1) * moved.norm(dim=1)
-    torch.testing.assert_close(agreement.update, moved / lengths[:, None])
-    torch.testing.assert_close(agreement.promise, (gradient * moved).sum(dim=1) / lengths)
+    torch.testing.assert_close(alignment.update, moved / lengths[:, None])
+    torch.testing.assert_close(alignment.promise, (gradient * moved).sum(dim=1) / lengths)
     # the LSTMs and the averages keep what they saw: as after the same Jacobians without a guard
     unguarded = learned.initial_state(2, 2, ParameterLayout.vector(6))
     for info in infos:

@@ -48,7 +48,7 @@ RULES: dict[str, Callable[[torch.dtype], UpdateRule]] = {
     "smg": lambda dtype: SMG(),
     "dssmg": lambda dtype: DSSMG(),
     "ml2o": learned(),
-    "ml2o agreement": learned(features="agreement", output="controlled"),
+    "ml2o alignment": learned(features="alignment", output="controlled"),
     "ml2o per objective": learned(objectives="per_objective", count=3, output="scaled", features="log_sign"),
     "gml2o": learned(guard=GuardSettings()),
     "gml2o budget": learned(guard=GuardSettings(budget=1.0, every=2)),

@@ -11,4 +11,4 @@ from tests.torch_optim.small import weights_file
 
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
-    return weights_file(tmp_path / "weights", lr=0.005, output="controlled", features="agreement")
+    return weights_file(tmp_path / "weights", lr=0.005, output="controlled", features="alignment")

@@ -20,7 +20,7 @@ from tests.torch_optim.small import TwoTasks, drawn, flat, jacobian, losses, wei
 
 OUTPUTS = {
     "residual": {"output": "residual"},
-    "controlled": {"output": "controlled", "features": "agreement"},
+    "controlled": {"output": "controlled", "features": "alignment"},
     "scaled": {"output": "scaled", "features": "log_sign", "objectives": "per_objective", "count": 2},
 }
 

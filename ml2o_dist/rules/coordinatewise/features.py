@@ -1,7 +1,7 @@
 """Gradient preprocessing: the features of each coordinate's gradients that the network sees.
 
 `advance` is elementwise in the coordinates, so that the same code serves a rollout over all coordinates and the replay
-of a chosen few. R counts coordinates (P * n of them); gradients are [m, R], features [c, m, R]. The agreement needs all
+of a chosen few. R counts coordinates (P * n of them); gradients are [m, R], features [c, m, R]. The alignment needs all
 coordinates of an instance; the rollout computes it once, and both use it.
 """
 
@@ -27,7 +27,7 @@ NEGLIGIBLE = 1e-20
 LOG_SIGN_P = 10.0
 """p of Andrychowicz et al. 2016, appendix A."""
 
-CHANNELS = {"adam": 3, "agreement": 4, "log_sign": 2}
+CHANNELS = {"adam": 3, "alignment": 4, "log_sign": 2}
 
 
 class Memory(NamedTuple):
@@ -44,7 +44,7 @@ def initial_memory(settings: RuleSettings, like: Tensor) -> Memory:
     return Memory(zero, zero, zero)
 
 
-class Agreement(NamedTuple):
+class Alignment(NamedTuple):
     """How much of the decrease that the last steps promised remains at their end points, for each instance.
 
     Attributes:
@@ -66,14 +66,14 @@ class Agreement(NamedTuple):
     promise: Tensor
 
 
-def initial_agreement(like: Tensor) -> Agreement:
-    """Return the agreement before the first step, for updates shaped `like` [P, n]."""
+def initial_alignment(like: Tensor) -> Alignment:
+    """Return the alignment before the first step, for updates shaped `like` [P, n]."""
     zero = torch.zeros_like(like[:, 0])
-    return Agreement(zero, zero, zero, zero, torch.zeros_like(like), zero)
+    return Alignment(zero, zero, zero, zero, torch.zeros_like(like), zero)
 
 
-def judge(agreement: Agreement, gradient: Tensor, pace: Tensor | float = 0.0) -> Agreement:
-    """Update the agreement with the gradient of the summed objectives [P, n] after the last update (ours).
+def judge(alignment: Alignment, gradient: Tensor, pace: Tensor | float = 0.0) -> Alignment:
+    """Update the alignment with the gradient of the summed objectives [P, n] after the last update (ours).
 
     Hypergradient descent (Baydin et al. 2018) adapts a learning rate by the sign of <g_t, u_{t-1}>. Divided by the
     step's promise, this product means the same for every network, scale and loss (measured on an MLP, a CNN and a
@@ -88,23 +88,23 @@ def judge(agreement: Agreement, gradient: Tensor, pace: Tensor | float = 0.0) ->
         pace: [P] or a number, the last change of the log step size.
     """
     keep = SLOW * torch.exp(-torch.as_tensor(pace).to(gradient))
-    most = MOST * agreement.promise.abs()
-    kept = (gradient * agreement.update).sum(dim=1).clamp(-most, most)
+    most = MOST * alignment.promise.abs()
+    kept = (gradient * alignment.update).sum(dim=1).clamp(-most, most)
     # Averages outside their bounds come from a state of an older version, or from a damaged one.
-    kept = keep * agreement.kept.clamp(-MOST, MOST) + (1 - keep) * kept
-    promised = keep * agreement.promised.clamp(-1, 1) + (1 - keep) * agreement.promise
-    descends = (promised < 0) & (agreement.promise != 0)
+    kept = keep * alignment.kept.clamp(-MOST, MOST) + (1 - keep) * kept
+    promised = keep * alignment.promised.clamp(-1, 1) + (1 - keep) * alignment.promise
+    descends = (promised < 0) & (alignment.promise != 0)
     ratio = kept / torch.where(descends, promised, torch.ones_like(promised))
     value = torch.where(descends, ratio.clamp(-1, 1), torch.zeros_like(ratio))
-    return agreement._replace(value=value, total=agreement.total + value, kept=kept, promised=promised)
+    return alignment._replace(value=value, total=alignment.total + value, kept=kept, promised=promised)
 
 
-def remember(agreement: Agreement, gradient: Tensor, update: Tensor) -> Agreement:
+def remember(alignment: Alignment, gradient: Tensor, update: Tensor) -> Alignment:
     """Store the update [P, n] made from the summed gradient [P, n], to be judged at the next step."""
     direction, _ = _direction_and_norm(update)
     slope, size = _direction_and_norm(gradient)
     judged = size > NEGLIGIBLE
-    return agreement._replace(
+    return alignment._replace(
         update=torch.where(judged, direction / torch.where(judged, size, 1.0), 0.0),
         promise=torch.where(judged[:, 0], (slope * direction).sum(dim=1), 0.0),
     )
@@ -120,9 +120,9 @@ def _direction_and_norm(values: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def advance(
-    settings: RuleSettings, gradients: Tensor, memory: Memory, step: int, agreement: Tensor
+    settings: RuleSettings, gradients: Tensor, memory: Memory, step: int, alignment: Tensor
 ) -> tuple[Tensor, Tensor, Memory]:
-    """Process the gradients [m, R] of step number `step` (from 0), with each coordinate's instance's agreement [R].
+    """Process the gradients [m, R] of step number `step` (from 0), with each coordinate's instance's alignment [R].
 
     Returns:
         features [c, m, R]; Adam's direction for the summed gradient [R] (zeros for the `scaled` output, which does
@@ -130,7 +130,7 @@ def advance(
 
     `adam`: g / sqrt(v), and m / sqrt(v) for momenta with decay 0.9 and 0.5, all bias-corrected (after RNNprop,
     Lv et al. 2017; the second time scale is ours). `log_sign`: (log|g| / p, sign g) where |g| >= e^-p, else
-    (-1, e^p g) (Andrychowicz et al. 2016). `agreement`: those of `adam` and the agreement of the instance.
+    (-1, e^p g) (Andrychowicz et al. 2016). `alignment`: those of `adam` and the alignment of the instance.
     """
     tracked, count = _tracked(settings, gradients), step + 1
     after = Memory(
@@ -140,18 +140,18 @@ def advance(
     )
     decays = (SLOW, FAST, SECOND)
     averages = Memory(*(value / (1 - decay**count) for value, decay in zip(after, decays, strict=True)))
-    return *_seen(settings, gradients, averages, agreement), after
+    return *_seen(settings, gradients, averages, alignment), after
 
 
-def sequence(settings: RuleSettings, gradients: Tensor, agreement: Tensor) -> tuple[Tensor, Tensor]:
+def sequence(settings: RuleSettings, gradients: Tensor, alignment: Tensor) -> tuple[Tensor, Tensor]:
     """Return what K calls of `advance` return, features [K, c, m, R] and directions [K, R], all at once.
 
-    Takes gradients [K, m, R] and agreement [K, R]. A running average over all steps is one product with a triangular
+    Takes gradients [K, m, R] and alignment [K, R]. A running average over all steps is one product with a triangular
     [K, K] matrix.
     """
     tracked = _tracked(settings, gradients)
     averages = Memory(_averaged(tracked, SLOW), _averaged(tracked, FAST), _averaged(tracked.square(), SECOND))
-    return _seen(settings, gradients, averages, agreement)
+    return _seen(settings, gradients, averages, alignment)
 
 
 def presence(seen: Tensor) -> Tensor:
@@ -167,7 +167,7 @@ def presence(seen: Tensor) -> Tensor:
 def _tracked(settings: RuleSettings, gradients: Tensor) -> Tensor:
     """Return the rows [..., q, R] whose averages the features of gradients [..., m, R] or the direction need.
 
-    These are the objectives' rows for `adam` and `agreement`, then their sum for every output except `scaled`.
+    These are the objectives' rows for `adam` and `alignment`, then their sum for every output except `scaled`.
     """
     own = gradients if settings.features != "log_sign" else gradients[..., :0, :]
     if settings.output == "scaled":
@@ -182,7 +182,7 @@ def _averaged(values: Tensor, decay: float) -> Tensor:
     return (shares.to(values) @ values.flatten(start_dim=1)).view_as(values)
 
 
-def _seen(settings: RuleSettings, gradients: Tensor, averages: Memory, agreement: Tensor) -> tuple[Tensor, Tensor]:
+def _seen(settings: RuleSettings, gradients: Tensor, averages: Memory, alignment: Tensor) -> tuple[Tensor, Tensor]:
     """Return features [..., c, m, R] and direction [..., R] from bias-corrected averages of the tracked rows."""
     objectives, inverse = gradients.shape[-2], _inverse_root(averages.second)
     if settings.features == "log_sign":
@@ -191,8 +191,8 @@ def _seen(settings: RuleSettings, gradients: Tensor, averages: Memory, agreement
         own = inverse[..., :objectives, :]
         momenta = averages.slow[..., :objectives, :], averages.fast[..., :objectives, :]
         channels = [gradients * own, *(momentum * own for momentum in momenta)]
-    if settings.features == "agreement":
-        channels.append(agreement.unsqueeze(-2).expand_as(gradients))
+    if settings.features == "alignment":
+        channels.append(alignment.unsqueeze(-2).expand_as(gradients))
     features = torch.stack(channels, dim=-3)
     if settings.output == "scaled":
         return features, torch.zeros_like(gradients[..., 0, :])

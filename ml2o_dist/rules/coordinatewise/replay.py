@@ -23,7 +23,7 @@ GPU_REPLAY = 2**22
 def replay(network: ML2ONetwork, rollout: Rollout, adjoints: Tensor, chunk: int) -> dict[str, Tensor]:
     """Return sum_s <a_s, du_s / dtheta> by meta-parameter, for a_s [K, P, S] (`LearnedRule.replay`).
 
-    Every feature of a coordinate is a function of its own gradients and of the instance's agreement, which the rollout
+    Every feature of a coordinate is a function of its own gradients and of the instance's alignment, which the rollout
     has recorded. All features are therefore computed at once. `Unrolled` then runs the LSTMs over the sequence of the
     chosen coordinates.
     """
@@ -32,8 +32,8 @@ def replay(network: ML2ONetwork, rollout: Rollout, adjoints: Tensor, chunk: int)
     unit = rollout.record["unit"][-1]
     unit = torch.where(unit > 0, unit, 1.0)  # 0 where all gradients are 0
     gradients = (rollout.gradients[:-1] * unit[:, None, None]).transpose(1, 2).flatten(start_dim=2)
-    agreement, totals = (rollout.record[name].repeat_interleave(chosen, dim=1) for name in ("agreement", "total"))
-    counts = torch.arange(1, horizon + 1, device=agreement.device, dtype=agreement.dtype)[:, None]
+    alignment, totals = (rollout.record[name].repeat_interleave(chosen, dim=1) for name in ("alignment", "total"))
+    counts = torch.arange(1, horizon + 1, device=alignment.device, dtype=alignment.dtype)[:, None]
     controls = [network.control] if network.settings.output == "controlled" else []
     by_controls = [torch.zeros_like(control) for control in controls]
     with torch.enable_grad():
@@ -43,7 +43,7 @@ def replay(network: ML2ONetwork, rollout: Rollout, adjoints: Tensor, chunk: int)
     blocks = even_blocks(gradients.shape[2], columns // gradients.shape[1])
     unrolled = Unrolled(stacked.detach(), network.settings, gradients.shape[1], chunk, blocks[0].stop)
     for block in blocks:
-        inputs, directions = features.sequence(network.settings, gradients[:, :, block], agreement[:, block])
+        inputs, directions = features.sequence(network.settings, gradients[:, :, block], alignment[:, block])
         for start in range(0, horizon, chunk):
             part = slice(start, start + chunk)
             outputs = unrolled.forward(inputs[part], restart=start == 0).requires_grad_(True)

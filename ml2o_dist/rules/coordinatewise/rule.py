@@ -71,14 +71,14 @@ class BlockState:
 
 @dataclass(frozen=True)
 class ML2OState:
-    """The state after `step` steps: each instance's agreement, and the state of each block of coordinates.
+    """The state after `step` steps: each instance's alignment, and the state of each block of coordinates.
 
     `unit` [P] is the power of two that the gradients are multiplied by; it is 0 until the first nonzero gradient. In
     states that older versions wrote it is None, and gradients are used unchanged.
     """
 
     step: int
-    agreement: features.Agreement
+    alignment: features.Alignment
     blocks: tuple[BlockState, ...]
     unit: Tensor | None = None
 
@@ -141,12 +141,12 @@ class ML2ONetwork(nn.Module):
         jacobian = _in_unit(jacobian, state.unit)
         instances, objectives, dimension = jacobian.shape
         total = jacobian.sum(dim=1)
-        before = state.agreement
-        agreement = self.bounded(features.judge(before, total, self.pace(before.value)), state.step + 1)
+        before = state.alignment
+        alignment = self.bounded(features.judge(before, total, self.pace(before.value)), state.step + 1)
         gradients = jacobian.transpose(0, 1).reshape(objectives, instances * dimension)
         value, shift = (
             each[:, None].expand(-1, dimension).reshape(-1)
-            for each in (agreement.value, self.shift(agreement.total, state.step + 1))
+            for each in (alignment.value, self.shift(alignment.total, state.step + 1))
         )
         updates, after, begin = [], [], 0
         for block in state.blocks:
@@ -159,8 +159,8 @@ class ML2ONetwork(nn.Module):
             updates.append(self.step_update(seen, outputs, direction, shift[part]))
             after.append(BlockState(memory, cells, block.born))
         update = torch.cat(updates).view(instances, dimension)
-        agreement = features.remember(agreement, total, update)
-        return update, replace(state, step=state.step + 1, agreement=agreement, blocks=tuple(after))
+        alignment = features.remember(alignment, total, update)
+        return update, replace(state, step=state.step + 1, alignment=alignment, blocks=tuple(after))
 
     def stacked_weights(self) -> StackedWeights:
         """Return the weights as `step` takes them, attached to the parameters (see `lstm_cell.stacked_weights`)."""
@@ -217,7 +217,7 @@ class ML2ONetwork(nn.Module):
     def shift(self, total: Tensor, count: Tensor | int) -> Tensor:
         """Return the controller's share of the log step size, shaped like `total`; zero unless `output: controlled`.
 
-        shift = 0.5 a sum_{k <= t} r_k - 0.02 b (t + 1) - w 0.9^t: an integral controller (ours) on the agreement r,
+        shift = 0.5 a sum_{k <= t} r_k - 0.02 b (t + 1) - w 0.9^t: an integral controller (ours) on the alignment r,
         whose sum is `total` after `count` = t + 1 steps. Steps grow while the promised decrease is achieved and shrink
         when they overshoot. a and b are learned, starting from `CONTROL`. The factors 0.5 and 0.02 set how fast: a few
         tens of meta-steps change a by about its own value, and b changes the last of 200 steps no faster than the
@@ -230,20 +230,20 @@ class ML2ONetwork(nn.Module):
         return 0.5 * self.control[0] * total - 0.02 * self.control[1] * count - warmup
 
     def pace(self, value: Tensor) -> Tensor | float:
-        """Return how much the agreement's last `value` [P] changed the log step size; 0 without a controller."""
+        """Return how much the alignment's last `value` [P] changed the log step size; 0 without a controller."""
         return (0.5 * self.control[0] * value).abs() if self.settings.output == "controlled" else 0.0
 
-    def bounded(self, agreement: features.Agreement, count: int) -> features.Agreement:
-        """Return the agreement after `count` steps with its total clamped, so that the log step size keeps its bounds.
+    def bounded(self, alignment: features.Alignment, count: int) -> features.Alignment:
+        """Return the alignment after `count` steps with its total clamped, so that the log step size keeps its bounds.
 
         The excess is dropped from the total for good: the next steps count from the bound.
         """
         if self.settings.output != "controlled":
-            return agreement
+            return alignment
         gain, drift = 0.5 * self.control[0], 0.02 * self.control[1] * count
         ends = (SMALLEST + drift) / gain, (LARGEST + drift) / gain
-        total = agreement.total.clamp(torch.minimum(*ends), torch.maximum(*ends))
-        return agreement._replace(total=torch.where(gain == 0, agreement.total, total))
+        total = alignment.total.clamp(torch.minimum(*ends), torch.maximum(*ends))
+        return alignment._replace(total=torch.where(gain == 0, alignment.total, total))
 
     def check_objectives(self, objectives: int) -> None:
         """Raise UserError if a per_objective network gets another number of objectives than it was built for."""
@@ -290,18 +290,18 @@ class ML2ORule(LearnedRule):
         dimension = layout if isinstance(layout, int) else layout.dimension
         self.network.check_objectives(objectives)
         weight = self.network.head.weight
-        agreement = features.initial_agreement(weight.new_zeros(instances, dimension))
+        alignment = features.initial_alignment(weight.new_zeros(instances, dimension))
         blocks = self.network.initial_blocks(objectives, instances * dimension, columns=self._columns)
-        return ML2OState(0, agreement, blocks, weight.new_zeros(instances))
+        return ML2OState(0, alignment, blocks, weight.new_zeros(instances))
 
     def advance(self, gradients: Tensor, losses: Tensor, state: ML2OState) -> tuple[Tensor, ML2OState]:
         """Map gradients [P, m, n] to the update [P, n] and the next state; the losses are ignored."""
         return self.network.advance(gradients, state, self._weights)
 
     def record(self, state: ML2OState, update: Tensor) -> dict[str, Tensor]:
-        """Return each instance's agreement, its bounded sum and the unit of its gradients, [P] each."""
+        """Return each instance's alignment, its bounded sum and the unit of its gradients, [P] each."""
         assert state.unit is not None
-        return {"agreement": state.agreement.value, "total": state.agreement.total, "unit": state.unit}
+        return {"alignment": state.alignment.value, "total": state.alignment.total, "unit": state.unit}
 
     def replay(self, rollout: Rollout, adjoints: Tensor, chunk: int) -> dict[str, Tensor]:
         """Replay the chosen coordinates in one fused forward pass over the sequence and one backward pass."""
@@ -310,27 +310,27 @@ class ML2ORule(LearnedRule):
         return replay(self.network, rollout, adjoints, chunk)
 
     def overruled(self, state: ML2OState, seen: StepInfo, update: Tensor, where: Tensor) -> ML2OState:
-        """Make the agreement judge the step that was really taken; averages and LSTM states are kept (ours).
+        """Make the alignment judge the step that was really taken; averages and LSTM states are kept (ours).
 
         The gradient at the point is valid whichever rule chose the step. The promise of a step that was not taken
         could only be judged wrongly.
         """
         total = _in_unit(seen.jacobian.sum(dim=1), state.unit)
-        taken = features.remember(state.agreement, total, update)
-        agreement = state.agreement._replace(
-            update=torch.where(where[:, None], taken.update, state.agreement.update),
-            promise=torch.where(where, taken.promise, state.agreement.promise),
+        taken = features.remember(state.alignment, total, update)
+        alignment = state.alignment._replace(
+            update=torch.where(where[:, None], taken.update, state.alignment.update),
+            promise=torch.where(where, taken.promise, state.alignment.promise),
         )
-        return replace(state, agreement=agreement)
+        return replace(state, alignment=alignment)
 
     def grown(self, state: ML2OState, more: ParameterLayout) -> ML2OState:
         """Append blocks of `more` coordinates whose averages and LSTMs begin now."""
-        first, agreement = state.blocks[0], state.agreement
+        first, alignment = state.blocks[0], state.alignment
         tied = self.network.settings.objectives == "tied"
         objectives = first.cells[0][0].shape[1] // first.rows if tied else len(first.cells) - 1
-        update = torch.cat([agreement.update, agreement.update.new_zeros(1, more.dimension)], dim=1)
+        update = torch.cat([alignment.update, alignment.update.new_zeros(1, more.dimension)], dim=1)
         blocks = self.network.initial_blocks(objectives, more.dimension, born=state.step)
-        return replace(state, agreement=agreement._replace(update=update), blocks=(*state.blocks, *blocks))
+        return replace(state, alignment=alignment._replace(update=update), blocks=(*state.blocks, *blocks))
 
 
 def _in_unit(gradients: Tensor, unit: Tensor | None) -> Tensor:
@@ -355,9 +355,9 @@ def _with_unit(state: ML2OState, jacobian: Tensor) -> ML2OState:
     found = largest.new_tensor([math.ldexp(1.0, power) for power in powers.tolist()])
     unit = torch.where(begins | outgrown, found, state.unit)
     ratio = torch.where(state.unit > 0, unit / state.unit, 1.0)
-    same, agreement = ratio == 1, state.agreement  # its averages have no unit; the last step is not judged
-    agreement = agreement._replace(
-        update=torch.where(same[:, None], agreement.update, 0.0), promise=torch.where(same, agreement.promise, 0.0)
+    same, alignment = ratio == 1, state.alignment  # its averages have no unit; the last step is not judged
+    alignment = alignment._replace(
+        update=torch.where(same[:, None], alignment.update, 0.0), promise=torch.where(same, alignment.promise, 0.0)
     )
     by_row = ratio.repeat_interleave(jacobian.shape[2])
     blocks, begin = [], 0
@@ -367,4 +367,4 @@ def _with_unit(state: ML2OState, jacobian: Tensor) -> ML2OState:
         slow, fast, second = block.memory
         memory = features.Memory(slow * factor, fast * factor, second * factor.square())
         blocks.append(replace(block, memory=memory))
-    return replace(state, unit=unit, agreement=agreement, blocks=tuple(blocks))
+    return replace(state, unit=unit, alignment=alignment, blocks=tuple(blocks))

@@ -11,7 +11,7 @@ from torch import Tensor
 from ml2o_dist import ML2O, load_artifact
 from ml2o_dist.config import RuleSettings
 from ml2o_dist.problems.layout import ParameterLayout
-from ml2o_dist.rules.coordinatewise.features import initial_agreement, judge, remember
+from ml2o_dist.rules.coordinatewise.features import initial_alignment, judge, remember
 from ml2o_dist.rules.coordinatewise.rule import LARGEST, SMALLEST, ML2ORule, ML2OState
 
 SHIPPED = load_artifact("pretrained")
@@ -42,7 +42,7 @@ def begun(dtype: torch.dtype = torch.float32) -> tuple[ML2ORule, Tensor, ML2OSta
 
 
 def shift(rule: ML2ORule, state: ML2OState) -> float:
-    return float(rule.network.shift(state.agreement.total, state.step).detach())
+    return float(rule.network.shift(state.alignment.total, state.step).detach())
 
 
 def test_full_batches_never_bring_it_to_a_standstill() -> None:
@@ -71,7 +71,7 @@ def test_it_recovers_from_any_memory(memory: dict[str, float]) -> None:
     rule, point, state = begun()
     _, state, _ = descend(rule, point, state, 20)
     changed = {name: torch.full((1,), value) for name, value in memory.items()}
-    state = replace(state, agreement=state.agreement._replace(**changed))
+    state = replace(state, alignment=state.alignment._replace(**changed))
     point, state, losses = descend(rule, point, state, 700)
     assert SMALLEST < shift(rule, state) < LARGEST
     assert sum(losses[-50:]) / 50 < 0.1 * float(LENGTHS.sum() / 2)
@@ -89,32 +89,32 @@ def test_one_gradient_that_was_far_too_large_does_not_rule_for_long() -> None:
 def test_the_memory_is_of_directions_and_fades_with_the_steps_size() -> None:
     """Old steps, 1e6 times as long, and overshooting, are outweighed by five short ones that keep their promise."""
     draws = torch.Generator().manual_seed(0)
-    agreement = initial_agreement(torch.zeros(1, 5))
+    alignment = initial_alignment(torch.zeros(1, 5))
     gradient = torch.randn(1, 5, generator=draws)
     for _ in range(50):
-        agreement = judge(remember(agreement, gradient, -1e6 * gradient), -2 * gradient, 0.2)
-    assert agreement.value.item() == -1
+        alignment = judge(remember(alignment, gradient, -1e6 * gradient), -2 * gradient, 0.2)
+    assert alignment.value.item() == -1
     for _ in range(5):
-        agreement = judge(remember(agreement, gradient, -gradient), gradient, 0.2)
-    assert agreement.value.item() > 0
+        alignment = judge(remember(alignment, gradient, -gradient), gradient, 0.2)
+    assert alignment.value.item() > 0
 
 
 def test_where_nothing_moves_nothing_is_learned() -> None:
     rule, point, state = begun()
     point, state, _ = descend(rule, point, state, 30)
-    total = state.agreement.total.clone()
+    total = state.alignment.total.clone()
     still = torch.zeros(1, 10)
     gradient = (LENGTHS * point / 2).expand(1, 2, 10)
     for _ in range(200):
         _, state = rule.update(gradient, state)
-        agreement = remember(state.agreement, gradient.sum(dim=1), still)
-        state = replace(state, agreement=agreement)
-    assert state.agreement.value.item() == 0
-    assert float((state.agreement.total - total).abs()) <= 1  # of the step before the first that did not move
+        alignment = remember(state.alignment, gradient.sum(dim=1), still)
+        state = replace(state, alignment=alignment)
+    assert state.alignment.value.item() == 0
+    assert float((state.alignment.total - total).abs()) <= 1  # of the step before the first that did not move
 
 
 @pytest.mark.parametrize("exponent", [-100, -90, -40, -26, -13, 13, 26, 40, 80])
-@pytest.mark.parametrize("features", ["adam", "agreement"])
+@pytest.mark.parametrize("features", ["adam", "alignment"])
 @pytest.mark.parametrize("output", ["residual", "controlled"])
 def test_a_power_of_two_on_all_gradients_changes_no_bit(exponent: int, features: str, output: str) -> None:
     settings = RuleSettings(features=features, output=output, hidden=4)
@@ -152,7 +152,7 @@ def test_gradients_that_jump_by_any_factor_leave_the_parameters_finite(factors: 
     for factor in (*factors, 0.0, *factors, 1.0):
         point, state, _ = descend(rule, point, state, 3, factor=factor)
         assert torch.isfinite(point).all()
-        assert all(bool(torch.isfinite(each).all()) for each in state.agreement)
+        assert all(bool(torch.isfinite(each).all()) for each in state.alignment)
 
 
 @pytest.mark.parametrize("factor", [1e-30, 1e-14, 1e-8, 1.0, 1e12, 1e25])

@@ -18,7 +18,7 @@ from tests.metatrain.oracles import DOUBLE, WrittenOut, problem_for, random_rule
 
 FORMS = list(
     itertools.product(
-        ["tied", "per_objective"], ["residual", "controlled", "scaled"], ["adam", "agreement", "log_sign"]
+        ["tied", "per_objective"], ["residual", "controlled", "scaled"], ["adam", "alignment", "log_sign"]
     )
 )
 
@@ -107,7 +107,7 @@ def test_a_warm_up_shortens_the_steps_by_a_known_factor_that_it_forgets(warmup, 
 
 
 @pytest.mark.parametrize("scale", [1e-5, 1e5])
-@pytest.mark.parametrize("features", ["adam", "agreement"])
+@pytest.mark.parametrize("features", ["adam", "alignment"])
 def test_these_features_do_not_see_the_scale_of_the_gradients(features, scale):
     rule = random_rule(RuleSettings(features=features, hidden=4))
     jacobian = torch.randn(1, 2, 6, dtype=DOUBLE, generator=torch.Generator().manual_seed(4))
@@ -202,17 +202,17 @@ def test_cuda_agrees_with_the_cpu():
     assert torch.allclose(here, far.cpu(), rtol=1e-9, atol=1e-12)
 
 
-def test_agreement_tells_short_steps_from_overshooting_ones():
+def test_alignment_tells_short_steps_from_overshooting_ones():
     """f = |z|^2 / 2: a step of length t along -z keeps 1 - t of the promise, whatever the scale."""
     problem = ProblemSpec.parse("quadratic[m=1,n=1,condition=1]").build(ProblemContext(1, dtype=DOUBLE))
     for length in (0.1, 0.5, 1.0, 1.5):
-        from ml2o_dist.rules.coordinatewise.features import initial_agreement, judge, remember
+        from ml2o_dist.rules.coordinatewise.features import initial_alignment, judge, remember
 
         point = problem.initial_parameters([3])
         before, _ = problem.jacobian(point, None)
         update = -length * before[:, 0] / problem.jacobian(point + 1, None)[0].sub(before)[:, 0]
         after, _ = problem.jacobian(point + update, None)
-        agreement = judge(remember(initial_agreement(point), before[:, 0], update), after[:, 0])
-        assert agreement.value.item() == pytest.approx(1 - length, abs=1e-9)
-        upwards = judge(remember(initial_agreement(point), before[:, 0], -update), after[:, 0])
+        alignment = judge(remember(initial_alignment(point), before[:, 0], update), after[:, 0])
+        assert alignment.value.item() == pytest.approx(1 - length, abs=1e-9)
+        upwards = judge(remember(initial_alignment(point), before[:, 0], -update), after[:, 0])
         assert upwards.value.item() == 0.0

@@ -84,16 +84,16 @@ def test_chunks_carry_the_states_on():
     assert torch.allclose(torch.cat(parts), whole, rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("kind", ["adam", "agreement", "log_sign"])
+@pytest.mark.parametrize("kind", ["adam", "alignment", "log_sign"])
 @pytest.mark.parametrize("output", ["residual", "scaled"])
 @pytest.mark.parametrize("scale", [1e-12, 1.0, 1e8])
 def test_features_of_a_whole_sequence_equal_those_step_by_step(kind, output, scale):
     settings, draws = RuleSettings(features=kind, output=output), torch.Generator().manual_seed(10)
     gradients = scale * torch.randn(9, 2, 6, dtype=DOUBLE, generator=draws)
-    agreement = torch.randn(9, 6, dtype=DOUBLE, generator=draws)
-    inputs, directions = features.sequence(settings, gradients, agreement)
+    alignment = torch.randn(9, 6, dtype=DOUBLE, generator=draws)
+    inputs, directions = features.sequence(settings, gradients, alignment)
     memory = features.initial_memory(settings, gradients[0])
     for step in range(9):
-        seen, direction, memory = features.advance(settings, gradients[step], memory, step, agreement[step])
+        seen, direction, memory = features.advance(settings, gradients[step], memory, step, alignment[step])
         assert torch.allclose(inputs[step], seen, rtol=1e-10, atol=1e-13)
         assert torch.allclose(directions[step], direction, rtol=1e-10, atol=1e-13)
