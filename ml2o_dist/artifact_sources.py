@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from ml2o_dist.pretrained import DEFAULT, PRETRAINED, SHIPPED, shipped_names
 from ml2o_dist.runtime.errors import unknown
-from ml2o_dist.runtime.files import cache_folder, replacing
+from ml2o_dist.runtime.files import cache_folder, expanded, home_folder, replacing
 from ml2o_dist.runtime.remote_files import answering, connect, is_uri, read_remote
 
 if TYPE_CHECKING:
@@ -25,8 +25,8 @@ def load_artifact(path: Path | str) -> Artifact:
 
     Args:
         path: a name of `shipped_names`; the .safetensors file, or the folder that holds `weights.safetensors`, a run
-            directory for one; as a path or a URI (`s3://bucket/runs/x`); or a registered version, `models:/NAME@ALIAS`
-            or `models:/NAME/VERSION`, of the registry that `resolve_tracking_uri` names.
+            directory for one; as a path, looked for as `located` says, or a URI (`s3://bucket/runs/x`); or a registered
+            version, `models:/NAME@ALIAS` or `models:/NAME/VERSION`, of the registry that `resolve_tracking_uri` names.
 
     Raises:
         UserError: as `artifact.read_artifact`, or an unknown name.
@@ -41,10 +41,23 @@ def load_artifact(path: Path | str) -> Artifact:
         path = SHIPPED / f"{DEFAULT if str(path) == PRETRAINED else path}.safetensors"
     elif is_uri(path):
         path = _fetched(str(path))
-    elif _is_word(str(path)) and not os.path.exists(path):
-        allowed = [*shipped_names(), "a run directory", "a weights file", "models:/NAME@ALIAS"]
-        raise unknown("weights", str(path), allowed)
+    else:
+        given, path = str(path), located(str(path))
+        if _is_word(given) and not os.path.exists(path):
+            allowed = [*shipped_names(), "a run directory", "a weights file", "models:/NAME@ALIAS"]
+            raise unknown("weights", given, allowed)
     return read_artifact(path)
+
+
+def located(reference: str) -> str:
+    """Return where weights are: a relative path in the current folder if it exists there, else in ML2O_HOME.
+
+    A name, a URI and "" are returned unchanged.
+    """
+    if not reference or reference in shipped_names() or reference.startswith("models:/") or is_uri(reference):
+        return reference
+    path = expanded(reference)
+    return str(path.absolute() if os.path.exists(path) else home_folder() / path)
 
 
 def _fetched(place: str) -> Path:

@@ -147,7 +147,9 @@ class LearnedRuleSettings(_Settings):
 class RuleSettings(LearnedRuleSettings):
     """The coordinatewise network, and how its output becomes a step (formulas: rules/coordinatewise/rule.py)."""
 
-    kind: Literal["coordinatewise"] = "coordinatewise"
+    kind: Literal["coordinatewise"] = Field(
+        "coordinatewise", description="the learned rule: this one, or one that a plug-in registers"
+    )
     features: Literal["adam", "alignment", "log_sign"] = Field(
         "adam",
         description="what the network sees: Adam's averages, also the alignment, or log and sign",
@@ -205,7 +207,7 @@ def rule_settings(given: Any) -> Any:
         return given
     kind = given.get("kind", "coordinatewise")
     if kind not in RULE_SETTINGS and kind not in RULES:
-        raise UserError(f"{unknown('setting rule.kind', str(kind), RULES)}; a plug-in's needs --plugin FILE.py")
+        raise unknown("setting rule.kind", str(kind), RULES, extensible=True)
     return RULE_SETTINGS[kind].model_validate(given)
 
 
@@ -237,7 +239,7 @@ class EstimatorSettings(_Settings):
     @classmethod
     def _known_kind(cls, kind: str) -> str:
         if kind not in _ESTIMATORS and kind not in ESTIMATORS:
-            raise unknown("estimator.kind", kind, ESTIMATORS)
+            raise unknown("estimator.kind", kind, ESTIMATORS, extensible=True)
         return kind
 
 

@@ -14,14 +14,13 @@ from typing import Any, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ValidationError
 
+from ml2o_dist.artifact_sources import located
 from ml2o_dist.config import RULE_SETTINGS, DataSettings, EvaluateSettings, LearnedRuleSettings, MetaTrainSettings
 from ml2o_dist.plugins import load_plugin
-from ml2o_dist.pretrained import shipped_names
 from ml2o_dist.problems.image_files import data_folder
 from ml2o_dist.runtime.errors import UserError, unknown
-from ml2o_dist.runtime.files import expanded, home_folder
+from ml2o_dist.runtime.files import home_folder
 from ml2o_dist.runtime.reading import one_line, parse_yaml, read_yaml
-from ml2o_dist.runtime.remote_files import is_uri
 
 log = logging.getLogger(__name__)
 
@@ -169,13 +168,6 @@ def resolve_settings(settings: Job) -> Job:
     )
 
 
-def located(reference: str) -> str:
-    """Return a place of weights with a relative path resolved against ML2O_HOME; a name, a URI and "" are unchanged."""
-    if not reference or reference in shipped_names() or reference.startswith("models:/") or is_uri(reference):
-        return reference
-    return str(home_folder() / expanded(reference))
-
-
 def dump_settings(settings: BaseModel) -> str:
     """Return the resolved settings as YAML; reading it gives equal settings."""
     return yaml.safe_dump(settings.model_dump(mode="json", by_alias=True), sort_keys=False)
@@ -303,12 +295,13 @@ _MOVED_KEYS = {"slots": "meta_batch_size", "begin": "init_from", "rule.count": "
 """Keys of older versions as a user may still write them."""
 
 
-def current_key(key: str) -> str:
-    """Return the present name of a dotted key of an older version, and warn once."""
+def current_key(key: str, warn: bool = True) -> str:
+    """Return the present name of a dotted key of an older version, and warn once if a user wrote it."""
     for prefix in ("", "meta_train.", "space."):
         new = _MOVED_KEYS.get(key.removeprefix(prefix)) if key.startswith(prefix) else None
         if new is not None:
-            _say_renamed(key, f"{prefix}{new}")
+            if warn:
+                _say_renamed(key, f"{prefix}{new}")
             return f"{prefix}{new}"
     return key
 

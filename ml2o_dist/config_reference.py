@@ -5,13 +5,21 @@ from __future__ import annotations
 import json
 import types
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
-from ml2o_dist.config import RULE_SETTINGS, LearnedRuleSettings, MemberSettings, PluginSettings, RuleSettings
+from ml2o_dist.config import (
+    RULE_SETTINGS,
+    LearnedRuleSettings,
+    MemberSettings,
+    MetaTrainSettings,
+    PluginSettings,
+    RuleSettings,
+)
+from ml2o_dist.config_file import flat_settings, load_settings
 from ml2o_dist.runtime.errors import unknown
 
 _BOUNDS = (("gt", ">"), ("ge", ">="), ("lt", "<"), ("le", "<="))
@@ -26,12 +34,15 @@ class Setting:
         default: as YAML would have it; None: it must be given.
         allowed: its kind and range.
         meaning: what it does.
+        embedded: its value in the embedded configuration, which `ml2o meta-train` runs without `--config`; None for
+            settings of other commands.
     """
 
     key: str
     default: str | None
     allowed: str
     meaning: str
+    embedded: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Return it as `ml2o settings --json` prints it."""
@@ -48,24 +59,32 @@ def settings_of(model: type[BaseModel], prefix: str = "") -> Iterator[Setting]:
             continue
         if group is LearnedRuleSettings:
             yield from settings_of(RuleSettings, f"{key}.")
+            shared = {each.key for each in settings_of(LearnedRuleSettings, f"{key}.")} | {f"{key}.kind"}
             for kind, others in RULE_SETTINGS.items():
                 if kind != "coordinatewise":
-                    yield from (_of_kind(each, kind) for each in settings_of(others, f"{key}."))
+                    own = (each for each in settings_of(others, f"{key}.") if each.key not in shared)
+                    yield from (replace(each, meaning=f"of {key}.kind={kind}: {each.meaning}") for each in own)
             continue
         yield from settings_of(group, f"{key}.")
+
+
+def meta_train_settings() -> list[Setting]:
+    """Return the settings of a meta-training, each with its value in the embedded configuration."""
+    embedded = flat_settings(load_settings(None))
+    return [
+        replace(each, embedded=_written(embedded[each.key])) if each.key in embedded else each
+        for each in settings_of(MetaTrainSettings)
+    ]
 
 
 def chosen(settings: list[Setting], key: str) -> list[Setting]:
     """Return the setting of a key, or all of a group; raises UserError with the nearest key."""
     found = [each for each in settings if each.key == key or each.key.startswith(f"{key}.")]
     if not found:
-        groups = {".".join(each.key.split(".")[:-1]) for each in settings} - {""}
-        raise unknown("setting", key, {*(each.key for each in settings), *groups})
+        group = key.rpartition(".")[0]
+        near = {each.key for each in settings if each.key.rpartition(".")[0] == group} if group else set()
+        raise unknown("setting", key, near or {each.key.partition(".")[0] for each in settings})
     return found
-
-
-def _of_kind(setting: Setting, kind: str) -> Setting:
-    return Setting(setting.key, setting.default, setting.allowed, f"rule.kind={kind}: {setting.meaning}".rstrip(": "))
 
 
 def _group(annotation: Any) -> type[BaseModel] | None:

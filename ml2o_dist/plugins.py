@@ -116,7 +116,8 @@ def find_loaded(name: str, sha256: str) -> Plugin:
     others = [each for each in loaded() if each.name == name]
     if others:
         raise UserError(
-            f"plug-in {name!r} has sha256 {others[0].sha256[:12]}..., the one that this was made with {sha256[:12]}..."
+            f"plug-in {name!r} has sha256 {others[0].sha256[:12]}..., the one that this was made with "
+            f"{sha256[:12]}...: restore that file, or begin anew in another folder"
         )
     raise UserError(f"this was made with the plug-in {name!r} (sha256 {sha256[:12]}...): give it, --plugin {name}")
 

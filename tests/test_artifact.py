@@ -18,6 +18,7 @@ from ml2o_dist.config import RuleSettings
 from ml2o_dist.rules.coordinatewise.rule import ML2ONetwork
 from ml2o_dist.runtime.errors import UserError
 from tests.forged_artifact import edit_card, replace_tensors
+from tests.wording import says
 
 RULE = RuleSettings(hidden=4, objectives="per_objective", count=3)
 PROVENANCE = {"config_hash": "c0ffee", "seed": 7, "meta_steps": 12, "family": ["a", "b"]}
@@ -48,6 +49,19 @@ def test_a_named_file_has_its_card_beside_it(tmp_path: Path) -> None:
     assert load_artifact(tmp_path / "new" / "best.safetensors").card == written.card
 
 
+def test_a_relative_place_is_looked_for_in_the_current_folder_then_in_the_home(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    monkeypatch.setenv("ML2O_HOME", str(folder.parent))
+    assert load_artifact(folder.name).path.parent == folder
+    save_artifact(
+        tmp_path / "here" / folder.name, ML2ONetwork(RuleSettings(hidden=2)).state_dict(), RuleSettings(hidden=2), {}
+    )
+    assert load_artifact(folder.name).path.parent == tmp_path / "here" / folder.name
+
+
 def test_a_uri_is_read_and_verified_like_a_folder(folder: Path) -> None:
     uri = folder.as_uri()
     for place in (uri, f"{uri}/", f"{uri}/weights.safetensors"):
@@ -55,13 +69,13 @@ def test_a_uri_is_read_and_verified_like_a_folder(folder: Path) -> None:
         assert there.weights_sha256 == load_artifact(folder).weights_sha256
         assert folder not in there.path.parents
     (folder / "weights.json").unlink()
-    with pytest.raises(UserError, match=rf"weights\.json of '{uri}' cannot be read"):
+    with pytest.raises(UserError, match=rf"weights\.json.*'{uri}'.*cannot be read"):
         load_artifact(uri)
 
 
 def test_a_run_that_is_not_finished_is_said_to_be(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").mkdir()
-    with pytest.raises(UserError, match=r"is missing: the run is not finished, go on with: .*--resume"):
+    with pytest.raises(UserError, match=r"missing.*not finished.*--resume"):
         load_artifact(tmp_path)
 
 
@@ -122,14 +136,14 @@ def test_one_flipped_bit_in_the_weights_is_refused(folder: Path, position: int) 
     content = bytearray(file.read_bytes())
     content[position] ^= 1
     file.write_bytes(content)
-    with pytest.raises(UserError, match=r"weights\.safetensors' was altered: its sha256 is"):
+    with pytest.raises(UserError, match=r"weights\.safetensors'.*altered.*sha256"):
         load_artifact(folder)
 
 
 def test_truncated_weights_are_refused(folder: Path) -> None:
     file = folder / "weights.safetensors"
     file.write_bytes(file.read_bytes()[:-8])
-    with pytest.raises(UserError, match=r"weights\.safetensors' was altered"):
+    with pytest.raises(UserError, match=r"weights\.safetensors'.*altered"):
         load_artifact(folder)
 
 
@@ -154,7 +168,7 @@ def test_a_card_without_a_key_is_refused_by_its_name(folder: Path) -> None:
 
 def test_a_newer_format_is_refused_as_such(folder: Path) -> None:
     edit_card(folder, lambda card: card.update(format=FORMAT + 1, surprise=1))
-    with pytest.raises(UserError, match=rf"has format {FORMAT + 1}, .* up to {FORMAT}"):
+    with pytest.raises(UserError, match=rf"format {FORMAT + 1}.* {FORMAT}"):
         load_artifact(folder)
 
 
@@ -166,7 +180,7 @@ def test_an_unknown_rule_setting_is_named(folder: Path) -> None:
 
 def test_other_weights_under_the_same_file_digest_are_refused(folder: Path) -> None:
     edit_card(folder, lambda card: card.update(weights_sha256="0" * 64))
-    with pytest.raises(UserError, match=r"the tensors in .* have sha256 .* the card says 000000000000"):
+    with pytest.raises(UserError, match=r"tensors.*sha256.*card.*000000000000"):
         load_artifact(folder)
 
 
@@ -182,7 +196,7 @@ def test_a_renamed_tensor_is_refused_by_both_names(folder: Path) -> None:
     tensors = load_file(folder / "weights.safetensors")
     tensors["head.wait"] = tensors.pop("head.weight")
     replace_tensors(folder, tensors)
-    with pytest.raises(UserError, match=r"without head\.weight and with head\.wait"):
+    with pytest.raises(UserError, match=r"without head\.weight.*with head\.wait"):
         load_artifact(folder)
 
 
@@ -190,7 +204,7 @@ def test_a_tensor_of_another_shape_is_refused(folder: Path) -> None:
     tensors = load_file(folder / "weights.safetensors")
     tensors["head.weight"] = torch.zeros(2, 5)
     replace_tensors(folder, tensors)
-    with pytest.raises(UserError, match=r"head\.weight has shape \[2, 5\], not \[2, 4\]"):
+    with pytest.raises(UserError, match=r"head\.weight.*\[2, 5\].*\[2, 4\]"):
         load_artifact(folder)
 
 
@@ -211,11 +225,11 @@ def test_the_card_of_another_architecture_is_refused_by_what_differs(
     edit_card(folder, lambda card: card["rule"].update(change))
     with pytest.raises(UserError) as refusal:
         load_artifact(folder)
-    assert f"weights.safetensors' do not fit its rule settings ({differing}): " in str(refusal.value)
+    assert says(str(refusal.value), "weights.safetensors'", f"({differing})")
 
 
 def test_weights_of_another_rule_are_not_written(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="do not fit its rule settings"):
+    with pytest.raises(UserError, match="rule settings"):
         save_artifact(tmp_path, ML2ONetwork(RULE).state_dict(), RuleSettings(hidden=8), {})
     assert os.listdir(tmp_path) == []
 
@@ -235,20 +249,20 @@ def test_figures_that_are_not_finite_become_null(tmp_path: Path) -> None:
 
 
 WRONG_CARDS: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
-    "a digest that is a number": (lambda card: card.update(file_sha256=7), "file_sha256 is a int, not a str"),
+    "a digest that is a number": (lambda card: card.update(file_sha256=7), "file_sha256.*int.*str"),
     "a digest that is no digest": (lambda card: card.update(weights_sha256="x"), "weights_sha256 is no sha256"),
-    "a rule that is a list": (lambda card: card.update(rule=[]), "rule is a list, not a dict"),
-    "provenance that is null": (lambda card: card.update(provenance=None), "provenance is a NoneType"),
-    "a format that is true": (lambda card: card.update(format=True), "format is a bool, not a int"),
+    "a rule that is a list": (lambda card: card.update(rule=[]), "rule.*list.*dict"),
+    "provenance that is null": (lambda card: card.update(provenance=None), "provenance.*NoneType"),
+    "a format that is true": (lambda card: card.update(format=True), "format.*bool.*int"),
     "a width of a thousand million": (lambda card: card["rule"].update(hidden=10**9), "rule.hidden: Input should be"),
     "as many modules": (lambda card: card["rule"].update(count=10**9), "rule.num_objectives: Input should be"),
     "a huge network": (
         lambda card: card["rule"].update(hidden=1024, count=1000),
         "num_objectives \\* hidden\\^2 is above",
     ),
-    "another network": (lambda card: card["rule"].update(hidden=1024, count=1), "do not fit its rule settings"),
+    "another network": (lambda card: card["rule"].update(hidden=1024, count=1), "rule settings"),
     "a rate that is no number": (lambda card: card["rule"].update(lr="fast"), "rule.lr: Input should be"),
-    "41 digits": (lambda card: card.update(parameters=10**40), "integer of more than 40 digits"),
+    "41 digits": (lambda card: card.update(parameters=10**40), "40 digits"),
     "half a character": (lambda card: card.update(created="\ud800"), "half a character"),
     "a key with an escape": (lambda card: card["rule"].update({"\x1b[31m": 1}), r"rule\.\\x1b\[31m: Extra inputs"),
 }
@@ -267,7 +281,7 @@ def test_a_card_of_wrong_types_or_sizes_is_one_line(kind: str, folder: Path) -> 
 @pytest.mark.parametrize(
     ("content", "why"),
     [
-        ("[" * 100_000, "is nested deeper than 64 levels"),
+        ("[" * 100_000, "nested.*64 levels"),
         ('{"format": 1, "format": 2}', "has the key 'format' twice"),
         ('{"format": NaN}', "is not finite"),
         ('{"format": 1e400}', "is not finite"),
@@ -285,9 +299,9 @@ def test_a_card_that_is_no_card_is_one_line(content: str, why: str, folder: Path
 @pytest.mark.parametrize(
     ("change", "why"),
     [
-        (lambda t: t * float("nan"), "has values that are not finite"),
-        (lambda t: t + float("inf"), "has values that are not finite"),
-        (lambda t: t.to(torch.int64), "is of int64; weights are float32 or float64"),
+        (lambda t: t * float("nan"), "not finite"),
+        (lambda t: t + float("inf"), "not finite"),
+        (lambda t: t.to(torch.int64), "int64.*float32 or float64"),
         (lambda t: t.to(torch.bool), "is of bool; weights"),
         (lambda t: t.half(), "is of float16; weights"),
         (lambda t: t[:0], "has shape"),
@@ -321,7 +335,7 @@ def test_what_is_no_regular_file_is_refused_at_once_also_at_a_uri(name: str, fol
 
 def test_a_file_of_another_kind_is_one_line(tmp_path: Path) -> None:
     torch.save({"a": torch.ones(2)}, tmp_path / "w.pt")
-    with pytest.raises(UserError, match=r"w\.pt' are neither a \.safetensors file nor a folder"):
+    with pytest.raises(UserError, match=r"w\.pt'.*\.safetensors"):
         load_artifact(tmp_path / "w.pt")
 
 

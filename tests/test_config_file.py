@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from ml2o_dist.config import RuleSettings
 from ml2o_dist.config_file import (
     DEFAULT_CONFIG,
     changed_settings,
@@ -19,6 +20,7 @@ from ml2o_dist.config_file import (
     settings_hash,
 )
 from ml2o_dist.runtime.errors import UserError
+from tests.wording import says
 
 FOLDER = Path(__file__).parents[1] / "jobs" / "configs"
 CONFIGS = sorted(file for file in FOLDER.glob("*.yaml") if file.stem != "sweep" and "pareto" not in file.stem)
@@ -37,14 +39,14 @@ def refused(*overrides: str) -> str:
     [
         ("meta_stps=5", ["'meta_stps'", "did you mean 'meta_steps'?", "allowed:", "horizon"]),
         ("rule.ouput=scaled", ["'rule.ouput'", "did you mean 'rule.output'?", "rule.hidden"]),
-        ("rule.output=cubic", ["'rule.output': must be", "'cubic'", "'residual'", "'scaled'"]),
-        ("workers=0", ["'workers': must be greater than or equal to 1", "0"]),
+        ("rule.output=cubic", ["'rule.output'", "'cubic'", "'residual'", "'scaled'"]),
+        ("workers=0", ["'workers'", "greater than or equal to 1", "0"]),
         ("workers=many", ["'workers'", "valid integer", "'many'"]),
         ("estimator.gamma=1.5", ["'estimator.gamma'", "less than or equal to 1", "1.5"]),
         ("staleness=-1", ["'staleness'", "0", "-1"]),
-        ("resources={start_workers: 1, min_workers: 2}", ["resources.start_workers=1 is less than resources.min_work"]),
+        ("resources={start_workers: 1, min_workers: 2}", ["resources.start_workers=1", "resources.min_workers"]),
         ("backward=driver", ["'backward'", "'driver'", "'worker' or 'learner'"]),
-        ("backward=learner", ["backward=learner", "needs estimator.kind=replay, not exact"]),
+        ("backward=learner", ["backward=learner", "estimator.kind=replay", "exact"]),
         ("horizon=0", ["'horizon'", "at least 1"]),
         ("family.test=[multidigitz]", ["family.test", "'multidigitz'", "did you mean 'multidigits'?"]),
         ("family.test=['multidigits[nett=mlp]']", ["'nett'", "did you mean 'net'?"]),
@@ -52,13 +54,13 @@ def refused(*overrides: str) -> str:
         ("family.train=[{problem: quadratic, choices: {mm: [2]}}]", ["'mm'", "allowed: batch, condition, m, n, noise"]),
         ("family.train=[{problem: quadratic, choices: {m: []}}]", ["choices.m is empty"]),
         ("family.train=[]", ["'family.train'", "at least 1 item"]),
-        ("estimator.truncated=true", ["estimator.truncated needs unroll >= 1"]),
-        ("estimator={kind: exact, coordinates: 0.5}", ["estimator.kind=exact takes no", "coordinates"]),
+        ("estimator.truncated=true", ["estimator.truncated", "unroll >= 1"]),
+        ("estimator={kind: exact, coordinates: 0.5}", ["estimator.kind=exact", "coordinates"]),
         ("device=gpuu", ["'device'", "'gpuu'", "cuda"]),
-        ("device=cuda", ["device=cuda needs resources.num_gpus > 0"]),
+        ("device=cuda", ["device=cuda", "resources.num_gpus > 0"]),
         ("learner.lr=.inf", ["'learner.lr'", "finite"]),
         ("comparison.learning_rates=[-1]", ["comparison.learning_rates", "greater than 0"]),
-        ("rule", ["not of the form dotted.key=value"]),
+        ("rule", ["dotted.key=value"]),
         ("seed.x=1", ["'seed' is a value"]),
         ("rule={", ["not YAML"]),
     ],
@@ -70,9 +72,9 @@ def test_a_wrong_setting_is_named(override, parts):
 
 
 def test_a_missing_file_a_broken_file_and_a_list_are_refused(tmp_path):
-    with pytest.raises(UserError, match=r"nowhere\.yaml' cannot be read: No such file"):
+    with pytest.raises(UserError, match=r"nowhere\.yaml'.*No such file"):
         load_settings(tmp_path / "nowhere.yaml")
-    for content, why in (("a: [", "is not YAML"), ("- a", "must hold `key: value` lines, not list")):
+    for content, why in (("a: [", "is not YAML"), ("- a", "`key: value`.*list")):
         (tmp_path / "bad.yaml").write_text(content)
         with pytest.raises(UserError, match=why):
             load_settings(tmp_path / "bad.yaml")
@@ -100,16 +102,15 @@ def test_a_file_is_looked_for_in_the_current_folder_then_in_the_home(here_and_ho
     assert load_settings(Path("x.yaml")).seed == 1
     with pytest.raises(UserError) as caught:
         load_settings(Path("y.yaml"))
-    assert str(caught.value) == (
-        f"config file 'y.yaml' does not exist in the current folder, {here}, nor in ML2O_HOME, {home}"
-    )
+    assert "\n" not in str(caught.value)
+    assert says(str(caught.value), "'y.yaml'", str(here), "ML2O_HOME", str(home))
 
 
 def test_of_a_run_directory_the_settings_of_its_run_are_read(here_and_home):
     here, home = here_and_home
     write_seed(home / "runs" / "a" / "config.yaml", 3)  # here, too, is a folder of that name, without a run in it
     assert load_settings(Path("runs/a")).seed == load_settings(home / "runs" / "a").seed == 3
-    with pytest.raises(UserError, match=r"^config file 'runs/a' is a folder without evaluate\.yaml in the current"):
+    with pytest.raises(UserError, match=r"'runs/a'.*without evaluate\.yaml"):
         load_evaluation(Path("runs/a"))
     (here / "runs" / "a" / "evaluate.yaml").write_text("seed: 4\n")
     assert load_evaluation(Path("runs/a")).seed == 4
@@ -117,7 +118,7 @@ def test_of_a_run_directory_the_settings_of_its_run_are_read(here_and_home):
 
 def test_a_file_that_says_too_little_is_told_how_to_build_on_another(tmp_path):
     (tmp_path / "part.yaml").write_text("rule: {hidden: 8}\n")
-    with pytest.raises(UserError, match=r"'family' is missing: .* `extends: FILE`.*digits\.yaml"):
+    with pytest.raises(UserError, match=r"'family'.*missing.*`extends: FILE`.*digits\.yaml"):
         load_settings(tmp_path / "part.yaml")
 
 
@@ -158,7 +159,12 @@ def test_what_may_change_on_resume_is_told_from_what_may_not():
     what = load_settings(None, ["learner.lr=0.5"])
     assert settings_hash(how) != settings_hash(base)
     assert first_difference(how, base) == ""
-    assert first_difference(what, base) == f"learner.lr is 0.5 here and {base.learner.lr} there"
+    assert says(first_difference(what, base), "learner.lr", "0.5", str(base.learner.lr))
+
+
+def test_a_value_of_an_older_version_has_its_present_name():
+    assert RuleSettings(features="agreement") == RuleSettings(features="alignment")
+    assert load_settings(None, ["rule.features=agreement"]).rule.features == "alignment"
 
 
 def test_settings_cannot_be_changed_afterwards():
@@ -229,7 +235,7 @@ def test_an_evaluation_is_read_with_the_names_of_its_own_settings(tmp_path):
 
 
 def test_what_a_guard_decides_cannot_be_differentiated():
-    with pytest.raises(UserError, match=r"estimator\.kind=exact cannot differentiate .* use replay or es"):
+    with pytest.raises(UserError, match=r"estimator\.kind=exact.*replay or es"):
         load_settings(None, ["rule.guard={}", "estimator.kind=exact"])
 
 
@@ -250,8 +256,8 @@ def test_files_that_extend_each_other_end_in_one_line(tmp_path: Path) -> None:
         (tmp_path / f"c{i}.yaml").write_text(f"extends: c{i + 1}.yaml")
     for name, why in (
         ("a", "extends itself"),
-        ("c0", "extends more than 20 files"),
-        ("d", "extends must name a file, not"),
+        ("c0", "extends.*20 files"),
+        ("d", "extends.*file"),
     ):
         (tmp_path / "d.yaml").write_text("extends: [a.yaml]")
         with pytest.raises(UserError, match=why):

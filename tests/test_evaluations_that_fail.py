@@ -20,6 +20,7 @@ from ml2o_dist.runtime.progress import StepDisplay
 from ml2o_dist.workflows import benchmark_run
 from ml2o_dist.workflows import evaluate as evaluations
 from tests.evaluate_command import DIGITS, QUICK, ml2o, named, strict
+from tests.wording import says
 
 pytestmark = pytest.mark.usefixtures("fresh_cache")
 
@@ -39,9 +40,8 @@ def test_failed_cells_are_reported_with_exit_code_3_and_the_rest_is_there(cluste
     (failed,) = answer["summary"]["failed"]
     assert (failed["optimizer"], failed["seed"], failed["error"]) == ("dssmg", 1, "RuntimeError: a solver gave up")
     line = result.stderr.splitlines()[-1]
-    assert line == (
-        "ml2o: 1 cells failed, 1 did not; the first: dssmg on quadratic[n=3], seed 1: RuntimeError: a solver gave up"
-    )
+    assert line.startswith("ml2o: 1 cells failed, 1 did not")
+    assert says(line, "dssmg", "quadratic[n=3]", "seed 1", "RuntimeError: a solver gave up")
     monkeypatch.setattr(benchmark_run, "run_outcomes_on_ray", run_outcomes_on_ray)
     again = ml2o(*QUICK, "--json")
     assert again.exit_code == 0, "only what failed is run again"
@@ -64,11 +64,7 @@ def test_stopped_by_a_signal_it_says_and_keeps_what_is_finished(cluster, home, m
     assert result.exit_code == code, result.output
     assert result.stdout == ""
     line = result.stderr.splitlines()[-1]
-    found = re.fullmatch(
-        rf"ml2o: stopped by {signal.Signals(signal_number).name}: (\d+) of 40 cells are finished and kept: the same "
-        "command goes on from there",
-        line,
-    )
+    found = re.match(rf"ml2o: stopped by {signal.Signals(signal_number).name}.* (\d+) of 40 cells.*kept", line)
     assert found, line
     assert 3 <= int(found[1]) < 40
     assert len(list((home / "cache" / "cells").rglob("*.safetensors"))) == int(found[1])
@@ -82,7 +78,7 @@ def test_stopped_while_it_tunes_no_cell_is_finished(cluster, home, monkeypatch):
     monkeypatch.setattr(StepDisplay, "update", lambda display, done, figures="": os.kill(os.getpid(), signal.SIGTERM))
     result = ml2o(*named(["mgda"], ["quadratic[n=3]"]), "--steps", "2000")
     assert result.exit_code == 143, result.output
-    assert "of 10 cells are finished and kept" in result.stderr
+    assert says(result.stderr, "of 10 cells", "kept")
 
 
 def refusal(*words: str) -> str:
@@ -98,20 +94,20 @@ def refusal(*words: str) -> str:
     [
         (named(["gml2o:ascnt"], ["fonseca"]), ["'gml2o:ascnt'", "did you mean 'gml2o:ascent'?"]),
         (named(["initial"], ["fonsecca"]), ["'fonsecca'", "did you mean 'fonseca'?"]),
-        (named(["initial"], []), ["name at least one problem: --problem NAME, or a suite: --suite NAME"]),
+        (named(["initial"], []), ["problem", "--problem NAME", "--suite NAME"]),
         (["--suite", "quik"], ["'quik'", "did you mean 'quick'?", "analytic, paper, quick, shift"]),
-        (["--suite", "quick", "--config", "x.yaml"], ["--suite is a configuration itself"]),
-        (named(["initial"], ["fonseca@x"]), ["'fonseca@x'", "after @ stands how many steps"]),
-        (named([], ["fonseca"]), ["name at least one optimizer: --optimizer NAME"]),
+        (["--suite", "quick", "--config", "x.yaml"], ["--suite", "configuration"]),
+        (named(["initial"], ["fonseca@x"]), ["'fonseca@x'", "steps"]),
+        (named([], ["fonseca"]), ["optimizer", "--optimizer NAME"]),
         (named(["trimmedmean"], ["fonseca"]), ["trimmedmean on fonseca", "at least 3 objectives"]),
         (named(["models:/ml2o@champion"], ["fonseca"]), ["unknown registered model 'ml2o'"]),
         ([*QUICK, "--set", "guard.esp=1"], ["'guard.esp'", "did you mean 'guard.eps'?", "guard.margin"]),
         ([*QUICK, "--set", "stepps=1"], ["'stepps'", "did you mean 'steps'?", "learning_rates"]),
-        ([*QUICK, "--set", "rule.guard={}"], ["rule.guard is for meta-training; evaluate gml2o:initial"]),
+        ([*QUICK, "--set", "rule.guard={}"], ["rule.guard", "gml2o:initial"]),
         ([*QUICK, "--set", "guard.fallback=mgda", *named(["gml2o:nan"], [])], ["needs its learning rate"]),
         ([*QUICK, "--seeds", "0"], ["'seeds'", "greater than or equal to 1", "0"]),
-        ([*QUICK, "--set", "device=cuda"], ["device=cuda needs resources.num_gpus > 0"]),
-        ([*QUICK, "--config", "nowhere.yaml"], ["'nowhere.yaml' does not exist in the current folder"]),
+        ([*QUICK, "--set", "device=cuda"], ["device=cuda", "resources.num_gpus > 0"]),
+        ([*QUICK, "--config", "nowhere.yaml"], ["'nowhere.yaml'", "not exist"]),
         ([*QUICK, "--tracking-uri", "file:///tmp/x"], ["file:///tmp/x"]),
         ([*QUICK, "--tracking-uri", "postgresql://me:secret@db/ml"], ["me:***@db", "MLFLOW_TRACKING_URI"]),
     ],
@@ -135,12 +131,12 @@ def test_a_folder_of_something_else_is_not_written_over(home, monkeypatch):
     monkeypatch.setattr(evaluations, "connected", lambda address: pytest.fail("Ray was asked for"))
     (home / "runs/a").mkdir(parents=True)
     (home / "runs/a/config.yaml").write_text("seed: 1\n")
-    assert f"{home}/runs/a holds a meta-training; choose another --run-dir" in refusal(*QUICK, "--run-dir", "runs/a")
+    assert says(refusal(*QUICK, "--run-dir", "runs/a"), f"{home}/runs/a", "a meta-training", "--run-dir")
     (home / "runs/b").mkdir()
     (home / "runs/b/evaluation.json").write_text("{}")
-    assert f"{home}/runs/b holds another evaluation; choose another --run-dir" in refusal(*QUICK, "--run-dir", "runs/b")
+    assert says(refusal(*QUICK, "--run-dir", "runs/b"), f"{home}/runs/b", "another evaluation", "--run-dir")
     (home / "file").write_text("")
-    assert "is a file; choose another --run-dir" in refusal(*QUICK, "--run-dir", "file/x")
+    assert says(refusal(*QUICK, "--run-dir", "file/x"), "is a file", "--run-dir")
 
 
 def without_times(answer) -> list:

@@ -61,7 +61,7 @@ def test_automatic_optimization_of_lightning_is_refused() -> None:
         enable_model_summary=False,
         enable_progress_bar=False,
     )
-    with pytest.raises(UserError, match=r"called backward: .* In Lightning set self\.automatic_optimization = False"):
+    with pytest.raises(UserError, match=r"called backward.*Lightning.*self\.automatic_optimization = False"):
         trainer.fit(Automatic(), torch.utils.data.DataLoader([0, 1]))
 
 
@@ -95,7 +95,7 @@ def test_a_trainer_that_steps_by_itself_is_refused(tmp_path: Path) -> None:
         train_dataset=[{"x": torch.ones(2)}] * 4,
         optimizers=(optimizer, torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)),
     )
-    with pytest.raises(UserError, match=r"needs a closure .* A Trainer of Hugging Face .*: override training_step"):
+    with pytest.raises(UserError, match=r"closure.*Hugging Face.*training_step"):
         trainer.train()
 
 

@@ -25,6 +25,7 @@ from ml2o_dist.metatrain.trainer import Trainer
 from ml2o_dist.runtime.cluster import one_start_at_a_time
 from ml2o_dist.tracking.registry import list_versions
 from tests.metatrain.executing import in_process, later
+from tests.wording import says
 
 REPOSITORY = Path(__file__).parents[1]
 RAY = Path(sys.executable).parent / "ray"
@@ -108,7 +109,7 @@ def test_a_submitted_job_leaves_run_and_version_outside_its_working_directory(he
 def test_a_submitted_job_that_the_cluster_cannot_hold_fails_with_the_line_that_says_so(head, tmp_path):
     failed = submit(head, tmp_path, "--config", str(REPOSITORY / "tests" / "small_run.yaml"), "--set", "workers=9")
     assert failed.returncode != 0
-    assert "workers=9 needs 9 CPU (1 each), the cluster has 2: 7 missing" in failed.stdout + failed.stderr
+    assert says(failed.stdout + failed.stderr, "workers=9 needs 9 CPU (1 each)", "has 2: 7 missing")
 
 
 @pytest.mark.long
@@ -132,7 +133,7 @@ def test_a_job_that_is_stopped_leaves_a_checkpoint_within_its_grace_and_another_
     job("stop")
     assert "stopped" in job("status").lower()
     written = (tmp_path / "runs" / "job" / "run.log").read_text()
-    (step,) = re.findall(r"stopped by SIGTERM; checkpoint at meta-step (\d+) of 40 written", written)
+    (step,) = re.findall(r"stopped by SIGTERM.*checkpoint at meta-step (\d+) of 40", written)
     assert newest_checkpoint(checkpoints)[0].meta_step == int(step) < 40
     resumed = submit(head, tmp_path, "--run-dir", "runs/job", "--resume")
     assert resumed.returncode == 0, resumed.stdout + resumed.stderr

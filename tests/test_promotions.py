@@ -16,6 +16,7 @@ from ml2o_dist.rules.coordinatewise.rule import ML2ONetwork
 from ml2o_dist.tracking.champion import champion_of, promote_version
 from ml2o_dist.tracking.registry import find_version, register_version
 from ml2o_dist.workflows import promote as promotions
+from tests.wording import says
 
 SUITE = """
 problems: ["quadratic[n=3]", "quadratic[n=5]"]
@@ -69,8 +70,8 @@ def test_better_ones_are_promoted_worse_ones_refused_and_a_rollback_restores(hom
     refused = promote(f"ml2o/{slow}")
     assert refused.exit_code == 5, refused.output
     line = refused.stderr.splitlines()[-1]
-    assert line.startswith("ml2o: ml2o/1 is worse than tuned mean+adam: 1.")
-    assert "of tuned mean+adam's loss on gate (2 problems, 4 paired seeds)" in line
+    assert says(line, "ml2o: ml2o/1 is worse", "mean+adam: 1.")
+    assert says(line, "mean+adam's loss", "gate", "2 problems", "4 paired seeds")
     assert refused.stdout == ""
     assert champion_of(uri(home), "ml2o") is None
 
@@ -110,7 +111,7 @@ def test_better_ones_are_promoted_worse_ones_refused_and_a_rollback_restores(hom
 
     again = promote()
     assert again.exit_code == 2
-    assert f"ml2o/{best} is the champion already" in again.stderr
+    assert says(again.stderr, f"ml2o/{best}", "champion already")
 
 
 def test_a_champion_that_changed_meanwhile_is_compared_with_anew(home, ran, monkeypatch):
@@ -137,9 +138,9 @@ def test_a_champion_that_changed_meanwhile_is_compared_with_anew(home, ran, monk
 @pytest.mark.parametrize(
     ("words", "line"),
     [
-        (["ml2o/9"], "unknown version of model 'ml2o' '9'"),
-        (["ml2o@champion"], "unknown alias of model 'ml2o' 'champion'"),
-        (["--name", "m12o"], "unknown registered model 'm12o'; did you mean 'ml2o'?"),
+        (["ml2o/9"], "version ... 'ml2o' ... '9'"),
+        (["ml2o@champion"], "alias ... 'ml2o' ... 'champion'"),
+        (["--name", "m12o"], "'m12o' ... 'ml2o'"),
         (["--set", "seedz=3"], "unknown setting 'seedz'"),
     ],
 )
@@ -147,7 +148,7 @@ def test_wrong_words_are_one_line(home, ran, words, line):
     register(home, 0.01)
     result = promote(*words)
     assert result.exit_code == 2, result.output
-    assert line in result.stderr.splitlines()[-1]
+    assert says(result.stderr.splitlines()[-1], line)
     assert ran == []
 
 

@@ -19,10 +19,11 @@ from ml2o_dist.cli import main
 from ml2o_dist.config_file import load_settings
 from ml2o_dist.metatrain.checkpoint import newest_checkpoint
 from ml2o_dist.metatrain.trainer import Trainer
+from ml2o_dist.workflows.lifecycle import git_commit
 from ml2o_dist.workflows.meta_train_end import finished_answer
-from ml2o_dist.workflows.tracked_run import git_commit
 from tests.meta_train_command import CONFIG, QUICK, QUIET, ml2o, refusal
 from tests.tracking.empty_store import new_store
+from tests.wording import says
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +110,7 @@ def test_what_was_recorded_on_workers_can_be_listed_and_drawn(finished, monkeypa
     assert (home / "a.png").stat().st_size > 10_000
     wrong = CliRunner().invoke(main, ["trajectories", "runs/a", "--problem", "quadratic[n=7]"])
     assert wrong.exit_code == 2
-    assert "nothing is recorded of problem 'quadratic[n=7]'; the nearest of" in wrong.stderr
+    assert says(wrong.stderr, "'quadratic[n=7]'", "nearest")
     assert "'quadratic[n=6]'" in wrong.stderr
 
 
@@ -121,7 +122,7 @@ def test_a_page_that_cannot_be_made_costs_a_line_not_the_run(finished, home, mon
     without_end(finished, home / "runs" / "h")
     result = ml2o("--run-dir", "runs/h", "--resume", "--set", "compare=false", "--json")
     assert result.exit_code == 0, result.output
-    assert "no report.html: RuntimeError: no fonts" in " ".join(result.stderr.split())
+    assert says(" ".join(result.stderr.split()), "no report.html", "RuntimeError: no fonts")
     assert not (home / "runs/h/report.html").exists()
     assert load_artifact(home / "runs/h").weights_sha256 == json.loads(result.stdout)["weights_sha256"]
 
@@ -273,7 +274,7 @@ def test_resume_refuses_other_image_data(finished, home, monkeypatch):
     monkeypatch.setattr(
         "ml2o_dist.workflows.meta_train.check_problems", lambda settings: {"multidigits[size=0]": "0" * 64}
     )
-    assert "multidigits[size=0] has sha256 000000000000, it was" in refusal("--run-dir", "runs/f", "--resume")
+    assert says(refusal("--run-dir", "runs/f", "--resume"), "multidigits[size=0]", "sha256 000000000000")
 
 
 @pytest.mark.long
@@ -305,9 +306,9 @@ def test_a_run_directory_of_another_or_the_same_configuration_is_not_written_ove
     home, _, _ = finished
     monkeypatch.setenv("ML2O_HOME", str(home))
     other = refusal("--config", str(CONFIG), "--run-dir", "runs/a", "--set", "learner.lr=0.5")
-    assert "another configuration (learner.lr is 0.5 here and 0.003 there)" in other
+    assert says(other, "another configuration", "learner.lr", "0.5", "0.003")
     same = refusal("--config", str(CONFIG), "--run-dir", "runs/a")
     assert "add --resume" in same
     resumed = refusal("--config", str(CONFIG), "--run-dir", "runs/a", "--resume", "--set", "learner.lr=0.5")
     assert "cannot resume" in resumed
-    assert "learner.lr is 0.5 here and 0.003 there" in resumed
+    assert says(resumed, "learner.lr", "0.5", "0.003")

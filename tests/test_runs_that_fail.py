@@ -14,6 +14,7 @@ from ml2o_dist.metatrain.checkpoint import newest_checkpoint
 from ml2o_dist.metatrain.pool import WorkerPool
 from ml2o_dist.runtime.errors import UserError
 from tests.meta_train_command import CONFIG, QUIET, ml2o, refusal
+from tests.wording import says
 
 
 @pytest.mark.parametrize(
@@ -29,20 +30,20 @@ def test_a_comparison_that_breaks_costs_neither_weights_nor_version_and_exits_wi
     answer = json.loads(result.stdout)
     assert answer["comparison"] is None
     assert answer["registered_version"] == 1
-    assert f"the comparison failed ({type(error).__name__}: a solver gave up)" in result.stderr
+    assert says(result.stderr, "comparison failed", f"{type(error).__name__}: a solver gave up")
     assert "a solver gave up" in (home / "runs/d/run.log").read_text()
 
 
 @pytest.mark.parametrize(
     ("fallback", "line"),
-    [("dsmg", "unknown aggregator 'dsmg'"), ("mgda+sgd", "rule.guard.fallback='mgda+sgd' needs its learning rate")],
+    [("dsmg", "unknown aggregator 'dsmg'"), ("mgda+sgd", "rule.guard.fallback='mgda+sgd' ... learning rate")],
 )
 def test_a_wrong_fallback_of_the_guard_is_said_before_ray_is_asked_for(home, monkeypatch, fallback, line):
     monkeypatch.setattr("ml2o_dist.workflows.meta_train.connected", lambda address: pytest.fail("Ray was asked for"))
     words = ["--set", "estimator.kind=replay", "--set", f"rule.guard.fallback={fallback}", "--run-dir", "runs/f"]
     result = ml2o("--config", str(CONFIG), *words)
     assert result.exit_code == 2, result.output
-    assert line in result.stderr
+    assert says(result.stderr, line)
 
 
 def test_an_error_in_mid_run_aborts_with_a_checkpoint_and_exit_code_4(cluster, home, monkeypatch):
@@ -57,7 +58,7 @@ def test_an_error_in_mid_run_aborts_with_a_checkpoint_and_exit_code_4(cluster, h
     monkeypatch.setattr(WorkerPool, "begin", failing)
     result = ml2o(*QUIET, "--run-dir", "runs/e")
     assert result.exit_code == 4, result.output
-    assert "MemoryError: no memory left; checkpoint at meta-step 2 of 6 written" in result.stderr
+    assert says(result.stderr, "MemoryError: no memory left", "checkpoint at meta-step 2 of 6")
     assert newest_checkpoint(home / "runs/e/checkpoints")[0].meta_step == 2
     assert "Traceback" not in result.stderr
 
@@ -80,18 +81,18 @@ def test_a_tracking_server_that_is_down_costs_the_version_not_the_run(cluster, h
         (["--set", "rule.output=cubic"], ["'rule.output'", "'controlled' or 'scaled'", "'cubic'"]),
         (["--set", "rule.output=residual", "--set", "rule.warmup=2"], ["'rule'", "warmup=2.0", "output=controlled"]),
         (["--set", "comparison.baselines=[mgdaa+adam]"], ["'mgdaa'", "did you mean 'mgda'?"]),
-        (["--set", "workers=99"], ["workers=99 needs 99 CPU (1 each), the cluster has 4: 95 missing"]),
+        (["--set", "workers=99"], ["workers=99 needs 99 CPU (1 each)", "has 4: 95 missing"]),
         (
             ["--set", "rule.objectives=per_objective", "--set", "rule.count=3"],
             ["rule.num_objectives=3", "the problem has 2"],
         ),
         (["--resume"], ["--resume needs --run-dir"]),
-        (["--resume", "--run-dir", "runs/none"], ["nothing to resume", "runs/none holds no config.yaml"]),
-        (["--config", "nowhere.yaml"], ["'nowhere.yaml' does not exist in the current folder"]),
+        (["--resume", "--run-dir", "runs/none"], ["nothing to resume", "runs/none", "no config.yaml"]),
+        (["--config", "nowhere.yaml"], ["'nowhere.yaml'", "not exist"]),
         (["--tracking-uri", "file:///tmp/x"], ["file:///tmp/x"]),
         (["--tracking-uri", "postgresql://me:secret@db/ml"], ["me:***@db", "MLFLOW_TRACKING_URI"]),
-        (["--address", "127.0.0.1:1"], ["--address '127.0.0.1:1': no Ray cluster answers there"]),
-        (["--address", "nowhere:port"], ["--address 'nowhere:port' is not auto, local or HOST:PORT"]),
+        (["--address", "127.0.0.1:1"], ["--address '127.0.0.1:1'", "no Ray cluster"]),
+        (["--address", "nowhere:port"], ["--address 'nowhere:port'", "auto, local or HOST:PORT"]),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line_and_exits_with_2(cluster, home, words, parts):
@@ -127,10 +128,10 @@ def test_a_run_that_was_cut_short_before_its_first_checkpoint_begins(cluster, ho
     (folder / "checkpoints" / "tmp_000000").mkdir(parents=True)
     (folder / "config.yaml").write_text(dump_settings(settings))
     line = refusal("--run-dir", "runs/a", "--resume", "--set", "meta_steps=7")
-    assert line == f"ml2o: cannot resume {folder} with another configuration: meta_steps is 7 here and 6 there"
+    assert says(line, "ml2o: cannot resume", str(folder), "another configuration", "meta_steps", "7", "6")
     result = ml2o("--run-dir", "runs/a", "--resume", "--json")
     assert result.exit_code == 0, result.output
-    assert "resuming from  the beginning: it was cut short before its first checkpoint" in result.stderr
+    assert "resuming from  the beginning" in result.stderr
     assert json.loads(result.stdout)["meta_steps"] == 6
 
 
@@ -138,4 +139,4 @@ def test_checkpoints_that_are_all_damaged_are_no_beginning(home):
     settings = load_settings(CONFIG, ["compare=false", "tracking.register=false"])
     (home / "runs" / "a" / "checkpoints" / "step_000002").mkdir(parents=True)
     (home / "runs" / "a" / "config.yaml").write_text(dump_settings(settings))
-    assert "holds no valid checkpoint; refused: " in refusal("--run-dir", "runs/a", "--resume")
+    assert says(refusal("--run-dir", "runs/a", "--resume"), "no valid checkpoint", "refused")

@@ -25,15 +25,22 @@ def settings(console: Console, key: str | None, of: str) -> list[dict[str, Any]]
 
     Each is a key of the YAML file and a word for --set: `ml2o settings rule`, `ml2o settings learner.lr`.
     """
-    from ml2o_dist.config_reference import chosen, settings_of
+    from ml2o_dist.config_reference import chosen, meta_train_settings, settings_of
 
-    every = list(settings_of(_model(of)))
+    every = meta_train_settings() if of == "meta-train" else list(settings_of(_model(of)))
     found = every if key is None else chosen(every, key)
-    table = Table("key", "default", "allowed", "meaning", title=f"settings of ml2o {of}", show_lines=False)
+    several = ["embedded"] if of == "meta-train" else []
+    table = Table("key", "default", *several, "allowed", "meaning", title=f"settings of ml2o {of}", show_lines=False)
     for each in found:
-        cells = (each.key, "required" if each.default is None else each.default, each.allowed, each.meaning)
-        table.add_row(*map(Text, cells))
+        values = ["required" if each.default is None else each.default]
+        if of == "meta-train":
+            values.append("" if each.embedded in (None, each.default) else str(each.embedded))
+        table.add_row(*map(Text, (each.key, *values, each.allowed, each.meaning)))
     console.print(table)
+    if of == "meta-train":
+        console.print(
+            "Without --config, ml2o meta-train runs the embedded configuration; its values are shown where they differ."
+        )
     return [each.to_json() for each in found]
 
 

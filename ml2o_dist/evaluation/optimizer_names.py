@@ -8,9 +8,8 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
-from ml2o_dist.artifact_sources import load_artifact
+from ml2o_dist.artifact_sources import load_artifact, located
 from ml2o_dist.config import EvaluateSettings, GuardSettings
-from ml2o_dist.config_file import located
 from ml2o_dist.evaluation.evaluated import Role
 from ml2o_dist.evaluation.optimizer_specs import Adversary, Guarded, HandDesigned, Learned, OptimizerSpec, Stochastic
 from ml2o_dist.evaluation.optimizer_words import GUARD, REGISTRY, is_hand_designed, unknown_optimizer
@@ -50,9 +49,9 @@ def parse_optimizers(settings: EvaluateSettings, resolve: Resolve) -> list[Entra
 
     `pretrained`, `initial`, the adversaries of rules/adversaries.py, `dssmg`, `smg`,
     `AGGREGATOR[+sgd|+momentum|+adam][@LR]`, `models:/NAME@ALIAS` or `models:/NAME/VERSION`, a weights file or a run
-    directory (relative to ML2O_HOME, or a URI); each of them also as `gml2o:NAME`, under the guard of `settings.guard`.
-    A learned optimizer that was meta-trained under a guard keeps every setting of it that is no looser than the default
-    guard's; `gml2o:` replaces that guard.
+    directory (looked for as `artifact_sources.located` says, or a URI); each of them also as `gml2o:NAME`, under the
+    guard of `settings.guard`. A learned optimizer that was meta-trained under a guard keeps every setting of it that is
+    no looser than the default guard's; `gml2o:` replaces that guard.
 
     Raises:
         UserError: an unknown name (the nearest valid one is given), weights that cannot be read, or a name that is not

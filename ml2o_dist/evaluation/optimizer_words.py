@@ -45,7 +45,7 @@ def unknown_optimizer(text: str) -> UserError:
     hint = f"; did you mean {near[0]!r}?" if near else ""
     return UserError(
         f"unknown optimizer {text!r}{hint} (allowed: {', '.join(names)} with [+sgd|+momentum|+adam][@LR] after those "
-        f"of torchjd, {_OTHERS})"
+        f"of torchjd, {_OTHERS}); a plug-in's needs --plugin FILE.py"
     )
 
 

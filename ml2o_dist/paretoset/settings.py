@@ -144,7 +144,7 @@ class ParetoSetSettings(_Settings):
 
         for name in names:
             if name not in COMPARATORS:
-                raise unknown("comparator", name, COMPARATORS)
+                raise unknown("comparator", name, COMPARATORS, extensible=True)
         if len(set(names)) < len(names):
             raise ValueError(f"names a comparator twice: {list(names)}")
         return names

@@ -91,7 +91,7 @@ def image_side(name: str, size: int = 0) -> int:
     if name in DATA_SETS:
         return pair_side(name, size)
     if name not in IMAGE_SETS:
-        raise unknown("image data set", name, image_set_names())
+        raise unknown("image data set", name, image_set_names(), extensible=True)
     side: int = IMAGE_SETS[name].side
     if size < 0 or (size and side % size):
         raise UserError(f"size {size} of {name} does not divide its side of {side}")

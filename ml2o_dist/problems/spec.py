@@ -77,7 +77,7 @@ def _described(name: str) -> Description:
     if (found := _built_in().get(name)) is not None:
         return found
     if name not in FACTORIES.registered():
-        raise unknown("problem", name, problem_names())
+        raise unknown("problem", name, problem_names(), extensible=True)
     factory = FACTORIES[name]
     parameters = inspect.signature(factory).parameters.values()
     settings = {p.name: p.default for p in parameters if p.kind is inspect.Parameter.KEYWORD_ONLY}
@@ -145,9 +145,14 @@ class ProblemSpec:
     def of(cls, name: str, settings: Mapping[str, Scalar]) -> ProblemSpec:
         """Build a spec, checked against what the problem `name` accepts; settings are kept in name order."""
         allowed = problem_settings(name)
-        for key in settings:
+        for key, value in settings.items():
             if key not in allowed:
                 raise unknown(f"setting of problem {name!r}", key, allowed)
+            if isinstance(value, str) and isinstance(allowed[key], int | float):
+                what = "true or false" if isinstance(allowed[key], bool) else "a number"
+                raise UserError(
+                    f"problem {name!r}: {key} must be {what} (default {_written(allowed[key])}), not {value!r}"
+                )
         return cls(name, tuple(sorted(settings.items())))
 
     def build(self, context: ProblemContext) -> Problem:

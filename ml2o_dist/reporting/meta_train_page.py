@@ -135,7 +135,9 @@ def _comparison(record: RunRecord) -> list[Section]:
 
 
 def _why_no_comparison(record: RunRecord) -> str:
-    if record.settings is not None and not record.settings.compare:
+    if record.settings is None:
+        return "No comparison; whether it was asked for is not known, since the configuration cannot be read."
+    if not record.settings.compare:
         return "No comparison: it was not asked for (compare=false)."
     if record.card is None:
         return "No comparison: it is made when meta-training is done."

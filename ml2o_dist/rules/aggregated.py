@@ -167,7 +167,7 @@ def parse_optimizer_name(text: str) -> tuple[str, str, float | None]:
 def _check_names(aggregator: str, optimizer: str) -> None:
     check_aggregator(aggregator)
     if optimizer not in _OPTIMIZERS and optimizer not in OPTIMIZERS:
-        raise unknown(f"optimizer after {aggregator!r}+", optimizer, [*_OPTIMIZERS, *OPTIMIZERS])
+        raise unknown(f"optimizer of {aggregator!r}:", optimizer, [*_OPTIMIZERS, *OPTIMIZERS], extensible=True)
 
 
 def takes_learning_rate(optimizer: str) -> bool:

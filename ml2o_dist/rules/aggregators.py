@@ -122,7 +122,7 @@ _BUILT_IN: dict[str, Method] = {
         lambda m: aggregation.IMTLG(),
     ),
     "imtll": Method(
-        "the same paper's loss balance",
+        "Liu et al. 2021, 'Towards impartial ...': its balance of the losses",
         lambda m: scalarization.IMTLL(m),
         positive=True,
         learned=True,
@@ -133,7 +133,7 @@ _BUILT_IN: dict[str, Method] = {
         objectives=3,
     ),
     "mgda": Method(
-        "Sener & Koltun 2018, Algorithm 2: Frank-Wolfe, 100 iterations, tolerance 1e-3, so only nearly min-norm",
+        "Sener & Koltun 2018, Algorithm 2: Frank-Wolfe, 100 iterations, tolerance 1e-3; not exactly min-norm",
         lambda m: aggregation.MGDA(),
     ),
     "mean": Method(
@@ -219,7 +219,7 @@ class _Function(nn.Module):
 def check_aggregator(name: str) -> Method:
     """Return the method `name`; raise UserError if it is unknown or torchjd lacks the solver that it needs."""
     if name not in AGGREGATORS:
-        raise unknown("aggregator", name, AGGREGATORS)
+        raise unknown("aggregator", name, AGGREGATORS, extensible=True)
     try:
         AGGREGATORS[name].build(2)
     except ImportError as error:

@@ -52,9 +52,9 @@ def split_optimizer_name(text: str) -> tuple[str, str, float | None]:
     if not plus:
         aggregator, optimizer = ("mean", aggregator) if aggregator in OPTIMIZERS.registered() else (aggregator, "adam")
     if aggregator not in aggregators():
-        raise unknown("aggregator", aggregator, aggregators())
+        raise unknown("aggregator", aggregator, aggregators(), extensible=True)
     if optimizer not in optimizers():
-        raise unknown(f"optimizer after {aggregator!r}+", optimizer, optimizers())
+        raise unknown(f"optimizer in {names!r}:", optimizer, optimizers(), extensible=True)
     if not at:
         return aggregator, optimizer, None
     try:

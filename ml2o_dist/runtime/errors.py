@@ -42,14 +42,20 @@ class Interrupted(Exception):
         self.signal_number = signal_number
 
 
-def unknown(kind: str, name: str, allowed: Iterable[str]) -> UserError:
+def unknown(kind: str, name: str, allowed: Iterable[str], *, extensible: bool = False) -> UserError:
     """Build the error for `name`, which is not among the `allowed` names of a `kind` of thing.
 
-    The line names the kind, the value, the nearest valid name and what is allowed.
+    The line names the kind, the value, the nearest valid name and what is allowed; for an `extensible` kind it also
+    says how a plug-in is named.
     """
     names = sorted(allowed)
+    listed = f"(allowed: {', '.join(names) or 'none'})" + ("; a plug-in's needs --plugin FILE.py" if extensible else "")
     if len(name) > LONGEST_NAME:  # no name is near, and the search takes a time that grows as the square of the length
-        return UserError(f"unknown {kind} {f'{name[:LONGEST_NAME]}...'!r} (allowed: {', '.join(names) or 'none'})")
-    near = [match for text in (name, name.lower()) for match in difflib.get_close_matches(text, names, n=1, cutoff=0.5)]
-    hint = f"; did you mean {near[0]!r}?" if near else ""
-    return UserError(f"unknown {kind} {name!r}{hint} (allowed: {', '.join(names) or 'none'})")
+        return UserError(f"unknown {kind} {f'{name[:LONGEST_NAME]}...'!r} {listed}")
+    group = name[: name.rfind(".") + 1]
+    if not all(each.startswith(group) for each in names):
+        group = ""  # the dotted names do not share it, so it is part of what may be misspelt
+    own, others = name.removeprefix(group), [each.removeprefix(group) for each in names]
+    near = [match for text in (own, own.lower()) for match in difflib.get_close_matches(text, others, n=1, cutoff=0.5)]
+    hint = f"; did you mean {group + near[0]!r}?" if near else ""
+    return UserError(f"unknown {kind} {name!r}{hint} {listed}")

@@ -112,7 +112,7 @@ class Registry(Mapping[str, T], Generic[T]):
         if name not in self._values:
             self._load()
         if name not in self._values:
-            raise unknown(self.what, name, self._values)
+            raise unknown(self.what, name, self._values, extensible=True)
         return self._values[name]
 
     def __contains__(self, name: object) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
+from ml2o_dist.config_file import current_key
 from ml2o_dist.runtime.errors import UserError
 from ml2o_dist.runtime.reading import MIB, parse_json
 
@@ -96,6 +97,8 @@ def entry_of(line: bytes) -> tuple[str, Entry]:
         if not check(value):
             shown = json.dumps(value)
             raise UserError(f"{key} must be {allowed}, not {shown if len(shown) <= 40 else shown[:37] + '...'}")
+    if "values" in given:
+        given = given | {"values": {current_key(key, warn=False): value for key, value in given["values"].items()}}
     trial: str = given.pop("trial")
     entry: Entry = kind(**given)
     return trial, entry

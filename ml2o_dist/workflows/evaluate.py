@@ -33,8 +33,8 @@ from ml2o_dist.runtime.stopping import stop_on_signals
 from ml2o_dist.tracking.evaluation_runs import Version, log_evaluation
 from ml2o_dist.tracking.store import redacted, tracking_uri_to_keep
 from ml2o_dist.workflows.benchmark_run import BenchmarkStopped, run_benchmark
+from ml2o_dist.workflows.lifecycle import git_commit
 from ml2o_dist.workflows.report import write_report
-from ml2o_dist.workflows.tracked_run import git_commit
 
 RESULT, TABLE, CONFIG = "evaluation.json", "evaluation.md", "evaluate.yaml"
 """Files that an evaluation writes to its folder, besides plots/ and report.html."""

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from itertools import islice
 from pathlib import Path
@@ -39,10 +38,11 @@ from ml2o_dist.runtime.shown_text import ForeignTextConsole
 from ml2o_dist.runtime.stopping import Stopped, StopRequest, stop_on_signals
 from ml2o_dist.tracking.sink import MlflowSink
 from ml2o_dist.tracking.spool import SPOOL_FOLDER, unsent_values
-from ml2o_dist.tracking.store import redacted, tracking_uri_to_keep
+from ml2o_dist.tracking.store import tracking_uri_to_keep
+from ml2o_dist.tracking.sync import sync_command
 from ml2o_dist.workflows.gauges import RunGauges
+from ml2o_dist.workflows.lifecycle import aborted_in_a_line, resume_command, show_places, tracked_run
 from ml2o_dist.workflows.meta_train_end import compared, finish, finished_answer, show_finished
-from ml2o_dist.workflows.tracked_run import tracked_run
 
 MOST_CHECKED = 1000
 """How many combinations of a training member's choices are tried before the run."""
@@ -94,8 +94,7 @@ def meta_train(
         _check_data(trainer, check_problems(settings))
     except UserError as error:
         raise UserError(storage.named(str(error))) from error
-    console.print(f"run directory  {storage.name}", highlight=False, soft_wrap=True)
-    console.print(f"tracking URI   {redacted(uri)}", highlight=False, soft_wrap=True)
+    show_places(console, storage.name, uri)
     step = trainer.learner.version
     begins = f"checkpoints/step_{step:06d} (meta-step {step} of {settings.meta_steps})" if resume else ""
     if from_start:
@@ -125,12 +124,23 @@ def meta_train(
         except Stopped:
             raise Interrupted(stop.signal_number, f"stopped by {stop.name}; {last_words()}") from None
         with (
-            _ended_in_a_line(last_words),
+            aborted_in_a_line(_resume(storage), last_words),
             closing(pool),
             _committed(storage),
             written_to(storage.folder, settings, console),
             tracked_run(
-                settings, storage, uri, console, stop, run_id=trainer.progress.tracking_run or None, go_on=same_run
+                settings,
+                settings.tracking.experiment,
+                storage.folder,
+                uri,
+                console,
+                stop,
+                title=storage.title,
+                place=storage.name,
+                again=sync_command(storage.folder, uri),
+                run_id=trainer.progress.tracking_run or None,
+                config=settings.model_dump(mode="json", by_alias=True),
+                go_on=same_run,
             ) as sink,
             _saved(trainer, storage, stop),
         ):
@@ -143,20 +153,6 @@ def meta_train(
             _train(trainer, pool, sink, console)
             pool.close()
             return finish(trainer, storage, sink, uri, console, stop)
-
-
-@contextmanager
-def _ended_in_a_line(last_words: Callable[[], str]) -> Iterator[None]:
-    """Say how to resume if ending the workers fails because Ray itself is gone, as after a kill of its process."""
-    try:
-        yield
-    except (Aborted, Incomplete, Interrupted, UserError):
-        raise
-    except Exception as error:
-        log.info("aborted", exc_info=True)
-        spoken = error.__context__ if isinstance(error.__context__, Aborted) else None
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())}; {last_words()}"
-        raise Aborted(str(spoken) if spoken else reason) from error
 
 
 @contextmanager
@@ -181,7 +177,7 @@ def _settle(storage: RunStorage, so_far: str) -> None:
 
 
 def _resume(storage: RunStorage) -> str:
-    return f"ml2o meta-train --run-dir {shlex.quote(storage.name)} --resume"
+    return resume_command("meta-train", storage.name)
 
 
 def _how_to_go_on(trainer: Trainer, storage: RunStorage) -> str:

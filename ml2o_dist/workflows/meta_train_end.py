@@ -33,9 +33,10 @@ from ml2o_dist.tracking.registry import register_version
 from ml2o_dist.tracking.sink import MlflowSink
 from ml2o_dist.tracking.spool import SPOOL_FOLDER, unsent_values
 from ml2o_dist.tracking.store import StoreAway
+from ml2o_dist.tracking.sync import sync_command
 from ml2o_dist.workflows.benchmark_run import run_benchmark
+from ml2o_dist.workflows.lifecycle import git_commit, say_unsent, waiting_values
 from ml2o_dist.workflows.report import write_report
-from ml2o_dist.workflows.tracked_run import git_commit, say_unsent
 
 RESULT_FILE = "result.json"
 """The output of `ml2o meta-train --json` and the settings behind it; if this file exists, the run is finished."""
@@ -175,7 +176,8 @@ def show_finished(answer: Mapping[str, Any], trainer: Trainer, storage: RunStora
     weights = storage.named(str(run_dir / artifact.WEIGHTS_FILE))
     console.print(f"weights        {weights}", highlight=False, soft_wrap=True)
     if (run_dir / SPOOL_FOLDER).exists():
-        say_unsent(console, unsent_values(run_dir / SPOOL_FOLDER), run_dir, uri)
+        waiting = waiting_values(run_dir, unsent_values(run_dir / SPOOL_FOLDER))
+        say_unsent(console, waiting, uri, sync_command(run_dir, uri))
 
 
 def _keep(answer: Mapping[str, Any], trainer: Trainer) -> str:

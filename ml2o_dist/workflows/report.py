@@ -18,6 +18,7 @@ from ml2o_dist.metatrain.trainer import checked_progress
 from ml2o_dist.metatrain.trajectories import FOLDER, Recorded, read_trajectories
 from ml2o_dist.paretoset.results import read_fronts
 from ml2o_dist.paretoset.settings import ParetoSetSettings
+from ml2o_dist.plugins import find_loaded
 from ml2o_dist.reporting.evaluation_page import evaluation_page_sections, render_evaluation
 from ml2o_dist.reporting.meta_train_page import page_sections, render_page
 from ml2o_dist.reporting.pareto_set_page import SetPageRecord, render_set, set_page_sections
@@ -26,7 +27,7 @@ from ml2o_dist.reporting.sweep_page import SweepPageRecord, read_pictures, rende
 from ml2o_dist.rundir.log import RunLog, read_log
 from ml2o_dist.runtime.errors import UserError
 from ml2o_dist.runtime.files import replacing
-from ml2o_dist.runtime.reading import MIB, read_bytes, read_json
+from ml2o_dist.runtime.reading import MIB, read_bytes, read_json, read_yaml
 from ml2o_dist.runtime.remote_files import is_uri
 from ml2o_dist.sweeping.record import FILE as TRIALS
 from ml2o_dist.sweeping.record import SweepRecord
@@ -53,8 +54,10 @@ def write_report(run_dir: Path, path: Path | None = None, place: str = "") -> di
     each section without content, and `unread` with a line for each file that cannot be read.
 
     Raises:
-        UserError: the folder holds none of them, or cannot be written.
+        UserError: the folder holds none of them, cannot be written, or was made with plug-ins that are not loaded.
     """
+    for name in ("config.yaml", EVALUATION[1], SWEEP, PARETO_SET):
+        _check_plugins(run_dir / name)
     if (run_dir / PARETO_SET).is_file():
         pareto_set = load_set_record(run_dir, place)
         sections, unread = set_page_sections(pareto_set), pareto_set.unread_lines
@@ -161,6 +164,18 @@ def load_set_record(folder: Path, place: str = "") -> SetPageRecord:
         log=files.read("run.log", read_log) or RunLog(),
         unread=files.unread,
     )
+
+
+def _check_plugins(file: Path) -> None:
+    """Raise UserError unless the plug-ins that `file` names are loaded: without them its settings cannot be read."""
+    try:
+        tree = read_yaml(file, "settings", within=file.parent)
+    except (UserError, OSError):
+        return  # the page says what cannot be read
+    plugins = tree.get("plugins") if isinstance(tree, dict) else None
+    for each in plugins if isinstance(plugins, list) else ():
+        if isinstance(each, dict) and isinstance(each.get("name"), str) and isinstance(each.get("sha256"), str):
+            find_loaded(each["name"], each["sha256"])
 
 
 class _Files:

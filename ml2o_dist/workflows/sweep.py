@@ -11,16 +11,14 @@ from typing import Any
 from rich.console import Console
 
 from ml2o_dist.config import MetaTrainSettings
-from ml2o_dist.config_file import dump_settings, flat_settings, resolve_settings, settings_hash
+from ml2o_dist.config_file import resolve_settings, settings_hash
 from ml2o_dist.metatrain.capacity import check_capacity, check_labels, cluster_total, room_for_workers
-from ml2o_dist.rundir.directory import check_folder, check_writable, logged_to
+from ml2o_dist.rundir.directory import check_writable, logged_to
 from ml2o_dist.rundir.kinds import check_kind
 from ml2o_dist.runtime.cluster import connected, own_capacity
-from ml2o_dist.runtime.errors import Aborted, Incomplete, Interrupted, UserError
-from ml2o_dist.runtime.files import home_folder, replacing
+from ml2o_dist.runtime.errors import Incomplete, Interrupted, UserError
 from ml2o_dist.runtime.progress import StepDisplay
-from ml2o_dist.runtime.remote_files import is_uri
-from ml2o_dist.runtime.shown_text import ForeignTextConsole, headed
+from ml2o_dist.runtime.shown_text import ForeignTextConsole
 from ml2o_dist.runtime.stopping import StopRequest, own_handlers_kept, stop_on_signals
 from ml2o_dist.sweeping.record import FILE, SweepRecord
 from ml2o_dist.sweeping.search import check_search
@@ -32,18 +30,27 @@ from ml2o_dist.tracking.identity import load_identity
 from ml2o_dist.tracking.named_servers import check_resumed, remember
 from ml2o_dist.tracking.records import Status
 from ml2o_dist.tracking.sink import MlflowSink
-from ml2o_dist.tracking.store import redacted, tracking_uri_to_keep
+from ml2o_dist.tracking.store import tracking_uri_to_keep
 from ml2o_dist.tracking.sweep_runs import SweepRuns
+from ml2o_dist.workflows.lifecycle import (
+    aborted_in_a_line,
+    closed_as_it_ends,
+    git_commit,
+    is_unsent,
+    open_run,
+    resume_command,
+    shared_folder,
+    show_places,
+    write_settings,
+)
 from ml2o_dist.workflows.meta_train import check_problems
 from ml2o_dist.workflows.sweep_end import (
     best_optimizer,
     finished_answer,
     keep_answer,
-    resume_command,
     show_trials,
     write_results,
 )
-from ml2o_dist.workflows.tracked_run import CLOSE_LIMIT_S, STOP_LIMIT_S, git_commit
 
 SPOOLS = "spools"
 """The folder of the trials' records that MLflow has not got yet."""
@@ -69,14 +76,13 @@ def sweep(
     settings = settings.model_copy(update={"meta_train": resolve_settings(settings.meta_train)})
     uri = tracking_uri_to_keep(settings.tracking.uri)
     check_search(settings)
-    folder = sweep_folder(run_dir)
+    folder = shared_folder(run_dir, "a sweep")
     if resume:
         _check_same(folder, settings)
     else:
         _check_fresh(folder, settings)
     check_writable(folder)
-    console.print(f"run directory  {folder}", markup=False, highlight=False, soft_wrap=True)
-    console.print(f"tracking URI   {redacted(uri)}", highlight=False, soft_wrap=True)
+    show_places(console, folder, uri)
     if resume and (answer := finished_answer(folder, settings)) is not None:
         console.print(f"finished       {len(answer['trials'])} trials, nothing is left to do", highlight=False)
         show_trials(SweepRecord(folder), settings, console)
@@ -85,13 +91,15 @@ def sweep(
     _check_room(settings, lambda custom: own_capacity(address), "this machine")
     record = _record(folder)
 
+    again = resume_command("sweep", folder)
+
     def last_words() -> str:
-        return f"go on with: {resume_command(folder)}"
+        return f"go on with: {again}"
 
     with (
         stop_on_signals(at_once=True, last_words=last_words, awaited="Ray Tune's state and MLflow") as stop,
         logged_to(folder, console),
-        _resumable(folder),
+        aborted_in_a_line(again, last_words),
         connected(address) as where,
     ):
         console.print(f"Ray            {where}", highlight=False, soft_wrap=True)
@@ -99,7 +107,7 @@ def sweep(
         _check_labels(settings)
         stop.at_once = False
         remember(uri)  # before the folder can be resumed
-        _write_settings(folder, settings)
+        write_settings(folder / SETTINGS, settings)
         if record.left_out:
             console.print(record.what_is_left_out, style="yellow", markup=False, highlight=False, soft_wrap=True)
         if record.trials:
@@ -112,55 +120,20 @@ def sweep(
             provenance = {"config_hash": settings_hash(settings), "git": git_commit(), "data_sha256": data}
             best = best_optimizer(settings, folder, record, checkpoints, provenance)
             answer, wrong = write_results(settings, folder, record, best, sink, runs, uri, console)
-        keep_answer(folder, settings, answer, unsent=runs.unsent + _is_unsent(sink))
+        keep_answer(folder, settings, answer, unsent=runs.unsent + is_unsent(sink))
     if wrong:
-        raise Incomplete("; ".join([*wrong, f"to try again: {resume_command(folder)}"]), answer)
+        raise Incomplete("; ".join([*wrong, f"to try again: {again}"]), answer)
     return answer
-
-
-@contextmanager
-def _resumable(folder: Path) -> Iterator[None]:
-    """Say how to resume if the `with` block is cut short by an error that no setting would fix."""
-    try:
-        yield
-    except (UserError, Interrupted):
-        raise
-    except Exception as error:
-        log.info("aborted", exc_info=True)  # the traceback goes to run.log, the line to the screen
-        spoken = str(error) if isinstance(error, Aborted) else f"{type(error).__name__}: {' '.join(str(error).split())}"
-        raise Aborted(f"{spoken}; go on with: {resume_command(folder)}") from error
-
-
-def sweep_folder(run_dir: str) -> Path:
-    """Return the folder of a sweep; raises UserError."""
-    if not run_dir:
-        raise UserError("--run-dir is empty (a variable of the shell that is not set?)")
-    if is_uri(run_dir):
-        raise UserError(
-            f"--run-dir {run_dir!r}: a sweep needs a folder that all its machines share, not a URI; the best trial's "
-            "weights are in MLflow's registry, too"
-        )
-    folder = home_folder() / run_dir
-    check_folder(folder)
-    return folder
 
 
 def resumed_sweep(run_dir: str, overrides: Sequence[str]) -> SweepSettings:
     """Read the settings of a sweep to resume; raises UserError if there is none."""
-    file = sweep_folder(run_dir) / SETTINGS
+    file = shared_folder(run_dir, "a sweep") / SETTINGS
     if not file.exists():
         raise UserError(f"nothing to resume: {file.parent} holds no {SETTINGS}")
     settings = load_sweep(file, overrides, within=file.parent)
     check_resumed(settings.tracking.uri, overrides, file)
     return settings
-
-
-def _write_settings(folder: Path, settings: SweepSettings) -> None:
-    try:
-        with replacing(folder / SETTINGS) as stream:
-            stream.write(dump_settings(settings).encode())
-    except OSError as error:
-        raise UserError(f"run directory {str(folder)!r} cannot be written: {error.strerror or error}") from error
 
 
 def _check_fresh(folder: Path, settings: SweepSettings) -> None:
@@ -233,41 +206,19 @@ def _tracked(
     settings: SweepSettings, folder: Path, uri: str, console: Console, stop: StopRequest
 ) -> Iterator[tuple[MlflowSink, SweepRuns]]:
     """Open or resume the MLflow run of the whole sweep, and end it as the `with` block ended."""
-    sink = MlflowSink.open(
-        uri,
-        settings.experiment,
-        run_name=f"{settings.name} {folder.name}",
-        params={key: str(value)[:500] for key, value in flat_settings(settings).items()},
-        tags={"config_hash": settings_hash(settings), "git": git_commit(), "run_dir": str(folder)},
-        run_dir=folder,
-        stop=stop,
-    )
+    title = f"{settings.name} {folder.name}"
+    sink = open_run(settings, settings.experiment, folder, uri, stop, title, str(folder))
     identity = load_identity(folder)
     runs = SweepRuns(uri, settings.experiment, sink, identity.run_key if identity else folder.name, folder / SPOOLS)
-    status: Status = "FINISHED"
-    try:
+
+    def close(status: Status, limit_s: float) -> str:
+        runs.close(limit_s)
+        values = sink.close(status, limit_s) + runs.unsent_values
+        unsent = runs.unsent + is_unsent(sink)
+        return f"{values} values, and more, of {unsent} runs" if unsent else ""
+
+    with closed_as_it_ends(close, stop, console, uri, resume_command("sweep", folder)):
         yield sink, runs
-    except BaseException as error:
-        status = "KILLED" if isinstance(error, Interrupted) else "FAILED"
-        raise
-    finally:
-        limit = STOP_LIMIT_S if stop() else CLOSE_LIMIT_S
-        runs.close(limit)
-        values = sink.close(status, limit) + runs.unsent_values
-        if unsent := runs.unsent + _is_unsent(sink):
-            console.print(
-                headed(
-                    "not sent to MLflow:",
-                    f"{values} values, and more, of {unsent} runs; when {redacted(uri)} answers: "
-                    f"{resume_command(folder)}",
-                ),
-                soft_wrap=True,
-            )
-
-
-def _is_unsent(sink: MlflowSink) -> bool:
-    """Tell whether MLflow lacks records of an ended run: values, files, or its end."""
-    return sink.spool is not None or sink.unsent > 0
 
 
 def _run(

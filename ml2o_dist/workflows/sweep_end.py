@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +29,7 @@ from ml2o_dist.sweeping.space import trial_settings
 from ml2o_dist.tracking.registry import register_version
 from ml2o_dist.tracking.sink import MlflowSink
 from ml2o_dist.tracking.sweep_runs import SweepRuns
+from ml2o_dist.workflows.lifecycle import resume_command
 from ml2o_dist.workflows.report import write_report
 
 BEST, RESULT, LIST = RUN_CONFIG, "result.json", "trials.md"
@@ -158,11 +158,6 @@ def show_trials(record: SweepRecord, settings: SweepSettings, console: Console) 
             console.print(f"trial {trial.number}: {trial.error}", markup=False, highlight=False, soft_wrap=True)
 
 
-def resume_command(folder: Path) -> str:
-    """Return the command that resumes the sweep in `folder`."""
-    return f"ml2o sweep --run-dir {shlex.quote(str(folder))} --resume"
-
-
 def finished_answer(folder: Path, settings: SweepSettings) -> dict[str, Any] | None:
     """Return the answer of a fully finished sweep; None if there is still something to do or to send."""
     try:
@@ -214,7 +209,7 @@ def _register(
             tags={"sweep": settings.name, "trial": str(best.trial.number)},
         )
     except UserError as error:
-        again = f"to try again: {resume_command(folder)}"
+        again = f"to try again: {resume_command('sweep', folder)}"
         console.print(headed("not registered:", f"{error}; {again}"), soft_wrap=True)
         return None
     console.print(f"registered     {tracking.model} version {version}, alias candidate", highlight=False)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import shlex
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from ml2o_dist.config_file import dump_settings, flat_settings, read_settings, settings_hash
+from ml2o_dist.config_file import read_settings
 from ml2o_dist.evaluation.optimizer_specs import OptimizerSpec
 from ml2o_dist.paretoset.approaches import OURS, Outcome, Work, all_work, finished
 from ml2o_dist.paretoset.checks import check_network, check_place, resolved, router_trainer
@@ -24,45 +24,40 @@ from ml2o_dist.paretoset.results import ApproachResult, assembled, best_first, c
 from ml2o_dist.paretoset.saved_set import FILE
 from ml2o_dist.paretoset.settings import FRONTS, PICTURE, SETTINGS, TABLE, ParetoSetSettings
 from ml2o_dist.paretoset.tasks import TaskSet
-from ml2o_dist.rundir.directory import check_folder, check_writable, logged_to
+from ml2o_dist.rundir.directory import check_writable, logged_to
 from ml2o_dist.runtime.cluster import RayEnded, connected
 from ml2o_dist.runtime.errors import Aborted, Incomplete, Interrupted, UserError
-from ml2o_dist.runtime.files import home_folder, replacing
+from ml2o_dist.runtime.files import home_folder
 from ml2o_dist.runtime.progress import StepDisplay
-from ml2o_dist.runtime.remote_files import is_uri
 from ml2o_dist.runtime.shown_text import ForeignTextConsole, headed
 from ml2o_dist.runtime.stopping import Stopped, StopRequest, own_handlers_kept, stop_on_signals
 from ml2o_dist.tracking.named_servers import check_resumed, remember
-from ml2o_dist.tracking.records import Status
 from ml2o_dist.tracking.sink import MlflowSink
-from ml2o_dist.tracking.store import redacted, tracking_uri_to_keep
+from ml2o_dist.tracking.store import tracking_uri_to_keep
+from ml2o_dist.workflows.lifecycle import (
+    aborted_in_a_line,
+    git_commit,
+    resume_command,
+    shared_folder,
+    show_places,
+    tracked_run,
+    write_settings,
+)
 from ml2o_dist.workflows.pareto_set_files import save_results
 from ml2o_dist.workflows.report import write_report
-from ml2o_dist.workflows.tracked_run import CLOSE_LIMIT_S, STOP_LIMIT_S, git_commit
 
 log = logging.getLogger(__name__)
 
 
 def resumed_set(run_dir: str, overrides: Sequence[str]) -> ParetoSetSettings:
     """Read the settings of the run in `run_dir`, to resume it; raises UserError if there is none."""
-    within = set_folder(run_dir)
+    within = shared_folder(run_dir, "a Pareto set")
     config = within / SETTINGS
     if not config.exists():
         raise UserError(f"nothing to resume: {config.parent} holds no {SETTINGS}")
     settings = read_settings(ParetoSetSettings, config, overrides, SETTINGS, within)
     check_resumed(settings.tracking.uri, overrides, config)
     return settings
-
-
-def set_folder(run_dir: str) -> Path:
-    """Return the folder of a run; raises UserError."""
-    if not run_dir:
-        raise UserError("--run-dir is empty (a variable of the shell that is not set?)")
-    if is_uri(run_dir):
-        raise UserError(f"--run-dir {run_dir!r}: a Pareto set needs a folder that all its machines share, not a URI")
-    folder = home_folder() / run_dir
-    check_folder(folder)
-    return folder
 
 
 def train_set(
@@ -82,32 +77,42 @@ def train_set(
     console = console or ForeignTextConsole(stderr=True)
     settings = resolved(settings)
     uri = tracking_uri_to_keep(settings.tracking.uri)
-    folder = set_folder(run_dir)
+    folder = shared_folder(run_dir, "a Pareto set")
     check_place(folder, settings, resume)
     check_writable(folder)
-    console.print(f"run directory  {folder}", markup=False, highlight=False, soft_wrap=True)
-    console.print(f"tracking URI   {redacted(uri)}", highlight=False, soft_wrap=True)
+    show_places(console, folder, uri)
     optimizer = router_trainer(settings, lambda reference: _weights_of(uri, reference))
     tasks = load_tasks(settings.tasks, settings.data.root)
     check_network(settings, tasks)
     plan = _plan(settings, tasks, optimizer, folder)
     ray = connected(address) if plan.stages or plan.works else nullcontext("not needed, nothing is left to train")
-    last_words = f"go on with: {resume_command(folder)}"
+    again = resume_command("pareto-set train", folder)
+    last_words = f"go on with: {again}"
     with (
         stop_on_signals(at_once=True, last_words=lambda: last_words) as stop,
         logged_to(folder, console),
-        _resumable(last_words),
+        aborted_in_a_line(again, lambda: last_words),
         ray as where,
     ):
         console.print(f"Ray            {where}", highlight=False, soft_wrap=True)
         stop.at_once = False
         remember(uri)  # before the folder can be resumed
-        with replacing(folder / SETTINGS) as stream:
-            stream.write(dump_settings(settings).encode())
-        with _tracked(settings, folder, uri, console, stop, resume) as sink:
+        write_settings(folder / SETTINGS, settings)
+        with tracked_run(
+            settings,
+            settings.tracking.experiment,
+            folder,
+            uri,
+            console,
+            stop,
+            title=folder.name,
+            place=str(folder),
+            again=again,
+            go_on=resume,
+        ) as sink:
             answer, wrong = _run(settings, tasks, plan, folder, sink, uri, console, stop, last_words)
     if wrong:
-        raise Incomplete("; ".join([*wrong, f"to try again: {resume_command(folder)}"]), answer)
+        raise Incomplete("; ".join([*wrong, f"to try again: {again}"]), answer)
     return answer
 
 
@@ -115,11 +120,6 @@ def _weights_of(uri: str, reference: str) -> Path:
     from ml2o_dist.tracking.registry import resolve_model  # late: MLflow takes 2 s
 
     return resolve_model(uri, reference)
-
-
-def resume_command(folder: Path) -> str:
-    """Return the command that resumes the run in `folder`."""
-    return f"ml2o pareto-set train --run-dir {shlex.quote(str(folder))} --resume"
 
 
 @dataclass(frozen=True)
@@ -252,47 +252,3 @@ def _publish(
         return None
     console.print(f"registered     {settings.tracking.model} version {version}", highlight=False)
     return version
-
-
-@contextmanager
-def _resumable(last_words: str) -> Iterator[None]:
-    """Say how to resume if the `with` block is cut short by an error that no setting would fix."""
-    try:
-        yield
-    except (UserError, Interrupted, Aborted, Incomplete):
-        raise
-    except Exception as error:
-        log.info("aborted", exc_info=True)  # the traceback goes to run.log, the line to the screen
-        raise Aborted(f"{type(error).__name__}: {' '.join(str(error).split())}; {last_words}") from error
-
-
-@contextmanager
-def _tracked(
-    settings: ParetoSetSettings, folder: Path, uri: str, console: Console, stop: StopRequest, resume: bool
-) -> Iterator[MlflowSink]:
-    """Open or resume the MLflow run, and end it as the `with` block ended."""
-    sink = MlflowSink.open(
-        uri,
-        settings.tracking.experiment,
-        run_name=folder.name,
-        params={key: str(value)[:500] for key, value in flat_settings(settings).items()},
-        tags={"config_hash": settings_hash(settings), "git": git_commit(), "run_dir": str(folder)},
-        run_dir=folder,
-        go_on=resume,
-        stop=stop,
-    )
-    status: Status = "FINISHED"
-    try:
-        yield sink
-    except BaseException as error:
-        status = "KILLED" if isinstance(error, Interrupted) else "FAILED"
-        raise
-    finally:
-        if unsent := sink.close(status, STOP_LIMIT_S if stop() else CLOSE_LIMIT_S):
-            console.print(
-                headed(
-                    "not sent to MLflow:",
-                    f"{unsent} values; when {redacted(uri)} answers: {resume_command(folder)}",
-                ),
-                soft_wrap=True,
-            )

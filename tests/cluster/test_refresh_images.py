@@ -131,7 +131,7 @@ def test_dockers_login_is_used_where_a_name_is_asked_for(registry, tmp_path):
 def test_no_password_goes_over_plain_http(registry, tmp_path):
     log_in(tmp_path, registry)
     registry.asks = "elsewhere"
-    with pytest.raises(ValueError, match=r"token\.example.* is not https"):
+    with pytest.raises(ValueError, match=r"token\.example.*https"):
         digest(f"{registry.name}/a/b:1")
 
 

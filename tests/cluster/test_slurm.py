@@ -13,6 +13,7 @@ import pytest
 from tests.cluster.files import CLUSTER, ROOT
 from tests.cluster.hosts import until
 from tests.cluster.training import CONFIG, calm
+from tests.wording import says
 
 SCRIPT = CLUSTER / "slurm.sh"
 HELD = ["--exclusive", "--nodes=", "--cpus-per-task=", "--time=", "--signal=B:TERM@"]
@@ -132,7 +133,7 @@ def test_the_job_runs_on_all_nodes_stops_with_a_checkpoint_and_goes_on(allocatio
     (inside,) = allocation.first.sh("pgrep -f 'bash .*cluster/slurm.sh' | head -1").split()
     allocation.first.sh(f"kill -TERM {inside}")  # what --signal=B:TERM@180 does
     assert script.wait(timeout=120) == 143, allocation.log()
-    assert "stopped by SIGTERM; checkpoint at meta-step" in (run / "run.log").read_text()
+    assert says((run / "run.log").read_text(), "SIGTERM", "checkpoint at meta-step")
     for _, process in allocation.started.values():
         os.killpg(process.pid, signal.SIGKILL)  # Slurm ends what srun has begun
     for host in allocation.nodes.values():

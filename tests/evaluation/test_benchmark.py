@@ -26,6 +26,7 @@ from ml2o_dist.rules.guarded import GuardedRule
 from ml2o_dist.rules.stochastic import DSSMG
 from ml2o_dist.runtime.errors import UserError
 from ml2o_dist.runtime.seeding import derive_seed, generator
+from tests.wording import says
 
 NOISY = "quadratic[n=4,noise=0.5,batch=8]"
 DIGITS = "multidigits[net=mlp,hidden=4,batch=8]"
@@ -305,8 +306,8 @@ def test_conflict_is_that_of_the_gradients_the_steps_saw() -> None:
 @pytest.mark.parametrize(
     ("optimizer", "problem", "part"),
     [
-        ("trimmedmean", "quadratic", "trimmedmean on quadratic: aggregator 'trimmedmean' needs at least 3 objectives"),
-        ("uw@0.1", NOISY, "needs losses that are positive by construction"),
+        ("trimmedmean", "quadratic", "trimmedmean on quadratic ... 'trimmedmean' ... at least 3 objectives"),
+        ("uw@0.1", NOISY, "losses ... positive"),
         ("initial", DIGITS, "rule.num_objectives=3"),
         ("gml2o:nan", "quadratic", "unknown aggregator 'dsmg'"),
     ],
@@ -316,7 +317,7 @@ def test_what_does_not_fit_together_is_said_before_anything_runs(optimizer: str,
     chosen = settings([optimizer], [problem], rule=rule, guard={"fallback": "dsmg"})
     with pytest.raises(UserError) as caught:
         check_fit(chosen, parse_optimizers(chosen, lambda reference: pytest.fail(reference)))
-    assert part in str(caught.value)
+    assert says(str(caught.value), part)
 
 
 def test_the_check_returns_the_hashes_of_the_data() -> None:
@@ -335,7 +336,7 @@ def test_a_problem_may_have_steps_of_its_own() -> None:
     assert (short.problem, short.steps, len(short.curve.loss)) == ("fonseca", 20, 20)
     assert (long.problem, long.steps, len(long.curve.loss)) == ("fonseca@30", 30, 30)
     assert long.curve.loss[:20] == short.curve.loss
-    with pytest.raises(UserError, match="after @ stands how many steps"):
+    with pytest.raises(UserError, match=r"@.*steps"):
         settings(["initial"], ["fonseca@0"])
 
 

@@ -83,12 +83,12 @@ def test_log_area_needs_positive_losses(loss: float) -> None:
 @pytest.mark.parametrize(
     ("refused", "message"),
     [
-        (lambda: trailing_mean([1.0, 2.0], 0), "the window is 0; allowed are integers from 1 to the 2 steps"),
+        (lambda: trailing_mean([1.0, 2.0], 0), "window is 0.*1 to .*2 steps"),
         (lambda: trailing_mean([1.0, 2.0], 3), "the window is 3"),
         (lambda: trailing_mean([[1.0], [2.0]], 1), r"shape \[2, 1\]"),
         (lambda: steps_to_target([], 1.0, 1), "the 0 steps"),
         (lambda: speedup([1.0, 2.0], [1.0], 2), "the window is 2"),
-        (lambda: log_area([1.0, 2.0], [1.0]), "2 steps cannot be compared with 1"),
+        (lambda: log_area([1.0, 2.0], [1.0]), "2 steps.* 1"),
     ],
 )
 def test_what_cannot_be_compared_is_refused(refused: Callable[[], object], message: str) -> None:

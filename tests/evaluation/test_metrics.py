@@ -104,7 +104,7 @@ def test_wrong_points_are_refused_with_what_is_wrong() -> None:
             measure(torch.tensor([[-math.inf, 1.0]]))
         with pytest.raises(UserError, match=r"shape \[2\]; \[k, m\] is needed"):
             measure(torch.ones(2))
-    with pytest.raises(UserError, match=r"reference point has shape \[3\]; points \[3, 2\]"):
+    with pytest.raises(UserError, match=r"reference point.*\[3\].*points.*\[3, 2\]"):
         hypervolume(good, torch.ones(3))
     with pytest.raises(UserError, match="not finite"):
         hypervolume(good, torch.tensor([2.0, math.nan]))
@@ -113,11 +113,11 @@ def test_wrong_points_are_refused_with_what_is_wrong() -> None:
             distance(torch.zeros(0, 2), good)
         with pytest.raises(UserError, match="front is empty"):
             distance(good, torch.zeros(0, 2))
-        with pytest.raises(UserError, match="differ in the number of objectives"):
+        with pytest.raises(UserError, match="number of objectives"):
             distance(good, torch.ones(3, 3))
         with pytest.raises(UserError, match="front: row 0"):
             distance(good, torch.tensor([[math.nan, 1.0]]))
-        with pytest.raises(UserError, match="front has a coordinate that is not finite"):
+        with pytest.raises(UserError, match=r"front.*not finite"):
             distance(good, torch.tensor([[math.inf, 1.0]]))
 
 

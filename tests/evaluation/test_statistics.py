@@ -76,7 +76,7 @@ def test_pairing_removes_what_the_seeds_share() -> None:
 
 
 def test_what_cannot_be_paired_is_refused() -> None:
-    with pytest.raises(ValueError, match="2 losses cannot be paired with 3"):
+    with pytest.raises(ValueError, match=r"2 losses.*paired.* 3"):
         paired_difference([1.0, 2.0], [1.0, 2.0, 3.0])
 
 
@@ -314,14 +314,14 @@ def test_of_no_runs_nothing_is_known() -> None:
     [
         (lambda: iqm_interval([]), "at least one"),
         (lambda: iqm_interval([[1.0, 2.0], []]), "no values"),
-        (lambda: iqm_interval([[1.0, 2.0], [INF, 1.0]]), "1 of 2 values are not finite"),
-        (lambda: iqm_interval([[1.0, 2.0]], level=1.0), "the level is 1.0; allowed is 0 < level < 1"),
+        (lambda: iqm_interval([[1.0, 2.0], [INF, 1.0]]), "1 of 2 values.*not finite"),
+        (lambda: iqm_interval([[1.0, 2.0]], level=1.0), "level is 1.0.*0 < level < 1"),
         (lambda: iqm_interval([[1.0, 2.0]], repetitions=1), "1 repetitions"),
-        (lambda: paired_interval([[1.0, 2.0]], [[1.0]]), r"\[2\] seeds cannot be paired with \[1\]"),
-        (lambda: paired_interval([[1.0, 2.0]], [[1.0, 2.0], [3.0]]), "cannot be paired"),
-        (lambda: improvement_interval([[1.0, 2.0]], [[1.0]]), "cannot be paired"),
-        (lambda: probability_of_improvement([[1.0]], []), "1 problems cannot be compared with 0"),
-        (lambda: probability_of_improvement([], []), "0 problems cannot be compared with 0"),
+        (lambda: paired_interval([[1.0, 2.0]], [[1.0]]), r"\[2\].*paired.*\[1\]"),
+        (lambda: paired_interval([[1.0, 2.0]], [[1.0, 2.0], [3.0]]), "paired"),
+        (lambda: improvement_interval([[1.0, 2.0]], [[1.0]]), "paired"),
+        (lambda: probability_of_improvement([[1.0]], []), "1 problems.* 0"),
+        (lambda: probability_of_improvement([], []), "0 problems.* 0"),
         (lambda: probability_of_improvement([[1.0]], [[]]), "without figures"),
         (lambda: probability_of_improvement([[NAN]], [[1.0]]), "NaN"),
         (lambda: share_interval(3, 2), "3 of 2 is no share"),

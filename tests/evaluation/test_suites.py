@@ -99,18 +99,18 @@ def test_a_suite_of_ones_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     suite = load_suite("mine.yaml")
     assert (suite.suite, suite.problems, suite.seeds) == ("mine", ("fonseca",), 3)
     (tmp_path / "empty.yaml").write_text("problems: [fonseca]\n")
-    with pytest.raises(UserError, match=r"empty.yaml' names no baselines"):
+    with pytest.raises(UserError, match=r"empty.yaml'.*baselines"):
         load_suite("empty.yaml")
     (tmp_path / "wrong.yaml").write_text("problems: [fonseca]\nbaselines: [mean+adam]\nseedz: 3\n")
-    with pytest.raises(UserError, match=r"'seedz'; did you mean 'seed'"):
+    with pytest.raises(UserError, match=r"'seedz'.*'seed'"):
         load_suite("wrong.yaml")
 
 
 @pytest.mark.parametrize(
     ("name", "parts"),
     [
-        ("quik", ["unknown suite 'quik'; did you mean 'quick'?", "analytic, paper, quick, shift", "ends in .yaml"]),
-        ("nowhere.yaml", ["nowhere.yaml' cannot be read"]),
+        ("quik", ["unknown suite 'quik'", "'quick'", "analytic, paper, quick, shift", "ends in .yaml"]),
+        ("nowhere.yaml", ["nowhere.yaml'", "cannot be read"]),
     ],
 )
 def test_an_unknown_suite_is_one_line(name: str, parts: list[str]) -> None:

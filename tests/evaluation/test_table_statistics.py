@@ -70,14 +70,14 @@ def test_delta_m_has_no_figure_relative_to_0() -> None:
 @pytest.mark.parametrize(
     ("refused", "message"),
     [
-        (lambda: ratios_to_best([[1.0, 0.0]]), "ratios need positive losses, and one is 0"),
+        (lambda: ratios_to_best([[1.0, 0.0]]), "positive losses.* 0"),
         (lambda: ratios_to_best([[1.0, -INF]]), "one is -inf"),
         (lambda: ratios_to_best([[1.0], [NAN]]), "a loss is NaN"),
         (lambda: ratios_to_best([1.0, 2.0]), r"shape \[2\]"),
         (lambda: mean_ranks([[1.0], [NAN]]), "a loss is NaN"),
         (lambda: mean_ranks([[], []]), r"shape \[2, 0\]"),
         (lambda: mean_ranks([[1.0, 2.0], [1.0]]), "inhomogeneous"),
-        (lambda: delta_m([1.0], [1.0, 2.0], higher_is_better=True), "1 tasks cannot be compared with 2"),
+        (lambda: delta_m([1.0], [1.0, 2.0], higher_is_better=True), "1 tasks.* 2"),
         (lambda: delta_m([], [], higher_is_better=True), "0 tasks"),
     ],
 )

@@ -140,7 +140,7 @@ def test_a_newer_format_is_refused(tmp_path):
     path = save_checkpoint(tmp_path, some(), keep=3)
     manifest = json.loads((path / "manifest.json").read_text())
     (path / "manifest.json").write_text(json.dumps({**manifest, "format": 3}))
-    with pytest.raises(CheckpointError, match=r"manifest\.json: format 3, this version reads 2"):
+    with pytest.raises(CheckpointError, match=r"manifest\.json.*format 3.* 2"):
         load_checkpoint(path)
 
 
@@ -220,7 +220,7 @@ def forge(path, tensors=None, state=None, hashes=None):
     ("content", "blamed", "why"),
     [
         ({"state": b"[]"}, "state.json", "not a JSON object"),
-        ({"state": b"[" * 100_000}, "state.json", "is nested deeper than 64 levels"),
+        ({"state": b"[" * 100_000}, "state.json", "64 levels"),
         ({"state": b"{}"}, "state.json", "its meta_step is no count"),
         ({"state": b'{"meta_step": "4"}'}, "state.json", "its meta_step is no count"),
         ({"state": b'{"meta_step": -1}'}, "state.json", "its meta_step is no count"),

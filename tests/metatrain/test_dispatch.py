@@ -210,7 +210,7 @@ def test_a_straggler_that_is_lost_after_its_backup_task_has_ended_is_not_run_aga
     (backup,) = dispatch.assign([object()], 2)
     dispatch.finished(backup, result())
     dispatch.lost(slow)
-    assert slow.task.fate == "its backup task has the result"
+    assert "backup task" in slow.task.fate
     assert batch.complete
     assert dispatch.assign([object()], 2) == []
 

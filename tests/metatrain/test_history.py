@@ -80,7 +80,7 @@ def test_a_file_of_before_with_float64_alone_is_read(tmp_path):
 
 def test_a_file_of_something_else_is_named(tmp_path):
     pq.write_table(pa.table({"x": [1]}), tmp_path / FILE)
-    with pytest.raises(UserError, match=r"metrics\.parquet cannot be read: no column meta_step"):
+    with pytest.raises(UserError, match=r"metrics\.parquet cannot be read.*no column meta_step"):
         read_history(tmp_path / FILE)
 
 
@@ -124,17 +124,17 @@ def test_a_file_that_claims_too_much_is_not_read(tmp_path, monkeypatch):
     monkeypatch.setattr(reading_tables, "VALUES_LIMIT", 100_000)
     pq.write_table(pa.table({"meta_step": np.zeros(100_001)}), tmp_path / FILE)
     assert (tmp_path / FILE).stat().st_size < 2000
-    with pytest.raises(UserError, match=r"metrics\.parquet cannot be read: it claims to hold 100,001 values"):
+    with pytest.raises(UserError, match=r"metrics\.parquet cannot be read.*100,001 values"):
         read_history(tmp_path / FILE)
 
 
 @pytest.mark.parametrize(
     ("table", "why"),
     [
-        ({"meta_step": ["a"]}, "column meta_step is of string, not int64"),
-        ({"meta_step": [None, 1]}, "a row has no meta_step"),
-        ({"meta_step": [0.5]}, "was truncated converting to int64"),
-        ({"meta_step": [1], "meta_loss": [[1.0]]}, "column meta_loss is of list<element: double>, not double"),
+        ({"meta_step": ["a"]}, "meta_step.*string.*int64"),
+        ({"meta_step": [None, 1]}, "row.*no meta_step"),
+        ({"meta_step": [0.5]}, "truncated.*int64"),
+        ({"meta_step": [1], "meta_loss": [[1.0]]}, "meta_loss.*list<element: double>.* double"),
     ],
 )
 def test_columns_of_other_kinds_are_named(table, why, tmp_path):
@@ -145,5 +145,5 @@ def test_columns_of_other_kinds_are_named(table, why, tmp_path):
 
 def test_what_is_no_regular_file_does_not_hang(tmp_path):
     os.mkfifo(tmp_path / FILE)
-    with pytest.raises(UserError, match=r"metrics\.parquet cannot be read: is not a regular file"):
+    with pytest.raises(UserError, match=r"metrics\.parquet cannot be read.*regular file"):
         read_history(tmp_path / FILE)

@@ -97,7 +97,7 @@ def test_a_step_to_weights_that_are_not_finite_is_refused_and_changes_nothing(be
     for _ in range(before):
         learner.update([result(slots[0])])
     state, version = learner.tensors(), learner.version
-    with pytest.raises(ArithmeticError, match=r"the weights would not be finite; learner\.lr=3"):
+    with pytest.raises(ArithmeticError, match=r"not.*finite.*learner\.lr=3"):
         learner.update([result(slots[0])])
     assert learner.version == version == before
     assert all(torch.equal(tensor, state[name]) for name, tensor in learner.tensors().items())

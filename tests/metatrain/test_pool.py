@@ -151,11 +151,7 @@ def test_a_lost_worker_is_one_short_line(pool, caplog):
     os.kill(killed, signal.SIGKILL)
     made.run(training_items(small(), 0, "cpu"), Trainer(small(), "unused").learner.weights)
     (said,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
-    assert re.fullmatch(
-        rf"meta-step 1 slot \d+: worker [12] \(pid {killed}\) is lost: its process was killed or crashed; "
-        "it runs again elsewhere",
-        said,
-    )
+    assert re.fullmatch(rf"meta-step 1 slot \d+: worker [12] \(pid {killed}\).*lost.*killed or crashed.*again.*", said)
 
 
 def test_closing_ends_the_processes(pool):

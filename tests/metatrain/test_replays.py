@@ -142,7 +142,7 @@ SEED = training_items(small(), 2, "cpu")[1].spec.seed
 
 def test_a_replay_that_raises_ends_the_run_or_is_skipped_and_counted(pool, tmp_path, monkeypatch):
     monkeypatch.setattr(replays_module, "Replayer", FailingReplayer)
-    with pytest.raises(PoolError, match=r"^the replay of meta-step 3 slot 1 failed: FloatingPointError\('no replay'\)"):
+    with pytest.raises(PoolError, match=r"replay of meta-step 3 slot 1 failed.*FloatingPointError\('no replay'\)"):
         trained(tmp_path / "abort", pool(1).begin)
     trainer = trained(tmp_path / "skip", pool(1, FaultSettings(on_error="skip")).begin)
     assert trainer.progress.failed_episodes == 1
@@ -150,7 +150,7 @@ def test_a_replay_that_raises_ends_the_run_or_is_skipped_and_counted(pool, tmp_p
 
 def test_a_replayer_that_has_no_room_is_told_of(pool):
     learner = LearnerSettings(resources=PlacementSettings(num_cpus=50))
-    with pytest.raises(UserError, match=r"backward=learner\) could not be placed in 3 s: it needs 50 CPU and 0 GPU"):
+    with pytest.raises(UserError, match=r"backward=learner\).*placed.* 3 s.*50 CPU.* 0 GPU"):
         pool(1, learner=learner, resources=ResourceSettings(start_timeout_s=3))
 
 

@@ -20,6 +20,7 @@ from ml2o_dist.runtime.errors import UserError
 from tests.metatrain.executing import Cut, cut_after, digests, in_process, later
 from tests.metatrain.faulty_disk import FaultyDisk, Killed
 from tests.metatrain.settings import small
+from tests.wording import says
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +178,7 @@ def test_a_checkpoint_that_cannot_be_written_is_warned_of_once_and_the_next_one_
     assert saved == [0, 2, 8, 12]
     warnings = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(warnings) == 2, "once for steps 4 and 6, once for step 10"
-    assert f"no checkpoint could be written to {tmp_path} at meta-step 4: No space left on device" in warnings[0]
+    assert says(warnings[0], "no checkpoint", str(tmp_path), "meta-step 4", "No space left on device")
 
 
 def test_the_time_of_all_processes_is_in_the_checkpoint(tmp_path, monkeypatch):
@@ -227,7 +228,7 @@ def test_metrics_are_written_with_one_row_for_each_meta_step(calm):
 def test_resume_refuses_another_configuration_and_an_empty_folder(calm, tmp_path):
     with pytest.raises(UserError, match="nothing to resume"):
         Trainer(small(), tmp_path).resume()
-    with pytest.raises(UserError, match=r"another configuration: learner\.lr is 0\.5 here and 0\.01 there"):
+    with pytest.raises(UserError, match=r"another configuration.*learner\.lr.*0\.5.*0\.01"):
         Trainer(small(learner={"lr": 0.5}), calm.run_dir).resume()
 
 
@@ -298,7 +299,7 @@ def test_so_are_episodes_with_one_gradient_entry_that_is_not_finite(tmp_path, mo
 def test_ten_meta_steps_without_a_usable_episode_end_the_run(tmp_path):
     settings = small(meta_steps=40, family={"train": [{"problem": OVERFLOWS}]})
     trainer = Trainer(settings, tmp_path)
-    with pytest.raises(TrainingError, match="no episode of the last 10 meta-steps gave a finite meta-gradient"):
+    with pytest.raises(TrainingError, match=r"no episode.*last 10 meta-steps.*finite meta-gradient"):
         trainer.run(later(in_process))
     assert trainer.learner.version == 9
     trainer.save()
@@ -322,26 +323,23 @@ def test_a_run_that_is_killed_before_its_first_meta_step_can_be_resumed(calm, tm
 
 
 FORGED = {
-    "no progress": (lambda t, s: s.pop("progress"), "its progress is something else"),
-    "progress of texts": (lambda t, s: s["progress"].update(inner_steps="many"), "a inner_steps of the wrong type"),
-    "progress of more": (lambda t, s: s["progress"].update(more=1), "its progress is something else"),
-    "hashes that are numbers": (lambda t, s: s["progress"].update(data_sha256={"a": 1}), "a data_sha256 of the wrong"),
-    "no configuration": (
-        lambda t, s: s.pop("config"),
-        "the configuration in checkpoints/step_000012: settings: must be",
-    ),
-    "a configuration that is a list": (lambda t, s: s.update(config=[]), "settings: must be a valid dictionary"),
-    "no weights": (lambda t, s: t.pop("theta"), "it lacks the tensor theta"),
-    "one weight for all": (lambda t, s: t.update(theta=torch.zeros(1)), r"its tensor theta has shape \[1\], not \["),
-    "weights of nothing": (lambda t, s: t.update(average=t["average"] * math.nan), "average has values that are not f"),
-    "whole numbers": (lambda t, s: t.update(exp_avg=t["exp_avg"].long()), "exp_avg is of int64"),
-    "two numbers of steps": (lambda t, s: t.update(adam_step=torch.zeros(2)), "its tensor adam_step has shape"),
-    "other best weights": (lambda t, s: t.update({"best/x": torch.zeros(1)}), "tensors that the rule has not"),
-    "no best weights": (lambda t, s: t.pop("best/head.bias"), "it lacks the tensor best/head.bias"),
-    "a history of one column": (lambda t, s: t.pop("history/meta_step"), "its history is no columns of one length"),
+    "no progress": (lambda t, s: s.pop("progress"), "progress"),
+    "progress of texts": (lambda t, s: s["progress"].update(inner_steps="many"), "inner_steps.*type"),
+    "progress of more": (lambda t, s: s["progress"].update(more=1), "progress"),
+    "hashes that are numbers": (lambda t, s: s["progress"].update(data_sha256={"a": 1}), "data_sha256.*type"),
+    "no configuration": (lambda t, s: s.pop("config"), "configuration.*checkpoints/step_000012.*settings"),
+    "a configuration that is a list": (lambda t, s: s.update(config=[]), "settings.*dictionary"),
+    "no weights": (lambda t, s: t.pop("theta"), "lacks.*theta"),
+    "one weight for all": (lambda t, s: t.update(theta=torch.zeros(1)), r"theta.*shape \[1\], not \["),
+    "weights of nothing": (lambda t, s: t.update(average=t["average"] * math.nan), "average.*not finite"),
+    "whole numbers": (lambda t, s: t.update(exp_avg=t["exp_avg"].long()), "exp_avg.*int64"),
+    "two numbers of steps": (lambda t, s: t.update(adam_step=torch.zeros(2)), "adam_step.*shape"),
+    "other best weights": (lambda t, s: t.update({"best/x": torch.zeros(1)}), "tensors.*rule"),
+    "no best weights": (lambda t, s: t.pop("best/head.bias"), "lacks.*best/head.bias"),
+    "a history of one column": (lambda t, s: t.pop("history/meta_step"), "history.*length"),
     "a history of two lengths": (
         lambda t, s: t.update({"history/meta_loss": torch.zeros(1, dtype=torch.float64)}),
-        "its history is no columns of one length",
+        "history.*length",
     ),
 }
 

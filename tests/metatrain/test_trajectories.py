@@ -31,6 +31,7 @@ from ml2o_dist.rules.coordinatewise.rule import ML2ONetwork
 from ml2o_dist.runtime.errors import UserError
 from tests.metatrain.executing import Cut, cut_after, digests, in_process, later
 from tests.metatrain.settings import small
+from tests.wording import says
 
 SETTINGS = {"instances": 2, "trajectories": {"meta_steps": 4, "slots": 3}}
 
@@ -102,7 +103,7 @@ def test_meta_steps_have_one_number_everywhere(tmp_path, caplog):
     ]
     assert max(path.name for path in (tmp_path / "checkpoints").iterdir()) == "step_000003"
     assert [row["meta_step"] for row in figures if row["skipped_episodes"]] == [2]
-    assert "meta-step 2: 1 of 4 episodes skipped" in caplog.text
+    assert says(caplog.text, "meta-step 2", "1 of 4 episodes skipped")
     items = training_items(trainer.settings, 1, "cpu")
     assert str(items[2].key) == "meta-step 2 slot 2"
     assert {row["seed"] for row in recorded if (row["meta_step"], row["slot"]) == (2, 2)} == {items[2].spec.seed}
@@ -194,7 +195,7 @@ def test_a_full_disk_is_said_once_and_costs_only_the_trajectories(recorded, tmp_
     assert digests(trainer) == digests(recorded)
     said = [record.message for record in caplog.records if "trajectories" in record.message]
     assert len(said) == 1
-    assert "meta-step 1 cannot be written: No space left on device; the run goes on" in said[0]
+    assert says(said[0], "meta-step 1", "cannot be written", "No space left on device", "goes on")
     assert not (tmp_path / "trajectories").exists()
 
 
@@ -224,9 +225,9 @@ def test_one_problem_s_rows_and_the_summary(recorded):
 
 
 def test_what_is_not_there_is_said_in_one_line(recorded, tmp_path):
-    with pytest.raises(UserError, match=r"no trajectories in .*trajectories: not a run, or one with"):
+    with pytest.raises(UserError, match=r"no trajectories in .*trajectories"):
         read_trajectories(tmp_path)
-    with pytest.raises(UserError, match=r"nothing is recorded of problem 'fonsecca'; the nearest of \d+ .*: 'fonseca'"):
+    with pytest.raises(UserError, match=r"problem 'fonsecca'.*nearest of \d+ .*'fonseca'"):
         read_trajectories(recorded.run_dir, "fonsecca")
     empty = tmp_path / "trajectories"
     empty.mkdir()
@@ -260,8 +261,8 @@ DAMAGE = [
     (cut, "cannot be read: "),
     (flipped, "cannot be read: "),
     (lambda content: b"", "cannot be read: "),
-    (foreign, "cannot be read: it has other columns"),
-    (of_before, "cannot be read: its format is 1, this version of ml2o_dist reads 2"),
+    (foreign, "cannot be read ... columns"),
+    (of_before, "cannot be read ... format is 1 ... 2"),
 ]
 
 
@@ -275,12 +276,13 @@ def test_a_file_that_cannot_be_read_is_named_and_the_others_are_used(recorded, t
     rest = read_trajectories(tmp_path)
     assert rest.rows.equals(whole.rows.filter(pc.not_equal(whole.rows["meta_step"], 4)))
     (line,) = rest.unread
-    assert line.startswith(f"{damaged} {why}")
+    assert line.startswith(f"{damaged} ")
+    assert says(line, why)
     assert len(line.splitlines()) == 1
     for file in (tmp_path / "trajectories").iterdir():
         if file != damaged:
             file.write_bytes(damage(file.read_bytes()))
-    with pytest.raises(UserError, match=r"step_000001\.parquet cannot be read: .*; nor can the other 3 files"):
+    with pytest.raises(UserError, match=r"step_000001\.parquet cannot be read.*other 3 files"):
         read_trajectories(tmp_path)
 
 

@@ -167,7 +167,7 @@ def test_cosmos_sees_the_preference_as_channels(net: str) -> None:
 def test_cosmos_refuses_what_wants_coloured_images() -> None:
     coloured = nn.Sequential(nn.Conv2d(3, 2, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten())
     base = MultiHead(GreyImages(coloured, SIDE), 2, (3, 3))
-    with pytest.raises(UserError, match=r"trunk\.trunk\.0 wants 3 channels: leave `cosmos` out"):
+    with pytest.raises(UserError, match=r"trunk\.trunk\.0 .*3 channels.*`cosmos`"):
         ConditionedInput(base, 2, seed=0)
 
 
@@ -195,9 +195,9 @@ def test_a_fused_model_trains_its_routers_alone_and_stays_in_evaluation_mode() -
 def test_running_moments_are_refused_where_they_would_be_of_no_preference() -> None:
     trunk = nn.Sequential(nn.Flatten(), nn.Linear(16, 5), nn.BatchNorm1d(5))
     base = MultiHead(trunk, 5, (3, 3))
-    with pytest.raises(UserError, match=r"needs a network without running moments, .* trunk.2.running_mean: leave"):
+    with pytest.raises(UserError, match=r"running moments.* trunk\.2\.running_mean"):
         WeightLine(base, [base, base])
-    with pytest.raises(UserError, match=r"needs a network without running moments, .* trunk.2.running_mean: leave"):
+    with pytest.raises(UserError, match=r"running moments.* trunk\.2\.running_mean"):
         Hypernetwork(base, 2, seed=0)
 
 

@@ -241,7 +241,7 @@ def test_parts_of_one_memory_are_told_from_parts_that_overlap() -> None:
     for one, other in [(whole[:3], whole[2:]), (whole, whole.t()), (whole[:, 1:], whole[:, :2]), (whole, whole[1])]:
         pair = nn.ParameterList([nn.Parameter(one), nn.Parameter(other)])
         state = pair.state_dict()
-        refused("0 and 1 share a part of their memory", call=lambda: TaskVectors.of(pair, state, [state] * 2))  # noqa: B023
+        refused("0 and 1 share", "memory", call=lambda: TaskVectors.of(pair, state, [state] * 2))  # noqa: B023
     recurrent = nn.LSTM(2, 3)
     assert len(TensorNames.of(recurrent).tensors) == 4
 
@@ -295,7 +295,7 @@ def test_a_mask_with_infinities_is_kept_and_one_that_differs_is_refused() -> Non
     for preference in ([0.5, 0.5], [1.0, 0.0]):
         assert torch.equal(Fusion(network, start, experts).export(preference).get_buffer("held"), mask)
     network, (start, *experts) = with_held(mask, mask.t())
-    refused("expert 1 has a value in held that is not finite", call=lambda: Fusion(network, start, experts))
+    refused("expert 1", "held", "not finite", call=lambda: Fusion(network, start, experts))
 
 
 def test_a_buffer_that_no_state_dict_has_is_the_networks() -> None:
@@ -376,12 +376,12 @@ GOOD = LINEAR.state_dict()
         (GOOD, [GOOD, None], ["expert 2", "state dict", "NoneType"]),
         (GOOD, [GOOD, [1, 2]], ["expert 2", "state dict", "list"]),
         (GOOD, [GOOD | {"bias": np.zeros(2)}, GOOD], ["expert 1", "ndarray", "'bias'", "tensor"]),
-        (GOOD, [GOOD | {"bias": quantized()}, GOOD], ["expert 1", "bias is torch.qint8, not torch.float32"]),
+        (GOOD, [GOOD | {"bias": quantized()}, GOOD], ["expert 1", "bias is torch.qint8", "torch.float32"]),
         (GOOD, [GOOD | {"bias": torch.ones(2) * 1j}, GOOD], ["expert 1", "bias is torch.complex64"]),
         (GOOD, [GOOD, GOOD | {"bias": torch.ones(2, device="meta")}], ["expert 2", "bias", "meta"]),
         (GOOD, [GOOD, GOOD | {"more": torch.ones(2)}], ["expert 2", "has besides more"]),
-        (GOOD, {"a": GOOD, "b": GOOD}, ["experts must be a list of state dicts", "dict"]),
-        (GOOD, (GOOD for _ in range(2)), ["experts must be a list of state dicts", "generator"]),
+        (GOOD, {"a": GOOD, "b": GOOD}, ["experts", "list of state dicts", "dict"]),
+        (GOOD, (GOOD for _ in range(2)), ["experts", "list of state dicts", "generator"]),
     ],
 )
 def test_what_is_no_state_dict_of_the_network_is_one_line(start: Any, experts: Any, words: list[str]) -> None:

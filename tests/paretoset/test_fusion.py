@@ -124,11 +124,11 @@ def test_patterns_pick_modules(pattern: str, expected: dict[str, int]) -> None:
 @pytest.mark.parametrize(
     ("preference", "part"),
     [
-        (torch.tensor([-0.2, 1.2]), "no number below 0"),
-        (torch.tensor([0.5, 0.4]), "must sum to 1, not 0.9"),
-        (torch.tensor([0.2, 0.3, 0.5]), "must have 2 numbers"),
-        (torch.full((4, 2), 0.5), "must have 2 numbers"),
-        ([0.5, float("nan")], "no number below 0, all finite"),
+        (torch.tensor([-0.2, 1.2]), "below 0"),
+        (torch.tensor([0.5, 0.4]), "sum to 1.*0.9"),
+        (torch.tensor([0.2, 0.3, 0.5]), "2 numbers"),
+        (torch.full((4, 2), 0.5), "2 numbers"),
+        ([0.5, float("nan")], "below 0.*finite"),
     ],
 )
 def test_a_preference_that_is_none_is_refused_live_and_exported(preference, part) -> None:
@@ -142,7 +142,7 @@ def test_a_preference_that_is_none_is_refused_live_and_exported(preference, part
 
 def test_mlp_is_offered_only_where_a_module_is_called_so() -> None:
     network = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 2))
-    with pytest.raises(UserError, match=r"'mlp' fits no module .*\(allowed: all, or a glob over 0, 1\)"):
+    with pytest.raises(UserError, match=r"'mlp' fits no module .*allowed: all.*0, 1"):
         Fusion(network, network.state_dict(), [network.state_dict()] * 2, modules="mlp")
 
 
@@ -156,9 +156,7 @@ def test_several_patterns_are_refused() -> None:
 def test_a_pattern_that_fits_nothing_is_refused(pattern: str, heads: tuple[int, ...]) -> None:
     network = built(Heads)
     start, experts = start_and_experts(network, 2)
-    with pytest.raises(
-        UserError, match=r"fits no module that the tasks share \(allowed: all, mlp, or a glob"
-    ) as caught:
+    with pytest.raises(UserError, match=r"fits no module.*allowed: all, mlp") as caught:
         Fusion(network, start, experts, modules=pattern, heads=[f"heads.{t}" for t in heads])
     assert "\n" not in str(caught.value)
 

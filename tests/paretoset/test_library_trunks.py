@@ -74,7 +74,7 @@ def both_answers(trunk: nn.Module, inner: nn.Module) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("library", MODULES)
 def test_a_library_that_is_not_installed_is_one_line(library: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, MODULES[library], None)
-    with pytest.raises(UserError, match=f"network {library}/some.model: .* is not installed: pip install") as caught:
+    with pytest.raises(UserError, match=f"{library}/some.model.* not installed.*pip install") as caught:
         library_trunk(library, "some.model", 8)
     assert MODULES[library] in str(caught.value)
     assert "ml2o-dist[zoo]" in str(caught.value)
@@ -82,7 +82,7 @@ def test_a_library_that_is_not_installed_is_one_line(library: str, monkeypatch: 
 
 
 def test_an_unknown_library_is_one_line() -> None:
-    with pytest.raises(UserError, match=r"unknown library of networks 'keras' \(allowed: hf, open_clip, timm\)"):
+    with pytest.raises(UserError, match=r"library.*'keras' \(allowed: hf, open_clip, timm\)"):
         library_trunk("keras", "x", 8)
 
 
@@ -93,7 +93,7 @@ def test_what_the_library_says_becomes_one_line(library: str, monkeypatch: pytes
 
     loader = SimpleNamespace(from_pretrained=fail)
     stand_in(monkeypatch, library, create_model=fail, AutoModel=loader, **LISTS)
-    with pytest.raises(UserError, match=f"network {library}/x: no such model and so on") as caught:
+    with pytest.raises(UserError, match=f"{library}/x: no such model and so on") as caught:
         library_trunk(library, "x", 8)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 400
@@ -156,14 +156,11 @@ def test_open_clip(name: str, weights: str | None, monkeypatch: pytest.MonkeyPat
 @pytest.mark.parametrize(
     ("network", "line"),
     [
-        ("timm/hf_hub:somebody/theirs", "timm lists no model of this name"),
-        ("timm/local-dir:/tmp", "timm lists no model of this name"),
-        ("open_clip/hf-hub:somebody/theirs", "open_clip lists no model 'hf-hub'"),
-        ("open_clip/local-dir:/tmp", "open_clip lists no model 'local-dir'"),
-        (
-            "open_clip/ViT-X:/tmp/weights.pt",
-            "unknown weights of network open_clip/ViT-X '/tmp/weights.pt'.*allowed: tag",
-        ),
+        ("timm/hf_hub:somebody/theirs", "timm.*no model"),
+        ("timm/local-dir:/tmp", "timm.*no model"),
+        ("open_clip/hf-hub:somebody/theirs", "open_clip.*no model 'hf-hub'"),
+        ("open_clip/local-dir:/tmp", "open_clip.*no model 'local-dir'"),
+        ("open_clip/ViT-X:/tmp/weights.pt", "weights.*open_clip/ViT-X '/tmp/weights.pt'.*allowed: tag"),
     ],
 )
 def test_only_what_a_library_lists_is_loaded_by_it(network: str, line: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -204,7 +201,7 @@ def test_features_that_no_head_can_take_are_refused(monkeypatch: pytest.MonkeyPa
     inner = nn.Conv2d(3, 6, 4)
     inner.pretrained_cfg = {"input_size": (3, SIZE, SIZE)}  # type: ignore[assignment]
     stand_in(monkeypatch, "timm", create_model=lambda name, **settings: inner, **LISTS)
-    with pytest.raises(UserError, match=r"gives features of shape \[1, 6, 13, 13\], not \[batch, features\]"):
+    with pytest.raises(UserError, match=r"features.*\[1, 6, 13, 13\].*\[batch, features\]"):
         library_trunk("timm", "x", 8)
 
 

@@ -138,7 +138,7 @@ def test_the_jacobian_is_the_weights_times_finite_differences(loss: str, kind: s
 @pytest.mark.parametrize("loss", [name for name in SCALARIZATIONS if name != "ls"])
 def test_what_has_other_weights_everywhere_gives_no_losses_to_compare(loss: str) -> None:
     problem = problem_of("plain", loss)
-    with pytest.raises(UserError, match=f"loss '{loss}' has other weights at every point") as caught:
+    with pytest.raises(UserError, match=f"loss '{loss}'.*weights.*point") as caught:
         problem.losses(problem.initial_parameters([0]), problem.sample_batch(generator("batch")))
     assert "\n" not in str(caught.value)
 
@@ -180,7 +180,7 @@ class Unused(Conditioned):
 @pytest.mark.parametrize("loss", SCALARIZATIONS)
 def test_a_model_that_nothing_depends_on_is_told(loss: str) -> None:
     problem = PreferenceProblem(Unused(), shared_noise(2), Scalarization(loss), batch=4, device=CPU)
-    with pytest.raises(UserError, match="task 1 has no gradient with respect to what is trained"):
+    with pytest.raises(UserError, match=r"task 1.*no gradient"):
         problem.jacobian(problem.initial_parameters([0]), problem.sample_batch(generator("batch")))
 
 

@@ -24,15 +24,15 @@ def test_a_preference_is_taken_as_it_is(given: Any) -> None:
 @pytest.mark.parametrize(
     ("given", "complaint"),
     [
-        ([0.5, 0.6], r"preference \[0.5, 0.6\] must sum to 1, not 1.1"),
-        ([0.5, 0.49], "must sum to 1, not 0.99"),
-        ([-0.1, 1.1], r"preference \[-0.1, 1.1\] must have no number below 0"),
-        ([1.0], r"preference \[1.0\] must have 2 numbers"),
-        ([0.5, 0.25, 0.25], "must have 2 numbers"),
-        ([[0.5, 0.5]], "must have 2 numbers"),
-        (1.0, "must have 2 numbers"),
-        ([math.nan, 1.0], "all finite"),
-        ([math.inf, 0.0], "all finite"),
+        ([0.5, 0.6], r"\[0.5, 0.6\].*sum to 1.*1.1"),
+        ([0.5, 0.49], "sum to 1.*0.99"),
+        ([-0.1, 1.1], r"\[-0.1, 1.1\].*below 0"),
+        ([1.0], r"\[1.0\].*2 numbers"),
+        ([0.5, 0.25, 0.25], "2 numbers"),
+        ([[0.5, 0.5]], "2 numbers"),
+        (1.0, "2 numbers"),
+        ([math.nan, 1.0], "finite"),
+        ([math.inf, 0.0], "finite"),
     ],
 )
 def test_what_is_no_preference_is_refused_in_one_line(given: Any, complaint: str) -> None:

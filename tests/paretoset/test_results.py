@@ -51,12 +51,12 @@ WRONG: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "a front that is a text": (lambda t: t["approaches"][0].update(test="x"), "the front cannot be used"),
     "losses of nothing": (lambda t: front(t).update(losses=None), "losses: Input should be"),
     "losses in one row": (lambda t: front(t).update(losses=[1.0, 2.0]), "losses.0: Input should be"),
-    "uneven rows": (lambda t: front(t).update(losses=[[1.0], [1.0, 2.0]]), "no tables of one shape"),
-    "one row more": (lambda t: front(t)["rays"].append([0.5, 0.5]), "no tables of one shape"),
-    "no rows": (lambda t: front(t).update(rays=[], losses=[], accuracies=[]), "no tables of one shape"),
+    "uneven rows": (lambda t: front(t).update(losses=[[1.0], [1.0, 2.0]]), "shape"),
+    "one row more": (lambda t: front(t)["rays"].append([0.5, 0.5]), "shape"),
+    "no rows": (lambda t: front(t).update(rays=[], losses=[], accuracies=[]), "shape"),
     "many points": (
         lambda t: front(t).update({key: front(t)[key] * 1001 for key in ("rays", "losses", "accuracies")}),
-        "it has 2002 points of 2 tasks",
+        "2002 points of 2 tasks",
     ),
 }
 

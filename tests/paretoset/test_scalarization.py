@@ -125,7 +125,7 @@ def test_epo_weights_are_t_alpha_and_failures_are_counted() -> None:
     for broken in (torch.zeros_like(jacobian), jacobian * float("nan")):
         torch.testing.assert_close(scalarization.weights(r, losses, broken), 2 * r)
     assert scalarization.failures == 2
-    with pytest.raises(UserError, match="loss epo needs the gradients of the tasks, which only a step has"):
+    with pytest.raises(UserError, match="epo needs the gradients"):
         scalarization.weights(r, losses)
 
 
@@ -149,5 +149,5 @@ def test_only_ls_is_constant_and_only_the_hypervolume_takes_several_rays() -> No
 
 
 def test_an_unknown_name_gets_the_nearest() -> None:
-    with pytest.raises(UserError, match="unknown loss 'tchebychef'; did you mean 'tchebycheff'"):
+    with pytest.raises(UserError, match=r"unknown loss 'tchebychef'.*'tchebycheff'"):
         Scalarization("tchebychef")

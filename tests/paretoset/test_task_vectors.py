@@ -102,13 +102,13 @@ def set_to(name: str, tensor: Tensor) -> Callable[[State], Any]:
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
-        (lambda state: state.pop("first.bias"), "does not fit the network: it lacks first.bias$"),
+        (lambda state: state.pop("first.bias"), "lacks first.bias$"),
         (lambda state: [state.pop(name) for name in list(state)[:5]], "lacks first.bias.*and 2 more"),
-        (set_to("extra", torch.zeros(1)), "it has besides extra$"),
-        (set_to("first.weight", torch.zeros(4, 5)), r"first.weight has shape \[4, 5\], not \[5, 4\]"),
-        (set_to("first.bias", torch.zeros(5, dtype=torch.int64)), "first.bias is torch.int64, not torch.float32"),
-        (set_to("first.bias", torch.full((5,), math.nan)), "a value in first.bias that is not finite"),
-        (set_to("first.bias", torch.full((5,), math.inf)), "a value in first.bias that is not finite"),
+        (set_to("extra", torch.zeros(1)), "besides extra$"),
+        (set_to("first.weight", torch.zeros(4, 5)), r"first.weight.*\[4, 5\].*\[5, 4\]"),
+        (set_to("first.bias", torch.zeros(5, dtype=torch.int64)), "first.bias.*torch.int64.*torch.float32"),
+        (set_to("first.bias", torch.full((5,), math.nan)), "first.bias.*not finite"),
+        (set_to("first.bias", torch.full((5,), math.inf)), "first.bias.*not finite"),
     ],
 )
 def test_a_state_dict_that_does_not_fit_is_named(who: str, change: Callable[[State], Any], complaint: str) -> None:
@@ -117,7 +117,7 @@ def test_a_state_dict_that_does_not_fit_is_named(who: str, change: Callable[[Sta
     states[["the common start", "expert 1", "expert 2"].index(who)] = wrong
     with pytest.raises(UserError, match=complaint) as caught:
         TaskVectors.of(network, states[0], states[1:])
-    assert f"the state dict of {who} " in str(caught.value)
+    assert f"{who} " in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
@@ -126,15 +126,15 @@ def test_wrong_counts_and_wrong_heads_are_refused() -> None:
     network["deep"] = nn.Sequential(nn.Linear(2, 1))
     start, experts = start_and_experts(network, 2)
     for count in (0, 1):
-        with pytest.raises(UserError, match=f"a fusion needs at least 2 experts, not {count}"):
+        with pytest.raises(UserError, match=f"at least 2 experts.* {count}"):
             TaskVectors.of(network, start, experts[:count])
     for heads, complaint in (
-        (("a",), "must name a module of its own for each of 2 tasks"),
-        (("a", "a"), "must name a module of its own"),
-        (("deep", "deep.0"), "head of task 1, module 'deep', has another task's head 'deep.0' in it"),
-        (("a", "c"), "the head of task 2, module 'c', is missing"),
-        (("", "a"), "the head of task 1, module '', is missing"),
-        (("a", "empty"), "the head of task 2, module 'empty', has no parameter"),
+        (("a",), "module of its own.*2 tasks"),
+        (("a", "a"), "module of its own"),
+        (("deep", "deep.0"), "head of task 1.*'deep'.*head 'deep.0'"),
+        (("a", "c"), "head of task 2.*'c'.*missing"),
+        (("", "a"), "head of task 1.*''.*missing"),
+        (("a", "empty"), "head of task 2.*'empty'.*no parameter"),
     ):
         with pytest.raises(UserError, match=complaint) as caught:
             TaskVectors.of(network, start, experts, heads)

@@ -236,6 +236,6 @@ def test_two_checkpoints_are_kept_and_time_adds_up(tmp_path: Path) -> None:
 
 def test_what_diverges_is_told_with_its_step(tmp_path: Path) -> None:
     huge = HandDesigned("mean", "sgd", 1e39).rule(CPU, torch.float32)
-    with pytest.raises(Diverged, match=r"a parameter is not finite after step \d of 9"):
+    with pytest.raises(Diverged, match=r"parameter.*not finite.*step \d of 9"):
         trained(problem_of("normed"), huge, tmp_path)
     assert not list(tmp_path.glob("step_*"))

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ml2o_dist import (
+    GML2O,
     ML2O,
     LearnedRuleSettings,
     ProblemContext,
@@ -238,6 +239,25 @@ def test_as_an_optimizer_of_torch_it_takes_the_rules_steps_and_goes_on_from_a_st
             saved = optimizer.state_dict()
             optimizer = ML2O(model.named_parameters(), place)
             optimizer.load_state_dict(saved)
+
+
+def test_a_plug_ins_optimizer_serves_as_the_fallback_of_a_guard_and_its_state_is_saved() -> None:
+    """The guard refuses every step of the adversary's kind, so that all steps are the fallback's, torch's NAdam."""
+    guard = GuardSettings(fallback="mean+nadam@0.01", budget=0, eps=0, margin=1000.0)
+    model, plain = TwoTasks(), TwoTasks()
+    optimizer = GML2O(model.parameters(), "initial", guard=guard)
+    nadam = torch.optim.NAdam(plain.parameters(), lr=0.01)
+    for step in range(6):
+        batch = drawn(step)
+        if step == 3:
+            saved = optimizer.state_dict()
+            optimizer = GML2O(model.parameters(), "initial", guard=guard)
+            optimizer.load_state_dict(saved)
+        optimizer.step(lambda batch=batch: losses(model, batch))
+        nadam.zero_grad()
+        (sum(losses(plain, batch)) / 2).backward()
+        nadam.step()
+    torch.testing.assert_close(flat(model), flat(plain), rtol=1e-4, atol=1e-5)
 
 
 def test_parameters_that_come_later_begin_then(tmp_path: Path) -> None:

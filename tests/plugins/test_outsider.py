@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import ray
 
 from tests.test_jobs import REPOSITORY, head, submit
+from tests.tracking.empty_store import new_store
 
 __all__ = ["head"]
 
@@ -31,9 +33,10 @@ RUN = [
 
 
 @pytest.fixture
-def place(tmp_path: Path) -> Path:
-    """A home with the file in it, and finished cells of its own."""
+def place(tmp_path: Path, cluster: None) -> Path:
+    """A home with the file in it, an empty store of runs, and finished cells of its own; commands join the cluster."""
     shutil.copy(SOURCE, tmp_path / "mine.py")
+    new_store(tmp_path)
     return tmp_path
 
 
@@ -43,6 +46,7 @@ def environment(place: Path) -> dict[str, str]:
         "ML2O_CACHE": str(place / "cache"),
         "PYTHONPATH": str(REPOSITORY),
         "MLFLOW_TRACKING_URI": "",
+        "RAY_ADDRESS": ray.get_runtime_context().gcs_address,
     }
 
 
@@ -57,14 +61,14 @@ def ml2o(place: Path, *words: str, code: int = 0) -> Any:
 
 def losses(place: Path, *plugin: str) -> dict[str, list[float]]:
     words = ["--optimizer", "rprop@0.01", "--optimizer", "initial", "--set", "rule.kind=sign", "--problem", "curves"]
-    answer = ml2o(place, "evaluate", *words, "--seeds", "1", "--steps", "10", "--address", "local", *plugin)
+    answer = ml2o(place, "evaluate", *words, "--seeds", "1", "--steps", "10", *plugin)
     return {cell["optimizer"]: cell["losses"] for cell in answer["cells"]}
 
 
 def test_two_workers_meta_train_and_cells_of_another_loss_do_not_come_back(place: Path) -> None:
     """The file is in a folder from which no process could import it: what is sent to workers brings it along."""
     plugin = ["--plugin", "mine.py"]
-    answer = ml2o(place, "meta-train", *plugin, *RUN, "--run-dir", "runs/a", "--address", "local")
+    answer = ml2o(place, "meta-train", *plugin, *RUN, "--run-dir", "runs/a")
     assert answer["meta_steps"] == 8
     found = losses(place, *plugin)
     assert losses(place, *plugin) == found
@@ -79,11 +83,12 @@ def test_two_workers_meta_train_and_cells_of_another_loss_do_not_come_back(place
     refused = ml2o(place, "meta-train", "--run-dir", "runs/a", "--resume", code=2)
     assert "made with the plug-in 'mine.py'" in refused
     assert "--plugin mine.py" in refused
+    assert "--plugin mine.py" in ml2o(place, "report", "runs/a", code=2)
 
 
 @pytest.mark.long
 def test_a_run_whose_driver_is_killed_goes_on_to_the_same_weights(place: Path) -> None:
-    plugin = ["--plugin", "mine.py", "--address", "local"]
+    plugin = ["--plugin", "mine.py"]
     longer = [*RUN, "--set", "meta_steps=30", "--set", "checkpoint_every=2"]
     whole = ml2o(place, "meta-train", *plugin, *longer, "--run-dir", "runs/whole")
     words = [sys.executable, "-m", "ml2o_dist", "meta-train", *plugin, *longer, "--run-dir", "runs/killed"]
@@ -108,7 +113,7 @@ def test_a_sweep_runs_its_trials_with_it(place: Path) -> None:
         f"meta_train: {{family: {FAMILY}, rule: {{kind: sign}}, meta_steps: 4, workers: 1, slots: 2, horizon: [5],"
         " validation: {every: 2, horizon: 5, instances: 1}}\n"
     )
-    answer = ml2o(place, "sweep", "--config", "sweep.yaml", "--run-dir", "runs/sweep", "--address", "local")
+    answer = ml2o(place, "sweep", "--config", "sweep.yaml", "--run-dir", "runs/sweep")
     assert answer["trials"] == {"TERMINATED": 2} or len(answer["trials"]) == 2
 
 
@@ -122,7 +127,7 @@ def test_a_pareto_set_is_compared_with_its_comparator(place: Path) -> None:
     ]
     answer = ml2o(
         place, "pareto-set", "train", "--plugin", "mine.py", *words, "--set", "tracking.register=false",
-        "--run-dir", "runs/set", "--address", "local",
+        "--run-dir", "runs/set",
     )  # fmt: skip
     assert "first-expert" in json.dumps(answer)
 

@@ -22,6 +22,7 @@ from ml2o_dist.evaluation.optimizer_specs import HandDesigned
 from ml2o_dist.plugins import Carried, loaded
 from ml2o_dist.problems import ProblemSpec, problem_names
 from tests.plugins.conftest import EXAMPLES
+from tests.wording import says
 
 COUNT = """
 from ml2o_dist import register_problem
@@ -309,3 +310,31 @@ def test_what_is_registered_in_a_script_alone_is_refused_before_ray_starts(monke
             evaluate(optimizers=["mean+adam@0.01"], problems=["in-a-script"], seeds=1, steps=1)
     finally:
         FACTORIES.remove("in-a-script")
+
+
+def test_the_configuration_of_the_page_names_a_rule_and_a_problem_of_plug_ins() -> None:
+    settings = load_settings(EXAMPLES / "two_moons.yaml")
+    assert (settings.rule.kind, settings.rule.model_dump()["lr"]) == ("by-kind", 0.05)
+    assert {str(spec) for member in settings.family.training().members for spec in member.specs()} == {
+        f"two-moons[hidden={hidden}]" for hidden in (4, 8, 16)
+    }
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--problem", "my-lines"], "'my-lines'"),
+        (["--problem", "fonseca", "--optimizer", "mean+adm"], "'mean+adm'"),
+        (["--problem", "fonseca", "--optimizer", "mgd+adam"], "'mgd'"),
+        (["--problem", "fonseca", "--set", "rule.kind=mine"], "'mine'"),
+    ],
+)
+def test_an_unknown_name_is_said_to_be_a_plug_ins_perhaps(words: list[str], said: str) -> None:
+    line = refused("evaluate", "--optimizer", "smg", *words)
+    assert says(line, said)
+    assert "--plugin FILE.py" in line
+
+
+def test_a_text_for_a_number_is_refused_before_the_problem_is_built() -> None:
+    line = refused("evaluate", "--optimizer", "smg", "--problem", "quadratic[n=abc]")
+    assert says(line, "quadratic", "n must be a number", "'abc'")

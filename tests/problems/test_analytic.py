@@ -264,13 +264,13 @@ def test_all_instances_are_one_function_and_dtypes_start_alike() -> None:
     ("text", "complaint"),
     [
         ("fonseca[n=0]", "fonseca: n is 0"),
-        ("fonseca[n=two]", "fonseca: n is 'two'"),
-        ("zdt1[n=1]", "zdt1: n is 1; allowed are integers >= 2"),
+        ("fonseca[n=two]", "fonseca.*n .*'two'"),
+        ("zdt1[n=1]", "zdt1: n is 1;.*integers >= 2"),
         ("zdt2[n=2.5]", "zdt2: n is 2.5"),
         ("zdt3[n=-1]", "zdt3: n is -1"),
-        ("dtlz2[m=1]", "dtlz2: m is 1; allowed are integers >= 2"),
+        ("dtlz2[m=1]", "dtlz2: m is 1;.*integers >= 2"),
         ("dtlz2[n=-1]", "dtlz2: n is -1"),
-        ("dtlz2[m=4,n=3]", "dtlz2: n is 3; allowed are integers >= m = 4, or 0 for m \\+ 9 = 13"),
+        ("dtlz2[m=4,n=3]", r"dtlz2: n is 3;.*>= m = 4.*0.*m \+ 9 = 13"),
     ],
 )
 def test_wrong_settings_are_named(text: str, complaint: str) -> None:

@@ -38,7 +38,7 @@ def test_two_objectives_get_a_grid() -> None:
 
 @pytest.mark.parametrize("value", [1, -3, 2.0, "4", True, None])
 def test_an_integer_setting_names_owner_key_value_and_what_is_allowed(value: object) -> None:
-    with pytest.raises(UserError, match=r"zdt1: n is .*; allowed are integers >= 2") as caught:
+    with pytest.raises(UserError, match=r"zdt1: n is .*integers >= 2") as caught:
         at_least("zdt1", "n", value, 2)
     assert repr(value) in str(caught.value)
     assert at_least("zdt1", "n", 2, 2) == 2
@@ -46,7 +46,7 @@ def test_an_integer_setting_names_owner_key_value_and_what_is_allowed(value: obj
 
 @pytest.mark.parametrize("value", [0.5, -1, math.nan, math.inf, "10", True])
 def test_a_real_setting_names_owner_key_value_and_what_is_allowed(value: object) -> None:
-    with pytest.raises(UserError, match=r"quadratic: condition is .*; allowed are finite numbers >= 1") as caught:
+    with pytest.raises(UserError, match=r"quadratic: condition is .*finite numbers >= 1") as caught:
         at_least_real("quadratic", "condition", value, 1.0)
     assert repr(value) in str(caught.value)
     assert at_least_real("quadratic", "condition", 1, 1.0) == 1.0

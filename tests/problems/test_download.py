@@ -133,7 +133,7 @@ def test_official_files_are_left_alone_and_others_replaced(mirror: Path, tmp_pat
 
 @pytest.mark.parametrize(
     ("served", "message"),
-    [(gzip.compress(b"other", mtime=0), "has sha256 .* not the published file"), (b"<html>", "cannot be unpacked")],
+    [(gzip.compress(b"other", mtime=0), "sha256.*not the published file"), (b"<html>", "cannot be unpacked")],
 )
 def test_wrong_content_is_refused_and_leaves_nothing(mirror: Path, tmp_path: Path, served: bytes, message: str) -> None:
     (mirror / "images.gz").write_bytes(served)
@@ -146,10 +146,10 @@ def test_a_missing_file_or_network_is_one_clear_line(
     mirror: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (mirror / "images.gz").unlink()
-    with pytest.raises(UserError, match=r"cannot download https://127.*images\.gz: HTTP Error 404"):
+    with pytest.raises(UserError, match=r"https://127.*images\.gz.*404"):
         fetch(str(tmp_path / "data"))
     monkeypatch.setattr(download, "MIRRORS", {"MNIST": "https://127.0.0.1:1/"})  # nothing listens on port 1
-    with pytest.raises(UserError, match=r"cannot download .*refused.*data\.root or ML2O_DATA"):
+    with pytest.raises(UserError, match=r"refused.*data\.root.*ML2O_DATA"):
         fetch(str(tmp_path / "data"))
     assert list((tmp_path / "data" / "MNIST" / "raw").iterdir()) == []
 
@@ -169,7 +169,7 @@ def test_nothing_is_asked_for_without_tls(mirror: Path, tmp_path: Path, monkeypa
     with serving(mirror) as plain:
         QuietHandler.redirects["images.gz"] = f"{plain}images2.gz"
         (mirror / "images2.gz").write_bytes((mirror / "images.gz").read_bytes())
-        refused(tmp_path, r"http://127\.0\.0\.1:\d+/images2\.gz is not asked for the data: it must be https")
+        refused(tmp_path, r"http://127\.0\.0\.1:\d+/images2\.gz.*must be https")
         monkeypatch.setattr(download, "MIRRORS", {"MNIST": plain})
         refused(tmp_path, "it must be https")
     monkeypatch.setattr(download, "MIRRORS", {"MNIST": f"file://{mirror}/"})
@@ -194,7 +194,7 @@ def test_no_more_is_taken_than_the_file_can_have(mirror: Path, tmp_path: Path, l
     (mirror / "images.gz").write_bytes(os.urandom(4 << 20))
     QuietHandler.lengths["images.gz"] = length if length != "right" else ""
     taken: list[int] = []
-    with pytest.raises(UserError, match=r"sends \d+ bytes or more: the published file has at most 71536"):
+    with pytest.raises(UserError, match=r"\d+ bytes or more.*at most 71536"):
         fetch(str(tmp_path / "data"), lambda path, done, total: taken.append(done))
     assert sum(taken) == 0  # the first piece is too large, or the length says so before
     refused(tmp_path, "at most 71536")
@@ -203,7 +203,7 @@ def test_no_more_is_taken_than_the_file_can_have(mirror: Path, tmp_path: Path, l
 def test_what_unpacks_to_gigabytes_is_not_unpacked(mirror: Path, tmp_path: Path) -> None:
     (mirror / "labels.gz").write_bytes(gzip.compress(bytes(60 << 20), 9))
     assert (mirror / "labels.gz").stat().st_size < 1 << 16
-    with pytest.raises(UserError, match="is too large unpacked: it is not the published file"):
+    with pytest.raises(UserError, match=r"too large.*not the published file"):
         fetch(str(tmp_path / "data"))
     folder = tmp_path / "data" / "MNIST" / "raw"
     assert [file.name for file in folder.iterdir()] == ["images.gz"]

@@ -172,7 +172,7 @@ def test_processes_that_build_at_once_agree(fresh_cache: Path) -> None:
 def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("ML2O_CACHE", str(tmp_path / "file"))
-    with pytest.raises(UserError, match=r"cannot write the cache file .*ML2O_CACHE"):
+    with pytest.raises(UserError, match=r"cannot write.*cache.*ML2O_CACHE"):
         load_pairs("multidigits", "test")
 
 
@@ -181,7 +181,7 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: py
     [
         (("multimnits", "train"), "did you mean 'multimnist'"),
         (("multidigits", "tset"), "did you mean 'test'"),
-        (("multidigits", "train", 5), r"size 5 of multidigits does not divide its canvas of 12: .*\[12, 6, 4\]"),
+        (("multidigits", "train", 5), r"size 5 of multidigits.* 12.*\[12, 6, 4\]"),
         (("multidigits", "train", -6), "size -6"),
     ],
 )
@@ -194,7 +194,7 @@ def test_a_root_without_the_files_is_an_error_and_no_other_is_looked_at(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, real_data_root: str
 ) -> None:
     monkeypatch.setenv("ML2O_DATA", real_data_root)
-    with pytest.raises(UserError, match=f"{tmp_path}.*train-images-idx3-ubyte.gz is missing"):
+    with pytest.raises(UserError, match=f"{tmp_path}.*train-images-idx3-ubyte.gz.*missing"):
         load_pairs("multimnist", "test", 0, str(tmp_path))
 
 

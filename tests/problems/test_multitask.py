@@ -220,15 +220,15 @@ def test_settings_names_and_descriptions() -> None:
 @pytest.mark.parametrize(
     ("setting", "message"),
     [
-        ("batch=0", "batch 0 of multidigits is not an integer >= 1"),
+        ("batch=0", "batch 0 of multidigits.*integer >= 1"),
         ("batch=1.5", "batch 1.5"),
-        ("batch=many", "batch 'many'"),
-        ("tasks=4", r"tasks 4 of multidigits is not one of 1 to 3"),
-        ("size=5", "size 5 of multidigits does not divide"),
+        ("batch=many", "batch .*'many'"),
+        ("tasks=4", r"tasks 4 of multidigits.*1 to 3"),
+        ("size=5", "size 5 of multidigits"),
         ("init=-1", "init -1"),
         ("init=true", "init True"),
         ("net=5", "unknown net '5'"),
-        ("net=lenet5", "12x12 are too small for net lenet5"),
+        ("net=lenet5", "12x12.*too small.*lenet5"),
         ("hiden=3", "did you mean 'hidden'"),
     ],
 )

@@ -185,14 +185,14 @@ def test_coefficients_are_named_by_seed_and_instance_alone() -> None:
 @pytest.mark.parametrize(
     ("text", "complaint"),
     [
-        ("quadratic[m=0]", "quadratic: m is 0; allowed are integers >= 1"),
+        ("quadratic[m=0]", "quadratic: m is 0;.*integers >= 1"),
         ("quadratic[m=1.5]", "quadratic: m is 1.5"),
         ("quadratic[n=0]", "quadratic: n is 0"),
-        ("quadratic[condition=0.5]", "quadratic: condition is 0.5; allowed are finite numbers >= 1"),
+        ("quadratic[condition=0.5]", "quadratic: condition is 0.5;.*finite numbers >= 1"),
         ("quadratic[condition=nan]", "quadratic: condition is nan"),
         ("quadratic[condition=inf]", "quadratic: condition is inf"),
-        ("quadratic[noise=-0.1]", "quadratic: noise is -0.1; allowed are finite numbers >= 0"),
-        ("quadratic[noise=loud]", "quadratic: noise is 'loud'"),
+        ("quadratic[noise=-0.1]", "quadratic: noise is -0.1;.*finite numbers >= 0"),
+        ("quadratic[noise=loud]", "quadratic.*noise .*'loud'"),
         ("quadratic[batch=0]", "quadratic: batch is 0"),
         ("quadratic[nois=1]", "did you mean 'noise'"),
     ],

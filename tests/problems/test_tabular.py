@@ -84,8 +84,8 @@ def test_it_can_be_learned() -> None:
     ("settings", "message"),
     [
         ("data=wines", "'wines'.*wine"),
-        ("tasks=5", "tasks 5 of tabular is not an integer from 1 to 4"),
-        ("batch=0", "batch 0 of tabular is not an integer >= 1"),
+        ("tasks=5", "tasks 5 of tabular.*1 to 4"),
+        ("batch=0", "batch 0 of tabular.*integer >= 1"),
         ("columns=-1", "columns -1"),
         ("activation=sigmoid", "'sigmoid'"),
         ("hidden=x", "hidden 'x'"),

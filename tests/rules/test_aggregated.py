@@ -26,6 +26,7 @@ from tests.rules.torchjd_objects import (
     torchjd_object,
 )
 from tests.rules.toys import Broken, Linear, Positive, run
+from tests.wording import says
 
 EVERY = [marked(name) for name in NAMES]
 OPTIMIZERS = ["sgd", "momentum", "adam"]
@@ -97,7 +98,7 @@ def test_runs_repeat_in_any_company_and_spare_the_global_stream(
     name: str, optimizer: str, shape: tuple[int, int, int]
 ) -> None:
     if shape[1] < FEWEST.get(name, 1):
-        with pytest.raises(UserError, match="needs at least 3 objectives, not 2"):
+        with pytest.raises(UserError, match=r"at least 3 objectives.* 2"):
             run(AggregatedRule(name, optimizer), Positive(*shape), steps=1)
         return
     problem = Positive(*shape, dtype=torch.float32)
@@ -181,7 +182,7 @@ def replaced(state: object, **changes: int) -> object:
 
 @pytest.mark.parametrize("name", POSITIVE)
 def test_losses_that_may_be_negative_are_refused(name: str) -> None:
-    with pytest.raises(UserError, match=f"'{name}' needs losses that are positive by construction, .* Linear"):
+    with pytest.raises(UserError, match=f"'{name}'.*losses.*positive.*Linear"):
         run(AggregatedRule(name), Linear(1, 2, 3), steps=1)
 
 
@@ -238,10 +239,10 @@ def test_names_are_read(text: str, expected: tuple[str, str, float | None]) -> N
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("mgad+adam", "unknown aggregator 'mgad'; did you mean 'mgda'"),
-        ("aligned_mtl", "unknown aggregator 'aligned_mtl'; did you mean 'alignedmtl'"),
-        ("Nash-MTL+adam", "unknown aggregator 'Nash-MTL'; did you mean 'nashmtl'"),
-        ("mean+adm", "'adm'; did you mean 'adam'"),
+        ("mgad+adam", "aggregator 'mgad' ... 'mgda'"),
+        ("aligned_mtl", "aggregator 'aligned_mtl' ... 'alignedmtl'"),
+        ("Nash-MTL+adam", "aggregator 'Nash-MTL' ... 'nashmtl'"),
+        ("mean+adm", "'adm' ... 'adam'"),
         ("mean+", "unknown optimizer"),
         ("mean+adam+sgd", "unknown optimizer"),
         ("", "unknown aggregator ''"),
@@ -255,7 +256,7 @@ def test_names_are_read(text: str, expected: tuple[str, str, float | None]) -> N
 def test_wrong_names_are_refused_in_one_line(text: str, said: str) -> None:
     with pytest.raises(UserError) as caught:
         parse_optimizer_name(text)
-    assert said in str(caught.value)
+    assert says(str(caught.value), said)
     assert "\n" not in str(caught.value)
 
 

@@ -161,5 +161,5 @@ def test_a_missing_solver_is_named_with_what_to_install(name: str, monkeypatch: 
 def test_too_few_objectives_are_refused() -> None:
     for name, fewest in FEWEST.items():
         if name not in SOLVERS:
-            with pytest.raises(UserError, match=f"{name!r} needs at least {fewest} objectives, not {fewest - 1}"):
+            with pytest.raises(UserError, match=f"{name!r}.*at least {fewest} objectives.* {fewest - 1}"):
                 build_aggregator(name, fewest - 1)

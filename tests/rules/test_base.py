@@ -52,5 +52,5 @@ def test_losses_that_ignore_the_parameters_are_refused(leaf: bool) -> None:
     problem = Deaf()
     problem.leaf = leaf
     oracle = Oracle(problem, generator("batch"))
-    with pytest.raises(UserError, match="no gradient with respect to the parameters"):
+    with pytest.raises(UserError, match="no gradient"):
         oracle.gradient(problem.initial_parameters([0]), oracle.draw(), torch.ones(1, 2, dtype=torch.float64))

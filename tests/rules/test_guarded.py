@@ -210,12 +210,12 @@ def test_one_sample_is_too_few_for_a_margin(budget, least):
     oracle, first = start("quadratic[n=4,noise=0.1,batch=1]")
     for batches in (1, least - 1):
         guard = GuardSettings(budget=budget, batches=batches)
-        with pytest.raises(UserError, match=rf"the guard needs {least} samples or more: .* rule\.guard\.batches"):
+        with pytest.raises(UserError, match=rf"guard.* {least} samples or more.*rule\.guard\.batches"):
             run(GuardedRule(AdversaryRule("frozen"), FALLBACK, guard), oracle, first, 1)
     enough = GuardSettings(budget=budget, batches=least)
     run(GuardedRule(AdversaryRule("frozen"), FALLBACK, enough), oracle, first, 1)
 
 
 def test_an_unknown_adversary_ends_with_the_nearest_name():
-    with pytest.raises(UserError, match=r"unknown adversary 'accent'; did you mean 'ascent'"):
+    with pytest.raises(UserError, match=r"adversary 'accent'.*'ascent'"):
         AdversaryRule("accent")

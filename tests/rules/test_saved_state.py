@@ -163,9 +163,7 @@ class ForeignTuple(NamedTuple):
 @pytest.mark.parametrize("state", [Foreign(1), ForeignTuple(1), (1, Foreign(2))])
 def test_a_class_of_elsewhere_is_refused(state: Any) -> None:
     tree, tensors = take_apart(state)
-    with pytest.raises(
-        StateError, match=r"names 'tests.rules.test_saved_state:Foreign.*', which is no state of a rule"
-    ):
+    with pytest.raises(StateError, match=r"'tests\.rules\.test_saved_state:Foreign.*'.*no state of a rule"):
         put_together(tree, tensors, {}.__getitem__)
 
 
@@ -194,7 +192,7 @@ def test_a_missing_tensor_is_named() -> None:
 
 @pytest.mark.parametrize("value", [object(), {1, 2}, nn.functional.relu])
 def test_what_cannot_be_saved_is_told(value: Any) -> None:
-    with pytest.raises(TypeError, match=r"a rule's state cannot be saved: \.0 is of type"):
+    with pytest.raises(TypeError, match=r"cannot be saved.*\.0 is of type"):
         take_apart((value,))
 
 

@@ -237,12 +237,12 @@ def test_the_steps_are_read_off_the_state() -> None:
 @pytest.mark.parametrize("rule", RULES)
 def test_settings_without_a_guarantee_are_refused_by_name(rule: type[DecreasingSteps]) -> None:
     for p in (0.5, 1.01, -1.0, float("nan"), float("inf")):
-        with pytest.raises(UserError, match=rf"{rule.__name__}: p is {p!r}; allowed are 0.5 < p <= 1"):
+        with pytest.raises(UserError, match=rf"{rule.__name__}: p is {p!r};.*0.5 < p <= 1"):
             rule(p=p)
     for value in (0.0, -1.0, float("nan"), float("inf")):
-        with pytest.raises(UserError, match=rf"alpha_0 is {value!r}; allowed are positive"):
+        with pytest.raises(UserError, match=rf"alpha_0 is {value!r};.*positive"):
             rule(alpha_0=value)
-        with pytest.raises(UserError, match=rf"DSSMG: c is {value!r}; allowed are positive"):
+        with pytest.raises(UserError, match=rf"DSSMG: c is {value!r};.*positive"):
             DSSMG(c=value)
     assert rule(p=1.0).p == 1.0
 

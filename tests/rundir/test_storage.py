@@ -26,6 +26,7 @@ from tests.metatrain.executing import Cut, cut_after, digests, in_process, later
 from tests.metatrain.faulty_disk import Killed
 from tests.metatrain.settings import small
 from tests.tracking.empty_store import new_store
+from tests.wording import says
 
 SETTINGS = small(meta_steps=4, checkpoint_every=1, keep_checkpoints=2, slots=2, horizon=2, validation={"every": 2})
 BASE = "bucket/runs/x"
@@ -180,9 +181,9 @@ def test_an_outage_is_said_once_and_the_next_checkpoint_brings_what_was_missed(t
         trainer.run(later(in_process), on_row)
     messages = [r.getMessage() for r in caplog.records if r.name == "ml2o_dist.rundir.storage"]
     assert len(messages) == 2
-    assert messages[0].startswith(f"store://x cannot be written; training goes on in {tmp_path}/a")
+    assert says(messages[0], "store://x cannot be written", f"{tmp_path}/a")
     assert "the store is away" in messages[0]
-    assert messages[1] == "store://x can be written again"
+    assert says(messages[1], "store://x", "again")
     storage.settle()
     assert steps(store.files) == ["step_000003", "step_000004"]
 
@@ -237,7 +238,7 @@ def test_damage_at_the_store_is_refused_by_name_and_a_torn_config_does_not_matte
     assert settings == SETTINGS
     trainer = Trainer(settings, storage.folder, on_saved=storage.commit)
     (refusal,) = trainer.resume()
-    assert storage.named(refusal).startswith("store://x/checkpoints/step_000004/tensors.safetensors: its sha256")
+    assert says(storage.named(refusal), "store://x/checkpoints/step_000004/tensors.safetensors", "sha256")
     assert trainer.learner.version == 3
     trainer.run(later(in_process))
     storage.settle()
@@ -332,9 +333,9 @@ def test_meta_train_at_a_uri_is_resumed_on_another_machine(cluster, home, monkey
     assert steps(names) == ["step_000002", "step_000004", "step_000006"]
     assert not any(name.startswith((".", "spool")) for name in names)
 
-    assert "holds a run of this configuration; add --resume" in refusal_of_a_second_start(uri)
+    assert says(refusal_of_a_second_start(uri), "this configuration", "--resume")
     monkeypatch.setenv("ML2O_CACHE", str(home / "another machine"))
-    assert "holds a run of this configuration; add --resume" in refusal_of_a_second_start(uri)
+    assert says(refusal_of_a_second_start(uri), "this configuration", "--resume")
 
     monkeypatch.setenv("ML2O_CACHE", str(home / "a third machine"))
     (remote / "checkpoints" / "step_000006" / "state.json").write_text("{")
@@ -386,7 +387,7 @@ def test_a_store_that_is_away_at_the_end_is_exit_code_4_and_resuming_brings_the_
     assert result.exit_code == 4, result.output
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("ml2o: ")]
     (copy,) = (home / "cache" / "runs").iterdir()
-    assert f"the run is done, but {uri} lacks what is in {copy}: the store is away" in line
+    assert says(line, "done", uri, str(copy), "the store is away")
     assert f"ml2o meta-train --run-dir {uri} --resume" in line
     assert ml2o("--run-dir", uri, "--resume").exit_code == 0
     assert load_artifact(home / "remote" / "x").weights_sha256 == load_artifact(uri).weights_sha256
@@ -399,7 +400,7 @@ def test_a_store_that_is_away_at_the_end_is_exit_code_4_and_resuming_brings_the_
         ("nope://bucket/x", ["'nope://bucket/x'", "Unrecognized filesystem type", "s3://"]),
         ("s3://key:secret@bucket/x", ["s3://key:***@", "the password"]),
         ("s3://", ["'s3://' names no folder", "s3://bucket/runs/first"]),
-        ("file:///proc/version/x", ["'file:///proc/version/x' cannot be written"]),
+        ("file:///proc/version/x", ["'file:///proc/version/x'", "cannot be written"]),
         ("s3://bucket/x?endpoint_override=127.0.0.1:1&scheme=http", ["cannot be written", "connect"]),
         ("gs://anonymous@bucket/x?endpoint_override=127.0.0.1:1&scheme=http&retry_limit_seconds=1",
          ["cannot be written", "connect"]),
@@ -420,7 +421,7 @@ def test_a_place_that_cannot_be_used_is_one_line_before_ray_is_started(home, mon
 def test_nothing_to_resume_at_a_uri(home):
     result = ml2o("--run-dir", f"file://{home}/remote/none", "--resume")
     assert result.exit_code == 2
-    assert f"nothing to resume: file://{home}/remote/none holds no config.yaml" in result.stderr
+    assert says(result.stderr, "nothing to resume", f"file://{home}/remote/none", "no config.yaml")
 
 
 def test_a_remote_file_whose_name_leads_out_is_not_written(tmp_path):
@@ -442,7 +443,7 @@ def test_a_remote_file_that_is_too_large_is_not_fetched(tmp_path):
             return [FileInfo(f"{BASE}/run.log", FileType.File, size=2**40)]
 
     storage = RemoteRunStorage("store://x", Store(), BASE, tmp_path / "copy")
-    with pytest.raises(UserError, match=r"file 'run.log' of run directory 'store://x' is larger than"):
+    with pytest.raises(UserError, match=r"'run\.log'.*'store://x'.*larger than"):
         storage.download(tmp_path / "copy")
 
 

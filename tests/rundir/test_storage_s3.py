@@ -18,6 +18,7 @@ from ml2o_dist.runtime.errors import UserError
 from tests.meta_train_command import QUICK, ml2o
 from tests.metatrain.executing import Cut, cut_after, digests, in_process, later
 from tests.rundir.test_storage import SETTINGS, calm  # noqa: F401
+from tests.wording import says
 
 
 @pytest.fixture
@@ -68,7 +69,7 @@ def test_cut_and_resumed_on_another_machine_ends_at_the_same_weights(s3, tmp_pat
     monkeypatch.setenv("ML2O_CACHE", str(tmp_path / "another machine"))
     found, (refusal,) = newest_checkpoint(open_storage(uri, resume=True).folder / "checkpoints")
     assert found.meta_step == 1
-    assert "step_000002/tensors.safetensors: its sha256 differs" in refusal
+    assert says(refusal, "step_000002/tensors.safetensors", "sha256 differs")
     assert digests(trained(uri, in_process)) == calm
     kept = {name.split("/")[1] for name in names(uri) if name.startswith("checkpoints/")}
     assert kept == {"step_000003", "step_000004"}
@@ -76,7 +77,7 @@ def test_cut_and_resumed_on_another_machine_ends_at_the_same_weights(s3, tmp_pat
 
 
 def test_a_bucket_that_is_not_there(s3):
-    with pytest.raises(UserError, match=r"'s3://nowhere/x\?.*' cannot be written: .*NO_SUCH_BUCKET"):
+    with pytest.raises(UserError, match=r"'s3://nowhere/x\?.*' cannot be written.*NO_SUCH_BUCKET"):
         open_storage(s3("nowhere/x"))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import socket
 import stat
 import subprocess
@@ -20,6 +21,7 @@ from ml2o_dist.runtime import cluster as cluster_connection
 from ml2o_dist.runtime.cluster import connected, one_start_at_a_time, own_capacity
 from ml2o_dist.runtime.errors import UserError
 from ml2o_dist.runtime.ray_internals import TESTED, check_has, ray_internal
+from tests.wording import says
 
 
 @pytest.fixture
@@ -48,7 +50,7 @@ def stranger(request):
 
 def test_another_server_at_the_address_is_said_at_once(no_ray, stranger):
     began = time.monotonic()
-    with pytest.raises(UserError, match=rf"^--address '{stranger}': what answers there is no Ray cluster"):
+    with pytest.raises(UserError, match=rf"^--address '{stranger}'.*no Ray cluster"):
         connected(stranger).__enter__()
     assert time.monotonic() - began < cluster_connection.PROBE_S
 
@@ -57,7 +59,7 @@ def test_a_server_that_says_nothing_is_waited_for_some_seconds_only(no_ray, monk
     monkeypatch.setattr(cluster_connection, "PROBE_S", 0.2)
     with socket.create_server(("127.0.0.1", 0)) as server:
         address = f"127.0.0.1:{server.getsockname()[1]}"
-        with pytest.raises(UserError, match=r"no Ray cluster answers there \(timed out\)"):
+        with pytest.raises(UserError, match=r"no Ray cluster.*timed out"):
             connected(address).__enter__()
 
 
@@ -76,11 +78,9 @@ def test_a_ray_that_does_not_come_up_is_started_once_more_and_then_is_one_line(n
         with connected("local") as line:
             assert line == "127.0.0.1:1: 2 CPU, 0 GPU"
     else:
-        with pytest.raises(
-            UserError, match=r"^Ray did not start, twice; the machine is too busy: The current node timed"
-        ):
+        with pytest.raises(UserError, match=r"^Ray did not start.*twice.*The current node timed"):
             connected("local").__enter__()
-    assert caplog.text.count("Ray did not start: The current node timed out during startup.; once more") == 1
+    assert len(re.findall(r"Ray did not start.*The current node timed out during startup.*once more", caplog.text)) == 1
 
 
 @pytest.mark.parametrize("variable", ["TMPDIR", "RAY_TMPDIR"])
@@ -97,18 +97,18 @@ def test_a_temporary_folder_that_is_too_long_for_sockets_is_said_before_ray_is_s
     with pytest.raises(UserError) as refused:
         connected(address).__enter__()
     most = 107 - len(f"/ray/session_2026-11-30_11-26-46_123456_{os.getpid()}/sockets/plasma_store")
-    assert str(refused.value) == (
-        f"{variable}={folder} is too long for Ray's sockets below it: it has {len(str(folder))} bytes, at most {most} "
-        "fit into a socket's 107; set RAY_TMPDIR to a shorter one, such as /tmp"
-    )
+    line = str(refused.value)
+    assert "\n" not in line
+    assert line.startswith(f"{variable}={folder} ")
+    assert says(line, "too long", f"{len(str(folder))} bytes", f"at most {most}", "107", "RAY_TMPDIR", "/tmp")
 
 
 def test_what_a_release_of_ray_has_changed_is_said_with_those_that_are_tested():
     with pytest.raises(UserError) as said, ray_internal("ray._private.nothing"):
         from ray._private import nothing  # noqa: F401
     line = str(said.value)
-    assert line.startswith(f"Ray {ray.__version__} has changed ray._private.nothing, which ml2o-dist needs")
-    assert line.endswith(f"it is tested with Ray {TESTED}: pip install 'ray=={TESTED}'")
+    assert says(line, f"Ray {ray.__version__}", "ray._private.nothing")
+    assert line.endswith(f"pip install 'ray=={TESTED}'")
     with pytest.raises(UserError, match=r"has changed RemoteFunction\.of_before"):
         check_has(ray.remote_function.RemoteFunction, "_remote", "of_before")
 
@@ -158,7 +158,7 @@ def test_what_is_not_known_is_not_refused():
 
     check_capacity(99, ResourceSettings(num_gpus=1), {}, "this machine")
     check_capacity(4, ResourceSettings(num_cpus=0.5), {"CPU": 2.0}, "this machine")
-    with pytest.raises(UserError, match=r"workers=5 needs 2\.5 CPU \(0\.5 each\), this machine has 2: 0\.5 missing"):
+    with pytest.raises(UserError, match=r"workers=5 needs 2\.5 CPU \(0\.5 each\).*this machine has 2: 0\.5 missing"):
         check_capacity(5, ResourceSettings(num_cpus=0.5), {"CPU": 2.0}, "this machine")
 
 
@@ -184,7 +184,7 @@ def test_the_lock_of_a_start_is_no_link_that_another_user_has_left(tmp_path, mon
     (tmp_path / "precious").write_text("precious")
     folder = tmp_path / f"ml2o-{os.getuid()}"
     folder.symlink_to(tmp_path)
-    with pytest.raises(UserError, match=r"cannot hold the lock of Ray's start: .*; set TMPDIR"), one_start_at_a_time():
+    with pytest.raises(UserError, match=r"cannot hold the lock.*TMPDIR"), one_start_at_a_time():
         pytest.fail("it was opened")
     folder.unlink()
     with one_start_at_a_time():
@@ -193,11 +193,11 @@ def test_the_lock_of_a_start_is_no_link_that_another_user_has_left(tmp_path, mon
         assert stat.S_IMODE(lock.stat().st_mode) == 0o600
     lock.unlink()
     lock.symlink_to(tmp_path / "precious")
-    with pytest.raises(UserError, match="cannot hold the lock of Ray's start"), one_start_at_a_time():
+    with pytest.raises(UserError, match="cannot hold the lock"), one_start_at_a_time():
         pytest.fail("it was opened")
     lock.unlink()
     folder.chmod(0o777)
-    with pytest.raises(UserError, match="others may write to it; set TMPDIR"), one_start_at_a_time():
+    with pytest.raises(UserError, match=r"others may write.*TMPDIR"), one_start_at_a_time():
         pytest.fail("it was opened")
     assert sorted(path.name for path in tmp_path.iterdir()) == [folder.name, "precious"]
 
@@ -205,5 +205,5 @@ def test_the_lock_of_a_start_is_no_link_that_another_user_has_left(tmp_path, mon
 def test_a_lock_that_cannot_be_had_is_one_line_of_its_own(no_ray, tmp_path, monkeypatch):
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     (tmp_path / f"ml2o-{os.getuid()}").write_text("a file")
-    with pytest.raises(UserError, match=r"^'.*' cannot hold the lock of Ray's start"), connected("local"):
+    with pytest.raises(UserError, match=r"^'.*' cannot hold the lock"), connected("local"):
         pytest.fail("Ray was started")

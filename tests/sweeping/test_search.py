@@ -33,7 +33,7 @@ def drawn(settings, count=200):
 def test_what_is_drawn_lies_in_the_space_with_both_ends_of_whole_numbers():
     rows = drawn(load_sweep(None, [SPACE]))
     assert all(0.001 <= row["learner.lr"] <= 0.1 and 0.2 <= row["learner.ema"] <= 0.4 for row in rows)
-    assert {row["slots"] for row in rows} == {2, 3}
+    assert {row["meta_batch_size"] for row in rows} == {2, 3}
     assert {row["rule.hidden"] for row in rows} == {2, 3, 4}
     assert {tuple(row["horizon"]) for row in rows} == {(4,), (4, 8)}
     below = sum(row["learner.lr"] < 0.01 for row in rows)
@@ -44,14 +44,16 @@ def test_a_grid_is_every_combination():
     settings = load_sweep(None, ["search=grid", "space={slots: {grid: [2, 3]}, learner.ema: {choice: [0, 0.5, 0.9]}}"])
     variants = [as_values(settings, spec["config"]) for _, spec in generate_variants({"config": param_space(settings)})]
     assert settings.count == len(variants) == 6
-    assert {(v["slots"], v["learner.ema"]) for v in variants} == {(s, e) for s in (2, 3) for e in (0, 0.5, 0.9)}
+    assert {(v["meta_batch_size"], v["learner.ema"]) for v in variants} == {
+        (s, e) for s in (2, 3) for e in (0, 0.5, 0.9)
+    }
 
 
 def test_what_pbt_has_changed_is_brought_back_into_its_interval():
     space = load_sweep(None, [SPACE]).space
-    changed = {"learner.lr": 0.12, "learner.ema": 0.16, "slots": 3.6, "rule.hidden": 1.6, "horizon": "[4]"}
+    changed = {"learner.lr": 0.12, "learner.ema": 0.16, "meta_batch_size": 3.6, "rule.hidden": 1.6, "horizon": "[4]"}
     assert _inside(space, changed) == {
-        "learner.lr": 0.1, "learner.ema": 0.2, "slots": 3, "rule.hidden": 2, "horizon": "[4]"
+        "learner.lr": 0.1, "learner.ema": 0.2, "meta_batch_size": 3, "rule.hidden": 2, "horizon": "[4]"
     }  # fmt: skip
 
 

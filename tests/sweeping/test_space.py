@@ -11,6 +11,7 @@ import yaml
 from ml2o_dist.config_file import dump_settings, load_settings
 from ml2o_dist.runtime.errors import UserError
 from ml2o_dist.sweeping.space import as_sampled, as_values, load_sweep, sweep_difference, trial_settings
+from tests.wording import says
 
 LR = "space={learner.lr: {loguniform: [0.001, 0.1]}}"
 FOLDER = Path(__file__).parents[1]
@@ -45,18 +46,18 @@ def refused(*overrides: str) -> str:
         ("{learner.lr: {uniform: [0.1, 1], choice: [1]}}", ["space.learner.lr", "exactly one of", "uniform", "choice"]),
         ("{learner.lr: {}}", ["space.learner.lr", "exactly one of"]),
         ("{learner.lr: 0.1}", ["space.learner.lr"]),
-        ("{slots: {choice: []}}", ["space.slots", "empty"]),
-        ("{slots: {choice: [4, 4]}}", ["space.slots", "twice"]),
-        ("{slots: {uniform: [1.5, 4]}}", ["'slots'", "integer", "1.5"]),
-        ("{slots: {grid: [1, 2]}}", ["space.slots is grid", "search=grid"]),
-        ("{compare: {choice: [true, false]}}", ["space: compare has no effect on a trial"]),
-        ("{tracking.model: {choice: [a, b]}}", ["space: tracking.model has no effect"]),
+        ("{slots: {choice: []}}", ["space.meta_batch_size", "empty"]),
+        ("{slots: {choice: [4, 4]}}", ["space.meta_batch_size", "twice"]),
+        ("{slots: {uniform: [1.5, 4]}}", ["'meta_batch_size'", "integer", "1.5"]),
+        ("{slots: {grid: [1, 2]}}", ["space.meta_batch_size", "grid", "search=grid"]),
+        ("{compare: {choice: [true, false]}}", ["space: compare", "no effect"]),
+        ("{tracking.model: {choice: [a, b]}}", ["space: tracking.model", "no effect"]),
         ("{validation.horizon: {choice: [10, 20]}}", ["space: validation.horizon", "cannot be compared"]),
         ("{family.validation: {choice: [[fonseca], [zdt1]]}}", ["space: family.validation", "cannot be compared"]),
         ("{family.train: {choice: [[{problem: quadratik}]]}}", ["'quadratik'", "did you mean 'quadratic'?"]),
         ("{seed.x: {choice: [1]}}", ["space.seed.x", "'seed' is a value"]),
         ("{estimator: {choice: [{kind: replay}]}, estimator.gamma: {uniform: [0.5, 1]}}",
-         ["estimator.gamma is a part of estimator"]),
+         ["estimator.gamma", "part of estimator"]),
     ],
 )  # fmt: skip
 def test_a_wrong_space_is_named(space, parts):
@@ -78,7 +79,7 @@ def test_a_wrong_space_is_named(space, parts):
         ([LR, "scheduler=hyperband"], ["'scheduler'", "'asha'", "'hyperband'"]),
         ([LR, "asha.reducton=2"], ["'asha.reducton'", "did you mean 'asha.reduction'?"]),
         ([LR, "asha.reduction=1"], ["'asha.reduction'", "greater than 1"]),
-        ([LR, "search=grid"], ["search=grid takes grid or choice, space.learner.lr is loguniform"]),
+        ([LR, "search=grid"], ["search=grid", "grid or choice", "space.learner.lr", "loguniform"]),
         (["space={slots: {grid: [1, 2]}}", "search=grid", "trials=3"], ["every combination (2)", "trials=3"]),
         ([LR, "scheduler=pbt", "search=optuna"], ["scheduler=pbt", "random", "optuna"]),
         ([LR, "scheduler=pbt", "trials=1"], ["trials >= 2"]),
@@ -105,7 +106,7 @@ def test_the_values_of_a_grid_must_go_together():
 @pytest.mark.parametrize("key", ["rule.hidden", "rule.lr", "staleness", "meta_steps", "seed", "workers"])
 def test_pbt_refuses_what_cannot_change_on_the_way(key):
     message = refused(f"space={{{key}: {{choice: [1, 2]}}}}", "scheduler=pbt", "meta_train.meta_steps=40")
-    assert f"space: {key} cannot change while a meta-training runs" in message
+    assert says(message, f"space: {key}", "cannot change")
     assert "learner.lr" in message
 
 
@@ -133,7 +134,7 @@ def test_the_base_is_the_embedded_default_or_a_file_or_settings_over_one(tmp_pat
         expected = load_settings(tmp_path / "base.yaml", [f"learner.lr={lr}", "seed=7"])
         assert settings.meta_train == expected
     (tmp_path / "sweep.yaml").write_text(f"{space}meta_train: nowhere.yaml\n")
-    with pytest.raises(UserError, match=r"nowhere\.yaml' cannot be read"):
+    with pytest.raises(UserError, match=r"nowhere\.yaml'.*cannot be read"):
         load_sweep(tmp_path / "sweep.yaml")
 
 
@@ -156,9 +157,9 @@ def test_settings_that_were_written_out_are_read_back_equal(tmp_path):
 @pytest.mark.parametrize(
     ("override", "said"),
     [
-        ("trials=4", "trials is 4 here and 3 there"),
-        ("space.rule.hidden={choice: [3]}", "space.rule.hidden.choice is [3] here and [2, 4] there"),
-        ("meta_train.learner.ema=0.1", "meta_train.learner.ema is 0.1 here and 0.9 there"),
+        ("trials=4", "trials ... 4 ... 3"),
+        ("space.rule.hidden={choice: [3]}", "space.rule.hidden.choice ... [3] ... [2, 4]"),
+        ("meta_train.learner.ema=0.1", "meta_train.learner.ema ... 0.1 ... 0.9"),
         ("max_concurrent=1", ""),
         ("meta_train.faults.on_error=skip", ""),
         ("tracking.uri=sqlite:///other.db", ""),
@@ -166,7 +167,8 @@ def test_settings_that_were_written_out_are_read_back_equal(tmp_path):
 )
 def test_the_first_difference_of_two_sweeps_is_named(override, said):
     before = load_sweep(FOLDER / "small_sweep.yaml")
-    assert sweep_difference(load_sweep(FOLDER / "small_sweep.yaml", [override]), before) == said
+    found = sweep_difference(load_sweep(FOLDER / "small_sweep.yaml", [override]), before)
+    assert says(found, said) if said else found == ""
 
 
 def test_a_trial_has_the_base_with_its_values_and_nothing_else_changed():
@@ -181,7 +183,7 @@ def test_a_trial_has_the_base_with_its_values_and_nothing_else_changed():
 
 def test_values_of_every_json_kind_come_back_from_what_was_sampled():
     values = [[4], [4, 8]], ["adam", "log_sign"], [None, {"budget": 1}], [4, 8]
-    keys = ["horizon", "rule.features", "rule.guard", "slots"]
+    keys = ["horizon", "rule.features", "rule.guard", "meta_batch_size"]
     texts = [f"space.{key}={{choice: {json.dumps(each)}}}" for key, each in zip(keys, values, strict=True)]
     settings = load_sweep(None, [LR, *texts, "meta_train.estimator.kind=replay"])
     for place in (0, 1):

@@ -114,9 +114,9 @@ def test_another_precision_than_the_first_steps_gets_one_line_again_and_again(ki
     take(optimizer, model, 0)
     model.double()
     for _ in range(2):
-        with pytest.raises(UserError, match=r"are on cpu in torch\.float64, .* states on cpu in torch\.float32: move"):
+        with pytest.raises(UserError, match=r"cpu.*torch\.float64.*cpu.*torch\.float32"):
             take(optimizer, model, 1)
-    with pytest.raises(UserError, match=r"the state dict is in torch\.float32, the parameters here in torch\.float64"):
+    with pytest.raises(UserError, match=r"state dict.*torch\.float32.*parameters.*torch\.float64"):
         makers(place)[kind](model).load_state_dict(saved)
     makers(place)[kind](model).load_state_dict(makers(place)[kind](TwoTasks()).state_dict())  # of no step yet
 

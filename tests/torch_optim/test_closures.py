@@ -101,18 +101,18 @@ def wrong(model: nn.Module) -> dict[str, tuple[Callable[[], object], str]]:
         "a matrix": (lambda: [each.reshape(4, 4) for each in computed()], r"loss 1 of the closure .*\[4, 4\]"),
         "a number": (lambda: [1.0, 2.0], "loss 1 of the closure is float"),
         "none": (lambda: None, "the closure returned NoneType"),
-        "a dict": (lambda: dict(enumerate(computed())), "the closure returned dict; allowed are a list"),
-        "backward": (lambda: spent(computed()), "closure called backward: it must only return the losses"),
-        "backward that keeps": (lambda: spent(computed(), keep=True), "closure called backward: it must only return"),
-        "backward of numbers": (lambda: [each.mean().item() for each in spent(computed())], "called backward: it must"),
-        "a bare vector": (lambda: computed()[0], r"tensor of shape \[16\], which would be 16 losses: one loss by its"),
-        "transposed": (lambda: torch.stack(computed(), dim=1), r"shape \[16, 2\], which would be 16 losses"),
+        "a dict": (lambda: dict(enumerate(computed())), "closure returned dict.*list"),
+        "backward": (lambda: spent(computed()), "closure called backward"),
+        "backward that keeps": (lambda: spent(computed(), keep=True), "closure called backward"),
+        "backward of numbers": (lambda: [each.mean().item() for each in spent(computed())], "called backward"),
+        "a bare vector": (lambda: computed()[0], r"shape \[16\].*16 losses"),
+        "transposed": (lambda: torch.stack(computed(), dim=1), r"shape \[16, 2\].*16 losses"),
         "no loss": (lambda: [], "returned no loss"),
         "no sample": (lambda: [each[:0] for each in computed()], r"shape \[0\]"),
         "mixed": (lambda: [computed()[0].mean(), computed()[1]], r"\[\[\], \[16\]\]"),
         "other samples": (
             lambda: [computed()[0], computed()[1][:5]],
-            r"\[\[5\], \[16\]\].*without a label .* loss be 0",
+            r"\[\[5\], \[16\]\].*label.*0",
         ),
         "nan": (
             lambda: [computed()[0], computed()[1] * torch.nan],
@@ -146,7 +146,7 @@ def test_a_wrong_closure_gets_one_line(what: str) -> None:
 def test_a_gradient_that_is_not_finite_is_refused() -> None:
     parameter = nn.Parameter(torch.zeros(2))
     optimizer = ML2O([parameter], "initial")
-    with pytest.raises(UserError, match="gradient of the closure is not finite"):
+    with pytest.raises(UserError, match=r"gradient.*closure.*not finite"):
         optimizer.step(lambda: [parameter.sqrt().sum(), parameter.sum()])
 
 
@@ -154,19 +154,19 @@ def test_the_guard_must_return_what_the_closure_does() -> None:
     model = TwoTasks()
     optimizer = GML2O(model.parameters(), "initial")
     closure = lambda: losses(model, drawn(0), "none")  # noqa: E731
-    with pytest.raises(UserError, match="guard closure must return scalars, or vectors"):
+    with pytest.raises(UserError, match=r"guard closure.*scalars.*vectors"):
         optimizer.step(closure, lambda: losses(model, drawn(1)))
-    with pytest.raises(UserError, match="guard closure returned 1 losses, before there were 2"):
+    with pytest.raises(UserError, match=r"guard closure returned 1 losses.* 2"):
         optimizer.step(closure, lambda: losses(model, drawn(1), "none")[:1])
     before = flat(model)
-    with pytest.raises(UserError, match=r"guard closure .* losses of 3 samples, .* takes 4 or more.*drop_last"):
+    with pytest.raises(UserError, match=r"guard closure.* 3 samples.* 4 or more.*drop_last"):
         optimizer.step(closure, lambda: losses(model, drawn(1, 3), "none"))
     assert torch.equal(flat(model), before)
     assert optimizer.steps == 0
     optimizer.step(closure, lambda: losses(model, drawn(1, 4), "none"))
     GML2O(model.parameters(), "initial").step(lambda: losses(model, drawn(0, 1), "none"), closure)  # nothing by one
     strict = GML2O(model.parameters(), "initial", guard={"budget": 0})
-    with pytest.raises(UserError, match=r"the closure returned the losses of 1 samples, .* takes 2 or more"):
+    with pytest.raises(UserError, match=r"closure.* 1 samples.* 2 or more"):
         strict.step(lambda: losses(model, drawn(1, 1), "none"))
 
 
@@ -176,7 +176,7 @@ def test_a_hand_designed_fallback_takes_no_more_parameters() -> None:
     closure = lambda: losses(model, drawn(0))  # noqa: E731
     optimizer.step(closure)
     optimizer.add_param_group({"params": model.heads.parameters()})
-    with pytest.raises(UserError, match=r"mgda\+adam takes no more parameters"):
+    with pytest.raises(UserError, match=r"mgda\+adam.*no more parameters"):
         optimizer.step(closure)
 
 
@@ -185,15 +185,15 @@ def test_other_mistakes_get_one_line() -> None:
     closure = lambda: losses(model, drawn(0))  # noqa: E731
     with pytest.raises(UserError, match="takes no guard_closure"):
         ML2O(model.parameters(), "initial").step(closure, closure)
-    with pytest.raises(UserError, match=r"GML2O takes parameters, not a module: write model\.parameters\(\)"):
+    with pytest.raises(UserError, match=r"GML2O.*not a module.*model\.parameters\(\)"):
         GML2O(model, "initial")
     with pytest.raises(UserError, match="batches 4"):
         GML2O(model.parameters(), "initial", guard=GuardSettings(batches=4))
     with pytest.raises(UserError, match="is missing"):
         ML2O(model.parameters(), "no/such/run")
-    with pytest.raises(UserError, match=r"unknown weights 'ml2o-smal'; did you mean 'ml2o-small'\? .*a run directory"):
+    with pytest.raises(UserError, match=r"weights 'ml2o-smal'.*'ml2o-small'.*run directory"):
         ML2O(model.parameters(), "ml2o-smal")
-    with pytest.raises(UserError, match=r"weights 0\.001 must be a name or a file; .* written lr=0\.001"):
+    with pytest.raises(UserError, match=r"weights 0\.001.*name or a file.*lr=0\.001"):
         ML2O(model.parameters(), 0.001)
     with pytest.raises(UserError, match=r"weights None must be a name or a file$"):
         ML2O(model.parameters(), None)  # type: ignore[arg-type]
@@ -202,7 +202,7 @@ def test_other_mistakes_get_one_line() -> None:
             ML2O(model.parameters(), "initial", lr=lr)  # type: ignore[arg-type]
     with pytest.raises(UserError, match=r"weight_decay nan"):
         GML2O(model.parameters(), "initial", weight_decay=math.nan)
-    with pytest.raises(UserError, match="unknown setting 'budgt'; did you mean 'budget'"):
+    with pytest.raises(UserError, match=r"setting 'budgt'.*'budget'"):
         GML2O(model.parameters(), "initial", guard={"budgt": 0})
     scheduled = ML2O(model.parameters(), "initial")
     scheduled.param_groups[0]["lr"] = -1.0
@@ -210,21 +210,21 @@ def test_other_mistakes_get_one_line() -> None:
         scheduled.step(closure)
     optimizer = ML2O(model.parameters(), "initial")
     optimizer.step(closure)
-    with pytest.raises(UserError, match="returned 1 losses, in the steps before 2"):
+    with pytest.raises(UserError, match=r"returned 1 losses.* 2"):
         optimizer.step(lambda: closure()[:1])
     with pytest.raises(UserError, match="without a guard's memory"):
         GML2O(model.parameters(), "initial").load_state_dict(optimizer.state_dict())
     guarded = GML2O(model.parameters(), "initial")
     guarded.step(closure)
-    with pytest.raises(UserError, match="is of GML2O, with a guard's memory; this is ML2O"):
+    with pytest.raises(UserError, match=r"GML2O.*guard's memory.* ML2O"):
         optimizer.load_state_dict(guarded.state_dict())
     wider = ML2O(TwoTasks(hidden=9).parameters(), "initial")
-    with pytest.raises(UserError, match=r"parameter of shape \[6, 5\], where this one has \[9, 5\]"):
+    with pytest.raises(UserError, match=r"parameter.*\[6, 5\].*\[9, 5\]"):
         wider.load_state_dict(optimizer.state_dict())
     with pytest.raises(UserError, match="none of ML2O"):
         optimizer.load_state_dict(torch.optim.Adam(model.parameters()).state_dict())
     frozen = TwoTasks().requires_grad_(False)
-    with pytest.raises(UserError, match="no parameter of the optimizer requires a gradient"):
+    with pytest.raises(UserError, match=r"no parameter.*requires a gradient"):
         ML2O(frozen.parameters(), "initial").step(lambda: losses(frozen, drawn(0)))
     number = nn.Parameter(torch.ones(2, dtype=torch.complex64))
     with pytest.raises(UserError, match="complex64"):
@@ -263,7 +263,7 @@ def test_a_first_step_that_fails_fixes_nothing() -> None:
 @pytest.mark.parametrize(
     ("settings", "line"),
     [
-        ({"lr": None}, "lr None of a parameter group must be a finite number"),
+        ({"lr": None}, "lr None.*finite"),
         ({"lr": "fast"}, "lr 'fast'"),
         ({"guard": "dssmg"}, "guard 'dssmg' must be settings"),
         ({"guard": True}, "guard True must be settings"),

@@ -43,5 +43,5 @@ def test_a_registered_version_is_read_at_the_first_step(tmp_path: Path, monkeypa
         take(one, model, step)
         take(other, twin, step)
     assert torch.equal(flat(model), flat(twin))
-    with pytest.raises(UserError, match=r"belongs to weights .*, this optimizer has .*\(initial\)"):
+    with pytest.raises(UserError, match=r"belongs to weights.*\(initial\)"):
         GML2O(model.parameters(), "initial").load_state_dict(one.state_dict())

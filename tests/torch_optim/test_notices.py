@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ml2o_dist import GML2O, ML2O
 from tests.torch_optim.small import TwoTasks, drawn, flat, losses, weights_file
+from tests.wording import says
 
 
 @contextmanager
@@ -68,10 +69,7 @@ def test_a_hidden_parameter_is_named_once(named: bool, kind: type[ML2O]) -> None
     if not named:
         hidden = ["param_groups[0]['params'][2] [6, 6]", "param_groups[0]['params'][3] [6]"]
     (line,) = lines
-    assert line.startswith(
-        "no loss reached 2 trainable parameters in their first step, which do not move until one does"
-    )
-    assert f"does: {', '.join(hidden)}. If a loss does use them" in line
+    assert says(line, "no loss reached 2 trainable parameters", f": {', '.join(hidden)}. ")
 
 
 def test_parameters_that_come_later_are_named_in_their_first_step() -> None:
@@ -102,10 +100,9 @@ def test_a_learning_rate_from_habit_is_told() -> None:
         with said() as lines:
             optimizer = kind(model.parameters(), lr=1e-3)
             optimizer.step(lambda: losses(model, drawn(0)))
-        assert lines == [
-            f"lr=0.001 makes the steps of {kind.__name__} 1,000 times as short: lr multiplies a step whose length is "
-            "learned. Leave it at 1"
-        ]
+        (line,) = lines
+        assert line.startswith("lr=0.001 ")
+        assert says(line, kind.__name__, "1,000 times", " 1")
         with said() as lines:
             kind([{"params": model.trunk.parameters(), "lr": 0.01}, {"params": model.heads.parameters()}])
         assert len(lines) == 1
@@ -133,7 +130,7 @@ def test_steps_that_move_nothing_are_told_once(kind: type[ML2O], tmp_path: Path)
             optimizer.step(lambda: losses(model, drawn(0)))
     assert torch.equal(flat(model), before)
     (line,) = lines
-    assert line.startswith(f"the last 10 steps of {kind.__name__} moved no parameter, though the gradients are not 0 ")
+    assert says(line, "last 10 steps", kind.__name__, "moved no parameter")
 
 
 @pytest.mark.parametrize("kind", [ML2O, GML2O])
@@ -162,9 +159,7 @@ def test_a_guard_that_refuses_nearly_all_steps_is_told_once(tmp_path: Path) -> N
             taken.append(optimizer.accepted_steps)
     assert taken[49] < 3
     (line,) = lines
-    assert line.startswith(
-        f"the guard of GML2O refused {50 - taken[49]} of the last 50 learned steps: most often loss "
-    )
+    assert says(line, "guard of GML2O", f"refused {50 - taken[49]} of the last 50 ", "loss ")
     model = TwoTasks()
     optimizer = GML2O(model.parameters(), "initial")
     with said() as lines:

@@ -13,6 +13,7 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from ml2o_dist import GML2O, ML2O, UserError
 from tests.torch_optim.small import KINDS, TwoTasks, drawn, flat, losses, makers, take
+from tests.wording import says
 
 
 def test_the_learning_rate_multiplies_the_step_and_schedulers_change_it(place: Path) -> None:
@@ -152,7 +153,7 @@ def test_ranks_that_share_a_model_are_warned(ranks: int, monkeypatch: pytest.Mon
         warnings.simplefilter("always")
         GML2O(TwoTasks().parameters(), "initial")
     said = [str(each.message) for each in caught]
-    assert [line.startswith("GML2O in one of 2 ranks: it does not average") for line in said] == [True] * (ranks - 1)
+    assert [says(line, "GML2O in one of 2 ranks", "not average") for line in said] == [True] * (ranks - 1)
 
 
 @pytest.mark.parametrize("cls", [ML2O, GML2O])
@@ -211,7 +212,7 @@ def test_a_step_without_a_closure_says_what_to_write(kind: type[ML2O]) -> None:
     ):
         optimizer.step()
     optimizer.step(lambda: losses(model, drawn(0)))
-    with pytest.raises(UserError, match=r"torch\.distributed\.checkpoint does, too: save optimizer\.state_dict\(\)$"):
+    with pytest.raises(UserError, match=r"torch\.distributed\.checkpoint.*optimizer\.state_dict\(\)$"):
         get_optimizer_state_dict(model, optimizer)
 
 
@@ -223,7 +224,7 @@ def test_what_a_distributed_checkpoint_restores_is_refused(tmp_path: Path) -> No
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # there is one process
         distributed_checkpoint.save({"optimizer": optimizer}, checkpoint_id=tmp_path)
-        with pytest.raises(UserError, match=r"state dict is not whole: .* use torch\.save and torch\.load"):
+        with pytest.raises(UserError, match=r"state dict is not whole.*torch\.save.*torch\.load"):
             distributed_checkpoint.load({"optimizer": other}, checkpoint_id=tmp_path)
     assert other.steps == 0
     other.step(lambda: losses(model, drawn(0)))
@@ -246,15 +247,11 @@ def test_parameters_without_values_are_refused() -> None:
     lazy = nn.Sequential(nn.LazyLinear(4), nn.LazyBatchNorm1d(), nn.LazyLinear(2))
     optimizer = GML2O(lazy.parameters())
     closure = lambda: list(lazy(drawn(0)[0]).square().unbind(1))  # noqa: E731
-    with pytest.raises(
-        UserError, match="a parameter of a lazy module has no shape yet: call the model on a batch once"
-    ):
+    with pytest.raises(UserError, match=r"lazy module.*no shape.*batch once"):
         optimizer.step(closure)
     closure()
     optimizer.step(closure)
     with torch.device("meta"):
         model = TwoTasks()
-    with pytest.raises(
-        UserError, match=r"of shape \[6, 5\] is on the meta device, without values: give the model a dev"
-    ):
+    with pytest.raises(UserError, match=r"shape \[6, 5\].*meta device"):
         ML2O(model.parameters()).step(lambda: losses(model, drawn(0)))

@@ -18,6 +18,7 @@ from ml2o_dist.sweeping.space import load_sweep
 from ml2o_dist.tracking.identity import RunIdentity, save_identity
 from ml2o_dist.tracking.named_servers import FILE, check_resumed, is_known, remember
 from ml2o_dist.tracking.sink import MlflowSink
+from tests.wording import says
 
 FOREIGN = "http://127.0.0.1:9"
 
@@ -83,7 +84,7 @@ def test_sync_asks_before_it_sends_to_a_server_that_only_the_folder_names(
     (tmp_path / "run" / "spool").mkdir()
     code, line = sync(tmp_path / "run")
     assert code == 2
-    assert "which neither you nor a run on this machine has named" in line
+    assert says(line, "neither you", "has named")
     assert f"--tracking-uri {FOREIGN}" in line
     code, line = sync(tmp_path / "run", "--tracking-uri", FOREIGN)
     assert (code, "does not answer" in line) == (2, True)
@@ -106,7 +107,7 @@ def test_a_run_is_not_resumed_towards_a_server_that_only_its_folder_names(tmp_pa
     (run_dir / "config.yaml").write_text(dump_settings(load_settings(None, [f"tracking.uri={FOREIGN}"])))
     result = CliRunner().invoke(main, ["meta-train", "--run-dir", str(run_dir), "--resume"])
     assert result.exit_code == 2
-    assert f"config.yaml names MLflow at {FOREIGN}, which neither you" in result.stderr
+    assert says(result.stderr, "config.yaml", FOREIGN, "neither you")
     assert sorted(path.name for path in run_dir.iterdir()) == ["config.yaml"]
 
 
@@ -117,7 +118,7 @@ def test_a_sweep_is_not_resumed_towards_such_a_server(tmp_path: Path) -> None:
     (tmp_path / "sweep" / "sweep.yaml").write_text(dump_settings(settings))
     result = CliRunner().invoke(main, ["sweep", "--run-dir", str(tmp_path / "sweep"), "--resume"])
     assert result.exit_code == 2
-    assert f"sweep.yaml names MLflow at {FOREIGN}, which neither you" in result.stderr
+    assert says(result.stderr, "sweep.yaml", FOREIGN, "neither you")
 
 
 def test_a_pareto_set_is_not_resumed_towards_such_a_server(tmp_path: Path) -> None:
@@ -126,7 +127,7 @@ def test_a_pareto_set_is_not_resumed_towards_such_a_server(tmp_path: Path) -> No
     (tmp_path / "set" / "pareto_set.yaml").write_text(dump_settings(settings))
     result = CliRunner().invoke(main, ["pareto-set", "train", "--run-dir", str(tmp_path / "set"), "--resume"])
     assert result.exit_code == 2
-    assert f"pareto_set.yaml names MLflow at {FOREIGN}, which neither you" in result.stderr
+    assert says(result.stderr, "pareto_set.yaml", FOREIGN, "neither you")
 
 
 def test_the_users_word_at_resume_counts(tmp_path: Path) -> None:

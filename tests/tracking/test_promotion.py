@@ -67,7 +67,7 @@ def test_another_champion_than_the_expected_one_is_named_and_nothing_is_written(
     registry.make_versions(model, 3)
     promote_version(registry.uri, model, 2, expected=None, note="")
     said = "no version" if expected is None else f"version {expected}"
-    with pytest.raises(ChampionChanged, match=rf"'{model}' is version 2, no longer {said}, which version 3 was"):
+    with pytest.raises(ChampionChanged, match=rf"'{model}' is version 2.*{said}.*version 3"):
         promote_version(registry.uri, model, 3, expected=expected, note="")
     assert registry.aliases(model) == {"champion": 2}
     assert registry.tags(model, 3) == {}
@@ -76,7 +76,7 @@ def test_another_champion_than_the_expected_one_is_named_and_nothing_is_written(
 def test_a_champion_is_not_promoted_again(registry: Registry) -> None:
     registry.make_versions("again", 1)
     promote_version(registry.uri, "again", 1, expected=None, note="once")
-    with pytest.raises(UserError, match="version 1 of model 'again' is its champion already"):
+    with pytest.raises(UserError, match=r"version 1.*'again'.*champion already"):
         promote_version(registry.uri, "again", 1, expected=1, note="twice")
     assert registry.tags("again", 1)["promotion"] == "once"
 
@@ -99,12 +99,12 @@ def test_an_unknown_model_or_version_is_refused_with_what_there_is(registry: Reg
         lambda model, version: describe_version(registry.uri, model, version, "standard", "better"),
     ]
     for call in calls:
-        with pytest.raises(UserError, match="unknown registered model 'knwn'; did you mean 'known'"):
+        with pytest.raises(UserError, match=r"model 'knwn'.*'known'"):
             call("knwn", 1)
-        with pytest.raises(UserError, match=r"unknown version of model 'known' '7' \(allowed: 1, 2\)"):
+        with pytest.raises(UserError, match=r"version.*'known' '7' \(allowed: 1, 2\)"):
             call("known", 7)
     for ask in (champion_of, rollback):
-        with pytest.raises(UserError, match="unknown registered model 'knwn'; did you mean 'known'"):
+        with pytest.raises(UserError, match=r"model 'knwn'.*'known'"):
             ask(registry.uri, "knwn")
 
 
@@ -130,19 +130,19 @@ def test_a_second_rollback_undoes_the_first(registry: Registry) -> None:
 
 def test_without_a_champion_or_a_previous_one_nothing_is_rolled_back(registry: Registry) -> None:
     registry.make_versions("bare", 3)
-    with pytest.raises(UserError, match=r"model 'bare' at sqlite.* has no champion: there is nothing to roll back"):
+    with pytest.raises(UserError, match=r"model 'bare'.*sqlite.*no champion"):
         rollback(registry.uri, "bare")
     promote_version(registry.uri, "bare", 1, expected=None, note="")
-    with pytest.raises(UserError, match=r"no previous champion .*: version 1 is the champion, and none was before it"):
+    with pytest.raises(UserError, match=r"no previous champion.*version 1.*none"):
         rollback(registry.uri, "bare")
     promote_version(registry.uri, "bare", 2, expected=1, note="")
     registry.client.delete_model_version("bare", "1")
-    with pytest.raises(UserError, match=r"version 2 is the champion, and version 1, the champion before it, was del"):
+    with pytest.raises(UserError, match=r"version 2 is the champion.*version 1.*deleted"):
         rollback(registry.uri, "bare")
     promote_version(registry.uri, "bare", 3, expected=2, note="")
     rollback(registry.uri, "bare")
     registry.client.delete_model_version("bare", "3")
-    with pytest.raises(UserError, match=r"version 2 is the champion, and version 3, the champion before it, was del"):
+    with pytest.raises(UserError, match=r"version 2 is the champion.*version 3.*deleted"):
         rollback(registry.uri, "bare")
     assert registry.aliases("bare") == {"champion": 2}
 
@@ -165,7 +165,7 @@ def test_a_promotion_cut_short_leaves_the_champion_and_can_be_repeated(
         with pytest.raises(KeyboardInterrupt):
             promote_version(registry.uri, "cut", 3, expected=2, note="")
     assert registry.aliases("cut") == {"champion": 2, "previous": 2}
-    with pytest.raises(UserError, match="version 2 is the champion, so is its alias, after a promotion"):
+    with pytest.raises(UserError, match=r"version 2 is the champion.*alias.*promotion"):
         rollback(registry.uri, "cut")
     promote_version(registry.uri, "cut", 3, expected=2, note="")
     assert registry.aliases("cut") == {"champion": 3, "previous": 2}

@@ -24,6 +24,7 @@ from ml2o_dist.tracking.promotion_lock import LockLost, promotion_lock
 from ml2o_dist.tracking.registry import list_versions, register_version
 from tests.tracking.filled_registry import Registry
 from tests.tracking.quick_processes import quick_processes
+from tests.wording import says
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +160,7 @@ def test_whoever_was_stopped_while_holding_it_writes_nothing(
         ask(lock)
 
     monkeypatch.setattr(locks.PromotionLock, "confirm", stopped)
-    with pytest.raises(LockLost, match=r"the lock 'ml2o\.lock' was broken after 60 s"):
+    with pytest.raises(LockLost, match=r"lock 'ml2o\.lock'.*broken.* 60 s"):
         promote_version(registry.uri, "ml2o", champion + 2, expected=champion or None, note="late")
     assert champion_of(registry.uri, "ml2o") == champion + 1
     assert registry.tags("ml2o", champion + 2) == {}
@@ -218,7 +219,7 @@ def test_a_store_that_fails_at_the_release_costs_a_warning(
     with monkeypatch.context() as patched, promotion_lock(registry.uri, "ml2o"):
         patched.setattr(MlflowClient, "delete_registered_model", away)
         # undone at the end of the outer block, which is after the release
-    assert "the lock 'ml2o.lock' is not released" in caplog.text
+    assert says(caplog.text, "'ml2o.lock'", "not released")
     registry.client.delete_registered_model("ml2o.lock")
 
 
@@ -226,18 +227,18 @@ def test_a_lock_is_no_model_to_a_reader_and_a_model_no_lock(registry: Registry, 
     with promotion_lock(registry.uri, "ml2o"):
         assert registry.locks() == ["ml2o.lock"]
         assert {entry["name"] for entry in list_versions(registry.uri)} == {"ml2o"}
-        with pytest.raises(UserError, match=r"unknown registered model 'ml2o\.lock'; did you mean 'ml2o'"):
+        with pytest.raises(UserError, match=r"model 'ml2o\.lock'.*'ml2o'"):
             champion_of(registry.uri, "ml2o.lock")
-    with pytest.raises(UserError, match=r"model 'ml2o\.lock': names that end in \.lock are kept for the locks"):
+    with pytest.raises(UserError, match=r"model 'ml2o\.lock'.*end in \.lock"):
         register_version(registry.uri, "ml2o.lock", registry.artifact(1))
     registry.client.create_registered_model("other.lock")
-    with pytest.raises(UserError, match=r"the registered model 'other\.lock' is no lock"):
+    with pytest.raises(UserError, match=r"'other\.lock' is no lock"):
         promotion_lock(registry.uri, "other").__enter__()
     registry.client.delete_registered_model("other.lock")
 
 
 def test_a_server_that_is_away_is_an_error_in_seconds() -> None:
     start = time.monotonic()
-    with pytest.raises(UserError, match=r"^MLflow at http://127.0.0.1:9 does not answer: .*refused"):
+    with pytest.raises(UserError, match=r"http://127\.0\.0\.1:9 does not answer.*refused"):
         promotion_lock("http://127.0.0.1:9", "ml2o").__enter__()
     assert time.monotonic() - start < 10

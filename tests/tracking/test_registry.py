@@ -127,11 +127,11 @@ def test_an_artifact_is_loaded_by_its_registered_name(registry: Registry, monkey
 @pytest.mark.parametrize(
     ("reference", "message"),
     [
-        ("models:/named@champion", r"unknown alias of model 'named' 'champion'.*candidate"),
-        ("models:/named/9", r"unknown version of model 'named' '9'.*allowed: 1"),
-        ("models:/namd@candidate", r"unknown registered model 'namd'; did you mean 'named'"),
-        ("models:/named", r"not of the form models:/NAME@ALIAS"),
-        ("named@candidate", r"not of the form models:/NAME@ALIAS"),
+        ("models:/named@champion", r"alias.*'named' 'champion'.*candidate"),
+        ("models:/named/9", r"version.*'named' '9'.*allowed: 1"),
+        ("models:/namd@candidate", r"model 'namd'.*'named'"),
+        ("models:/named", r"models:/NAME@ALIAS"),
+        ("named@candidate", r"models:/NAME@ALIAS"),
     ],
 )
 def test_what_is_not_there_is_refused_with_what_is(registry: Registry, reference: str, message: str) -> None:
@@ -143,7 +143,7 @@ def test_what_is_not_there_is_refused_with_what_is(registry: Registry, reference
 def test_a_vanished_file_is_named(registry: Registry) -> None:
     register_version(registry.uri, "vanished", registry.artifact(1), run_id=registry.run_id)
     shutil.rmtree(resolve_model(registry.uri, "models:/vanished/1").parent)
-    with pytest.raises(UserError, match=r"models:/vanished/1: .*weights\.safetensors', where it is kept, is not there"):
+    with pytest.raises(UserError, match=r"models:/vanished/1.*weights\.safetensors'.*not there"):
         resolve_model(registry.uri, "models:/vanished/1")
 
 
@@ -163,7 +163,7 @@ def test_a_broken_artifact_is_not_registered(registry: Registry, tmp_path: Path)
 
 
 def test_an_unknown_run_is_refused_in_one_line(registry: Registry) -> None:
-    with pytest.raises(UserError, match=r"MLflow at sqlite:.* refused: Run with id=0{32} not found"):
+    with pytest.raises(UserError, match=r"sqlite:.*refused.*Run with id=0{32} not found"):
         register_version(registry.uri, "orphan", registry.artifact(1), run_id="0" * 32)
 
 
@@ -176,7 +176,7 @@ def test_a_server_that_is_away_is_an_error_in_seconds(registry: Registry) -> Non
 
     for call in (list_, register, lambda: resolve_model(UNREACHABLE, "models:/ml2o/1")):
         start = time.monotonic()
-        with pytest.raises(UserError, match=rf"^MLflow at {UNREACHABLE} does not answer: .*refused") as refusal:
+        with pytest.raises(UserError, match=rf"{UNREACHABLE} does not answer.*refused") as refusal:
             call()
         assert time.monotonic() - start < 10
         assert "\n" not in str(refusal.value)

@@ -18,6 +18,7 @@ from ml2o_dist.runtime.errors import UserError
 from ml2o_dist.tracking import spool as spool_module
 from ml2o_dist.tracking.records import End, Params, Point, Record, Tags, Upload, Version, to_line
 from ml2o_dist.tracking.spool import Spool, unsent_values
+from tests.wording import says
 
 
 def points(*steps: int) -> list[Point]:
@@ -115,7 +116,7 @@ def test_an_altered_byte_costs_its_own_line_only(
         spool = Spool(altered)
         assert spool.unsent == 2
         assert drained(spool) == points(0, 2)
-    assert "1 damaged lines were left out" in caplog.text
+    assert says(caplog.text, "1 damaged lines", "left out")
 
 
 def test_a_full_disk_leaves_nothing_of_what_did_not_fit(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -183,7 +184,7 @@ def test_one_process_at_a_time_and_a_killed_one_lets_go(folder: Path) -> None:
     try:
         assert child.stdout is not None
         assert child.stdout.readline() == "open\n"
-        with pytest.raises(UserError, match=r"is in use: the run that writes it is still going on"):
+        with pytest.raises(UserError, match=r"in use"):
             Spool(folder)
     finally:
         child.send_signal(signal.SIGKILL)
@@ -272,11 +273,11 @@ def test_a_spool_writes_through_no_link_and_waits_for_no_pipe(folder: Path, tmp_
     target.write_text("precious")
     folder.mkdir(parents=True)
     (folder / "records.jsonl").symlink_to(target)
-    with pytest.raises(UserError, match=r"records\.jsonl' is not a regular file"):
+    with pytest.raises(UserError, match=r"records\.jsonl'.*regular file"):
         Spool(folder)
     (folder / "records.jsonl").unlink()
     os.mkfifo(folder / "records.jsonl")
-    with pytest.raises(UserError, match=r"records\.jsonl' is not a regular file"):
+    with pytest.raises(UserError, match=r"records\.jsonl'.*regular file"):
         Spool(folder)
     (folder / "records.jsonl").unlink()
     (tmp_path / "other").mkdir()

@@ -24,6 +24,7 @@ from ml2o_dist.tracking.spool import Spool
 from ml2o_dist.tracking.store import connect, redacted
 from ml2o_dist.tracking.sync import sync, sync_command
 from tests.tracking.empty_store import new_store
+from tests.wording import says
 
 NOBODY = "http://127.0.0.1:9"
 EXPERIMENT = "ml2o/meta-train"
@@ -75,10 +76,11 @@ def test_everything_goes_into_one_run_and_the_version_is_registered(uri: str, ru
     assert client.get_model_version("late", str(version["version"])).run_id == answer["run_id"]
     assert not (run_dir / "spool").exists()
     code, output, _ = ml2o_sync(run_dir)
-    assert (code, output) == (0, f"nothing of {run_dir} is left to send to MLflow at {uri}\n")
+    assert (code, output.count("\n")) == (0, 1)
+    assert says(output, "nothing", str(run_dir), uri)
     code, _, error = ml2o_sync(run_dir / "spool")
     assert code == 2
-    assert "holds no run that was tracked" in error
+    assert "no run" in error
 
 
 def test_a_store_that_does_not_answer_is_one_line_and_the_spool_stays_as_it_was(run_dir: Path) -> None:
@@ -86,7 +88,7 @@ def test_a_store_that_does_not_answer_is_one_line_and_the_spool_stays_as_it_was(
     code, _, error = ml2o_sync(run_dir)
     assert code == 2
     (line,) = [line for line in error.splitlines() if line.startswith("ml2o: ")]
-    assert line.startswith(f"ml2o: MLflow at {NOBODY} does not answer: ")
+    assert says(line, "ml2o: ", f"{NOBODY} does not answer")
     assert {path: path.read_bytes() for path in (run_dir / "spool").rglob("*") if path.is_file()} == before
 
 
@@ -121,7 +123,7 @@ def test_cut_short_it_goes_on_and_a_run_without_an_end_was_killed(
 
 def test_a_run_that_is_still_going_on_sends_its_spool_itself(uri: str, tmp_path: Path) -> None:
     sink = MlflowSink.open(uri, EXPERIMENT, run_dir=tmp_path)
-    with pytest.raises(UserError, match="is in use: the run that writes it is still going on"):
+    with pytest.raises(UserError, match="in use"):
         sync(tmp_path)
     sink.close()
 
@@ -145,7 +147,7 @@ def test_a_password_is_on_no_disk_and_comes_from_the_environment(
     assert not [path for path in kept if b"s3cret" in path.read_bytes()]
     assert sync_command(tmp_path, secret_uri) == f"MLFLOW_TRACKING_URI=... ml2o sync {tmp_path}"
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    with pytest.raises(UserError, match=r"whose password is on no disk: give the URI in .* MLFLOW_TRACKING_URI"):
+    with pytest.raises(UserError, match=r"password.*MLFLOW_TRACKING_URI"):
         sync(tmp_path)
     monkeypatch.setenv("MLFLOW_TRACKING_URI", secret_uri)
     with pytest.raises(UserError, match=r"does not answer: 127\.0\.0\.1:9") as refusal:
@@ -251,7 +253,7 @@ def test_an_error_of_code_is_not_the_servers_silence_and_keeps_the_spool(
     assert code == 2
     (line,) = [line for line in error.splitlines() if line.startswith("ml2o: ")]
     assert "AttributeError in test_sync.py, line " in line
-    assert "a fault of ml2o_dist or of MLflow's client" in line
+    assert "fault of ml2o_dist" in line
     assert "does not answer" not in error
     assert (run_dir / "spool" / "records.jsonl").exists()
     monkeypatch.undo()
