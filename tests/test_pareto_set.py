@@ -251,7 +251,11 @@ def test_an_optimizer_that_compares_points_wants_weights_that_stay(home):
 
 def test_a_folder_of_something_else_is_refused_and_refuses(finished, home, monkeypatch):
     (home / "runs" / "x").mkdir(parents=True)
-    for name, what in (("sweep.yaml", "a sweep"), ("evaluation.json", "an evaluation"), ("config.yaml", "a run")):
+    for name, what in (
+        ("sweep.yaml", "a sweep"),
+        ("evaluation.json", "an evaluation"),
+        ("config.yaml", "a meta-training"),
+    ):
         (home / "runs" / "x" / name).touch()
         result = ml2o("train", "--config", CONFIG, "--run-dir", "runs/x")
         assert result.exit_code == 2

@@ -272,18 +272,17 @@ def test_exact_agrees_with_finite_differences(output, features, problem):
     estimator = EstimatorSettings(kind="exact")
     loss, gradient, losses = exact(rule, built, start, batches, estimator)
     assert losses.shape == (HORIZON + 1, 2, 2)
-    parameters, step = list(rule.network.parameters()), 1e-5
-    for index in range(len(parameters)):
-        flat = parameters[index].detach().view(-1)
-        for entry in {0, flat.numel() // 2, flat.numel() - 1}:
-            before = flat[entry].item()
-            ends = []
-            for sign in (1, -1):
-                flat[entry] = before + sign * step
-                ends.append(exact(rule, built, start, batches, estimator)[0].item())
-            flat[entry] = before
-            slope = (ends[0] - ends[1]) / (2 * step)
-            assert gradient[index].view(-1)[entry].item() == pytest.approx(slope, rel=1e-4, abs=1e-8)
+    step = 1e-5
+    for index, parameter in enumerate(rule.network.parameters()):  # along a direction that has all of its entries
+        before, tensor = parameter.detach().clone(), parameter.detach()
+        direction = torch.randn(before.shape, dtype=DOUBLE, generator=torch.Generator().manual_seed(index))
+        ends = []
+        for sign in (1, -1):
+            tensor.copy_(before + sign * step * direction)
+            ends.append(exact(rule, built, start, batches, estimator)[0].item())
+        tensor.copy_(before)
+        slope = (ends[0] - ends[1]) / (2 * step)
+        assert (gradient[index] * direction).sum().item() == pytest.approx(slope, rel=1e-4, abs=1e-8)
     assert loss.item() == pytest.approx(exact(rule, built, start, batches, estimator)[0].item(), abs=1e-14)
 
 

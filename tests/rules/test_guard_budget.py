@@ -18,6 +18,7 @@ from ml2o_dist.rules.base import Oracle
 from ml2o_dist.rules.guarded import Debt, GuardedRule, Verdict
 from ml2o_dist.rules.stochastic import DSSMG
 from ml2o_dist.runtime.errors import UserError
+from tests.crossed import crossed
 
 FALLBACK, BOLD = AggregatedRule("mean", "sgd", 0.1), AggregatedRule("mean", "sgd", 0.8)
 
@@ -83,14 +84,10 @@ def test_exact_differences_add_up_to_the_budget_and_no_further(objectives, crite
     assert len(verdicts) == 3, verdicts
 
 
-@pytest.mark.parametrize("name", ["ascent", "random", "huge", "nan", "drift", "turncoat", "frozen"])
-@pytest.mark.parametrize(
-    "text",
-    [
-        "quadratic[m=3,n=6]",
-        "zdt1[n=5]",
-        *(pytest.param(text, marks=pytest.mark.long) for text in ("quadratic[n=6]", "fonseca", "cagrad_toy")),
-    ],
+@crossed(
+    "name, text",
+    ["ascent", "random", "huge", "nan", "drift", "turncoat", "frozen"],
+    ["quadratic[m=3,n=6]", "zdt1[n=5]", "quadratic[n=6]", "fonseca", "cagrad_toy"],
 )
 def test_in_no_stretch_of_a_run_is_it_worse_than_its_fallbacks_steps_by_more(name, text):
     oracle, point = start(text, 3)
@@ -205,7 +202,7 @@ def shifted_run(shift, factor=1.0, adversary="ascent", seed=3):
     return problem.losses(point, problem.sample_batch(torch.Generator().manual_seed(0))), torch.stack(taken)
 
 
-@pytest.mark.parametrize("adversary", ["ascent", "turncoat"])
+@pytest.mark.parametrize("adversary", [pytest.param("ascent", marks=pytest.mark.long), "turncoat"])
 def test_where_losses_have_their_zero_changes_nothing(adversary):
     plain, taken = shifted_run(0.0, adversary=adversary)
     for shift in (64.0, -3.0):
@@ -214,7 +211,7 @@ def test_where_losses_have_their_zero_changes_nothing(adversary):
         torch.testing.assert_close(there, plain, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("exponent", [-100, -60, 60, 80])
+@pytest.mark.parametrize("exponent", [-100, *(pytest.param(e, marks=pytest.mark.long) for e in (-60, 60)), 80])
 def test_the_unit_of_the_losses_changes_nothing(exponent):
     plain, taken = shifted_run(0.0, adversary="drift")
     there, as_well = shifted_run(0.0, 2.0**exponent, adversary="drift")
