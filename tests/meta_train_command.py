@@ -9,7 +9,9 @@ from click.testing import CliRunner
 from ml2o_dist.cli import main
 
 CONFIG = Path(__file__).parent / "small_run.yaml"
-QUICK = ["--config", str(CONFIG), "--set", "compare=false", "--set", "tracking.register=false"]
+ONE = ["--set", "workers=1"]
+"""What a test runs with if the number of workers makes no difference to it: each costs seconds to start."""
+QUICK = ["--config", str(CONFIG), *ONE, "--set", "compare=false", "--set", "tracking.register=false"]
 QUIET = [*QUICK, "--quiet"]
 
 

@@ -92,6 +92,8 @@ def test_a_submitted_job_leaves_run_and_version_outside_its_working_directory(he
         "--set",
         "compare=false",
         "--set",
+        "workers=1",
+        "--set",
         "meta_steps=2",
         "--run-dir",
         "runs/job",

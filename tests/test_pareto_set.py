@@ -17,7 +17,7 @@ from torch import nn
 from ml2o_dist.artifact_sources import load_artifact
 from ml2o_dist.cli import main
 from ml2o_dist.config_file import dump_settings, read_settings
-from ml2o_dist.paretoset.experts import network_of
+from ml2o_dist.paretoset.experts import expert_stages, fit_stage, network_of
 from ml2o_dist.paretoset.image_tasks import load_tasks
 from ml2o_dist.paretoset.library_trunks import GreyImages
 from ml2o_dist.paretoset.saved_set import FILE, load_set
@@ -42,15 +42,55 @@ def ml2o(*words: str):
     return CliRunner().invoke(main, ["pareto-set", *words])
 
 
+class InThisProcess:
+    """Ray Train's TorchTrainer with one rank: this process, in which nothing has to start."""
+
+    def __init__(self, rank, train_loop_config, **settings):
+        self.fit = lambda: rank(train_loop_config)
+
+    def get_world_rank(self):
+        return 0
+
+    def get_world_size(self):
+        return 1
+
+
+def fit_here(stage, folder):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("ray.train.torch.TorchTrainer", InThisProcess)
+        patch.setattr("ray.train.get_context", lambda: InThisProcess(None, None))
+        patch.setattr("ray.train.report", lambda metrics: None)
+        fit_stage(stage, folder)
+
+
 @pytest.fixture(scope="module")
-def finished(cluster, tmp_path_factory):
-    """One whole run in a home of its own: (home, its --json answer, what it printed beside it)."""
+def experts(tmp_path_factory):
+    """The files of start and experts."""
+    folder = tmp_path_factory.mktemp("experts")
+    stages = expert_stages(read_settings(ParetoSetSettings, Path(CONFIG), ["device=cpu"]), 2, folder)
+    for stage in stages:
+        fit_here(stage, folder)
+    return [str(folder / f"{stage.name}.safetensors") for stage in stages]
+
+
+def test_ray_train_gives_the_weights_of_this_process(cluster, experts, tmp_path):
+    (stage, *_) = expert_stages(read_settings(ParetoSetSettings, Path(CONFIG), ["device=cpu"]), 2, tmp_path)
+    assert fit_stage(stage, tmp_path) > 0
+    ours, theirs = load_file(tmp_path / "start.safetensors"), load_file(experts[0])
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
+
+
+@pytest.fixture(scope="module")
+def finished(cluster, experts, tmp_path_factory):
+    """One run with the experts of files, in a home of its own: (home, its --json answer, what it printed beside it)."""
     home = tmp_path_factory.mktemp("home")
     new_store(home)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ML2O_HOME", str(home))
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        result = ml2o("train", "--config", CONFIG, "--run-dir", "runs/a", "--json")
+        files = f"experts.files={json.dumps(experts)}"
+        result = ml2o("train", "--config", CONFIG, "--run-dir", "runs/a", "--json", "--set", files)
     assert result.exit_code == 0, result.output
     return home, json.loads(result.stdout), result.stderr
 
@@ -130,7 +170,7 @@ def test_a_finished_run_is_only_told_again(finished, monkeypatch):
     assert by_name(again)["pwe"]["test"] == by_name(answer)["pwe"]["test"]
     kept = {file for file in before if file.name != FILE}
     assert all(file.stat().st_mtime_ns == before[file] for file in kept)  # nothing is trained twice
-    result = ml2o("train", "--config", CONFIG, "--run-dir", "runs/a")
+    result = ml2o("train", "--config", "runs/a", "--run-dir", "runs/a")
     assert result.exit_code == 2
     assert "add --resume" in result.output
     result = ml2o("train", "--run-dir", "runs/a", "--resume", "--set", "routers.steps=50")
@@ -151,13 +191,11 @@ def test_what_is_no_optimizer_says_so_and_its_folder_is_a_config(finished, monke
     assert len(load_set(str(home / "runs" / "a")).card.names) == 2
 
 
-def test_experts_of_files_lead_to_the_same_set(finished, cluster, monkeypatch):
+@pytest.mark.long
+def test_experts_of_its_own_lead_to_the_same_set(finished, cluster, monkeypatch):
     home, answer, _ = finished
     monkeypatch.setenv("ML2O_HOME", str(home))
-    folder = home / "runs" / "a" / "experts"
-    files = [str(folder / f"{name}.safetensors") for name in ("start", "expert_1", "expert_2")]
-    words = ["--config", CONFIG, "--run-dir", "runs/files", "--json", "--set", f"experts.files={json.dumps(files)}"]
-    result = ml2o("train", *words)
+    result = ml2o("train", "--config", CONFIG, "--run-dir", "runs/whole", "--json")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["weights_sha256"] == answer["weights_sha256"]
 

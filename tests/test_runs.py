@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import ray
 from click.testing import CliRunner
 from mlflow.tracking import MlflowClient
 
@@ -21,7 +22,7 @@ from ml2o_dist.metatrain.checkpoint import newest_checkpoint
 from ml2o_dist.metatrain.trainer import Trainer
 from ml2o_dist.workflows.lifecycle import git_commit
 from ml2o_dist.workflows.meta_train_end import finished_answer
-from tests.meta_train_command import CONFIG, QUICK, QUIET, ml2o, refusal
+from tests.meta_train_command import CONFIG, ONE, QUICK, QUIET, ml2o, refusal
 from tests.tracking.empty_store import new_store
 from tests.wording import says
 
@@ -120,7 +121,7 @@ def test_a_page_that_cannot_be_made_costs_a_line_not_the_run(finished, home, mon
 
     monkeypatch.setattr("ml2o_dist.workflows.meta_train_end.write_report", broken)
     without_end(finished, home / "runs" / "h")
-    result = ml2o("--run-dir", "runs/h", "--resume", "--set", "compare=false", "--json")
+    result = ml2o("--run-dir", "runs/h", "--resume", *ONE, "--set", "compare=false", "--json")
     assert result.exit_code == 0, result.output
     assert says(" ".join(result.stderr.split()), "no report.html", "RuntimeError: no fonts")
     assert not (home / "runs/h/report.html").exists()
@@ -210,7 +211,7 @@ def test_resuming_a_finished_run_registers_no_second_version(finished, monkeypat
     home, answer, _ = finished
     monkeypatch.setenv("ML2O_HOME", str(home))
     shutil.copytree(home / "runs" / "a", home / "runs" / "again")
-    again = ml2o("--run-dir", "runs/again", "--resume", "--set", "compare=false", "--json")
+    again = ml2o("--run-dir", "runs/again", "--resume", *ONE, "--set", "compare=false", "--json")
     assert again.exit_code == 0, again.output
     assert "resuming from  checkpoints/step_000006 (meta-step 6 of 6)" in again.stderr
     assert json.loads(again.stdout)["registered_version"] == answer["registered_version"]
@@ -218,11 +219,13 @@ def test_resuming_a_finished_run_registers_no_second_version(finished, monkeypat
 
 
 @pytest.mark.parametrize(
-    ("signal_number", "code"), [pytest.param(signal.SIGINT, 130, marks=pytest.mark.long), (signal.SIGTERM, 143)]
+    ("signal_number", "code", "address"),
+    [pytest.param(signal.SIGINT, 130, "local", marks=pytest.mark.long), (signal.SIGTERM, 143, "")],
 )
-def test_stopped_by_a_signal_and_resumed_in_the_same_mlflow_run(finished, home, signal_number, code):
+def test_stopped_by_a_signal_and_resumed_in_the_same_mlflow_run(finished, home, signal_number, code, address):
     """The signal is sent at the first progress line, before any meta-step is done."""
-    command = [sys.executable, "-m", "ml2o_dist", "meta-train", "--run-dir", "runs/b", "--address", "local"]
+    address = address or ray.get_runtime_context().gcs_address
+    command = [sys.executable, "-m", "ml2o_dist", "meta-train", "--run-dir", "runs/b", "--address", address]
     words = [*QUICK, "--set", "checkpoint_every=100"]
     with open(home / "stderr", "w+") as errors:
         child = subprocess.Popen([*command, *words], stdout=subprocess.PIPE, stderr=errors, text=True, env=os.environ)
@@ -293,7 +296,15 @@ def test_a_resumed_run_sends_mlflow_what_it_may_have_missed(cluster, home):
 @pytest.mark.parametrize("name", ["multimnist", pytest.param("published", marks=pytest.mark.long)])
 def test_the_real_configurations_run_on_real_data(cluster, home, real_data_root, name):
     config = Path(__file__).parents[1] / "jobs" / "configs" / f"{name}.yaml"
-    small = ["meta_steps=1", "slots=2", "horizon=4", "validation.horizon=4", "compare=false", "tracking.register=false"]
+    small = [
+        "workers=1",
+        "meta_steps=1",
+        "meta_batch_size=2",
+        "horizon=4",
+        "validation.horizon=4",
+        "compare=false",
+        "tracking.register=false",
+    ]
     words = [word for setting in [*small, f"data.root={real_data_root}"] for word in ("--set", setting)]
     result = ml2o("--config", str(config), *words, "--run-dir", "runs/real", "--json")
     assert result.exit_code == 0, result.output

@@ -13,7 +13,7 @@ from ml2o_dist.config_file import dump_settings, load_settings
 from ml2o_dist.metatrain.checkpoint import newest_checkpoint
 from ml2o_dist.metatrain.pool import WorkerPool
 from ml2o_dist.runtime.errors import UserError
-from tests.meta_train_command import CONFIG, QUIET, ml2o, refusal
+from tests.meta_train_command import CONFIG, ONE, QUIET, ml2o, refusal
 from tests.wording import says
 
 
@@ -25,7 +25,7 @@ def test_a_comparison_that_breaks_costs_neither_weights_nor_version_and_exits_wi
         raise error
 
     monkeypatch.setattr("ml2o_dist.workflows.benchmark_run.run_outcomes_on_ray", broken)
-    result = ml2o("--config", str(CONFIG), "--set", "meta_steps=2", "--run-dir", "runs/d", "--json")
+    result = ml2o("--config", str(CONFIG), *ONE, "--set", "meta_steps=2", "--run-dir", "runs/d", "--json")
     assert result.exit_code == 3, result.output
     answer = json.loads(result.stdout)
     assert answer["comparison"] is None
@@ -64,7 +64,7 @@ def test_an_error_in_mid_run_aborts_with_a_checkpoint_and_exit_code_4(cluster, h
 
 
 def test_a_tracking_server_that_is_down_costs_the_version_not_the_run(cluster, home):
-    words = ["--config", str(CONFIG), "--set", "compare=false", "--set", "meta_steps=2"]
+    words = ["--config", str(CONFIG), *ONE, "--set", "compare=false", "--set", "meta_steps=2"]
     result = ml2o(*words, "--run-dir", "runs/c", "--tracking-uri", "http://127.0.0.1:9", "--json")
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["registered_version"] is None
@@ -129,7 +129,7 @@ def test_a_run_that_was_cut_short_before_its_first_checkpoint_begins(cluster, ho
     (folder / "config.yaml").write_text(dump_settings(settings))
     line = refusal("--run-dir", "runs/a", "--resume", "--set", "meta_steps=7")
     assert says(line, "ml2o: cannot resume", str(folder), "another configuration", "meta_steps", "7", "6")
-    result = ml2o("--run-dir", "runs/a", "--resume", "--json")
+    result = ml2o("--run-dir", "runs/a", "--resume", *ONE, "--json")
     assert result.exit_code == 0, result.output
     assert "resuming from  the beginning" in result.stderr
     assert json.loads(result.stdout)["meta_steps"] == 6

@@ -41,6 +41,7 @@ from tests.metatrain.executing import Cut, cut_after, digests, in_process, later
 from tests.metatrain.settings import TREE
 from tests.torch_optim.small import TwoTasks, drawn, flat, jacobian, losses
 
+pytestmark = pytest.mark.usefixtures("examples")
 DOUBLE = torch.float64
 PROBLEMS = ["quadratic[m=3,n=5,noise=0.3,batch=4]", "multidigits[hidden=3,size=6,batch=4,activation=tanh]"]
 

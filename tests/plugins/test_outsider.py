@@ -9,12 +9,17 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
+from click.testing import CliRunner
 
+from ml2o_dist.cli import main
+from tests.plugins.conftest import taken_out
 from tests.test_jobs import REPOSITORY, head, submit
 from tests.tracking.empty_store import new_store
 
@@ -59,31 +64,43 @@ def ml2o(place: Path, *words: str, code: int = 0) -> Any:
     return json.loads(done.stdout) if code == 0 else done.stderr
 
 
-def losses(place: Path, *plugin: str) -> dict[str, list[float]]:
-    words = ["--optimizer", "rprop@0.01", "--optimizer", "initial", "--set", "rule.kind=sign", "--problem", "curves"]
-    answer = ml2o(place, "evaluate", *words, "--seeds", "1", "--steps", "10", *plugin)
-    return {cell["optimizer"]: cell["losses"] for cell in answer["cells"]}
-
-
-def test_two_workers_meta_train_and_cells_of_another_loss_do_not_come_back(place: Path) -> None:
+def test_two_workers_meta_train_and_cells_of_another_loss_do_not_come_back(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The file is in a folder from which no process could import it: what is sent to workers brings it along."""
+    monkeypatch.chdir(place)
+    monkeypatch.setenv("ML2O_HOME", str(place))
+    monkeypatch.setenv("ML2O_CACHE", str(place / "cache"))
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+
+    def here(*words: str, code: int = 0) -> Any:
+        with taken_out():
+            done = CliRunner().invoke(main, [*words, "--json"])
+        assert done.exit_code == code, done.output
+        return json.loads(done.stdout) if code == 0 else done.stderr
+
+    def losses(command: Callable[..., Any]) -> list[float]:
+        words = ["--optimizer", "rprop@0.01", "--problem", "curves", "--seeds", "1", "--steps", "10"]
+        (cell,) = command("evaluate", *words, *plugin)["cells"]
+        return cell["losses"]
+
     plugin = ["--plugin", "mine.py"]
-    answer = ml2o(place, "meta-train", *plugin, *RUN, "--run-dir", "runs/a")
+    answer = here("meta-train", *plugin, *RUN, "--run-dir", "runs/a")
     assert answer["meta_steps"] == 8
-    found = losses(place, *plugin)
-    assert losses(place, *plugin) == found
+    found = losses(here)
+    assert losses(here) == found
     cells = sorted((place / "cache" / "cells").rglob("*.safetensors"))
     file = place / "mine.py"
     file.write_text(file.read_text().replace("FACTOR = 1.0", "FACTOR = 2.0"))
-    doubled = losses(place, *plugin)
+    doubled = losses(partial(ml2o, place))  # in another process: a file is loaded once in each
     assert len(sorted((place / "cache" / "cells").rglob("*.safetensors"))) == 2 * len(cells)
-    assert doubled["rprop@0.01"] == pytest.approx([2 * each for each in found["rprop@0.01"]], rel=1e-4)
-    refused = ml2o(place, "meta-train", *plugin, "--run-dir", "runs/a", "--resume", code=2)
+    assert doubled == pytest.approx([2 * each for each in found], rel=1e-4)
+    refused = here("meta-train", *plugin, "--run-dir", "runs/a", "--resume", code=2)
     assert "plug-in 'mine.py' has sha256" in refused
-    refused = ml2o(place, "meta-train", "--run-dir", "runs/a", "--resume", code=2)
+    refused = here("meta-train", "--run-dir", "runs/a", "--resume", code=2)
     assert "made with the plug-in 'mine.py'" in refused
     assert "--plugin mine.py" in refused
-    assert "--plugin mine.py" in ml2o(place, "report", "runs/a", code=2)
+    assert "--plugin mine.py" in here("report", "runs/a", code=2)
 
 
 @pytest.mark.long

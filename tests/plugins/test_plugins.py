@@ -24,6 +24,8 @@ from ml2o_dist.problems import ProblemSpec, problem_names
 from tests.plugins.conftest import EXAMPLES
 from tests.wording import says
 
+pytestmark = pytest.mark.usefixtures("examples")
+
 COUNT = """
 from ml2o_dist import register_problem
 from ml2o_dist.problems.quadratic import Quadratic
