@@ -24,7 +24,8 @@ def crossed(
     longest = max(range(len(columns)), key=lambda column: len(columns[column]))
     quick = []
     for i, value in enumerate(columns[longest]):
-        turned = [column[i % len(column) :] + column[: i % len(column)] for column in columns]
+        turns = [(i + at * (i // len(column))) % len(column) for at, column in enumerate(columns)]  # not in step
+        turned = [column[turn:] + column[:turn] for turn, column in zip(turns, columns, strict=True)]
         turned[longest] = [value]
         quick += [next((case for case in itertools.product(*turned) if case in cases), None)]
     return pytest.mark.parametrize(

@@ -150,6 +150,7 @@ def test_a_full_disk_at_the_page_or_the_answer_is_no_success_and_resuming_comple
     assert (disk / "a" / file).stat().st_size > 0
 
 
+@pytest.mark.long
 def test_a_full_disk_at_the_results_of_an_evaluation_is_no_success(cluster, home, disk, monkeypatch):
     real = evaluations.evaluation_markdown
 

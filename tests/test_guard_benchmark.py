@@ -49,6 +49,7 @@ def drift(script, out, *words):
     return call(script, "--parts", "drift", "--steps", STEPS, "--seeds", 2, "--out", out, *words)
 
 
+@pytest.mark.long
 def test_the_drifts_figures_are_those_of_runs_by_hand(script, tmp_path):
     answer = json.loads(drift(script, tmp_path, "--json").stdout)
     runs = answer["drift"]["runs"]
@@ -74,6 +75,7 @@ def test_the_drifts_figures_are_those_of_runs_by_hand(script, tmp_path):
     assert all(low <= high for low, high in zip(accepted[3::4], accepted[::4], strict=True))  # z = 3 and z = 0
 
 
+@pytest.mark.long
 def test_a_second_call_computes_only_what_is_missing(script, tmp_path, monkeypatch):
     first = json.loads(drift(script, tmp_path, "--json").stdout)
     computed, compute = [], script.guard.compute
@@ -194,6 +196,7 @@ def test_an_unknown_part_is_refused(script):
     assert says(result.output, "'tme'", "drift, sensitivity, curves, networks, time")
 
 
+@pytest.mark.long
 def test_a_learned_optimizer_is_measured_guarded_and_not(script, tmp_path, monkeypatch):
     import guard_learned
 

@@ -114,6 +114,7 @@ def test_better_ones_are_promoted_worse_ones_refused_and_a_rollback_restores(hom
     assert says(again.stderr, f"ml2o/{best}", "champion already")
 
 
+@pytest.mark.long
 def test_a_champion_that_changed_meanwhile_is_compared_with_anew(home, ran, monkeypatch):
     first, second, third = (register(home, lr) for lr in (0.02, 0.05, 0.2))
     promote_version(uri(home), "ml2o", first, expected=None, note="by hand")

@@ -115,6 +115,7 @@ def test_what_was_recorded_on_workers_can_be_listed_and_drawn(finished, monkeypa
     assert "'quadratic[n=6]'" in wrong.stderr
 
 
+@pytest.mark.long
 def test_a_page_that_cannot_be_made_costs_a_line_not_the_run(finished, home, monkeypatch):
     def broken(run_dir, place):
         raise RuntimeError("no fonts")
@@ -207,6 +208,7 @@ def test_a_run_whose_end_is_not_all_there_or_not_what_is_asked_for_is_not_finish
     assert found(version_in_spool) == answer | {"registered_version": None}
 
 
+@pytest.mark.long
 def test_resuming_a_finished_run_registers_no_second_version(finished, monkeypatch):
     home, answer, _ = finished
     monkeypatch.setenv("ML2O_HOME", str(home))

@@ -215,6 +215,7 @@ def plant(tune, ids, marker):
         (tune / id / "checkpoint_000000" / ".metadata.json").write_text(json.dumps({"x": coded}))
 
 
+@pytest.mark.long
 def test_a_sweep_that_was_killed_and_moved_goes_on_and_unpickles_nothing_of_its_folder(finished, home, tmp_path):
     """One trial had ended, one was amid its way, one had not begun; the folder came from somebody who means harm."""
     before, answer, _ = finished

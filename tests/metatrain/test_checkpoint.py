@@ -16,6 +16,7 @@ from ml2o_dist.metatrain.checkpoint import (
     newest_checkpoint,
     save_checkpoint,
 )
+from tests.crossed import crossed
 from tests.metatrain.faulty_disk import HOWS, FaultyDisk, Killed
 
 
@@ -168,10 +169,7 @@ def situation(folder, kind):
         (folder / "tmp_000004" / "state.json").write_text("{")
 
 
-@pytest.mark.parametrize(
-    "kind", [pytest.param(kind, marks=() if kind in ("new", "left over") else pytest.mark.long) for kind in SITUATIONS]
-)
-@pytest.mark.parametrize("how", HOWS)
+@crossed("kind, how", SITUATIONS, HOWS)
 def test_a_save_struck_at_any_file_operation_leaves_the_new_checkpoint_or_the_one_before(tmp_path, kind, how):
     """A counting pass finds the operations, then each one in turn is struck in a folder of its own."""
     situation(tmp_path / "calm", kind)

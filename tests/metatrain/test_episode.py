@@ -108,7 +108,7 @@ def test_guarded_episodes_repeat_bit_for_bit_and_differ_from_unguarded_ones(esti
 def test_es_counts_its_episodes_and_meets_the_exact_gradient():
     """With many pairs and a small sigma the estimate is that of `exact`, up to its sampling error."""
     theirs = run_episode(weights(0.1), replace(SPEC, estimator=EstimatorSettings(kind="exact", clip=1e9)))
-    pairs = 300
+    pairs = 100
     estimator = EstimatorSettings(kind="es", sigma=0.003, pairs=pairs, clip=1e9)
     ours = run_episode(weights(0.1), replace(SPEC, estimator=estimator))
     assert ours.inner_steps == 2 * pairs * theirs.inner_steps

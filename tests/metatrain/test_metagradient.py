@@ -21,6 +21,7 @@ from ml2o_dist.rules.aggregated import AggregatedRule
 from ml2o_dist.rules.base import Oracle
 from ml2o_dist.rules.guarded import GuardedRule
 from ml2o_dist.runtime.errors import UserError
+from tests.crossed import crossed
 from tests.metatrain.oracles import DOUBLE, WrittenOut, first_order, problem_for, random_rule
 
 HORIZON = 7
@@ -57,15 +58,13 @@ def assert_close(ours, theirs, tolerance=1e-10):
         assert (left - right).abs().max().item() <= tolerance * scale
 
 
-@pytest.mark.parametrize("objectives", [1, 2, 3])
-@pytest.mark.parametrize("instances", [1, 4])
-@pytest.mark.parametrize(
-    "form",
-    list(
-        itertools.product(
-            ["tied", "per_objective"], ["residual", "controlled", "scaled"], ["adam", "alignment", "log_sign"]
-        )
+@crossed(
+    "form, objectives, instances",
+    itertools.product(
+        ["tied", "per_objective"], ["residual", "controlled", "scaled"], ["adam", "alignment", "log_sign"]
     ),
+    [1, 2, 3],
+    [1, 4],
 )
 def test_replay_is_first_order_backpropagation(objectives, instances, form):
     tied, output, features = form
@@ -286,12 +285,14 @@ def test_exact_agrees_with_finite_differences(output, features, problem):
     assert loss.item() == pytest.approx(exact(rule, built, start, batches, estimator)[0].item(), abs=1e-14)
 
 
-@pytest.mark.parametrize("meta_loss", ["log_sum", "normalised"])
-@pytest.mark.parametrize(
-    ("output", "features"), [("controlled", "alignment"), ("residual", "adam"), ("scaled", "log_sign")]
+@crossed(
+    "meta_loss, form, steps",
+    ["log_sum", "normalised"],
+    [("controlled", "alignment"), ("residual", "adam"), ("scaled", "log_sign")],
+    [1, 2, 3, 5],
 )
-@pytest.mark.parametrize("steps", [1, 2, 3, 5])
-def test_exact_does_not_depend_on_its_stretches(monkeypatch, output, features, meta_loss, steps):
+def test_exact_does_not_depend_on_its_stretches(monkeypatch, form, meta_loss, steps):
+    output, features = form
     rule, problem = random_rule(RuleSettings(output=output, features=features, hidden=3, lr=0.1)), problem_for(3, 2)
     _, start, batches = rolled(rule, problem)
     estimator, recorders = EstimatorSettings(meta_loss=meta_loss), [TrajectoryRecorder(), TrajectoryRecorder()]

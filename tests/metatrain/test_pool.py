@@ -61,7 +61,8 @@ NETWORKS = {
 }
 
 
-@pytest.mark.parametrize("count", [2, *(pytest.param(count, marks=pytest.mark.long) for count in (1, 3))])
+@pytest.mark.long
+@pytest.mark.parametrize("count", [1, 2, 3])
 def test_the_same_holds_for_networks_and_exact_gradients_with_a_worker_killed(pool, tmp_path, count):
     workers = pool(count)
 
@@ -95,7 +96,8 @@ def test_nor_on_a_worker_that_is_killed_on_the_way(pool, tmp_path, calm, stalene
     assert workers.alive + len(workers._workers.starting) == 2
 
 
-@pytest.mark.parametrize("staleness", [pytest.param(0, marks=pytest.mark.long), 2])
+@pytest.mark.long
+@pytest.mark.parametrize("staleness", [0, 2])
 def test_nor_on_a_stop_and_a_resume_with_another_number_of_workers(pool, tmp_path, calm, staleness):
     asked = []
     settings = small(staleness=staleness)

@@ -104,6 +104,7 @@ def test_or_is_skipped_and_counted(pool, faults, tmp_path):
     assert digests(again) == digests(trainer)
 
 
+@pytest.mark.long
 def test_a_validation_that_fails_is_never_the_best(pool, faults, tmp_path):
     settings = small(meta_steps=1, validation={"every": 1})
     faults.order(validation_items(settings, 1, "cpu")[0], "always")

@@ -113,6 +113,7 @@ class SlowReplayer(Replayer):
         return super().replay(weights, spec, batch)
 
 
+@pytest.mark.long
 def test_workers_begin_nothing_while_too_many_rollouts_wait(pool, tmp_path, monkeypatch):
     monkeypatch.setattr(replays_module, "Replayer", SlowReplayer)
     mine, most = pool(2, learner=LearnerSettings(rollouts=2)), []
@@ -154,6 +155,7 @@ def test_a_replayer_that_has_no_room_is_told_of(pool):
         pool(1, learner=learner, resources=ResourceSettings(start_timeout_s=3))
 
 
+@pytest.mark.long
 def test_a_meta_training_gets_the_pool_that_its_settings_ask_for(cluster):
     for backward, replays in (("worker", False), ("learner", True)):
         settings = small(backward=backward, workers=1)

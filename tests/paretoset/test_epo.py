@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ml2o_dist.paretoset.epo import epo_weights, non_uniformity
 from ml2o_dist.problems import ProblemContext, ProblemSpec
+from tests.crossed import crossed
 
 Array = NDArray[np.float64]
 
@@ -95,8 +96,7 @@ def test_a_program_without_a_solution_gives_none() -> None:
     assert none > 0
 
 
-@pytest.mark.parametrize("m", [2, 3, 5])
-@pytest.mark.parametrize("factor", [1e-10, 1e-5, 0.3, 1e5, 1e10])
+@crossed("m, factor", [2, 3, 5], [1e-10, 1e-5, 0.3, 1e5, 1e10])
 def test_the_weights_do_not_depend_on_the_scale(m: int, factor: float) -> None:
     for seed in range(10):
         for balanced in (False, True):
@@ -152,8 +152,11 @@ def descend(objectives: Objectives, start: list[float], preference: list[float],
     return z
 
 
-@pytest.mark.parametrize("preference", [[0.5, 0.5], [0.2, 0.8], [0.7, 0.3]])
-@pytest.mark.parametrize("start", [[1.0, 0.0], [0.1, 0.0], [3.0, 2.0], [-1.0, -2.0]])
+@crossed(
+    "preference, start",
+    [[0.5, 0.5], [0.2, 0.8], [0.7, 0.3]],
+    [[1.0, 0.0], [0.1, 0.0], [3.0, 2.0], [-1.0, -2.0]],
+)
 def test_two_quadratics_end_on_the_ray(preference: list[float], start: list[float]) -> None:
     z = descend(quadratics(2), start, preference, steps=120)
     first, second = (torch.tensor(preference) * quadratics(2)(z)[0]).tolist()
@@ -163,8 +166,7 @@ def test_two_quadratics_end_on_the_ray(preference: list[float], start: list[floa
     assert float(z[0]) == pytest.approx(expected, abs=0.02)
 
 
-@pytest.mark.parametrize("preference", [[1 / 3] * 3, [0.5, 0.25, 0.25], [0.3, 0.3, 0.4]])
-@pytest.mark.parametrize("start", [[0.8, 0.5], [3.0, 3.0]])
+@crossed("preference, start", [[1 / 3] * 3, [0.5, 0.25, 0.25], [0.3, 0.3, 0.4]], [[0.8, 0.5], [3.0, 3.0]])
 def test_three_quadratics_end_on_the_ray(preference: list[float], start: list[float]) -> None:
     z = descend(quadratics(3), start, preference, steps=150)
     weighted = torch.tensor(preference) * quadratics(3)(z)[0]
@@ -174,7 +176,10 @@ def test_three_quadratics_end_on_the_ray(preference: list[float], start: list[fl
     assert (barycentric > -0.02).all()  # the set is the triangle of the centres
 
 
-@pytest.mark.parametrize("preference", [[0.5, 0.5], [0.4, 0.6], [0.8, 0.2]])
+@pytest.mark.parametrize(
+    "preference",
+    [*(pytest.param(preference, marks=pytest.mark.long) for preference in ([0.5, 0.5], [0.4, 0.6])), [0.8, 0.2]],
+)
 def test_a_concave_front_is_reached_between_its_ends(preference: list[float]) -> None:
     fonseca = ProblemSpec.parse("fonseca[n=2]").build(ProblemContext(dtype=torch.float64))
 
@@ -189,7 +194,9 @@ def test_a_concave_front_is_reached_between_its_ends(preference: list[float]) ->
     assert z.abs().max() < math.sqrt(0.5)
 
 
-@pytest.mark.parametrize("start", [[1.0, 0.0], [2.0, 2.0], [0.5, -1.0]])
+@pytest.mark.parametrize(
+    "start", [[1.0, 0.0], *(pytest.param(start, marks=pytest.mark.long) for start in ([2.0, 2.0], [0.5, -1.0]))]
+)
 def test_a_corner_of_the_simplex_asks_for_one_objective(start: list[float]) -> None:
     first, second = quadratics(2, 0.0)(descend(quadratics(2, 0.0), start, [1.0, 0.0], steps=300))[0].tolist()
     assert 0.999 * first == pytest.approx(0.001 * second, abs=0.01)  # the preference is raised to 0.001

@@ -24,6 +24,7 @@ from ml2o_dist.paretoset.training import Diverged, Trained, annealed, train
 from ml2o_dist.rules.base import Oracle, UpdateRule
 from ml2o_dist.rules.coordinatewise.features import Alignment
 from ml2o_dist.runtime.seeding import generator
+from tests.crossed import crossed
 from tests.paretoset.small import separate_noise, small_multi_head, start_and_experts
 
 CPU = torch.device("cpu")
@@ -81,20 +82,17 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("name", RULES)
-@pytest.mark.parametrize(
-    ("stops", "kills"), [((4,), (5,)), pytest.param((1, STEPS - 1), (1, 6), marks=pytest.mark.long)]
-)
+@crossed("model, name, stopped", MODELS, RULES, [((4,), (5,)), ((1, STEPS - 1), (1, 6))])
 def test_stopped_at_any_step_and_gone_on_with(
-    name: str, model: str, stops: tuple[int, ...], kills: tuple[int, ...], tmp_path: Path
+    model: str, name: str, stopped: tuple[tuple[int, ...], tuple[int, ...]], tmp_path: Path
 ) -> None:
+    stops, kills = stopped
     calm = problem_of(model)
     expected = trained(calm, RULES[name](), tmp_path / "calm")
     for stop in stops:
         folder = tmp_path / str(stop)
-        stopped = trained(problem_of(model), RULES[name](), folder, on_step=lambda step, z, s, stop=stop: step < stop)
-        assert stopped.steps == stop
+        short = trained(problem_of(model), RULES[name](), folder, on_step=lambda step, z, s, stop=stop: step < stop)
+        assert short.steps == stop
         after = problem_of(model)
         assert_alike(after, trained(after, RULES[name](), folder), calm, expected)
     for kill in kills:  # no time for a checkpoint: the last of every third step serves

@@ -40,7 +40,7 @@ def raw(root: str, source: str, split: str) -> tuple[NDArray[np.uint8], NDArray[
     return np.frombuffer(pixels, np.uint8).reshape(-1, 28, 28), np.frombuffer(labels, np.uint8)
 
 
-@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize("name", [REAL[0], *(pytest.param(name, marks=pytest.mark.long) for name in REAL[1:])])
 def test_pairs_are_what_the_raw_files_say(name: str, real_data_root: str) -> None:
     data = DATA_SETS[name]
     for split in ("train", "test"):
@@ -55,7 +55,7 @@ def test_pairs_are_what_the_raw_files_say(name: str, real_data_root: str) -> Non
             assert np.array_equal(labels[:, column].numpy(), own[pairs.sources[:, column].numpy()])
 
 
-@pytest.mark.parametrize("name", REAL)
+@pytest.mark.parametrize("name", [*(pytest.param(name, marks=pytest.mark.long) for name in REAL[:-1]), REAL[-1]])
 def test_splits_classes_and_offsets_keep_the_rule(name: str, real_data_root: str) -> None:
     parts = {split: load_pairs(name, split, 18, real_data_root) for split in SPLITS}
     for split, pairs in parts.items():

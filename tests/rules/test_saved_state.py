@@ -23,7 +23,7 @@ from ml2o_dist.rules.guarded import guarded
 from ml2o_dist.rules.saved_state import StateError, check_alike, modules_of, put_together, take_apart
 from ml2o_dist.rules.stochastic import DSSMG, SMG
 from ml2o_dist.runtime.seeding import generator
-from tests.rules.torchjd_objects import NAMES, marked
+from tests.rules.torchjd_objects import NAMES, REMEMBERING, marked
 from tests.rules.toys import Positive
 
 RESTARTS = (0, 1, 3, 23)
@@ -114,7 +114,17 @@ def test_a_rule_goes_on_as_if_it_had_not_stopped(name: str, dtype: torch.dtype, 
 
 
 @pytest.mark.parametrize("optimizer", ["adam", pytest.param("momentum", marks=pytest.mark.long)])
-@pytest.mark.parametrize("name", [marked(name) for name in NAMES if name != "fairgrad"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *map(marked, REMEMBERING),
+        *(
+            pytest.param(name, marks=[*marked(name).marks, pytest.mark.long])
+            for name in NAMES
+            if name not in {*REMEMBERING, "fairgrad"}
+        ),
+    ],
+)
 def test_an_aggregator_goes_on_as_if_it_had_not_stopped(name: str, optimizer: str, tmp_path: Path) -> None:
     dtype = torch.float32 if optimizer == "adam" else torch.float64
     assert_goes_on(lambda: AggregatedRule(name, optimizer, 0.01), dtype, tmp_path)

@@ -17,6 +17,7 @@ from ml2o_dist.rules.line_search import first_step
 from ml2o_dist.rules.stochastic import DSSMG, SMG, DecreasingSteps, DSSMGState
 from ml2o_dist.runtime.errors import UserError
 from ml2o_dist.runtime.seeding import generator
+from tests.crossed import crossed
 from tests.rules import stochastic_reference as reference
 from tests.rules.bowls import Bowls
 from tests.rules.stochastic_reference import run, weights_of
@@ -77,10 +78,7 @@ def test_smg_is_the_plain_python_one(m: int, n: int, scale: float) -> None:
         assert_equal(point, next(expected))
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("m", [1, pytest.param(2, marks=pytest.mark.long), 3, pytest.param(5, marks=pytest.mark.long)])
-@pytest.mark.parametrize("n", [1, 7])
-@pytest.mark.parametrize("rule", RULES)
+@crossed("rule, n, m, dtype", RULES, [1, 7], [1, 2, 3, 5], [torch.float32, torch.float64])
 def test_instances_move_as_alone(rule: type[DecreasingSteps], n: int, m: int, dtype: torch.dtype) -> None:
     start = Bowls(range(4), m, n, dtype=dtype).initial_parameters(range(4))
     point, state = run(rule(), Bowls(range(4), m, n, noise=0.3, dtype=dtype), 30, start)[-1]

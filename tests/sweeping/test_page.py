@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 
 import pytest
 
@@ -15,17 +16,24 @@ from ml2o_dist.workflows.report import write_report
 from tests.sweeping.test_importance import recorded
 
 
-@pytest.fixture
-def folder(tmp_path):
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    place = tmp_path_factory.mktemp("sweep")
+
     def score(values, source):
         return math.inf if values["learner.ema"] > 0.85 else abs(math.log10(values["learner.lr"]) + 2) + source.random()
 
-    settings, record = recorded(tmp_path, score, 24)
+    settings, record = recorded(place, score, 24)
     record.begin("25", {"learner.lr": 0.1, "learner.ema": 0.5, "rule.output": "<b>scaled"})
     record.end("25", "failed", "ValueError: <script>")
-    (tmp_path / "sweep.yaml").write_text(dump_settings(settings))
-    plot_sweep(settings, record, importance(settings, record), tmp_path / "plots")
-    return tmp_path
+    (place / "sweep.yaml").write_text(dump_settings(settings))
+    plot_sweep(settings, record, importance(settings, record), place / "plots")
+    return place
+
+
+@pytest.fixture
+def folder(made, tmp_path):
+    return shutil.copytree(made, tmp_path / "sweep")
 
 
 def test_the_page_shows_trials_pictures_and_what_failed(folder):

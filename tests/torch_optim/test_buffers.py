@@ -218,10 +218,10 @@ def counters() -> Iterator[dict[str, Any]]:
 @pytest.mark.parametrize(
     ("kind", "how", "backend"),
     [
-        (GML2O, "module", "eager"),
+        pytest.param(GML2O, "module", "eager", marks=pytest.mark.long),
         (GML2O, "module", "aot_eager"),
         (GML2O, "function", "eager"),
-        (GML2O, "method", "aot_eager"),
+        pytest.param(GML2O, "method", "aot_eager", marks=pytest.mark.long),
         (ML2O, "module", "eager"),
     ],
 )

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ml2o_dist import GML2O, ML2O, UserError
+from tests.crossed import crossed
 from tests.torch_optim.small import KINDS, TwoTasks, drawn, flat, losses, makers, take
 
 
@@ -23,8 +24,7 @@ def saved_and_read(state: dict) -> dict:
     return read
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@crossed("kind, dtype", KINDS, [torch.float32, torch.float64, torch.bfloat16])
 def test_a_resumed_training_is_equal_step_by_step(kind: str, dtype: torch.dtype, place: Path) -> None:
     model = TwoTasks().to(dtype)
     make = makers(place)[kind]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ml2o_dist import GML2O, ML2O, UserError
+from tests.crossed import crossed
 from tests.torch_optim.small import TwoTasks, drawn, flat, losses
 
 CALLED_AGAIN = "gave other losses.*again.*same batch"
@@ -125,9 +126,7 @@ def noises() -> dict[str, Callable[[], Callable[[Tensor], Tensor]]]:
     }
 
 
-@pytest.mark.parametrize("reduction", ["mean", "none"])
-@pytest.mark.parametrize("where", ["closure", "guard closure"])
-@pytest.mark.parametrize("name", noises())
+@crossed("name, where, reduction", noises(), ["closure", "guard closure"], ["mean", "none"])
 def test_a_closure_that_gives_other_losses_is_refused(name: str, where: str, reduction: str) -> None:
     model, noise = TwoTasks(), noises()[name]()
     steady = lambda: losses(model, drawn(1), reduction)  # noqa: E731

@@ -16,6 +16,7 @@ from ml2o_dist.config import GuardSettings, RuleSettings
 from ml2o_dist.problems.base import Batch
 from ml2o_dist.problems.layout import ParameterLayout
 from ml2o_dist.rules.guarded import guarded
+from tests.crossed import crossed
 from tests.torch_optim.small import TwoTasks, drawn, flat, jacobian, losses, weights_file
 
 OUTPUTS = {
@@ -98,12 +99,11 @@ def test_untrained_it_is_adam_on_the_sum(decay: float) -> None:
         torch.testing.assert_close(flat(model), flat(twin), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "settings",
+@crossed(
+    "settings, decay",
     [{"margin": 0.0, "budget": 0.0}, {}, {"every": 3}, {"fallback": "mgda+adam@0.02", "budget": 0.0}],
-    ids=str,
+    [0.0, 0.05],
 )
-@pytest.mark.parametrize("decay", [0.0, 0.05])
 def test_gml2o_moves_a_model_as_the_guarded_rule_does(settings: dict, decay: float) -> None:
     guard = GuardSettings.model_validate(settings)
     model = TwoTasks()

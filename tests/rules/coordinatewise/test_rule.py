@@ -14,6 +14,7 @@ from ml2o_dist.problems.layout import ParameterLayout
 from ml2o_dist.rules.base import Oracle
 from ml2o_dist.rules.coordinatewise.rule import ML2ONetwork, ML2ORule
 from ml2o_dist.runtime.errors import UserError
+from tests.crossed import crossed
 from tests.metatrain.oracles import DOUBLE, WrittenOut, problem_for, random_rule
 
 FORMS = list(
@@ -23,9 +24,9 @@ FORMS = list(
 )
 
 
-@pytest.mark.parametrize("form", FORMS)
-@pytest.mark.parametrize(("instances", "objectives", "dimension"), [(1, 1, 1), (1, 2, 7), (4, 3, 5), (2, 5, 1)])
-def test_the_blockwise_rule_equals_the_written_out_network(form, instances, objectives, dimension, monkeypatch):
+@crossed("form, shape", FORMS, [(1, 1, 1), (1, 2, 7), (4, 3, 5), (2, 5, 1)])
+def test_the_blockwise_rule_equals_the_written_out_network(form, shape, monkeypatch):
+    instances, objectives, dimension = shape
     monkeypatch.setattr("ml2o_dist.rules.coordinatewise.rule.BLOCK", 3 * 4)
     tied, output, features = form
     warmup = 1.5 if output == "controlled" else 0.0
