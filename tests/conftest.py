@@ -20,6 +20,7 @@ os.environ.update(
     OMP_NUM_THREADS="1",
     RAY_USAGE_STATS_ENABLED="0",
     RAY_AUTH_MODE="disabled",
+    RAY_prestart_worker_first_driver="0",  # a worker that nobody uses costs a second of a core
     RAY_worker_niceness="0",  # Ray starts workers at 15: beside any other load they would hardly run
     MLFLOW_DISABLE_TELEMETRY="true",
     HF_HUB_OFFLINE="1",  # a name that is not on this machine is not looked for elsewhere

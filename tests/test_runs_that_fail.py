@@ -17,9 +17,8 @@ from tests.meta_train_command import CONFIG, ONE, QUIET, ml2o, refusal
 from tests.wording import says
 
 
-@pytest.mark.parametrize(
-    "error", [RuntimeError("a solver gave up"), pytest.param(UserError("a solver gave up"), marks=pytest.mark.long)]
-)
+@pytest.mark.long
+@pytest.mark.parametrize("error", [RuntimeError("a solver gave up"), UserError("a solver gave up")])
 def test_a_comparison_that_breaks_costs_neither_weights_nor_version_and_exits_with_3(cluster, home, monkeypatch, error):
     def broken(cells, on_outcome, **options):
         raise error
@@ -121,6 +120,7 @@ def test_a_corrupt_gzip_is_named_before_the_run(cluster, home, real_data_root, n
     assert name in line
 
 
+@pytest.mark.long
 def test_a_run_that_was_cut_short_before_its_first_checkpoint_begins(cluster, home):
     """A supervisor repeats one command: it must come to a run that goes on."""
     settings = load_settings(CONFIG, ["compare=false", "tracking.register=false"])

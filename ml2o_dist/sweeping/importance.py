@@ -14,7 +14,7 @@ from ml2o_dist.sweeping.settings import Distribution, SweepSettings
 FEWEST = 10
 """Minimum number of trials: out-of-bag estimates of fewer are noise (each tree leaves out about a third)."""
 
-TREES, REPEATS = 300, 30
+TREES, REPEATS = 100, 30
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ def trial_of(function):
     return trial
 
 
-@pytest.mark.parametrize("sigma", [0.01, 1.0])
+@pytest.mark.parametrize("sigma", [0.01, pytest.param(1.0, marks=pytest.mark.long)])
 def test_the_mean_over_many_pairs_is_the_gradient_of_a_quadratic(sigma):
     """Smoothing adds a constant to a quadratic, so that the estimate is unbiased for its own gradient at any sigma."""
     matrix = torch.diag(torch.tensor([1.0, 2.0, 3.0]))

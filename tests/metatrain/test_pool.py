@@ -123,6 +123,7 @@ def test_batches_that_overlap_are_each_answered_in_their_order(pool):
         assert equal(found, [run_episode(weights, item.spec) for item in items])
 
 
+@pytest.mark.long
 def test_a_run_begins_with_the_workers_that_there_is_room_for_and_others_join_later(pool, calm, tmp_path):
     taken, alive = pool(1, ResourceSettings(num_cpus=3)), []
     made = pool(2, ResourceSettings(start_workers=1))

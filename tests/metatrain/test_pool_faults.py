@@ -86,6 +86,7 @@ def test_an_error_that_comes_again_ends_the_run_and_names_the_key(pool, faults):
         pool(1).run(items, Trainer(small(), "unused").learner.weights)
 
 
+@pytest.mark.long
 def test_or_is_skipped_and_counted(pool, faults, tmp_path):
     settings = small(meta_steps=2)
     bad = training_items(settings, 1, "cpu")[2]

@@ -141,6 +141,7 @@ class FailingReplayer(Replayer):
 SEED = training_items(small(), 2, "cpu")[1].spec.seed
 
 
+@pytest.mark.long
 def test_a_replay_that_raises_ends_the_run_or_is_skipped_and_counted(pool, tmp_path, monkeypatch):
     monkeypatch.setattr(replays_module, "Replayer", FailingReplayer)
     with pytest.raises(PoolError, match=r"replay of meta-step 3 slot 1 failed.*FloatingPointError\('no replay'\)"):

@@ -89,6 +89,7 @@ def test_below_the_floor_the_run_says_what_it_waits_for_and_gives_up(pool, monke
     assert len(re.findall(r"waiting up to 2 s.*99 CPU.*cluster has", caplog.text)) == 1
 
 
+@pytest.mark.long
 def test_a_floor_that_is_reached_again_lets_the_run_go_on(pool, caplog):
     made = pool(2, ResourceSettings(min_workers=2))
     os.kill(made.pids()[0], signal.SIGKILL)

@@ -157,6 +157,7 @@ def test_a_build_that_overtakes_another_does_no_harm(fresh_cache: Path, monkeypa
     assert len(list(fresh_cache.iterdir())) == 1
 
 
+@pytest.mark.long
 def test_processes_that_build_at_once_agree(fresh_cache: Path) -> None:
     code = "from ml2o_dist.problems.images import load_pairs; print(load_pairs('multidigits', 'train').sha256)"
     root = Path(__file__).parents[2]

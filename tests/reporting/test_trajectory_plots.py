@@ -94,7 +94,10 @@ def test_thin_lines_are_spread_over_the_stage():
     assert firsts[-1] > 1 + 2 * 20  # of 25: 1, 3, ..., 49
 
 
-@pytest.mark.parametrize(("objectives", "panels", "pairs"), [(1, 4, 0), (2, 5, 1), (3, 5, 3), (5, 5, 1)])
+@pytest.mark.parametrize(
+    ("objectives", "panels", "pairs"),
+    [(1, 4, 0), *(pytest.param(*case, marks=pytest.mark.long) for case in ((2, 5, 1), (5, 5, 1))), (3, 5, 3)],
+)
 def test_panels_by_the_number_of_objectives(tmp_path, objectives, panels, pairs):
     rows = table(objectives, [0, 2, 4])
     drawn = trajectory_panels(stages(rows))

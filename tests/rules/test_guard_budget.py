@@ -146,7 +146,8 @@ class PaidByWhatDecided(GuardedRule):
 
 
 @pytest.mark.parametrize(
-    ("guard", "kept"), [(GuardedRule, True), pytest.param(PaidByWhatDecided, False, id="paid by what decided")]
+    ("guard", "kept"),
+    [(GuardedRule, True), pytest.param(PaidByWhatDecided, False, id="paid by what decided", marks=pytest.mark.long)],
 )
 def test_what_a_noisy_run_loses_in_truth_is_within_the_budget_because_other_samples_pay(guard, kept):
     text = "quadratic[n=5,noise=1.0,batch=32]"

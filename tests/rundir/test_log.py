@@ -51,6 +51,7 @@ def no_comparison(trainer):
     return write_report(trainer.run_dir)["missing"]["comparison"]
 
 
+@pytest.mark.long
 def test_a_comparison_that_was_stopped_or_failed_is_said_to_be_that(trainer, monkeypatch):
     with pytest.raises(Interrupted):
         ended(trainer, monkeypatch, Stopped())

@@ -20,6 +20,7 @@ from ml2o_dist.rundir.storage import RemoteRunStorage, RunStorage, StorageError,
 from ml2o_dist.runtime.errors import UserError
 from ml2o_dist.tracking.sink import MlflowSink
 from ml2o_dist.tracking.store import connect
+from tests.crossed import crossed
 from tests.faulty_store import FaultyStore
 from tests.meta_train_command import QUICK, ml2o
 from tests.metatrain.executing import Cut, cut_after, digests, in_process, later
@@ -394,8 +395,8 @@ def test_a_store_that_is_away_at_the_end_is_exit_code_4_and_resuming_brings_the_
     assert not copy.exists()
 
 
-@pytest.mark.parametrize(
-    ("uri", "parts"),
+@crossed(
+    "place, words",
     [
         ("nope://bucket/x", ["'nope://bucket/x'", "Unrecognized filesystem type", "s3://"]),
         ("s3://key:secret@bucket/x", ["s3://key:***@", "the password"]),
@@ -405,9 +406,10 @@ def test_a_store_that_is_away_at_the_end_is_exit_code_4_and_resuming_brings_the_
         ("gs://anonymous@bucket/x?endpoint_override=127.0.0.1:1&scheme=http&retry_limit_seconds=1",
          ["cannot be written", "connect"]),
     ],
+    [QUICK, ["--resume"]],
 )  # fmt: skip
-@pytest.mark.parametrize("words", [QUICK, ["--resume"]])
-def test_a_place_that_cannot_be_used_is_one_line_before_ray_is_started(home, monkeypatch, uri, parts, words):
+def test_a_place_that_cannot_be_used_is_one_line_before_ray_is_started(home, monkeypatch, place, words):
+    uri, parts = place
     monkeypatch.setattr("ml2o_dist.workflows.meta_train.connected", lambda address: pytest.fail("Ray was asked for"))
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", "a")
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "b")

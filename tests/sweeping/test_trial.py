@@ -41,7 +41,8 @@ class Driver:
             return pool.submit(start).result()
 
 
-@pytest.mark.parametrize("head", [{}, pytest.param({"CPU": 1}, marks=pytest.mark.long)])
+@pytest.mark.long
+@pytest.mark.parametrize("head", [{}, {"CPU": 1}])
 def test_the_workers_of_a_trial_are_in_its_placement_group(cluster, head):
     bundles = [bundle for bundle in (head, {"CPU": 1}, {"CPU": 1}) if bundle]
     group = placement_group(bundles, strategy="PACK")
