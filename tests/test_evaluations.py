@@ -13,7 +13,7 @@ from ml2o_dist.config_file import load_evaluation
 from ml2o_dist.rules.coordinatewise.rule import ML2ONetwork
 from ml2o_dist.tracking.registry import register_version
 from ml2o_dist.workflows import evaluate as evaluations
-from tests.evaluate_command import DIGITS, QUICK, ml2o, named, strict
+from tests.evaluate_command import DIGITS, QUICK, TWO, ml2o, named, strict
 from tests.tracking.empty_store import new_store
 from tests.wording import says
 
@@ -40,7 +40,7 @@ def finished(cluster, tmp_path_factory):
         patch.setenv("ML2O_HOME", str(home))
         patch.setenv("ML2O_CACHE", str(home / "cache"))
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        result = ml2o(*named(OPTIMIZERS, PROBLEMS), "--seeds", "2", "--steps", "20", "--seed", "5", *words,
+        result = ml2o(*named(OPTIMIZERS, PROBLEMS), *TWO, "--seeds", "2", "--steps", "20", "--seed", "5", *words,
                       "--run-dir", "runs/e", "--json")  # fmt: skip
     assert result.exit_code == 0, result.output
     return home, strict(result.stdout), result.stderr

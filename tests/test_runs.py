@@ -22,6 +22,7 @@ from ml2o_dist.metatrain.checkpoint import newest_checkpoint
 from ml2o_dist.metatrain.trainer import Trainer
 from ml2o_dist.workflows.lifecycle import git_commit
 from ml2o_dist.workflows.meta_train_end import finished_answer
+from tests.evaluate_command import TWO
 from tests.meta_train_command import CONFIG, ONE, QUICK, QUIET, ml2o, refusal
 from tests.tracking.empty_store import new_store
 from tests.wording import says
@@ -35,7 +36,7 @@ def finished(cluster, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ML2O_HOME", str(home))
         patch.delenv("MLFLOW_TRACKING_URI", raising=False)
-        result = ml2o("--config", str(CONFIG), "--run-dir", "runs/a", "--json")
+        result = ml2o("--config", str(CONFIG), *TWO, "--run-dir", "runs/a", "--json")
     assert result.exit_code == 0, result.output
     return home, json.loads(result.stdout), result.stderr
 
