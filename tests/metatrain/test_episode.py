@@ -105,10 +105,10 @@ def test_guarded_episodes_repeat_bit_for_bit_and_differ_from_unguarded_ones(esti
     assert one.losses[-1].sum() < free.losses[-1].sum()
 
 
-def test_es_counts_its_episodes_and_meets_the_exact_gradient():
+@pytest.mark.parametrize("pairs", [100, pytest.param(1000, marks=pytest.mark.long)])
+def test_es_counts_its_episodes_and_meets_the_exact_gradient(pairs):
     """With many pairs and a small sigma the estimate is that of `exact`, up to its sampling error."""
     theirs = run_episode(weights(0.1), replace(SPEC, estimator=EstimatorSettings(kind="exact", clip=1e9)))
-    pairs = 100
     estimator = EstimatorSettings(kind="es", sigma=0.003, pairs=pairs, clip=1e9)
     ours = run_episode(weights(0.1), replace(SPEC, estimator=estimator))
     assert ours.inner_steps == 2 * pairs * theirs.inner_steps

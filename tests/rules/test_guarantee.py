@@ -172,7 +172,8 @@ def excess(margin, steps):
     return total
 
 
-def test_a_margin_of_three_standard_errors_lets_little_of_a_drift_pass():
-    with_margin, without = excess(3.0, 300), excess(0.0, 300)
+@pytest.mark.parametrize("steps", [300, pytest.param(1000, marks=pytest.mark.long)])
+def test_a_margin_of_three_standard_errors_lets_little_of_a_drift_pass(steps):
+    with_margin, without = excess(3.0, steps), excess(0.0, steps)
     assert math.isfinite(without)
     assert with_margin < 0.1 * without
