@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +143,7 @@ def test_aliases_that_differ_are_refused_by_both_names_and_whose_they_are(
     wrong[names[1]] = wrong[names[1]].clone()
     wrong[names[1]][0, 0] += 1e-6
     for entrance in (Fusion, TaskVectors.of):
-        refused(who, *names, "one tensor in the network", call=lambda: entrance(network, states[0], states[1:]))  # noqa: B023
+        refused(who, *names, "one tensor in the network", call=partial(entrance, network, states[0], states[1:]))
 
 
 @pytest.mark.parametrize(("kind", "names"), TIED)
@@ -241,7 +242,7 @@ def test_parts_of_one_memory_are_told_from_parts_that_overlap() -> None:
     for one, other in [(whole[:3], whole[2:]), (whole, whole.t()), (whole[:, 1:], whole[:, :2]), (whole, whole[1])]:
         pair = nn.ParameterList([nn.Parameter(one), nn.Parameter(other)])
         state = pair.state_dict()
-        refused("0 and 1 share", "memory", call=lambda: TaskVectors.of(pair, state, [state] * 2))  # noqa: B023
+        refused("0 and 1 share", "memory", call=partial(TaskVectors.of, pair, state, [state] * 2))
     recurrent = nn.LSTM(2, 3)
     assert len(TensorNames.of(recurrent).tensors) == 4
 
@@ -268,7 +269,7 @@ def with_held(held: Tensor, own: Tensor | None = None, persistent: bool = True) 
 def test_integers_that_differ_between_experts_are_refused(held: Tensor, other: Tensor) -> None:
     network, (start, *experts) = with_held(held, other)
     for entrance in (Fusion, TaskVectors.of):
-        refused("buffer held", str(held.dtype), "expert 2", call=lambda: entrance(network, start, experts))  # noqa: B023
+        refused("buffer held", str(held.dtype), "expert 2", call=partial(entrance, network, start, experts))
     equal = [state | {"held": other.clone()} for state in experts]
     assert torch.equal(Fusion(network, start, equal).export([0.5, 0.5]).get_buffer("held"), other)
 

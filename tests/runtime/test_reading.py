@@ -7,6 +7,7 @@ import socket
 import time
 import tracemalloc
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -92,7 +93,7 @@ def test_what_is_no_file_is_named_and_nothing_hangs(kind: str, tmp_path: Path) -
     make, why = NO_FILES[kind]
     file = make(tmp_path)
     for read in (read_bytes, read_json, read_json_object):
-        line = refused(lambda read=read: read(file, "card", LIMIT))  # type: ignore[misc]
+        line = refused(partial(read, file, "card", LIMIT))
         assert line.startswith(f"card {str(file)!r} ")
         assert says(line, why)
 
@@ -132,7 +133,7 @@ def test_links_lead_out_of_no_folder(tmp_path: Path) -> None:
         assert read_bytes(tmp_path / "way" / name, "card", LIMIT, within=tmp_path / "way") == b"own"
         assert lies_within(inside / name, inside)
     for file in (inside / "far", inside / "folder" / "secret", inside / ".." / "outside" / "secret"):
-        line = refused(lambda file=file: read_bytes(file, "card", LIMIT, within=inside))  # type: ignore[misc]
+        line = refused(partial(read_bytes, file, "card", LIMIT, within=inside))
         assert says(line, f"card {str(file)!r}", "link", repr(str(inside)))
     assert not lies_within(circle(tmp_path), tmp_path)
     assert not lies_within(tmp_path / "a\0b", tmp_path)
