@@ -29,12 +29,16 @@ test: $(STAMP)
 	$(TEST_ENV) $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m "not long"
 
 # What a change of the mathematics breaks first: rules, problems, meta-gradients, the optimizers of torch.
+CORE := tests/rules tests/problems tests/torch_optim tests/metatrain/test_metagradient.py tests/metatrain/test_episode.py
 test-core: $(STAMP)
-	$(TEST_ENV) $(BIN)/python -m pytest -n 2 -m "core and not long"
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 -m "not long" $(CORE)
 
-# The long ones one after the other: two clusters of Ray side by side starve each other where cores are few.
+# The long ones: two files at a time where none starts Ray, the others one after the other, since two clusters side by
+# side starve each other where cores are few.
+CALM := $(CORE) tests/paretoset tests/reporting
 test-full: test
-	$(TEST_ENV) $(BIN)/python -m pytest -m long
+	$(TEST_ENV) $(BIN)/python -m pytest -n 2 -m long $(CALM)
+	$(TEST_ENV) $(BIN)/python -m pytest -m long $(addprefix --ignore=,$(CALM))
 
 docs: $(STAMP)
 	$(BIN)/python docs/settings.py > docs/settings.md

@@ -8,6 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO, Any
 
 # Set before anything imports torch, Ray or MLflow, all of which read the environment once.
 _SESSION = Path(tempfile.mkdtemp(prefix="ml2o-tests-"))
@@ -48,10 +49,6 @@ def _find_real_data() -> Path | None:
 _REAL_DATA = _find_real_data()
 
 
-CORE = ("rules", "problems", "metatrain", "torch_optim")
-"""The folders whose tests are the mathematics; their files that start no Ray are the `core` (`make test-core`)."""
-
-
 @pytest.fixture(scope="session")
 def real_data_root() -> str:
     """The folder of the real MNIST and Fashion-MNIST; the test is skipped where there is none."""
@@ -76,6 +73,16 @@ def fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ML2O_CACHE", str(tmp_path / "cache"))
 
 
+@pytest.fixture
+def unrendered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Figures are drawn into and not rendered: for tests of pages that do not look at their pictures."""
+
+    def savefig(figure: object, stream: IO[Any], *, format: str, **settings: object) -> None:
+        stream.write('<svg viewBox="0 0 1 1"></svg>' if format == "svg" else b"not rendered")
+
+    monkeypatch.setattr("matplotlib.figure.Figure.savefig", savefig)
+
+
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[None]:
     """A local Ray with 4 CPUs, one for the whole session of this process."""
@@ -96,10 +103,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """
     starting = {item.path for item in items if {"cluster", "head"} & set(getattr(item, "fixturenames", ()))}
     items.sort(key=lambda item: item.path not in starting)
-    here = Path(__file__).parent
     for item in items:
-        if item.path.relative_to(here).parts[0] in CORE and item.path not in starting:
-            item.add_marker(pytest.mark.core)
         if "real_data_root" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.real_data)
         if _REAL_DATA is None and item.get_closest_marker("real_data") is not None:

@@ -17,7 +17,7 @@ from tests.evaluate_command import DIGITS, QUICK, TWO, ml2o, named, strict
 from tests.tracking.empty_store import new_store
 from tests.wording import says
 
-pytestmark = pytest.mark.usefixtures("fresh_cache")
+pytestmark = pytest.mark.usefixtures("fresh_cache", "unrendered")
 
 OPTIMIZERS = ["initial", "runs/trained", "gml2o:models:/ml2o@candidate", "dssmg", "gml2o:ascent", "nan", "mean+sgd"]
 PROBLEMS = ["fonseca", DIGITS]

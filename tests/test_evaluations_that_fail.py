@@ -22,7 +22,7 @@ from ml2o_dist.workflows import evaluate as evaluations
 from tests.evaluate_command import DIGITS, QUICK, ml2o, named, strict
 from tests.wording import says
 
-pytestmark = pytest.mark.usefixtures("fresh_cache")
+pytestmark = pytest.mark.usefixtures("fresh_cache", "unrendered")
 
 
 def test_failed_cells_are_reported_with_exit_code_3_and_the_rest_is_there(cluster, home, monkeypatch):

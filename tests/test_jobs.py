@@ -85,6 +85,7 @@ def submit(
             return done
 
 
+@pytest.mark.long
 def test_a_submitted_job_leaves_run_and_version_outside_its_working_directory(head, tmp_path):
     words = [
         "--config",

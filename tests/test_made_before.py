@@ -25,6 +25,8 @@ from tests.made_before import figures
 from tests.made_before.make import HERE, HOME
 from tests.metatrain.executing import in_process, later
 
+pytestmark = pytest.mark.usefixtures("unrendered")
+
 HASHES = json.loads((HERE / "hashes.json").read_text())
 same_cpu = pytest.mark.skipif(figures.cpu() != HASHES["cpu"], reason=f"the figures are of {HASHES['cpu']}")
 

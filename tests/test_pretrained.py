@@ -68,6 +68,7 @@ def of_a_teacher(step: object) -> Batch:
     return x, first, second
 
 
+@pytest.mark.long
 def test_guarded_they_train_a_network_that_they_never_saw() -> None:
     model = TwoTasks()
     optimizer = GML2O(model.parameters())

@@ -19,6 +19,7 @@ from ml2o_dist.artifact_sources import load_artifact
 from ml2o_dist.cli import main
 from ml2o_dist.config_file import load_settings
 from ml2o_dist.metatrain.checkpoint import newest_checkpoint
+from ml2o_dist.metatrain.pool import WorkerPool
 from ml2o_dist.metatrain.trainer import Trainer
 from ml2o_dist.workflows.lifecycle import git_commit
 from ml2o_dist.workflows.meta_train_end import finished_answer
@@ -84,6 +85,7 @@ def test_the_comparison_has_every_optimizer_on_every_problem(finished):
     assert len(answer["comparison"]["cells"]) == 8
 
 
+@pytest.mark.usefixtures("unrendered")
 def test_the_page_shows_the_comparison_that_was_answered(finished):
     home, answer, _ = finished
     run_dir = home / "runs" / "a"
@@ -209,6 +211,7 @@ def test_a_run_whose_end_is_not_all_there_or_not_what_is_asked_for_is_not_finish
     assert found(version_in_spool) == answer | {"registered_version": None}
 
 
+@pytest.mark.usefixtures("unrendered")
 @pytest.mark.long
 def test_resuming_a_finished_run_registers_no_second_version(finished, monkeypatch):
     home, answer, _ = finished
@@ -221,29 +224,29 @@ def test_resuming_a_finished_run_registers_no_second_version(finished, monkeypat
     assert json.loads(again.stdout)["weights_sha256"] == answer["weights_sha256"]
 
 
-@pytest.mark.parametrize(
-    ("signal_number", "code", "address"),
-    [pytest.param(signal.SIGINT, 130, "local", marks=pytest.mark.long), (signal.SIGTERM, 143, "")],
-)
-def test_stopped_by_a_signal_and_resumed_in_the_same_mlflow_run(finished, home, signal_number, code, address):
-    """The signal is sent at the first progress line, before any meta-step is done."""
-    address = address or ray.get_runtime_context().gcs_address
-    command = [sys.executable, "-m", "ml2o_dist", "meta-train", "--run-dir", "runs/b", "--address", address]
-    words = [*QUICK, "--set", "checkpoint_every=100"]
-    with open(home / "stderr", "w+") as errors:
-        child = subprocess.Popen([*command, *words], stdout=subprocess.PIPE, stderr=errors, text=True, env=os.environ)
-        try:
-            for line in child.stdout:
-                if line.startswith("meta-train"):
-                    child.send_signal(signal_number)
-                    break
-            child.stdout.read()
-            child.wait(timeout=120)
-        finally:
-            child.kill()
-        errors.seek(0)
-        error = errors.read()
-    assert child.returncode == code, error
+@pytest.mark.usefixtures("unrendered")
+def test_stopped_by_a_signal_and_resumed_in_the_same_mlflow_run(finished, home, monkeypatch):
+    """The signal comes with the third meta-step's episodes."""
+    begin, begun = WorkerPool.begin, []
+
+    def signalled(pool, *words):
+        begun.append(words)
+        if len(begun) == 4:  # the first is the validation
+            os.kill(os.getpid(), signal.SIGTERM)
+        return begin(pool, *words)
+
+    monkeypatch.setattr(WorkerPool, "begin", signalled)
+    outside = signal.signal(signal.SIGTERM, lambda *words: pytest.fail("the command does not see to signals"))
+    try:
+        stopped = ml2o(*QUICK, "--set", "checkpoint_every=100", "--run-dir", "runs/b")
+    finally:
+        signal.signal(signal.SIGTERM, outside)
+    assert stopped.exit_code == 143, stopped.output
+    monkeypatch.setattr(WorkerPool, "begin", begin)
+    assert_it_goes_on_to_the_same_end(home, finished, stopped.stderr)
+
+
+def assert_it_goes_on_to_the_same_end(home, finished, error):
     assert "checkpoint at meta-step" in error
     assert f"ml2o meta-train --run-dir {home}/runs/b --resume" in error
     checkpoint, _ = newest_checkpoint(home / "runs/b/checkpoints")
@@ -261,10 +264,30 @@ def test_stopped_by_a_signal_and_resumed_in_the_same_mlflow_run(finished, home, 
     assert run.info.status == "FINISHED"
 
 
-def test_workers_without_a_guard_import_neither_scipy_nor_torchjd():
-    code = "import sys, ml2o_dist.metatrain.worker; print({'scipy.optimize', 'torchjd'} & sys.modules.keys())"
-    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert shown.stdout.strip() == "set()"
+@pytest.mark.long
+@pytest.mark.parametrize(
+    ("signal_number", "code", "address"), [(signal.SIGINT, 130, "local"), (signal.SIGTERM, 143, "")]
+)
+def test_a_command_is_stopped_by_a_signal_before_its_first_meta_step(finished, home, signal_number, code, address):
+    """The signal is sent at the first progress line."""
+    address = address or ray.get_runtime_context().gcs_address
+    command = [sys.executable, "-m", "ml2o_dist", "meta-train", "--run-dir", "runs/b", "--address", address]
+    words = [*QUICK, "--set", "checkpoint_every=100"]
+    with open(home / "stderr", "w+") as errors:
+        child = subprocess.Popen([*command, *words], stdout=subprocess.PIPE, stderr=errors, text=True, env=os.environ)
+        try:
+            for line in child.stdout:
+                if line.startswith("meta-train"):
+                    child.send_signal(signal_number)
+                    break
+            child.stdout.read()
+            child.wait(timeout=120)
+        finally:
+            child.kill()
+        errors.seek(0)
+        error = errors.read()
+    assert child.returncode == code, error
+    assert_it_goes_on_to_the_same_end(home, finished, error)
 
 
 def test_the_commit_is_that_of_the_package_wherever_it_is_run_from(tmp_path, monkeypatch):
@@ -283,6 +306,7 @@ def test_resume_refuses_other_image_data(finished, home, monkeypatch):
     assert says(refusal("--run-dir", "runs/f", "--resume"), "multidigits[size=0]", "sha256 000000000000")
 
 
+@pytest.mark.usefixtures("unrendered")
 @pytest.mark.long
 def test_a_resumed_run_sends_mlflow_what_it_may_have_missed(cluster, home):
     words = [*QUIET, "--run-dir", "runs/g"]
@@ -296,7 +320,9 @@ def test_a_resumed_run_sends_mlflow_what_it_may_have_missed(cluster, home):
     assert metric_steps(home, run.info.run_id, "validation") == [0, 3, 6]
 
 
-@pytest.mark.parametrize("name", ["multimnist", pytest.param("published", marks=pytest.mark.long)])
+@pytest.mark.usefixtures("unrendered")
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["multimnist", "published"])
 def test_the_real_configurations_run_on_real_data(cluster, home, real_data_root, name):
     config = Path(__file__).parents[1] / "jobs" / "configs" / f"{name}.yaml"
     small = [

@@ -16,6 +16,8 @@ from ml2o_dist.runtime.errors import UserError
 from tests.meta_train_command import CONFIG, ONE, QUIET, ml2o, refusal
 from tests.wording import says
 
+pytestmark = pytest.mark.usefixtures("unrendered")
+
 
 @pytest.mark.long
 @pytest.mark.parametrize("error", [RuntimeError("a solver gave up"), UserError("a solver gave up")])

@@ -81,12 +81,12 @@ class ModuleBuffers:
         """Look for the modules of the `parameters`, before the closure is called for the first time."""
         alive = every_module()
         self._roots = [weakref.ref(module) for module in _with_ancestors(parameters, alive)]
-        known = {id(module) for module in self._modules()}
+        known = {id(module) for module in self.modules()}
         self._strangers: Snapshot | None = Snapshot(m for m in alive if m._buffers and id(m) not in known)
 
     def snapshot(self) -> Snapshot:
         """Return a snapshot of the present buffers."""
-        return Snapshot(module for module in self._modules() if module._buffers)
+        return Snapshot(module for module in self.modules() if module._buffers)
 
     def strangers(self) -> Snapshot:
         """Return, after the closure's first call, the changed buffers of other modules as they were before it."""
@@ -95,7 +95,8 @@ class ModuleBuffers:
         self._roots += [weakref.ref(module) for module in found.modules]
         return found
 
-    def _modules(self) -> list[nn.Module]:
+    def modules(self) -> list[nn.Module]:
+        """Return the modules whose buffers these are, and those that have none."""
         found: dict[int, nn.Module] = {}
         waiting: list[nn.Module | None] = [root() for root in self._roots]
         while waiting:

@@ -84,7 +84,7 @@ class ClosureProblem(Problem):
     @property
     def layout(self) -> ParameterLayout:
         """The parameters by name."""
-        return self._flat.layout
+        return self._flat.layout(modules=None if self._buffers is None else self._buffers.modules())
 
     @contextmanager
     def step(self) -> Iterator[None]:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from ml2o_dist.problems.layout import ParameterLayout
@@ -37,15 +37,16 @@ class FlatParameters:
         """n."""
         return sum(parameter.numel() for parameter in self.parameters)
 
-    @property
-    def layout(self) -> ParameterLayout:
-        """The parameters' names, shapes and kinds, in order."""
-        return self.layout_behind(0)
+    def layout(self, behind: int = 0, modules: Iterable[nn.Module] | None = None) -> ParameterLayout:
+        """Return the names, shapes and kinds of all parameters but the first `behind`, in order.
 
-    def layout_behind(self, count: int) -> ParameterLayout:
-        """Return the layout of all parameters but the first `count`."""
-        named = list(zip(self.names, self.parameters, strict=True))[count:]
-        tables = embedding_tables(parameter for _, parameter in named)
+        Args:
+            behind: how many parameters are left out.
+            modules: the modules that own the parameters; None looks for them in the whole process, which takes a
+                tenth of a second.
+        """
+        named = list(zip(self.names, self.parameters, strict=True))[behind:]
+        tables = embedding_tables((parameter for _, parameter in named), modules)
         return ParameterLayout.of(
             (name, p.shape, "embedding") if id(p) in tables else (name, p.shape) for name, p in named
         )

@@ -173,7 +173,7 @@ class ML2O(Optimizer):
         if saved["steps"]:
             device = flat.device
             flat.remember(None if saved["exact"] is None else saved["exact"].to(device))
-            fresh = self._rule(None, flat).initial_state(1, saved["objectives"], flat.layout)
+            fresh = self._rule(None, flat).initial_state(1, saved["objectives"], flat.layout())
             tensors = {place: tensor.clone().to(device) for place, tensor in saved["tensors"].items()}
             try:
                 rule_state = put_together(
@@ -307,7 +307,7 @@ class ML2O(Optimizer):
         if not self._flat.parameters:
             raise UserError("no parameter of the optimizer requires a gradient")
         if new and self._rule_state is not None:
-            self._rule_state = self._rule(None, self._flat).grown(self._rule_state, self._flat.layout_behind(before))
+            self._rule_state = self._rule(None, self._flat).grown(self._rule_state, self._flat.layout(before))
 
     def _every_parameter(self) -> list[Tensor]:
         return [parameter for group in self.param_groups for parameter in group["params"]]

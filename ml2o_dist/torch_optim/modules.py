@@ -25,10 +25,11 @@ def every_module() -> list[nn.Module]:
             gc.freeze()
 
 
-def embedding_tables(parameters: Iterable[Tensor]) -> set[int]:
-    """Return the ids of those `parameters` that are the table of an embedding."""
+def embedding_tables(parameters: Iterable[Tensor], among: Iterable[nn.Module] | None = None) -> set[int]:
+    """Return the ids of those `parameters` that are the table of an embedding, one of `among` or of all modules."""
     matrices = {id(parameter) for parameter in parameters if parameter.dim() == 2}
     if not matrices:
         return set()
-    tables = (m._parameters.get("weight") for m in every_module() if isinstance(m, nn.Embedding | nn.EmbeddingBag))
+    modules = every_module() if among is None else among
+    tables = (m._parameters.get("weight") for m in modules if isinstance(m, nn.Embedding | nn.EmbeddingBag))
     return {id(table) for table in tables if id(table) in matrices}

@@ -46,7 +46,7 @@ def outcomes(cells, **options):
 
 
 @pytest.mark.usefixtures("cluster")
-@pytest.mark.parametrize("how", ["raises", "dies", pytest.param("refuses", marks=pytest.mark.long)])
+@pytest.mark.parametrize("how", ["raises", *(pytest.param(how, marks=pytest.mark.long) for how in ("dies", "refuses"))])
 def test_a_cell_that_fails_once_is_run_once_more(tmp_path, how):
     first, second = outcomes([failing(tmp_path, 1, how), CELL])
     assert len(list(tmp_path.iterdir())) == 2

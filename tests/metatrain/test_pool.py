@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import re
@@ -26,23 +27,27 @@ from tests.metatrain.settings import small
 @pytest.fixture(scope="module")
 def calm(tmp_path_factory):
     """The digests of an undisturbed run by staleness."""
-    found = {}
-    for staleness in (0, 2):
+
+    @functools.cache
+    def run(staleness):
         trainer = Trainer(small(staleness=staleness), tmp_path_factory.mktemp("calm"))
         trainer.run(later(in_process))
-        found[staleness] = digests(trainer)
-    assert found[0] != found[2]
-    return found
+        return digests(trainer)
+
+    return run
 
 
-@pytest.mark.parametrize(
-    ("workers", "staleness"),
-    [pytest.param(1, 0, marks=pytest.mark.long), (3, 0), pytest.param(2, 2, marks=pytest.mark.long)],
-)
+@pytest.mark.long
+def test_staleness_changes_the_weights(calm):
+    assert calm(0) != calm(2)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("workers", "staleness"), [(1, 0), (3, 0), (2, 2)])
 def test_weights_after_12_meta_steps_do_not_depend_on_the_number_of_workers(pool, tmp_path, calm, workers, staleness):
     trainer = Trainer(small(workers=workers, staleness=staleness), tmp_path)
     trainer.run(pool(workers).begin)
-    assert digests(trainer) == calm[staleness]
+    assert digests(trainer) == calm(staleness)
 
 
 NETWORKS = {
@@ -80,7 +85,8 @@ def test_the_same_holds_for_networks_and_exact_gradients_with_a_worker_killed(po
 
 
 @pytest.mark.parametrize("staleness", [pytest.param(0, marks=pytest.mark.long), 2])
-def test_nor_on_a_worker_that_is_killed_on_the_way(pool, tmp_path, calm, staleness):
+def test_nor_on_a_worker_that_is_killed_on_the_way(pool, tmp_path, calm, staleness, caplog):
+    """Which is one short line in the log."""
     trainer, workers = Trainer(small(staleness=staleness), tmp_path), pool(2)
     victims = []
 
@@ -90,10 +96,12 @@ def test_nor_on_a_worker_that_is_killed_on_the_way(pool, tmp_path, calm, stalene
             threading.Thread(target=os.kill, args=(victims[0], signal.SIGKILL)).start()
 
     trainer.run(workers.begin, on_row)
-    assert digests(trainer) == calm[staleness]
+    assert digests(trainer) == calm(staleness)
     assert workers.restarts == 1
     assert victims[0] not in workers.pids()
     assert workers.alive + len(workers._workers.starting) == 2
+    (said,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
+    assert re.fullmatch(rf"meta-step \d+ slot \d+: worker [12] \(pid {victims[0]}\).*lost.*crashed.*again.*", said)
 
 
 @pytest.mark.long
@@ -110,10 +118,10 @@ def test_nor_on_a_stop_and_a_resume_with_another_number_of_workers(pool, tmp_pat
     second = Trainer(settings, tmp_path)
     second.resume()
     second.run(pool(3).begin)
-    assert digests(second) == calm[staleness]
+    assert digests(second) == calm(staleness)
 
 
-def test_batches_that_overlap_are_each_answered_in_their_order(pool):
+def test_batches_that_overlap_are_each_answered_in_their_order_and_closing_ends_the_processes(pool):
     weights = Trainer(small(), "unused").learner.weights
     batches = [training_items(small(), step, "cpu") for step in range(3)]
     workers = pool(2)
@@ -121,6 +129,9 @@ def test_batches_that_overlap_are_each_answered_in_their_order(pool):
     results = [each() for each in reversed(pending)]
     for items, found in zip(reversed(batches), results, strict=True):
         assert equal(found, [run_episode(weights, item.spec) for item in items])
+    pids = workers.pids()
+    workers.close()
+    until(lambda: not any(alive(pid) for pid in pids))
 
 
 @pytest.mark.long
@@ -138,7 +149,7 @@ def test_a_run_begins_with_the_workers_that_there_is_room_for_and_others_join_la
     trainer = Trainer(small(), tmp_path)
     trainer.run(made.begin, on_row)
     assert (alive[0], alive[-1]) == (1, 2)
-    assert digests(trainer) == calm[0]
+    assert digests(trainer) == calm(0)
 
 
 def test_wrong_data_in_an_episode_is_the_users_error(pool):
@@ -146,19 +157,3 @@ def test_wrong_data_in_an_episode_is_the_users_error(pool):
     lost = replace(item.spec, problem=item.spec.problem.of("multimnist", {}), data_root="/nowhere")
     with pytest.raises(UserError, match="/nowhere"):
         pool(1).run([WorkItem(Key(0, 0), lost)], Trainer(small(), "unused").learner.weights)
-
-
-def test_a_lost_worker_is_one_short_line(pool, caplog):
-    made = pool(2)
-    killed = made.pids()[0]
-    os.kill(killed, signal.SIGKILL)
-    made.run(training_items(small(), 0, "cpu"), Trainer(small(), "unused").learner.weights)
-    (said,) = [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING]
-    assert re.fullmatch(rf"meta-step 1 slot \d+: worker [12] \(pid {killed}\).*lost.*killed or crashed.*again.*", said)
-
-
-def test_closing_ends_the_processes(pool):
-    workers = pool(2)
-    pids = workers.pids()
-    workers.close()
-    until(lambda: not any(alive(pid) for pid in pids))

@@ -117,7 +117,8 @@ def test_a_validation_that_fails_is_never_the_best(pool, faults, tmp_path):
     assert trainer.progress.history[-1]["validation"] == math.inf
 
 
-@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.long), 2])
+@pytest.mark.long
+@pytest.mark.parametrize("workers", [1, 2])
 def test_a_hung_episode_runs_elsewhere_and_its_worker_is_ended(pool, faults, workers, caplog):
     items, weights = training_items(small(), 0, "cpu"), Trainer(small(), "unused").learner.weights
     made = pool(workers, faults=FaultSettings(shortest_deadline_s=12, first_deadline_s=12, deadline_factor=2))

@@ -123,6 +123,7 @@ def test_the_size_is_bounded_by_the_settings(recorded, tmp_path):
     assert not (tmp_path / "trajectories").exists()
 
 
+@pytest.mark.long
 def test_an_inner_step_takes_some_thirty_bytes():
     """m = 2, K = 200, six slots: the embedded default's longest meta-step."""
     settings = small(horizon=200, slots=6, family={"train": [{"problem": "quadratic[n=5,noise=0.1]"}]})
@@ -139,7 +140,8 @@ def test_recording_changes_no_weight(recorded, tmp_path):
     assert digests(without) == digests(recorded)
 
 
-@pytest.mark.parametrize("calls", [3, *(pytest.param(calls, marks=pytest.mark.long) for calls in (0, 1, 6, 9, 14))])
+@pytest.mark.long
+@pytest.mark.parametrize("calls", [0, 1, 3, 6, 9, 14])
 def test_cut_anywhere_and_resumed_leaves_the_same_files(recorded, tmp_path, calls):
     """Killed without a last checkpoint: what was recorded since is recorded again, what was before is there."""
     settings = small(**SETTINGS, checkpoint_every=2)

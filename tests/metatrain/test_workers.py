@@ -78,6 +78,7 @@ def test_workers_that_others_leave_no_room_for_are_named_after_a_time(pool):
         WorkerPool(2, ResourceSettings(start_timeout_s=12))
 
 
+@pytest.mark.long
 def test_below_the_floor_the_run_says_what_it_waits_for_and_gives_up(pool, monkeypatch, caplog):
     resources = ResourceSettings(min_workers=2, start_timeout_s=2)
     made = pool(2, resources.model_copy(update={"start_timeout_s": 30}))

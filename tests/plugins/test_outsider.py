@@ -23,6 +23,8 @@ from tests.plugins.conftest import taken_out
 from tests.test_jobs import REPOSITORY, head, submit
 from tests.tracking.empty_store import new_store
 
+pytestmark = pytest.mark.usefixtures("unrendered")
+
 __all__ = ["head"]
 
 SOURCE = Path(__file__).with_name("outsider.py")

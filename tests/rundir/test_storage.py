@@ -29,6 +29,8 @@ from tests.metatrain.settings import small
 from tests.tracking.empty_store import new_store
 from tests.wording import says
 
+pytestmark = pytest.mark.usefixtures("unrendered")
+
 SETTINGS = small(meta_steps=4, checkpoint_every=1, keep_checkpoints=2, slots=2, horizon=2, validation={"every": 2})
 BASE = "bucket/runs/x"
 

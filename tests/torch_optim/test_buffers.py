@@ -99,7 +99,7 @@ def squares(output: Tensor) -> list[Tensor]:
 
 
 @pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
-@pytest.mark.parametrize("kind", [ML2O, GML2O])
+@pytest.mark.parametrize("kind", [pytest.param(ML2O, marks=pytest.mark.long), GML2O])
 @pytest.mark.parametrize("name", MODELS)
 def test_buffers_change_as_by_one_call_a_step(name: str, kind: type[ML2O]) -> None:
     torch.manual_seed(0)
@@ -219,7 +219,7 @@ def counters() -> Iterator[dict[str, Any]]:
     ("kind", "how", "backend"),
     [
         pytest.param(GML2O, "module", "eager", marks=pytest.mark.long),
-        (GML2O, "module", "aot_eager"),
+        pytest.param(GML2O, "module", "aot_eager", marks=pytest.mark.long),
         (GML2O, "function", "eager"),
         pytest.param(GML2O, "method", "aot_eager", marks=pytest.mark.long),
         (ML2O, "module", "eager"),

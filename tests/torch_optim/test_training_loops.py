@@ -12,6 +12,8 @@ from torch.distributed import checkpoint as distributed_checkpoint
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
 from ml2o_dist import GML2O, ML2O, UserError
+from ml2o_dist.problems.layout import ParameterLayout
+from ml2o_dist.rules.coordinatewise.rule import ML2ORule
 from tests.torch_optim.small import KINDS, TwoTasks, drawn, flat, losses, makers, take
 from tests.wording import says
 
@@ -69,6 +71,24 @@ def test_rows_that_no_sample_names_and_masked_weights_stay_where_they_are(kind: 
     assert moved[0][:, 1].abs().max() == moved[1][:, 1].abs().max() == 0
     assert moved[0][0, 0] != 0
     assert moved[1][0, 0] != 0
+
+
+@pytest.mark.parametrize("kind", [ML2O, GML2O])
+def test_the_rule_is_told_tables_from_matrices(kind: type[ML2O], monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[ParameterLayout] = []
+    initial_state = ML2ORule.initial_state
+
+    def noted(self: ML2ORule, instances: int, objectives: int, layout: ParameterLayout) -> object:
+        told.append(layout)
+        return initial_state(self, instances, objectives, layout)
+
+    monkeypatch.setattr(ML2ORule, "initial_state", noted)
+    model = nn.Sequential(nn.Embedding(9, 4), nn.Linear(4, 4))  # both weights are matrices
+    optimizer = kind(model.named_parameters(), "initial")
+    optimizer.step(lambda: list(model(torch.arange(5)).square().sum(dim=1)[:2]))
+    assert [(t.name, t.kind) for t in told[0].tensors] == [
+        ("0.weight", "embedding"), ("1.weight", "matrix"), ("1.bias", "vector")
+    ]  # fmt: skip
 
 
 def test_groups_have_their_own_factors() -> None:
